@@ -1,0 +1,41 @@
+"""Every error that raymem raises for a user.
+
+Each one carries a single finished sentence: the place (recipe path or ``file:line``), the value, the rule and the
+cure. One string argument also means that all of them survive pickling between Ray processes unchanged.
+"""
+
+
+class RaymemError(Exception):
+    """Base of all errors that are the user's to mend; the command line prints them as one line and exits with 1."""
+
+
+class RecipeError(RaymemError):
+    """A recipe that is malformed, or whose parts do not go together."""
+
+
+class DataError(RaymemError):
+    """Training or evaluation data that cannot be read, tokenised or trained on."""
+
+
+class ModelError(RaymemError):
+    """A model, tokenizer or adapter that cannot be found, built or loaded."""
+
+
+class CheckpointError(RaymemError):
+    """A checkpoint that is damaged, or belongs to another recipe."""
+
+
+class StorageError(RaymemError):
+    """A storage path that cannot be read or written (permissions, space, not shared between nodes)."""
+
+
+class TrackingError(RaymemError):
+    """A tracking server or registry that cannot be reached or refuses a request before training starts."""
+
+
+class ClusterError(RaymemError):
+    """A Ray cluster that cannot be reached, cannot hold the job, or lost it."""
+
+
+class NonFiniteError(RaymemError):
+    """Loss or gradient norm became NaN or infinite; nothing was written by that step."""

@@ -1,0 +1,1 @@
+"""The memory methods, one folder each; pure torch, usable without Ray, MLflow or a recipe."""

@@ -1,0 +1,1 @@
+"""One worker's work: recipe, data, model, step, loop, checkpoint. Nothing here imports Ray or MLflow."""

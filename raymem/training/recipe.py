@@ -1,0 +1,269 @@
+"""The recipe: one strict YAML file that says everything about a run.
+
+A recipe is frozen once validated. It travels to the workers as the plain dict of :meth:`Recipe.to_dict`, and the same
+dict is stored with every checkpoint and every tracked run. The four *axes* (``base``, ``adapter``, ``activations``,
+``optimizer``) are unions told apart by ``kind``; where a kind needs no options its bare name will do
+(``adapter: none``). Which kinds go together is decided in one place, :mod:`raymem.training.compat`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from typing_extensions import TypeAliasType
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+def _kind_shorthand(value: Any) -> Any:
+    """``adapter: none`` means ``adapter: {kind: none}``."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Shorthand = BeforeValidator(_kind_shorthand, json_schema_input_type=Any)
+
+
+class ModelSection(Section):
+    """Which model is trained: exactly one of ``name`` and ``config``."""
+
+    name: str | None = None
+    """Hugging Face id, local directory, or ``demo`` / ``demo-long`` (built on this machine, no network)."""
+    config: dict[str, Any] | None = None
+    """A transformers config with its ``model_type``: the model starts from random weights."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    tokenizer: str | None = None
+    """Hugging Face id, local directory or ``demo``; by default the model's own."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Storage dtype of the base weights; ``auto`` follows ``train.precision``."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give exactly one of model.name (existing weights) and model.config (random weights)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("model.config needs a model_type, as in config.json (for example model_type: llama)")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("model.config has no tokenizer of its own: set model.tokenizer (for example demo)")
+        return self
+
+
+class Source(Section):
+    """One source of examples: a file, a directory of files, a Hugging Face data set, or the embedded demo data."""
+
+    path: str
+    """.jsonl, .json, .csv or .parquet file or directory, a Hugging Face id, or ``demo:functions`` / ``demo:text``."""
+    split: str = "train"
+    """Split of a Hugging Face id or of the demo data; ignored for plain files."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
+    """How a row is read; ``auto`` decides by the column names."""
+    columns: dict[str, str] = {}
+    """Our column name -> the name in the file, for example ``{prompt: instruction, completion: output}``."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Times each example is seen per epoch; 0.5 takes a fresh random half each epoch."""
+
+
+def _one_source_or_many(value: Any) -> Any:
+    """A single path or mapping stands for a list of one; a string for its path."""
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[
+    list[Source],
+    BeforeValidator(_one_source_or_many, json_schema_input_type=Any),
+    Field(min_length=1),
+]
+
+
+class DataSection(Section):
+    """What the model is trained and evaluated on."""
+
+    train: Sources
+    """One source or a list of them."""
+    eval: Sources | None = None
+    """Sources of the evaluation loss; none means that only the training loss is reported."""
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens per row of a batch."""
+    packing: Literal["bfd", "wrapped", "none"] = "bfd"
+    """``bfd`` packs whole examples best-fit and keeps them apart in attention; ``wrapped`` runs them into one stream
+    cut at the row length; ``none`` gives every example its own padded row."""
+
+
+class FullBase(Section):
+    """The model as it is."""
+
+    kind: Literal["full"] = "full"
+    quantize: Literal["none", "nf4"] = "none"
+    """``nf4`` stores the frozen linear layers in 4 bits (bitsandbytes, ``pip install raymem[quant]``)."""
+
+
+class NoAdapter(Section):
+    """Full-parameter training."""
+
+    kind: Literal["none"] = "none"
+
+
+class LoraAdapter(Section):
+    """LoRA through PEFT (Hu et al. 2021)."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Fraction = 0.0
+    targets: str | list[str] = "all-linear"
+    """``all-linear`` (every linear layer but the output head), or module name patterns such as ``[q_proj, v_proj]``."""
+    init_from: str | None = None
+    """PEFT directory whose adapter is continued."""
+
+
+class NoActivationSaving(Section):
+    """Everything that backward needs is kept."""
+
+    kind: Literal["none"] = "none"
+
+
+class Checkpointing(Section):
+    """Gradient checkpointing by transformers: layers are recomputed in backward."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+
+
+class AdamW(Section):
+    """``torch.optim.AdamW`` (Loshchilov and Hutter 2017)."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    implementation: Literal["fused", "foreach"] = "fused"
+    """``fused`` needs no temporaries; ``foreach`` holds one copy of the trainable weights while it steps."""
+
+
+# Named aliases become named definitions in the JSON schema. A method adds its kinds here and nowhere else in this file.
+Base = TypeAliasType("Base", Annotated[FullBase, Shorthand])
+Adapter = TypeAliasType("Adapter", Annotated[NoAdapter | LoraAdapter, Field(discriminator="kind"), Shorthand])
+Activations = TypeAliasType(
+    "Activations", Annotated[NoActivationSaving | Checkpointing, Field(discriminator="kind"), Shorthand]
+)
+Optimizer = TypeAliasType("Optimizer", Annotated[AdamW, Shorthand])
+
+
+class TrainSection(Section):
+    """How long, how large and how precise. Exactly one of ``steps`` and ``epochs``."""
+
+    steps: Positive | None = None
+    """Optimizer steps."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training data."""
+    global_batch: Positive = 16
+    """Rows per optimizer step over all workers; accumulation follows from it."""
+    micro_batch: Positive = 4
+    """Rows per forward pass of one worker."""
+    precision: Literal["fp32", "bf16", "bf16_mixed"] = "fp32"
+    """``bf16``: weights and arithmetic; ``bf16_mixed``: fp32 trainable weights under autocast."""
+    master: Literal["fp32", "stochastic_rounding", "none"] = "fp32"
+    """How bf16 trainable weights keep updates smaller than a rounding step."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Global gradient norm limit; null turns it off."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Below 1 a fraction of all steps, from 1 on a number of steps."""
+    eval_every: Positive | None = None
+    """Steps between evaluations; by default one tenth of the run. The last step is always evaluated."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; by default one tenth of the run. The last step is always saved."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train.steps and train.epochs")
+        return self
+
+
+class ScalingSection(Section):
+    """How many workers and what each one gets."""
+
+    num_workers: Annotated[int, Field(ge=0)] | tuple[Positive, Positive] = 1
+    """0 trains in this process without Ray; ``[min, max]`` is elastic."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    use_gpu: bool = False
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Ray resources; by default one GPU, or an equal share of all CPU cores."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Worker crashes that are survived by restarting from the last checkpoint; -1 is no limit."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScalingSection:
+        if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
+            raise ValueError(f"scaling.num_workers is [min, max], got {list(self.num_workers)}")
+        return self
+
+
+class StorageSection(Section):
+    """Where runs, prepared data and caches live: one path that every node sees."""
+
+    path: str = "raymem-runs"
+    """Directory, s3:// or gs://; a relative one counts from where the command is started."""
+    keep: Literal["last", "best"] = "last"
+    """``best`` keeps the checkpoints with the lowest evaluation loss (and always the last one, to resume from)."""
+    num_to_keep: Positive = 2
+
+
+class MlflowTracking(Section):
+    """MLflow run, parameters, metrics and the final artefact."""
+
+    kind: Literal["mlflow"] = "mlflow"
+    uri: str | None = None
+    """Tracking server; by default sqlite under the storage path."""
+    experiment: str = "raymem"
+    register_as: str | None = None
+    """Registered model that gets the final adapter or model as a new version."""
+    alias: str = "latest"
+    """Alias of that version."""
+
+
+class NoTracking(Section):
+    """Metrics are only printed and written beside the checkpoints."""
+
+    kind: Literal["none"] = "none"
+
+
+Tracking = TypeAliasType("Tracking", Annotated[MlflowTracking | NoTracking, Field(discriminator="kind"), Shorthand])
+
+
+class Recipe(Section):
+    """One run, complete."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    """Stable run name: the same name on the same storage resumes. Default: the file's name."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    model: ModelSection
+    data: DataSection
+    base: Base = FullBase()
+    adapter: Adapter = LoraAdapter()
+    activations: Activations = NoActivationSaving()
+    optimizer: Optimizer = AdamW()
+    train: TrainSection
+    scaling: ScalingSection = ScalingSection()
+    storage: StorageSection = StorageSection()
+    tracking: Tracking = MlflowTracking()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON types; ``Recipe.model_validate(recipe.to_dict()) == recipe``."""
+        return self.model_dump(mode="json")
