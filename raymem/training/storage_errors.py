@@ -1,0 +1,57 @@
+"""What to do about a failed storage operation, in one sentence."""
+
+from __future__ import annotations
+
+import errno
+
+from raymem.errors import StorageError
+
+_PERMISSION = "give this user write permission there, or set storage.path to a directory that it owns"
+_CREDENTIALS = (
+    "check that the credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+    "GOOGLE_APPLICATION_CREDENTIALS) or the role of the machine may read and write this bucket"
+)
+_SPACE = "free some, or set storage.path to a larger disk"
+_NOT_A_DIRECTORY = "a part of the path is a file: remove it, or set storage.path to another directory"
+_MISSING = "it does not exist: check the path, or create it"
+
+_BY_ERRNO = {
+    errno.EACCES: ("permission denied", _PERMISSION),
+    errno.EPERM: ("permission denied", _PERMISSION),
+    errno.EROFS: ("read-only file system", "mount it read-write, or set storage.path to a writable directory"),
+    errno.ENOSPC: ("no space left on the device", _SPACE),
+    errno.EDQUOT: ("no space left in this user's quota", _SPACE),
+    errno.ENOENT: ("no such file or directory", _MISSING),
+    errno.ENOTDIR: ("not a directory", _NOT_A_DIRECTORY),
+    errno.EEXIST: ("not a directory", _NOT_A_DIRECTORY),
+}
+
+# Object stores tell the cause in words only; the first match counts.
+_BY_WORDS = (
+    (("NO_SUCH_BUCKET", "Bucket '", "NoSuchBucket", "bucket does not exist"), "create the bucket, or correct its name"),
+    (
+        ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "InvalidAccessKeyId", "HTTP status 403"),
+        _CREDENTIALS,
+    ),
+    (("HTTP status 401", "credential", "UNAUTHENTICATED", "PERMISSION_DENIED"), _CREDENTIALS),
+    (
+        ("NETWORK_CONNECTION", "curlCode", "UNAVAILABLE", "Could not connect"),
+        "check the network and the endpoint (s3://bucket/path?endpoint_override=host:port&scheme=http for one that is "
+        "not AWS)",
+    ),
+    (("Cannot parse URI",), "write spaces and other special characters as %20 and so on"),
+    (("query parameter",), "use only options that pyarrow knows, such as endpoint_override, scheme and region"),
+)
+
+
+def explain(error: Exception, action: str, place: str) -> StorageError:
+    """A finished StorageError for a failure of ``action`` (an infinitive) at ``place``."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code in _BY_ERRNO:
+        words, cure = _BY_ERRNO[code]
+        return StorageError(f"storage: cannot {action} {place}: {words}; {cure}")
+    text = " ".join(str(error).split())
+    for words_of, cure in _BY_WORDS:
+        if any(word in text for word in words_of):
+            return StorageError(f"storage: cannot {action} {place}: {text}; {cure}")
+    return StorageError(f"storage: cannot {action} {place}: {text}; set storage.path to a place that works")
