@@ -1,0 +1,52 @@
+"""How raymem talks to mlflow: quietly, and with a limit on the time that any call may take."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+_environment = threading.Lock()
+
+# mlflow would otherwise report each import to its makers' server, and print a link for each run that ends.
+_QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+
+
+def connect(uri: str) -> Any:
+    """An ``MlflowClient``; for a new sqlite file this creates the tables (some seconds, once)."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    return MlflowClient(uri)
+
+
+@contextlib.contextmanager
+def limits(timeout_s: int, retries: int) -> Iterator[None]:
+    """Bound the HTTP calls inside: mlflow's own default of 120 s and 7 growing waits would stall training.
+
+    mlflow reads these from the environment at each call and has no argument for them.
+    """
+    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
+    with _environment:
+        saved = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in saved.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def brief(error: BaseException) -> str:
+    """One line of an mlflow error; its texts run to pages."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,0 +1,259 @@
+"""Where a run's metrics go. A sink never raises and never blocks for long while training is under way."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from raymem.tracking.client import brief, connect, limits
+
+_log = logging.getLogger("raymem.tracking")
+
+CALL_TIMEOUT_S = 5
+RETRY_AFTER_S = 30.0
+MAX_WAITING = 50_000
+_METRICS_PER_BATCH = 1000
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class TrackingSummary:
+    """What became of a run's tracking, for the last line of a command."""
+
+    uri: str | None = None
+    run_id: str | None = None
+    logged: int = 0
+    """Metric values that this sink sent."""
+    waiting: int = 0
+    """Metric values that are still to be sent."""
+    dropped: int = 0
+    """Metric values that were given up because too many were waiting."""
+    failures: int = 0
+    last_error: str | None = None
+    model_version: str | None = None
+    """``name/version`` of the registered model."""
+
+    @property
+    def problem(self) -> str | None:
+        """One sentence if anything is missing on the server, else None."""
+        if not self.failures:
+            return None
+        lost = self.waiting + self.dropped
+        missing = f"{lost} metric values are missing there" if lost else "all metric values arrived later"
+        return f"tracking at {self.uri} failed {self.failures} times ({self.last_error}); {missing}"
+
+
+class TrackingSink(Protocol):
+    """One run of one tracking system."""
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run in the tracking system."""
+
+    def spec(self) -> dict[str, str] | None:
+        """Plain data for :func:`sink_from` in another process, such as the Ray Train controller."""
+
+    def log_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log rows ``{"step": 12, "loss": ..}``; values that are no numbers are left out.
+
+        A step that the run already has is never logged again, so that replays after a crash are harmless, and so is
+        passing a whole history once more at the end (which mends what an outage swallowed). Never raises.
+        """
+
+    def finish(
+        self,
+        status: Status,
+        artifact_dirs: Mapping[str, str | Path] | None = None,
+        register_as: str | None = None,
+        alias: str | None = None,
+        model_tags: Mapping[str, str] | None = None,
+    ) -> TrackingSummary:
+        """Flush, upload ``{name: local directory}``, register the first one under ``alias``, and end the run.
+
+        The model version is tagged with the base model and revision of the recipe, and ``model_tags``. Never raises.
+        """
+
+    def summary(self) -> TrackingSummary:
+        """Counts so far."""
+
+
+class NullSink:
+    """``tracking: none``."""
+
+    run_id: str | None = None
+
+    def spec(self) -> None:
+        return None
+
+    def log_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def finish(
+        self,
+        status: Status,
+        artifact_dirs: Mapping[str, str | Path] | None = None,
+        register_as: str | None = None,
+        alias: str | None = None,
+        model_tags: Mapping[str, str] | None = None,
+    ) -> TrackingSummary:
+        return TrackingSummary()
+
+    def summary(self) -> TrackingSummary:
+        return TrackingSummary()
+
+
+def sink_from(spec: Mapping[str, str] | None) -> TrackingSink:
+    """Rebuild a sink in another process from :meth:`TrackingSink.spec`; nothing is contacted yet."""
+    return MlflowSink(spec["tracking_uri"], spec["run_id"]) if spec else NullSink()
+
+
+class _Value(NamedTuple):
+    key: str
+    value: float
+    timestamp: int  # of its acceptance, so that a batch sent twice is stored once
+    step: int
+
+
+class MlflowSink:
+    """An existing MLflow run. Plain data (``tracking_uri``, ``run_id``) rebuilds it anywhere; pickle does just that."""
+
+    def __init__(self, tracking_uri: str, run_id: str, *, retry_after_s: float = RETRY_AFTER_S) -> None:
+        self.tracking_uri = tracking_uri
+        self.run_id: str | None = run_id
+        self._retry_after_s = retry_after_s
+        self._client: Any = None
+        self._next_attempt = 0.0
+        self._waiting: list[_Value] = []
+        # Highest step on the server per metric; None means that it must be asked first (start, or after a failure).
+        self._steps: dict[str, int] | None = None
+        self._logged = self._dropped = self._failures = 0
+        self._last_error: str | None = None
+        self._model_version: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (MlflowSink, (self.tracking_uri, self.run_id))
+
+    def spec(self) -> dict[str, str]:
+        """Arguments that rebuild this sink."""
+        return {"tracking_uri": self.tracking_uri, "run_id": str(self.run_id)}
+
+    def log_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """See :class:`TrackingSink`. One request per call; while the server is away at most one attempt per 30 s."""
+        now = time.time_ns() // 1_000_000
+        for row in rows:
+            step = int(row["step"])
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                    self._waiting.append(_Value(key, float(value), now, step))
+        if (excess := len(self._waiting) - MAX_WAITING) > 0:
+            del self._waiting[:excess]
+            self._dropped += excess
+        if self._waiting and time.monotonic() >= self._next_attempt:
+            self._flush()
+
+    def finish(
+        self,
+        status: Status,
+        artifact_dirs: Mapping[str, str | Path] | None = None,
+        register_as: str | None = None,
+        alias: str | None = None,
+        model_tags: Mapping[str, str] | None = None,
+    ) -> TrackingSummary:
+        """See :class:`TrackingSink`. A model version that this run already registered is updated, not doubled."""
+        if not self._flush():  # an absent server is found out here, within seconds, and not once per upload
+            return self.summary()
+        uploads = dict(artifact_dirs or {})
+
+        def upload(client: Any) -> None:
+            for name, directory in uploads.items():
+                client.log_artifacts(self.run_id, str(directory), name)
+            if register_as and uploads:
+                self._register(client, register_as, next(iter(uploads)), alias, dict(model_tags or {}))
+
+        with limits(timeout_s=120, retries=2):
+            self._guarded(upload)
+        with limits(CALL_TIMEOUT_S, retries=1):
+            self._guarded(lambda c: c.set_terminated(self.run_id, status))
+        return self.summary()
+
+    def summary(self) -> TrackingSummary:
+        """Counts so far."""
+        return TrackingSummary(
+            uri=self.tracking_uri,
+            run_id=self.run_id,
+            logged=self._logged,
+            waiting=len(self._waiting),
+            dropped=self._dropped,
+            failures=self._failures,
+            last_error=self._last_error,
+            model_version=self._model_version,
+        )
+
+    def _flush(self) -> bool:
+        with limits(CALL_TIMEOUT_S, retries=0):
+            if self._guarded(self._send):
+                return True
+        self._steps = None
+        self._next_attempt = time.monotonic() + self._retry_after_s
+        return False
+
+    def _send(self, client: Any) -> None:
+        from mlflow.entities import Metric
+
+        if self._steps is None:
+            # The latest value of a metric is the one of its highest step; data.metrics would hide the step.
+            latest = client.get_run(self.run_id).data.to_proto().metrics
+            self._steps = {metric.key: metric.step for metric in latest}
+        fresh = []
+        for value in self._waiting:
+            if value.step > self._steps.get(value.key, -1):
+                self._steps[value.key] = value.step
+                fresh.append(Metric(*value))
+        for start in range(0, len(fresh), _METRICS_PER_BATCH):
+            batch = fresh[start : start + _METRICS_PER_BATCH]
+            client.log_batch(self.run_id, metrics=batch)
+            self._logged += len(batch)
+        self._waiting.clear()
+
+    def _register(self, client: Any, name: str, artifact: str, alias: str | None, tags: dict[str, str]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"runs:/{self.run_id}/{artifact}"
+        params = client.get_run(self.run_id).data.params
+        for tag, param in (("raymem.base_model", "model.name"), ("raymem.base_revision", "model.revision")):
+            if params.get(param, "null") != "null":
+                tags = {tag: params[param], **tags}
+        mine = [v for v in client.search_model_versions(f"run_id = '{self.run_id}'") if v.name == name]
+        if mine:
+            version = max(mine, key=lambda v: int(v.version)).version
+            for key, value in tags.items():
+                client.set_model_version_tag(name, version, key, value)
+        else:
+            made = client.create_model_version(name, source, self.run_id, tags=tags, await_creation_for=0)
+            version = made.version
+        if alias:
+            client.set_registered_model_alias(name, alias, version)
+        self._model_version = f"{name}/{version}"
+
+    def _guarded(self, action: Callable[[Any], Any]) -> bool:
+        try:
+            if self._client is None:
+                self._client = connect(self.tracking_uri)
+            action(self._client)
+        except Exception as error:  # whatever it is, it must not end a training run
+            self._failures += 1
+            self._last_error = brief(error)
+            if self._failures == 1:
+                _log.warning("tracking at %s fails, training goes on: %s", self.tracking_uri, self._last_error)
+            return False
+        return True

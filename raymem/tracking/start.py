@@ -1,0 +1,193 @@
+"""The start of a tracked run: everything that can fail for the user's sake fails here, before training."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import raymem
+from raymem.errors import TrackingError
+from raymem.tracking.client import brief, connect, limits
+from raymem.tracking.sink import MlflowSink, NullSink, TrackingSink
+from raymem.tracking.uri import TrackingPlace, resolve_tracking
+
+RUN_TAG = "raymem.run_id"
+_PARAMS_PER_BATCH = 100
+_MAX_PARAM_LENGTH = 6000
+_VERSIONS = ("torch", "ray", "transformers", "peft")
+
+
+def run_key(storage_path: str, run_name: str) -> str:
+    """Identity of a raymem run over restarts: its name on its storage."""
+    return hashlib.sha256(f"{storage_path}\n{run_name}".encode()).hexdigest()[:32]
+
+
+def start_tracking(
+    recipe: Mapping[str, Any],
+    *,
+    storage_path: str,
+    resume: bool,
+    device: str = "cpu",
+    run_name: str | None = None,
+    parent_run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> TrackingSink:
+    """Create the MLflow run of a recipe, or with ``resume`` continue the one of the same name and storage.
+
+    Called once, by the driver. ``resume`` means that training continues from a checkpoint: a run that starts afresh
+    under an old name gets a new MLflow run, because its steps would count as already logged in the old one.
+
+    Raises:
+        TrackingError: the server is unreachable or refuses, its experiment is deleted or lies elsewhere, artifacts
+            cannot be written, or ``tracking.alias`` is a name that MLflow reserves.
+    """
+    tracking = recipe["tracking"]
+    if tracking["kind"] == "none":
+        return NullSink()
+    if tracking["register_as"]:
+        _check_alias(tracking["alias"])
+    name = run_name or recipe["name"]
+    place = resolve_tracking(tracking["uri"], storage_path)
+    try:
+        with limits(timeout_s=10, retries=1):
+            client = connect(place.uri)
+            experiment_id = _experiment(client, tracking["experiment"], place)
+            key = run_key(storage_path, name)
+            run = _previous(client, experiment_id, key) if resume else None
+            all_tags = {
+                **_provenance(),
+                "raymem.device": device,
+                RUN_TAG: key,
+                **({"mlflow.parentRunId": parent_run_id} if parent_run_id else {}),
+                **(tags or {}),
+            }
+            if run is None:
+                run = client.create_run(experiment_id, run_name=name, tags=all_tags)
+            else:
+                client.update_run(run.info.run_id, status="RUNNING")
+                _log(client, run.info.run_id, tags=all_tags)
+            # Parameters of a run are immutable: a resumed run only gains those that it lacks.
+            wanted = {key: value for key, value in flatten(recipe) if key not in run.data.params}
+            _log(client, run.info.run_id, params=wanted)
+            text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+            client.log_text(run.info.run_id, text, "recipe.yaml")
+    except TrackingError:
+        raise
+    except Exception as error:  # mlflow, requests, sqlalchemy and boto each have their own
+        raise _explain(error, place) from error
+    return MlflowSink(place.uri, run.info.run_id)
+
+
+def check_tracking(tracking: Mapping[str, Any], storage_path: str) -> str:
+    """Ask the tracking server for one experiment; returns words for a report. Files are not created.
+
+    Raises:
+        TrackingError: as :func:`start_tracking`.
+    """
+    if tracking["kind"] == "none":
+        return "not wanted by this recipe"
+    if tracking["register_as"]:
+        _check_alias(tracking["alias"])
+    place = resolve_tracking(tracking["uri"], storage_path)
+    if place.uri.startswith("sqlite:"):
+        path = Path(place.uri.removeprefix("sqlite:///"))
+        return f"{path} " + ("exists" if path.exists() else "will be created")
+    try:
+        with limits(timeout_s=5, retries=0):
+            connect(place.uri).search_experiments(max_results=1)
+    except Exception as error:
+        raise _explain(error, place) from error
+    return f"{place.uri} answers"
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested mappings as ``("train.steps", "30")``, in names and lengths that MLflow takes; lists become JSON."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        return
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    yield re.sub(r"[^\w\-. /:]", "_", prefix, flags=re.ASCII)[:250], text[:_MAX_PARAM_LENGTH]
+
+
+def _experiment(client: Any, name: str, place: TrackingPlace) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=place.artifact_location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # another run made it in between
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(
+            f"tracking.experiment: {name!r} was deleted at {place.uri}; restore it "
+            f"(mlflow experiments restore -x {experiment.experiment_id}) or choose another name"
+        )
+    found = str(experiment.artifact_location).removeprefix("file://")
+    if place.embedded and found != place.artifact_location:
+        raise TrackingError(
+            f"tracking.experiment: {name!r} of {place.uri} keeps its artifacts in {found}, outside of storage.path; "
+            "this storage was moved or copied: move it back, or choose another tracking.experiment"
+        )
+    return str(experiment.experiment_id)
+
+
+def _previous(client: Any, experiment_id: str, key: str) -> Any:
+    runs = client.search_runs(
+        [experiment_id], f"tags.`{RUN_TAG}` = '{key}'", max_results=1, order_by=["attributes.start_time DESC"]
+    )
+    return runs[0] if runs else None
+
+
+def _log(client: Any, run_id: str, *, params: Mapping[str, str] = {}, tags: Mapping[str, str] = {}) -> None:
+    from mlflow.entities import Param, RunTag
+
+    if tags:
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    items = [Param(key, value) for key, value in params.items()]
+    for start in range(0, len(items), _PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=items[start : start + _PARAMS_PER_BATCH])
+
+
+def _provenance() -> dict[str, str]:
+    tags = {"mlflow.source.name": "raymem", "raymem.version": raymem.__version__}
+    for package in _VERSIONS:
+        tags[f"raymem.{package}"] = importlib.metadata.version(package)
+    if git := shutil.which("git"):
+        done = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)  # noqa: S603
+        if done.returncode == 0:
+            tags["mlflow.source.git.commit"] = done.stdout.strip()
+    return tags
+
+
+def _check_alias(alias: str) -> None:
+    if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        raise TrackingError(
+            f"tracking.alias: {alias!r} is reserved by MLflow (models:/name/latest and /1 already work); "
+            "choose another, for example candidate"
+        )
+    if not re.fullmatch(r"[\w\-]{1,255}", alias, flags=re.ASCII):
+        raise TrackingError(f"tracking.alias: {alias!r} may hold letters, digits, _ and - only; choose another")
+
+
+def _explain(error: Exception, place: TrackingPlace) -> TrackingError:
+    text = brief(error)
+    if "error code 401" in text or "error code 403" in text or "PERMISSION_DENIED" in text:
+        cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
+    elif "failed with exception" in text or "timeout" in text:
+        cure = "start it, correct tracking.uri, or set tracking: none"
+    else:
+        cure = "correct tracking.uri or the rights on its artifacts, or set tracking: none"
+    return TrackingError(f"tracking at {place.uri} cannot be used: {text}; {cure}")
