@@ -1,0 +1,283 @@
+"""Rows of files and Hugging Face data sets, by *block*: a range of rows that one task reads on its own.
+
+A block is a small plain value, so that it can be sent to another process instead of its rows. Every row comes with its
+place (``file.jsonl:17``), which the error messages about it begin with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from raymem.errors import DataError
+from raymem.training.data.directories import file_sha256
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FileBlock:
+    """Rows ``first_row`` .. ``first_row + num_rows - 1`` of a local file."""
+
+    path: str
+    first_row: int
+    num_rows: int
+    offset: int = 0
+    """JSON lines: byte at which the first row begins."""
+    first_line: int = 1
+    """JSON lines: line number of the first row."""
+
+
+@dataclass(frozen=True)
+class HubBlock:
+    """Rows ``first_row`` .. ``first_row + num_rows - 1`` of a Hugging Face data set."""
+
+    path: str
+    subset: str | None
+    split: str
+    revision: str | None
+    fingerprint: str
+    first_row: int
+    num_rows: int
+
+
+Block = FileBlock | HubBlock
+
+
+def index_file(path: Path, block_rows: int) -> tuple[str, list[FileBlock]]:
+    """SHA-256 of a file and its blocks of ``block_rows`` rows (the last one may be shorter; none if it is empty).
+
+    Raises:
+        DataError: the file cannot be read or parsed.
+    """
+    try:
+        if _is_json_lines(path):
+            return _index_lines(path, block_rows)
+        return file_sha256(path), _even_blocks(path, _count_rows(path), block_rows)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def index_hub(
+    path: str, subset: str | None, split: str, revision: str | None, block_rows: int
+) -> tuple[str, list[HubBlock]]:
+    """Resolved fingerprint of a Hugging Face data set and its blocks."""
+    rows = load_hub(path, subset, split, revision)
+    fingerprint = str(rows._fingerprint)
+    blocks = [
+        HubBlock(path, subset, split, revision, fingerprint, first, min(block_rows, len(rows) - first))
+        for first in range(0, len(rows), block_rows)
+    ]
+    return fingerprint, blocks
+
+
+def read_block(block: Block) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) for every row of a block.
+
+    Raises:
+        DataError: a row is malformed, or what the block describes cannot be read any more.
+    """
+    if isinstance(block, HubBlock):
+        yield from _read_hub(block)
+        return
+    path = Path(block.path)
+    try:
+        if _is_json_lines(path):
+            yield from _read_lines(path, block)
+        else:
+            for index, row in enumerate(_read_range(path, block), start=block.first_row + 1):
+                if not isinstance(row, dict):
+                    raise DataError(_not_an_object(f"{path} row {index}", row))
+                yield f"{path} row {index}", row
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def load_hub(path: str, subset: str | None, split: str, revision: str | None) -> Any:
+    """``datasets.load_dataset``, with every failure as one sentence.
+
+    Raises:
+        DataError: no such data set, subset or split, or no network and not cached.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, name=subset, split=split, revision=revision)
+    except Exception as error:  # the library raises two dozen types here
+        reason = str(error).strip().splitlines() or [""]
+        raise DataError(
+            f"Hugging Face data set {path} (subset {subset}, split {split}, revision {revision}) cannot be loaded "
+            f"({type(error).__name__}: {reason[0]}): check the names and the network, or pass a local "
+            f"{', '.join(SUFFIXES)} file or directory as the path."
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _cached_hub(path: str, subset: str | None, split: str, revision: str | None, fingerprint: str) -> Any:
+    rows = load_hub(path, subset, split, revision)
+    if str(rows._fingerprint) != fingerprint:
+        raise DataError(
+            f"Hugging Face data set {path} differs between processes (fingerprint {rows._fingerprint}, expected "
+            f"{fingerprint}): pin it with revision."
+        )
+    return rows
+
+
+def _read_hub(block: HubBlock) -> Iterator[tuple[str, Row]]:
+    rows = _cached_hub(block.path, block.subset, block.split, block.revision, block.fingerprint)
+    for index in range(block.first_row, block.first_row + block.num_rows):
+        yield f"{block.path}[{block.split}] row {index + 1}", rows[index]
+
+
+def _is_json_lines(path: Path) -> bool:
+    """.jsonl always; .json unless its first character opens a list."""
+    if path.suffix != ".json":
+        return path.suffix == ".jsonl"
+    with path.open("rb") as file:
+        for line in file:
+            if text := line.lstrip(b"\xef\xbb\xbf").strip():
+                return not text.startswith(b"[")
+    return True
+
+
+def _index_lines(path: Path, block_rows: int) -> tuple[str, list[FileBlock]]:
+    """One pass over the bytes: hash, and where every ``block_rows``-th line that is not blank begins."""
+    content = hashlib.sha256()
+    begins: list[tuple[int, int]] = []
+    rows = offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            content.update(line)
+            if line.strip():
+                if rows % block_rows == 0:
+                    begins.append((offset, number))
+                rows += 1
+            offset += len(line)
+    blocks = [
+        FileBlock(str(path), index * block_rows, min(block_rows, rows - index * block_rows), begin, line_number)
+        for index, (begin, line_number) in enumerate(begins)
+    ]
+    return content.hexdigest(), blocks
+
+
+def _read_lines(path: Path, block: FileBlock) -> Iterator[tuple[str, Row]]:
+    left = block.num_rows
+    with path.open("rb") as file:
+        file.seek(block.offset)
+        for number, line in enumerate(file, start=block.first_line):
+            if left == 0:
+                return
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+                raise DataError(
+                    f"{place} is not valid JSON ({error}): write one UTF-8 JSON object per line."
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(_not_an_object(place, row))
+            left -= 1
+            yield place, row
+
+
+def _even_blocks(path: Path, rows: int, block_rows: int) -> list[FileBlock]:
+    return [FileBlock(str(path), first, min(block_rows, rows - first)) for first in range(0, rows, block_rows)]
+
+
+def _count_rows(path: Path) -> int:
+    if path.suffix == ".parquet":
+        return int(_parquet(path).metadata.num_rows)
+    return len(_whole(path))
+
+
+def _read_range(path: Path, block: FileBlock) -> list[Any]:
+    end = block.first_row + block.num_rows
+    if path.suffix != ".parquet":
+        rows = _whole(path)[block.first_row : end]
+        return rows if isinstance(rows, list) else list(rows.to_pylist())
+    rows, first = [], 0
+    for group in range((metadata := _parquet(path).metadata).num_row_groups):
+        size = metadata.row_group(group).num_rows
+        if first < end and block.first_row < first + size:
+            low, high = max(block.first_row - first, 0), min(end - first, size)
+            rows += _row_group(path, _stamp(path), group).slice(low, high - low).to_pylist()
+        first += size
+    return rows
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Part of a cache key, so that a file that was replaced is read again."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _whole(path: Path) -> Any:
+    return (_csv_table if path.suffix == ".csv" else _json_list)(path, _stamp(path))
+
+
+# These cannot be entered in the middle. One is kept, because a process reads the blocks of a file one after another.
+@lru_cache(maxsize=1)
+def _json_list(path: Path, stamp: tuple[int, int]) -> list[Any]:
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno} is not valid JSON ({error}): write one list of objects.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error}): convert it to UTF-8.") from error
+    assert isinstance(rows, list)  # it begins with [ and is valid
+    return rows
+
+
+@lru_cache(maxsize=1)
+def _csv_table(path: Path, stamp: tuple[int, int]) -> Any:
+    """All columns as strings: a text that looks like a number is still a text."""
+    from pyarrow import ArrowInvalid, csv, string
+
+    reading = csv.ReadOptions(block_size=1 << 26)  # a row may not be longer than a block; the default is 1 MiB
+    parsing = csv.ParseOptions(newlines_in_values=True)
+    try:
+        names = csv.open_csv(path, read_options=reading, parse_options=parsing).schema.names
+        types = csv.ConvertOptions(column_types=dict.fromkeys(names, string()), strings_can_be_null=False)
+        return csv.read_csv(path, read_options=reading, parse_options=parsing, convert_options=types)
+    except ArrowInvalid as error:
+        if path.stat().st_size == 0:
+            return []
+        raise DataError(
+            f"{path} is not a valid CSV file ({error}): write a header line, commas, and quotes around texts."
+        ) from error
+
+
+def _parquet(path: Path) -> Any:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise DataError(f"{path} is not a valid Parquet file ({error}): write it again.") from error
+
+
+@lru_cache(maxsize=1)
+def _row_group(path: Path, stamp: tuple[int, int], group: int) -> Any:
+    from pyarrow import ArrowException
+
+    try:
+        return _parquet(path).read_row_group(group)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} row group {group} is damaged ({error}): write the file again.") from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read ({error.strerror or error}): check that this process may read it.")
+
+
+def _not_an_object(place: str, row: Any) -> str:
+    return f"{place} is {type(row).__name__} {str(row)[:40]!r}, not an object: write one JSON object per example."

@@ -1,0 +1,265 @@
+"""Tokenise and pack once: a source becomes a directory of shards named by its content.
+
+``<cache_dir>/data/<key>/`` holds Arrow IPC files with one record batch each, which readers map into memory without a
+copy, and a manifest. The key covers everything that decides the rows and nothing else: not the path, the machine, or
+how many tasks did the work (blocks have a fixed number of rows and are packed on their own).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from raymem.errors import DataError, StorageError
+from raymem.training.data.directories import digest, publish
+from raymem.training.data.encode import Encoder
+from raymem.training.data.formats import Format, resolve_format, to_example
+from raymem.training.data.pack import Packed, Packing, pack
+from raymem.training.data.readers import Block, read_block
+from raymem.training.data.sources import OpenedSource, open_source
+from raymem.training.data.tokenizer import cached_tokenizer, load_tokenizer, tokenizer_key
+from raymem.training.recipe import DataSection, Source
+
+SCHEMA_VERSION = 1
+"""Raise it with every change of what a shard holds for the same input."""
+BLOCK_ROWS = 2048
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One block to be turned into one shard; small and picklable."""
+
+    index: int
+    block: Block
+
+
+Counts = dict[str, Any]
+MapBlocks = Callable[[Callable[[Task], Counts], Sequence[Task]], list[Counts]]
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """One source as rows on disk."""
+
+    directory: Path
+    weight: float
+    num_rows: int
+    num_examples: int
+    num_tokens: int
+    """Tokens that are not padding."""
+    num_targets: int
+    """Loss terms."""
+    dropped: int
+    """Examples left out because nothing in them is to be predicted."""
+    truncated: int
+    """Examples that lost their end."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All sources of a split."""
+
+    key: str
+    """Names the rows and their weights: equal keys train on equal data."""
+    sources: tuple[PreparedSource, ...]
+
+    @property
+    def directories(self) -> list[tuple[Path, float]]:
+        """What :class:`PackedRows` takes."""
+        return [(source.directory, source.weight) for source in self.sources]
+
+
+def serial(fn: Callable[[Task], Counts], tasks: Sequence[Task]) -> list[Counts]:
+    """The plain :data:`MapBlocks`: one block after another, in this process."""
+    return [fn(task) for task in tasks]
+
+
+def prepare(
+    section: DataSection,
+    split: Literal["train", "eval"],
+    tokenizer_path: str,
+    cache_dir: Path,
+    map_blocks: MapBlocks = serial,
+) -> Prepared:
+    """Rows of every source of ``split``, built where they do not exist yet.
+
+    Args:
+        tokenizer_path: local directory or Hugging Face id.
+        cache_dir: local directory; the shards go to ``<cache_dir>/data/<key>/``.
+        map_blocks: ``map`` over blocks, results in order. The function and the tasks are picklable; processes that run
+            them must see the source files, the tokenizer and ``cache_dir`` under the same paths.
+
+    Raises:
+        DataError: a source is missing, malformed, empty, or has nothing to predict.
+        ModelError: the tokenizer cannot be loaded or lacks what the data needs.
+        StorageError: ``cache_dir`` cannot be written, or is not shared with the processes of ``map_blocks``.
+    """
+    prepared: list[PreparedSource] = []
+    for plan in _plans(section, split, tokenizer_path, cache_dir):
+        directory = cache_dir / "data" / plan.key
+        manifest = publish(directory, partial(_build, plan, map_blocks))
+        facts = manifest["facts"]
+        prepared.append(
+            PreparedSource(
+                directory=directory,
+                weight=plan.source.weight,
+                num_rows=facts["num_rows"],
+                num_examples=facts["num_examples"],
+                num_tokens=facts["num_tokens"],
+                num_targets=facts["num_targets"],
+                dropped=facts["dropped"],
+                truncated=facts["truncated"],
+            )
+        )
+        log.info("%s: %d rows in %s", plan.opened.place, facts["num_rows"], directory)
+    key = digest([[source.directory.name, source.weight] for source in prepared])
+    return Prepared(key, tuple(prepared))
+
+
+def source_keys(
+    section: DataSection, split: Literal["train", "eval"], tokenizer_path: str, cache_dir: Path
+) -> list[str]:
+    """The directory names that :func:`prepare` will use, in order.
+
+    With them a caller can first download ``<cache_dir>/data/<key>/`` from where another node has put it.
+    """
+    return [plan.key for plan in _plans(section, split, tokenizer_path, cache_dir)]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What every task of a source has in common; small and picklable."""
+
+    tokenizer_path: str
+    tokenizer_key: str
+    row_format: Format
+    columns: dict[str, str]
+    sequence_length: int
+    packing: Packing
+
+
+@dataclass(frozen=True)
+class _Plan:
+    source: Source
+    opened: OpenedSource
+    recipe: _Recipe
+    key: str
+
+
+def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path: str, cache_dir: Path) -> list[_Plan]:
+    sources = section.train if split == "train" else section.eval
+    if sources is None:
+        raise DataError("data.eval is not set: name at least one source to evaluate on.")
+    tokenizer_hash = tokenizer_key(load_tokenizer(tokenizer_path))
+    plans: list[_Plan] = []
+    for index, source in enumerate(sources):
+        place = f"data.{split}[{index}]"
+        opened = open_source(source, place, cache_dir, BLOCK_ROWS)
+        row_format = resolve_format(source, opened.first_row, place)
+        recipe = _Recipe(
+            tokenizer_path, tokenizer_hash, row_format, source.columns, section.sequence_length, section.packing
+        )
+        key = digest(
+            {
+                "schema": SCHEMA_VERSION,
+                "block_rows": BLOCK_ROWS,
+                "content": opened.identity,
+                "format": row_format,
+                "columns": source.columns,
+                "tokenizer": tokenizer_hash,
+                "sequence_length": section.sequence_length,
+                "packing": section.packing,
+            }
+        )
+        plans.append(_Plan(source, opened, recipe, key))
+    return plans
+
+
+def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any]:
+    """Write all shards of a source into ``directory`` and return the facts for its manifest."""
+    place = plan.opened.place
+    tasks = [Task(index, block) for index, block in enumerate(plan.opened.blocks)]
+    log.info("%s: tokenising %d blocks of up to %d rows", place, len(tasks), BLOCK_ROWS)
+    results = map_blocks(partial(write_shard, plan.recipe, str(directory)), tasks)
+    shards = [result["shard"] for result in results if result["shard"] is not None]
+    for shard in shards:
+        if not (directory / shard).is_file():
+            raise StorageError(
+                f"{directory / shard} was written by another process but is not here: set storage.path to a directory "
+                f"that all nodes share."
+            )
+    totals = {name: sum(result[name] for result in results) for name in results[0] if name != "shard"}
+    if not shards:
+        raise DataError(
+            f"{place}.path={plan.source.path!r}: none of its {totals['num_examples']} examples has a token to predict "
+            f"within data.sequence_length={plan.recipe.sequence_length}: raise it, or check that completions or "
+            f"assistant turns are not empty."
+        )
+    for name, reason in (
+        ("dropped", "nothing in them is to be predicted"),
+        ("truncated", f"longer than data.sequence_length={plan.recipe.sequence_length}"),
+    ):
+        if totals[name]:
+            log.warning("%s: %d of %d examples %s: %s", place, totals[name], totals["num_examples"], name, reason)
+    return {
+        **totals,
+        "shards": shards,
+        "sequence_length": plan.recipe.sequence_length,
+        "packing": plan.recipe.packing,
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
+def write_shard(recipe: _Recipe, directory: str, task: Task) -> Counts:
+    """Read, encode and pack one block and write its shard.
+
+    Returns:
+        plain counts, and ``shard``: the file's name in ``directory``, or None where the block gave no row.
+    """
+    encoder = Encoder(cached_tokenizer(recipe.tokenizer_path, recipe.tokenizer_key), recipe.tokenizer_path)
+    examples = [
+        encoder.encode(to_example(row, recipe.row_format, recipe.columns, place), place)
+        for place, row in read_block(task.block)
+    ]
+    packed = pack(examples, recipe.sequence_length, recipe.packing, encoder.pad_id)
+    name = f"shard-{task.index:06d}.arrow" if len(packed.lengths) else None
+    if name is not None:
+        _write_arrow(packed, Path(directory) / name)
+    return {
+        "shard": name,
+        "num_examples": len(examples),
+        "num_rows": len(packed.lengths),
+        "num_tokens": int(packed.lengths.sum()),
+        "num_targets": int(packed.targets.sum()),
+        "dropped": packed.dropped,
+        "truncated": packed.truncated,
+    }
+
+
+def _write_arrow(packed: Packed, path: Path) -> None:
+    import pyarrow as pa
+
+    def rows(values_NS: npt.NDArray[Any]) -> Any:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values_NS.reshape(-1)), values_NS.shape[1])
+
+    batch = pa.record_batch(
+        {
+            "input_ids": rows(packed.input_ids),
+            # Bytes, because Arrow's own booleans are single bits and could not be mapped as a numpy array.
+            "targets": rows(packed.targets.view(np.uint8)),
+            "starts": rows(packed.starts.view(np.uint8)),
+            "length": pa.array(packed.lengths),
+            "num_targets": pa.array(packed.targets.sum(axis=1, dtype=np.int32)),
+        }
+    )
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)

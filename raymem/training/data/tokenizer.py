@@ -1,0 +1,53 @@
+"""Loading a tokenizer, and the hash that says whether two tokenizers encode alike."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from raymem.errors import ModelError
+from raymem.training.data.directories import digest
+
+
+def load_tokenizer(path: str) -> Any:
+    """The fast tokenizer of a local directory or Hugging Face id.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no ``tokenizer.json`` form.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the library raises many types here
+        reason = str(error).strip().splitlines() or [""]
+        raise ModelError(
+            f"tokenizer {path} cannot be loaded ({type(error).__name__}: {reason[0]}): set model.tokenizer to a "
+            f"directory with tokenizer.json and tokenizer_config.json, a Hugging Face id, or demo."
+        ) from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(f"tokenizer {path} has no fast form: convert it to a tokenizer.json and set model.tokenizer.")
+    # A tokenizer.json may have been saved with these on; lengths are ours to decide.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """Hash of everything that decides the ids of a text or conversation: vocabulary, special tokens, chat template."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return digest([json.loads(tokenizer.backend_tokenizer.to_str()), special, tokenizer.chat_template])
+
+
+@lru_cache(maxsize=2)
+def cached_tokenizer(path: str, key: str) -> Any:
+    """The tokenizer at ``path``, loaded once per process.
+
+    Raises:
+        ModelError: it is not the one that ``key`` was made of.
+    """
+    tokenizer = load_tokenizer(path)
+    if (found := tokenizer_key(tokenizer)) != key:
+        raise ModelError(f"tokenizer {path} differs between processes ({found}, not {key}): give all the same files.")
+    return tokenizer
