@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 )
 
 _SCHEMA_VERSION = 1
-_EVAL_PERCENT = 8
+_EVAL_PERCENT = 12  # of the modules, which hold about 8 % of the text
 # Tests and bundled tools are not the library; encodings and pydoc_data are tables.
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data"} | {
     "site-packages",
@@ -99,7 +99,7 @@ def build_corpus(directory: Path) -> dict[str, int]:
     for module, source in _modules():
         text = io.TextIOWrapper(io.BytesIO(source), encoding=_encoding(source)).read()
         tree = ast.parse(text)
-        lines = text.splitlines(keepends=True)
+        lines = _lines(text)
         for corpus, examples in (("functions", _functions(tree, lines)), ("text", _texts(tree, lines))):
             file = DemoPaths(directory).corpus(corpus, split_of(module))
             for example in examples:
@@ -113,7 +113,7 @@ def build_corpus(directory: Path) -> dict[str, int]:
 
 
 def split_of(module: str) -> str:
-    """``eval`` for about 8 % of all modules, by a hash of the dotted name."""
+    """``eval`` for about one module in eight, by a hash of the dotted name."""
     return "eval" if int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100 < _EVAL_PERCENT else "train"
 
 
@@ -158,6 +158,11 @@ def _encoding(source: bytes) -> str:
     return tokenize.detect_encoding(io.BytesIO(source).readline)[0]
 
 
+def _lines(text: str) -> list[str]:
+    """Lines as the parser counts them; str.splitlines would also split at form feeds."""
+    return list(io.StringIO(text))
+
+
 def _functions(tree: ast.Module, lines: list[str]) -> Iterator[Example]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or ast.get_docstring(node) is None:
@@ -165,10 +170,11 @@ def _functions(tree: ast.Module, lines: list[str]) -> Iterator[Example]:
         header_end = node.body[0].end_lineno
         if len(node.body) < 2 or header_end is None or node.body[1].lineno <= header_end:
             continue
-        whole = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).splitlines(keepends=True)
+        whole = _lines(textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])))
         at = header_end - node.lineno + 1
         prompt, completion = "".join(whole[:at]), "".join(whole[at:]).rstrip() + "\n"
-        if len(completion) <= _LONGEST_BODY_CHARS:
+        # A string that reaches to the left margin keeps a method from being unindented.
+        if whole[0].startswith(("def ", "async def ")) and len(completion) <= _LONGEST_BODY_CHARS:
             yield {"prompt": prompt, "completion": completion}
 
 

@@ -23,12 +23,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 
 
-def _kind_shorthand(value: Any) -> Any:
-    """``adapter: none`` means ``adapter: {kind: none}``."""
-    return {"kind": value} if isinstance(value, str) else value
+def _shorthand(default: str) -> BeforeValidator:
+    """``adapter: none`` means ``adapter: {kind: none}``, and options without a kind are the default kind's."""
 
+    def expand(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        return {"kind": default, **value} if isinstance(value, dict) else value
 
-Shorthand = BeforeValidator(_kind_shorthand, json_schema_input_type=Any)
+    return BeforeValidator(expand)
 
 
 class ModelSection(Section):
@@ -44,8 +47,8 @@ class ModelSection(Section):
     """Hugging Face id, local directory or ``demo``; by default the model's own."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Storage dtype of the base weights; ``auto`` follows ``train.precision``."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation of transformers; ``auto`` takes the best that the architecture supports."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -85,7 +88,7 @@ def _one_source_or_many(value: Any) -> Any:
 
 Sources = Annotated[
     list[Source],
-    BeforeValidator(_one_source_or_many, json_schema_input_type=Any),
+    BeforeValidator(_one_source_or_many),
     Field(min_length=1),
 ]
 
@@ -156,12 +159,12 @@ class AdamW(Section):
 
 
 # Named aliases become named definitions in the JSON schema. A method adds its kinds here and nowhere else in this file.
-Base = TypeAliasType("Base", Annotated[FullBase, Shorthand])
-Adapter = TypeAliasType("Adapter", Annotated[NoAdapter | LoraAdapter, Field(discriminator="kind"), Shorthand])
+Base = TypeAliasType("Base", Annotated[FullBase, _shorthand("full")])
+Adapter = TypeAliasType("Adapter", Annotated[NoAdapter | LoraAdapter, Field(discriminator="kind"), _shorthand("lora")])
 Activations = TypeAliasType(
-    "Activations", Annotated[NoActivationSaving | Checkpointing, Field(discriminator="kind"), Shorthand]
+    "Activations", Annotated[NoActivationSaving | Checkpointing, Field(discriminator="kind"), _shorthand("none")]
 )
-Optimizer = TypeAliasType("Optimizer", Annotated[AdamW, Shorthand])
+Optimizer = TypeAliasType("Optimizer", Annotated[AdamW, _shorthand("adamw")])
 
 
 class TrainSection(Section):
@@ -244,7 +247,9 @@ class NoTracking(Section):
     kind: Literal["none"] = "none"
 
 
-Tracking = TypeAliasType("Tracking", Annotated[MlflowTracking | NoTracking, Field(discriminator="kind"), Shorthand])
+Tracking = TypeAliasType(
+    "Tracking", Annotated[MlflowTracking | NoTracking, Field(discriminator="kind"), _shorthand("mlflow")]
+)
 
 
 class Recipe(Section):

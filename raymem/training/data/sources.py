@@ -8,7 +8,6 @@ from pathlib import Path
 
 from raymem.errors import DataError
 from raymem.training.data.readers import SUFFIXES, Block, Row, index_file, index_hub, read_block
-from raymem.training.demo import CORPORA, SPLITS, ensure_demo
 from raymem.training.recipe import Source
 
 
@@ -79,6 +78,9 @@ def _files_in(directory: Path, place: str) -> list[Path]:
 
 
 def _demo_file(source: Source, place: str, cache_dir: Path) -> Path:
+    # Here, because the demo itself is built on this package and may be imported first.
+    from raymem.training.demo import CORPORA, SPLITS, ensure_demo
+
     corpus = source.path.removeprefix("demo:")
     if corpus not in CORPORA:
         raise DataError(

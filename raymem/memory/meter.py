@@ -1,0 +1,134 @@
+"""The one measurement of peak memory: what the allocator really handed out, on CPU and on CUDA.
+
+On CUDA the caching allocator counts for itself. On CPU there is no such counter, so the peak is the bytes that are
+resident when the window opens plus the highest running sum of the profiler's allocation events, which include the
+temporaries inside kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Highest use of device memory inside a window."""
+
+    allocated_bytes: int
+    reserved_bytes: int | None
+    """What the CUDA caching allocator holds from the driver; None on CPU, which has no such cache."""
+
+
+class PeakMeter:
+    """Context manager that measures the peak of what runs inside it.
+
+    Args:
+        device: where the work runs.
+        resident: called on entry for the tensors that are alive then (:func:`resident_tensors`); used on CPU only.
+
+    After the block ``peak`` holds the result.
+    """
+
+    def __init__(self, device: torch.device, resident: Callable[[], Iterable[torch.Tensor]]) -> None:
+        self._device = device
+        self._resident = resident
+        self._profiler: torch.profiler.profile | None = None
+        self._resident_bytes = 0
+        self.peak: Peak | None = None
+
+    def __enter__(self) -> PeakMeter:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return self
+        self._resident_bytes = storage_bytes(self._resident())
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        self._profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._profiler is None:
+            allocated = torch.cuda.max_memory_allocated(self._device)
+            self.peak = Peak(allocated, torch.cuda.max_memory_reserved(self._device))
+            return
+        self._profiler.__exit__(kind, error, trace)
+        if error is None:
+            self.peak = Peak(self._resident_bytes + _highest_sum(self._profiler), None)
+        self._profiler = None
+
+
+def _highest_sum(profiler: torch.profiler.profile) -> int:
+    """Highest running sum of the CPU allocation events, in the order in which they happened."""
+    events: list[tuple[int, int]] = []
+
+    def walk(nodes: Iterable[Any]) -> Iterator[Any]:
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children)
+
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    for node in walk(results.experimental_event_tree()):
+        kind, fields = node.typed
+        if kind == torch._C._profiler._EventType.Allocation and fields.device.type == "cpu":
+            events.append((node.start_time_ns, fields.alloc_size))
+    running = highest = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        running += size
+        highest = max(highest, running)
+    return highest
+
+
+def resident_tensors(model: nn.Module, extra: Iterable[torch.Tensor] = ()) -> Iterator[torch.Tensor]:
+    """Every tensor that a model keeps between steps (quantisation state included), then ``extra``."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        yield tensor
+        if tensor.grad is not None:
+            yield tensor.grad
+        state = getattr(tensor, "quant_state", None)  # bitsandbytes hides these outside parameters and buffers
+        while state is not None:
+            yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))
+            state = state.state2
+    yield from extra
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes behind the tensors, storages that are shared counted once; of a DTensor its local part."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+    )]  # fmt: skip
+
+
+def heap_in_use_bytes() -> int:
+    """Bytes that glibc malloc has handed out; the difference around a forward pass is what it saved for backward.
+
+    Raises:
+        OSError: the C library has no ``mallinfo2`` (glibc before 2.33, musl).
+    """
+    libc = ctypes.CDLL(None)
+    try:
+        mallinfo2 = libc.mallinfo2
+    except AttributeError:
+        raise OSError("the C library has no mallinfo2 (glibc 2.33 or newer is needed)") from None
+    mallinfo2.restype = _MallInfo
+    info = mallinfo2()
+    return int(info.uordblks + info.hblkhd)

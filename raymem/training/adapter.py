@@ -1,0 +1,118 @@
+"""Adapters: attaching, initial values, continuing and saving. LoRA is PEFT's."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from raymem.errors import ModelError, RecipeError
+from raymem.training.recipe import LoraAdapter, Recipe
+from raymem.training.seeds import generator
+
+log = logging.getLogger(__name__)
+
+
+def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
+    """Wrap a model (usually on the meta device) with the recipe's adapter; the base is frozen.
+
+    Args:
+        dtype: of the adapter's weights. PEFT would use fp32 and save an fp32 copy of every layer input.
+
+    Raises:
+        RecipeError: a target pattern that matches nothing.
+    """
+    adapter = recipe.adapter
+    if not isinstance(adapter, LoraAdapter):
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    if adapter.targets != "all-linear":
+        _check_targets(model, [adapter.targets] if isinstance(adapter.targets, str) else adapter.targets)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=recipe.model.name,
+        revision=recipe.model.revision,
+    )
+    wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return wrapped
+
+
+def _check_targets(model: nn.Module, patterns: list[str]) -> None:
+    """Every pattern must match: PEFT only complains when none does."""
+    names = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
+    if not names:  # GPT-2 writes its linear layers as Conv1D
+        names = [name for name, module in model.named_modules() if name and hasattr(module, "nx")]
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    for pattern in patterns:
+        try:
+            found = any(
+                name == pattern or name.endswith(f".{pattern}") or re.fullmatch(pattern, name) for name in names
+            )
+        except re.error as error:
+            raise RecipeError(f"adapter.targets: {pattern!r} is not a valid pattern: {error}") from None
+        if not found:
+            near = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3) or leaves
+            raise RecipeError(
+                f"adapter.targets: {pattern!r} matches no linear layer of {type(model).__name__}; "
+                f"near names: {', '.join(near)}"
+            )
+
+
+def initial_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """fp32 start of one LoRA matrix, the same on every rank and in every layout.
+
+    PEFT's own distributions: A uniform in +-1/sqrt(fan_in) (Kaiming with a = sqrt(5)), B zero; embedding A zero.
+    """
+    if ".lora_A." in name:
+        bound = 1 / math.sqrt(shape[1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator(seed, "adapter", name))
+    if ".lora_B." in name or ".lora_embedding_A." in name:
+        return torch.zeros(shape)
+    if ".lora_embedding_B." in name:
+        return torch.empty(shape).normal_(generator=generator(seed, "adapter", name))
+    raise AssertionError(f"no initial value is known for adapter tensor {name}")
+
+
+def read_adapter(directory: str, expected: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Tensors of a PEFT directory under the parameter names of a wrapped model.
+
+    Args:
+        expected: parameter name -> shape of the trainable tensors.
+
+    Raises:
+        ModelError: no such directory, or an adapter of other targets or another rank.
+    """
+    path = Path(directory) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ModelError(f"adapter.init_from: {directory} holds no adapter_model.safetensors; give a PEFT directory")
+    with safe_open(path, framework="pt") as file:
+        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    by_file_name = {name.replace(".default.", "."): name for name in expected}
+    if set(by_file_name) != set(saved):
+        odd = sorted(set(by_file_name) ^ set(saved))[0]
+        raise ModelError(
+            f"adapter.init_from: {path} was trained on other layers than adapter.targets selects "
+            f"(first difference: {odd}); use the same targets"
+        )
+    for key, tensor in saved.items():
+        if tensor.shape != expected[by_file_name[key]]:
+            raise ModelError(
+                f"adapter.init_from: {key} is {list(tensor.shape)} in {path} but this recipe makes it "
+                f"{list(expected[by_file_name[key]])}; set adapter.rank to the rank of that adapter"
+            )
+    return {by_file_name[key]: tensor for key, tensor in saved.items()}

@@ -1,0 +1,241 @@
+"""Checkpoints of a run: complete or not there, in safetensors, readable by any number of workers.
+
+``<run>/checkpoints/step_00000120/`` holds one safetensors file per rank (DCP's sharded format, no pickle) and
+``manifest.json``, written last. Only trainable weights, masters and optimizer state are in it; the frozen base is
+named, not copied. Local and Ray runs share this layout, so a run goes on under either.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from raymem import __version__
+from raymem.errors import CheckpointError, RaymemError, StorageError
+from raymem.training.layout import Layout
+from raymem.training.storage import Storage
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself."""
+
+    step: int
+    """Optimizer steps done; also the data cursor, since the sampler is a function of (seed, step)."""
+    identity: dict[str, Any]
+    """Settings that must be equal for the state to make sense (see :func:`raymem.training.identity.identity_of`)."""
+    recipe: dict[str, Any]
+    """The resolved recipe."""
+    eval_loss: float | None
+    """Evaluation loss at this step, if there is evaluation data."""
+
+    def to_dict(self) -> dict[str, Any]:
+        cursor = {"step": self.step, "global_batch": self.identity.get("train.global_batch")}
+        return {
+            "schema": SCHEMA_VERSION,
+            "raymem": __version__,
+            "step": self.step,
+            "cursor": cursor,
+            # Every random stream is derived from (seed, purpose, step), so these two are the whole RNG state.
+            "rng": {"seed": self.identity.get("seed"), "step": self.step},
+            "schedule": {"step": self.step, **{k: self.recipe["train"][k] for k in ("schedule", "warmup")}},
+            "identity": self.identity,
+            "recipe": self.recipe,
+            "eval_loss": self.eval_loss,
+        }
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is collective: all ranks call it, with the same arguments.
+
+    Args:
+        run: storage of the run's directory.
+        layout: this process's place.
+    """
+
+    def __init__(self, run: Storage, layout: Layout) -> None:
+        self._run = run
+        self._layout = layout
+
+    def latest(self) -> Manifest | None:
+        """The newest complete checkpoint, or None.
+
+        Raises:
+            CheckpointError: it was written by a newer schema or is damaged.
+        """
+        return self._layout.on_main(lambda: latest_manifest(self._run))
+
+    def best(self) -> Manifest | None:
+        """The complete checkpoint of lowest evaluation loss (the newest without one), or None."""
+
+        def find() -> Manifest | None:
+            ranked = _ranked(self._run, "best")
+            return _read_manifest(self._run, ranked[0]) if ranked else None
+
+        return self._layout.on_main(find)
+
+    def save(self, manifest: Manifest, tensors: dict[str, torch.Tensor], keep: str, num_to_keep: int) -> None:
+        """Write a checkpoint, then delete those that the retention rule lets go.
+
+        Raises:
+            StorageError: no space or no permission; older checkpoints are untouched and nothing half-written stays.
+        """
+        name = _name(manifest.step)
+        staging = self._layout.on_main(lambda: self._make_staging(name))
+        try:
+            _write_shards(tensors, staging)
+            if not self._run.is_local:
+                self._upload_own_shard(staging, name)
+            self._layout.barrier()
+            self._layout.on_main(lambda: self._commit(staging, name, manifest))
+        except RaymemError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        if not self._run.is_local:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._layout.on_main(lambda: prune(self._run, keep, num_to_keep))
+
+    def load(self, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
+        """Read a checkpoint into allocated tensors, resharding if it was written by another number of workers.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape, or a file is damaged.
+        """
+        place = f"{FOLDER}/{_name(manifest.step)}"
+        if self._run.is_local:
+            directory, temporary = Path(self._run.join(place)), None
+        else:
+            temporary = tempfile.TemporaryDirectory(prefix="raymem-checkpoint-")
+            directory = Path(temporary.name) / "files"
+            self._run.download_dir(place, directory)
+        try:
+            _read_shards(tensors, directory)
+        finally:
+            if temporary is not None:
+                temporary.cleanup()
+
+    def _make_staging(self, name: str) -> Path:
+        if not self._run.is_local:
+            return Path(tempfile.gettempdir()) / f"raymem-{self._run.root.replace('/', '-')}-{name}"
+        staging = Path(self._run.join(FOLDER, f".{name}.part"))
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise StorageError(f"{staging}: cannot be created: {error.strerror}; check storage.path") from None
+        return staging
+
+    def _upload_own_shard(self, staging: Path, name: str) -> None:
+        own = staging.parent / f"{staging.name}-rank{self._layout.rank}"
+        own.mkdir(exist_ok=True)
+        for file in staging.glob(f"shard-{self._layout.rank + 1:05d}-*"):
+            file.rename(own / file.name)
+        try:
+            self._run.upload_dir(own, f"{FOLDER}/{name}", last=None)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+    def _commit(self, staging: Path, name: str, manifest: Manifest) -> None:
+        if not self._run.is_local:
+            self._run.write_json(f"{FOLDER}/{name}/manifest.json", manifest.to_dict())
+            return
+        folder = self._run.child(FOLDER)
+        files = {path.name: {"bytes": path.stat().st_size} for path in sorted(staging.iterdir())}
+        folder.write_json(f"{staging.name}/manifest.json", {**manifest.to_dict(), "files": files})
+        folder.delete_dir(name)  # a replayed step replaces its older self
+        staging.rename(folder.join(name))
+
+
+def latest_manifest(run: Storage) -> Manifest | None:
+    """The newest complete checkpoint of a run directory, or None (no collective; for drivers and tools)."""
+    steps = _complete_steps(run)
+    return _read_manifest(run, steps[-1]) if steps else None
+
+
+def prune(run: Storage, keep: str, num_to_keep: int) -> None:
+    """Delete all but ``num_to_keep`` checkpoints: the newest, or those of lowest evaluation loss and the newest."""
+    ranked = _ranked(run, keep)
+    kept = {*ranked[:num_to_keep], max(ranked, default=0)}
+    for step in ranked:
+        if step not in kept:
+            run.delete_dir(f"{FOLDER}/{_name(step)}")
+
+
+def _ranked(run: Storage, keep: str) -> list[int]:
+    """Steps of all complete checkpoints, the most worthy first; of equal losses the newer."""
+    newest_first = list(reversed(_complete_steps(run)))
+    if keep == "last":
+        return newest_first
+    losses = {step: _read_manifest(run, step).eval_loss for step in newest_first}
+    return sorted(newest_first, key=lambda step: math.inf if (loss := losses[step]) is None else loss)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _complete_steps(run: Storage) -> list[int]:
+    names = [name for name in run.list_dirs(FOLDER) if name.startswith("step_")]
+    return sorted(int(name[5:]) for name in names if run.exists(f"{FOLDER}/{name}/manifest.json"))
+
+
+def _read_manifest(run: Storage, step: int) -> Manifest:
+    place = f"{FOLDER}/{_name(step)}"
+    raw = run.read_json(f"{place}/manifest.json")
+    if raw.get("schema") != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{run.join(place)}: written with checkpoint schema {raw.get('schema')} by raymem {raw.get('raymem')}, "
+            f"this is raymem {__version__} with schema {SCHEMA_VERSION}; use that version, or start over with --fresh"
+        )
+    for name, facts in raw.get("files", {}).items():
+        path = Path(run.join(place, name))
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            raise CheckpointError(f"{path}: missing or truncated; delete {path.parent} to resume from an older one")
+    return Manifest(raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"])
+
+
+def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    try:
+        dcp_save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise StorageError(
+            f"{directory}: the checkpoint cannot be written: {_cause(error)}; free some space or check permissions, "
+            "then run the same command again: it resumes from the last good checkpoint"
+        ) from None
+
+
+def _read_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    reader = HuggingFaceStorageReader(str(directory))
+    try:
+        dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: cannot be read into this recipe's model: {_cause(error)}; it belongs to another recipe or "
+            "is damaged: use --fresh, another name, or delete this checkpoint"
+        ) from None
+
+
+def _cause(error: BaseException) -> str:
+    """The underlying message; DCP wraps one exception per rank."""
+    if isinstance(error, CheckpointException):
+        first = next(iter(error.failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,104 @@
+"""What goes with what: the one list of refused combinations, used for the error and for the table in the docs.
+
+Every rule is data: the two settings that clash, why, and what to do instead. A method adds its rules here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raymem.errors import RecipeError
+from raymem.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings that are refused together."""
+
+    settings: tuple[str, ...]
+    reason: str
+    cure: str
+    applies: Callable[[Recipe], bool]
+
+
+def _nf4(recipe: Recipe) -> bool:
+    return recipe.base.quantize == "nf4"
+
+
+def _full_training(recipe: Recipe) -> bool:
+    return recipe.adapter.kind == "none"
+
+
+def _dtype_clash(recipe: Recipe) -> bool:
+    dtype, precision = recipe.model.dtype, recipe.train.precision
+    if dtype == "auto":
+        return False
+    if precision == "bf16_mixed":
+        return dtype == "bf16" and _full_training(recipe)
+    return dtype != precision
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        ("base.quantize: nf4", "adapter: none"),
+        "4-bit weights are frozen, so there would be nothing to train",
+        "use adapter: lora, or base.quantize: none",
+        lambda r: _nf4(r) and _full_training(r),
+    ),
+    Rule(
+        ("base.quantize: nf4", "scaling.strategy: fsdp2"),
+        "bitsandbytes packs a weight into bytes that FSDP2 cannot shard by rows, and this is not tested",
+        "use scaling.strategy: ddp",
+        lambda r: _nf4(r) and r.scaling.strategy == "fsdp2",
+    ),
+    Rule(
+        ("base.quantize: nf4", "model.config"),
+        "random weights are not worth quantising, and this is not tested",
+        "give model.name",
+        lambda r: _nf4(r) and r.model.config is not None,
+    ),
+    Rule(
+        ("scaling.strategy: fsdp2", "scaling.num_workers: 0"),
+        "sharding needs worker processes",
+        "set scaling.num_workers to 1 or more, or scaling.strategy: ddp",
+        lambda r: r.scaling.strategy == "fsdp2" and r.scaling.num_workers == 0,
+    ),
+    Rule(
+        ("train.master: stochastic_rounding", "train.precision: fp32 or bf16_mixed"),
+        "trainable weights are fp32 there, so nothing is rounded",
+        "use train.precision: bf16, or leave train.master out",
+        lambda r: r.train.master == "stochastic_rounding" and r.train.precision != "bf16",
+    ),
+    Rule(
+        ("model.dtype", "train.precision"),
+        "the precision already fixes the storage dtype of trained weights; a frozen base may differ in bf16_mixed",
+        "leave model.dtype out, or make the two agree",
+        _dtype_clash,
+    ),
+    Rule(
+        ("storage.keep: best", "no data.eval"),
+        "checkpoints are ranked by evaluation loss",
+        "add data.eval, or use storage.keep: last",
+        lambda r: r.storage.keep == "best" and r.data.eval is None,
+    ),
+)
+
+
+def check(recipe: Recipe, place: str = "recipe") -> None:
+    """Refuse a recipe whose settings clash.
+
+    Raises:
+        RecipeError: names the settings, the reason and the cure of every rule that applies.
+    """
+    broken = [rule for rule in RULES if rule.applies(recipe)]
+    if broken:
+        raise RecipeError(
+            "\n".join(f"{place}: {' with '.join(r.settings)} is refused: {r.reason}; {r.cure}" for r in broken)
+        )
+
+
+def table() -> str:
+    """The rules as a Markdown table for the docs."""
+    rows = [f"| {' + '.join(f'`{s}`' for s in r.settings)} | {r.reason} | {r.cure} |" for r in RULES]
+    return "\n".join(["| refused together | why | instead |", "|---|---|---|", *rows]) + "\n"

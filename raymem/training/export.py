@@ -1,0 +1,83 @@
+"""What leaves a run: a PEFT directory, or a model directory, as the Hugging Face tools write and read them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from raymem import __version__
+from raymem.errors import StorageError
+from raymem.training.layout import Layout
+from raymem.training.model import load_tokenizer
+from raymem.training.recipe import NoAdapter, Recipe
+from raymem.training.storage import Storage
+
+FACTS = "raymem.json"
+"""raymem's own facts, beside the standard files and written last: with it the directory is whole."""
+
+
+def artifact_name(recipe: Recipe) -> str:
+    """Directory of the final artefact inside the run: ``adapter`` or ``model``."""
+    return "model" if isinstance(recipe.adapter, NoAdapter) else "adapter"
+
+
+def export_final(model: nn.Module, recipe: Recipe, layout: Layout, run: Storage, facts: dict[str, Any]) -> str:
+    """Write the trained adapter, or the whole model, with its tokenizer. Collective.
+
+    Args:
+        facts: what raymem knows about it (step, losses, peak), stored in ``raymem.json``.
+
+    Returns:
+        Path or URI of the directory.
+
+    Raises:
+        StorageError: it cannot be written; an earlier export stays.
+    """
+    state = _gather(model, layout, only_trainable=not isinstance(recipe.adapter, NoAdapter))
+    return layout.on_main(lambda: _write(model, state, recipe, run, facts))
+
+
+def _gather(model: nn.Module, layout: Layout, *, only_trainable: bool) -> dict[str, torch.Tensor]:
+    """Full tensors on the host of rank 0, one at a time; the other ranks only take part."""
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if only_trainable and not parameter.requires_grad:
+            continue
+        value = parameter.detach()
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if layout.is_main:
+            state[name] = value.cpu()
+    return state
+
+
+def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Storage, facts: dict[str, Any]) -> str:
+    name = artifact_name(recipe)
+    parent = Path(run.root) if run.is_local else None
+    staging = Path(tempfile.mkdtemp(prefix=".export-", dir=parent))
+    try:
+        staging.chmod(0o755)  # mkdtemp's 0700 would follow the directory to its place
+        model.save_pretrained(staging, state_dict=state)
+        load_tokenizer(recipe).save_pretrained(staging)
+        contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
+        (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
+        if run.is_local:
+            run.delete_dir(name, last=FACTS)
+            staging.rename(run.join(name))
+        else:
+            run.upload_dir(staging, name, last=FACTS)
+    except OSError as error:
+        raise StorageError(
+            f"{run.join(name)}: the result cannot be written: {error.strerror or error}; free some space or check "
+            "permissions, then run the same command again: it only repeats this last part"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return run.join(name)

@@ -1,0 +1,56 @@
+"""Which settings must not change while a run goes on, so that its checkpoints keep their meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raymem.errors import CheckpointError
+from raymem.training.data.shards import Prepared
+from raymem.training.recipe import Recipe
+
+FIXED = (
+    "seed",
+    "model",
+    "base",
+    "adapter",
+    "optimizer.kind",
+    "train.global_batch",
+    "train.precision",
+    "train.master",
+    "data.sequence_length",
+    "data.packing",
+)
+
+
+def identity_of(recipe: Recipe, train_data: Prepared) -> dict[str, Any]:
+    """The settings that a checkpoint is tied to; worker count, batch split, schedule and length are free."""
+    raw = recipe.to_dict()
+    found = {path: _lookup(raw, path.split(".")) for path in FIXED}
+    found["data.train"] = [[source.directory.name, source.weight] for source in train_data.sources]
+    return found
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any], place: str) -> None:
+    """Refuse to continue a run whose recipe changed where that makes no sense.
+
+    Raises:
+        CheckpointError: names the first setting that differs, both values and the cure.
+    """
+    for path, value in current.items():
+        if saved.get(path) != value:
+            raise CheckpointError(
+                f"{place}: this run was started with {path}={_shown(saved.get(path))} but the recipe now says "
+                f"{_shown(value)}; restore it, choose another name, or start over with --fresh"
+            )
+
+
+def _lookup(raw: Any, parts: Sequence[str]) -> Any:
+    for part in parts:
+        raw = raw[part]
+    return raw
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,105 @@
+"""Where this process stands among the workers of a run, and how the model is spread over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raymem.errors import RaymemError
+from raymem.training.recipe import Recipe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One process's place; the default is a single process without a process group, as with ``num_workers: 0``."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    strategy: str = "ddp"
+
+    @staticmethod
+    def current(recipe: Recipe, local_rank: int = 0) -> Layout:
+        """The layout of this process, from its process group if there is one."""
+        grouped = dist.is_initialized()
+        device = torch.device("cuda", local_rank) if recipe.scaling.use_gpu else torch.device("cpu")
+        return Layout(
+            rank=dist.get_rank() if grouped else 0,
+            world_size=dist.get_world_size() if grouped else 1,
+            local_rank=local_rank,
+            device=device,
+            strategy=recipe.scaling.strategy,
+        )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are DTensors; FSDP2 on one worker shards trivially and keeps one code path."""
+        return self.strategy == "fsdp2"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest ``value`` of all ranks, on every rank."""
+        if not dist.is_initialized():
+            return value
+        gathered = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(gathered, op=dist.ReduceOp.MAX)
+        return int(gathered)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on rank 0 alone; every rank gets its result, or raises its error."""
+        if not dist.is_initialized():
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except RaymemError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
+
+
+def shard(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """FSDP2: every transformer block is one unit, what is left (embeddings, head) the root's.
+
+    Works on meta parameters, so that no rank ever holds more than its shard.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def replicate(model: nn.Module, layout: Layout) -> nn.Module:
+    """DDP around a materialised model; one worker needs none."""
+    if layout.world_size == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    device_ids = [layout.device.index] if layout.device.type == "cuda" else None
+    # Ranks load or draw the same weights, so the broadcast at start (a full copy through one rank) is not needed.
+    return DistributedDataParallel(model, device_ids=device_ids, init_sync=False, gradient_as_bucket_view=True)
+
+
+def local_rows(num_rows: int, rank: int, world_size: int) -> slice:
+    """Rows of dimension 0 that FSDP2 gives to ``rank`` (the split of ``torch.chunk``)."""
+    size = -(-num_rows // world_size)
+    return slice(min(rank * size, num_rows), min((rank + 1) * size, num_rows))

@@ -1,0 +1,219 @@
+"""The one training loop: every method, layout and launcher runs through it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raymem.errors import NonFiniteError
+from raymem.memory.meter import PeakMeter, resident_tensors
+from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
+from raymem.training.data.batches import global_targets, rank_batches
+from raymem.training.data.dataset import PackedRows
+from raymem.training.data.sampler import Sampler
+from raymem.training.data.shards import Prepared
+from raymem.training.evaluate import Evaluation, evaluate
+from raymem.training.export import export_final
+from raymem.training.identity import check_identity, identity_of
+from raymem.training.layout import Layout, replicate
+from raymem.training.model import build_model
+from raymem.training.optim import build_updater, lr_factor
+from raymem.training.recipe import Recipe
+from raymem.training.reporter import Reporter, Row
+from raymem.training.seeds import derive
+from raymem.training.step import finite_guard, train_step
+from raymem.training.storage import Storage
+
+log = logging.getLogger(__name__)
+
+METERED_STEPS = (2, 3)
+"""The first step creates the optimizer state, so only from the second on is the footprint complete."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves; plain values, sent from worker to driver."""
+
+    steps: int
+    started_at: int
+    """First step of this session: above 0 if it resumed."""
+    loss: float | None
+    """Training loss of the last step; None if the run was already complete."""
+    eval_loss: float | None
+    eval_perplexity: float | None
+    peak_bytes: int | None
+    """Highest peak over all ranks."""
+    artifact: str
+    """Path or URI of the final adapter or model directory."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def run(
+    recipe: Recipe, layout: Layout, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
+    reporter: Reporter,
+) -> Outcome:  # fmt: skip
+    """Train a recipe to its end from wherever its last checkpoint stands. Collective over all ranks.
+
+    Raises:
+        RaymemError: see the rooms that it calls; on any error the last good checkpoint stays.
+    """
+    session = _Session(recipe, layout, run_storage, train_data, eval_data, reporter)
+    return session.run()
+
+
+class _Session:
+    """One process's part in a run, from (re)start to end."""
+
+    def __init__(
+        self, recipe: Recipe, layout: Layout, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
+        reporter: Reporter,
+    ) -> None:  # fmt: skip
+        self.recipe, self.layout, self.run_storage, self.reporter = recipe, layout, run_storage, reporter
+        self.identity = identity_of(recipe, train_data)
+        self.checkpoints = Checkpoints(run_storage, layout)
+        self.rows = PackedRows(train_data.directories)
+        self.eval_rows = None if eval_data is None else PackedRows(eval_data.directories)
+        self.sampler = Sampler(recipe.seed, self.rows.sizes_and_weights, recipe.train.global_batch)
+        self.total_steps = recipe.train.steps or self.sampler.steps_for(recipe.train.epochs or 1.0)
+        tenth = -(-self.total_steps // 10)
+        self.eval_every = recipe.train.eval_every or tenth
+        self.save_every = recipe.train.save_every or tenth
+        self.mixed = recipe.train.precision == "bf16_mixed"
+        self.peak_bytes: int | None = None
+        self.eval_loss: float | None = None
+
+    def run(self) -> Outcome:
+        self._seed(step=0)
+        self.bare = build_model(self.recipe, self.layout)
+        self.updater = build_updater(self.bare, self.recipe)
+        start = self._resume()
+        self.model = self.bare if self.layout.sharded else replicate(self.bare, self.layout)
+        row: Row = {}
+        for step in range(start, self.total_steps):
+            row = self._step(step, first=start)
+            done = step + 1
+            if self.eval_rows is not None and self._due(done, self.eval_every):
+                row |= self._evaluate()
+            self.reporter.log(row)
+            if self._due(done, self.save_every):
+                self._save(done)
+        self.reporter.flush()
+        exported = self._load_best() if self.recipe.storage.keep == "best" else self.total_steps
+        facts = {"step": exported, "eval_loss": self.eval_loss, "peak_bytes": self.peak_bytes}
+        artifact = export_final(self.bare, self.recipe, self.layout, self.run_storage, facts)
+        return Outcome(
+            steps=self.total_steps,
+            started_at=start,
+            loss=row.get("loss"),
+            eval_loss=self.eval_loss,
+            eval_perplexity=None if self.eval_loss is None else Evaluation(self.eval_loss, 1).perplexity,
+            peak_bytes=self.peak_bytes,
+            artifact=artifact,
+        )
+
+    def _resume(self) -> int:
+        manifest = self.checkpoints.latest()
+        if manifest is None:
+            return 0
+        place = self.run_storage.join(FOLDER)
+        check_identity(manifest.identity, self.identity, place)
+        self.updater.allocate_state()
+        self.checkpoints.load(manifest, self.updater.state())
+        self.eval_loss = manifest.eval_loss
+        log.info("resuming from step %d (%s)", manifest.step, place)
+        return manifest.step
+
+    def _load_best(self) -> int:
+        """Put the kept weights of lowest evaluation loss into the model; returns their step."""
+        best = self.checkpoints.best()
+        assert best is not None, "the last step is always saved"
+        if best.step != self.total_steps:
+            self.checkpoints.load(best, self.updater.state())
+            log.info("the checkpoint of step %d has the lowest evaluation loss and is the result", best.step)
+        self.eval_loss = best.eval_loss
+        return best.step
+
+    def _step(self, step: int, first: int) -> Row:
+        """One optimizer step and its metrics."""
+        began = time.perf_counter()
+        self._seed(step)
+        train = self.recipe.train
+        ids = self.sampler.ids(step)
+        batches = rank_batches(self.rows, ids, self.layout.rank, self.layout.world_size, train.micro_batch)
+        lr = self.recipe.optimizer.lr * lr_factor(step, self.total_steps, train.schedule, train.warmup)
+        try:
+            with self._metered(step - first + 1):
+                result = train_step(
+                    self.model,
+                    [batch.to(self.layout.device) for batch in batches],
+                    global_targets(self.rows, ids),
+                    self.updater,
+                    step,
+                    lr,
+                    clip_norm=train.clip_norm,
+                    mixed=self.mixed,
+                    guard=finite_guard,
+                )
+        except NonFiniteError as error:
+            saved = self.checkpoints.latest()
+            kept = f"the checkpoint of step {saved.step} is kept" if saved else "there is no checkpoint yet"
+            raise NonFiniteError(
+                f"{error} at step {step + 1}; nothing was written by that step and {kept}: lower optimizer.lr, "
+                "raise train.warmup or look at the data, then run again"
+            ) from None
+        row = {
+            "step": float(step + 1),
+            "loss": float(result.loss),
+            "grad_norm": float(result.grad_norm),
+            "lr": lr,
+            "tokens_per_s": float(self.rows.lengths[ids].sum()) / (time.perf_counter() - began),
+            "epoch": (step + 1) * train.global_batch / self.sampler.epoch_size,
+        }
+        if self.peak_bytes is not None and step - first + 1 in METERED_STEPS:
+            row["peak_bytes"] = float(self.peak_bytes)
+        return row
+
+    def _evaluate(self) -> Row:
+        assert self.eval_rows is not None
+        micro_batch = self.recipe.train.micro_batch
+        found = evaluate(self.model, self.eval_rows, self.layout, micro_batch=micro_batch, mixed=self.mixed)
+        self.eval_loss = found.loss
+        return {"eval_loss": found.loss, "eval_perplexity": found.perplexity}
+
+    def _save(self, done: int) -> None:
+        if self.recipe.storage.keep == "best" and not self._due(done, self.eval_every):
+            self._evaluate()  # every checkpoint that is ranked needs a loss of its own
+        manifest = Manifest(done, self.identity, self.recipe.to_dict(), self.eval_loss)
+        storage = self.recipe.storage
+        self.checkpoints.save(manifest, self.updater.state(), storage.keep, storage.num_to_keep)
+        self.reporter.flush()
+
+    def _due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self.total_steps
+
+    def _seed(self, step: int) -> None:
+        """Dropout draws from the global stream; seeding it by step and rank makes it a function of the position."""
+        torch.manual_seed(derive(self.recipe.seed, "dropout", step, self.layout.rank))
+
+    @contextlib.contextmanager
+    def _metered(self, nth: int) -> Iterator[None]:
+        """Measure the footprint of the ``nth`` step of this session, if it is one of the metered ones."""
+        if nth not in METERED_STEPS:
+            yield
+            return
+        with PeakMeter(self.layout.device, self._resident) as meter:
+            yield
+        assert meter.peak is not None
+        self.peak_bytes = max(self.peak_bytes or 0, self.layout.max_over_ranks(meter.peak.allocated_bytes))
+
+    def _resident(self) -> Iterator[torch.Tensor]:
+        return resident_tensors(self.bare, self.updater.state().values())

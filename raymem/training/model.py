@@ -1,0 +1,228 @@
+"""From a recipe to a model: on the meta device for planning, or loaded and spread over the workers for training."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raymem.errors import ModelError
+from raymem.training import adapter, weights
+from raymem.training.layout import Layout, shard
+from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
+from raymem.training.seeds import derive
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def trainable_dtype(recipe: Recipe) -> torch.dtype:
+    """Storage dtype of the weights that are trained."""
+    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+
+
+def base_dtype(recipe: Recipe) -> torch.dtype:
+    """Storage dtype of the base weights."""
+    return trainable_dtype(recipe) if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
+
+
+def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = False) -> nn.Module:
+    """Build the recipe's model with its adapter, in training mode.
+
+    Args:
+        layout: this process's place; its device is where the model lands.
+        meta: stop before any weight is allocated or read (only the config is needed).
+
+    Returns:
+        A transformers model, wrapped by PEFT if there is an adapter; parameters are DTensors under FSDP2.
+
+    Raises:
+        ModelError: no such model, no config, missing or odd weights.
+        RecipeError: an adapter pattern that matches nothing.
+    """
+    layout = layout or Layout()
+    config = load_config(recipe, layout)
+    bare = _on_meta(config, recipe)
+    # Names are those of the bare model: quantising, wrapping and sharding change names or parameters, not the places.
+    source = None if meta else _source(bare, config, recipe, layout)
+    tied = set(getattr(bare, "all_tied_weights_keys", None) or {})
+    blocks = [m for m in bare.modules() if type(m).__name__ in (bare._no_split_modules or ())]
+    if recipe.base.quantize == "nf4":
+        _use_nf4_linears(bare, base_dtype(recipe))
+    places = weights.slots(bare)
+    if isinstance(recipe.activations, Checkpointing):
+        bare.activation_checkpointing_enable({"use_reentrant": False})
+    model: nn.Module = adapter.attach(bare, recipe, trainable_dtype(recipe))
+    model.train()
+    if source is None:
+        return model
+
+    if layout.sharded:
+        shard(model, blocks)
+    weights.materialise(model, layout)
+    bare.tie_weights()
+    weights.fill(places, source, layout, tied)
+    _fill_adapter(model, recipe, layout)
+    _restore_computed_buffers(bare)
+    return model
+
+
+def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
+    """transformers config of the recipe's model; no weights are downloaded for it.
+
+    Raises:
+        ModelError: unknown model type, no config at the path, hub not reachable.
+    """
+    from transformers import AutoConfig
+
+    if recipe.model.config is not None:
+        options = dict(recipe.model.config)
+        kind = options.pop("model_type")
+        try:
+            return AutoConfig.for_model(kind, **options)
+        except ValueError:
+            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+            near = difflib.get_close_matches(kind, CONFIG_MAPPING_NAMES, n=3)
+            raise ModelError(
+                f"model.config.model_type: {kind!r} is unknown to transformers"
+                f"{'; near names: ' + ', '.join(near) if near else ''}"
+            ) from None
+    directory = fetch(recipe.model.name or "", recipe.model.revision, layout or Layout(), weights_too=False)
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"model.name: {directory}/config.json cannot be used: {_first_line(error)}") from None
+
+
+def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool) -> Path:
+    """Local directory of a model; a hub id is downloaded once per node.
+
+    Raises:
+        ModelError: neither a directory with a config.json nor a hub id that can be had.
+    """
+    directory = Path(name)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"model.name: {directory} has no config.json; give a directory that save_pretrained wrote")
+        return directory
+    if directory.is_absolute():
+        raise ModelError(f"model.name: {directory} does not exist; give an existing directory or a Hugging Face id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights_too else [])]
+    if layout.local_rank != 0:
+        layout.barrier()
+    try:
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"model.name: {name!r} is no local directory and cannot be had from the Hugging Face hub "
+            f"({_first_line(error)}); give a path that holds config.json, or check the id, the network and HF_TOKEN"
+        ) from None
+    if layout.local_rank == 0:
+        layout.barrier()
+    return found
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """Tokenizer of the recipe: ``model.tokenizer``, or the model's own.
+
+    Raises:
+        ModelError: none can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    name = recipe.model.tokenizer or recipe.model.name or ""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=recipe.model.revision)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"model.tokenizer: none can be loaded from {name!r} ({_first_line(error)}); set model.tokenizer to a "
+            "directory or Hugging Face id that has one"
+        ) from None
+
+
+def _on_meta(config: Any, recipe: Recipe) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:
+        with torch.device("meta"), no_init_weights():
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=base_dtype(recipe),
+                attn_implementation=None if recipe.model.attention == "auto" else recipe.model.attention,
+            )
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"model: {_first_line(error)}") from None
+
+
+def _source(bare: Any, config: Any, recipe: Recipe, layout: Layout) -> weights.TensorSource:
+    """Where the base weights come from: opened before anything is allocated, so that a bad one is an error at once."""
+    if recipe.model.name is not None:
+        directory = fetch(recipe.model.name, recipe.model.revision, layout, weights_too=True)
+        return weights.checkpoint_source(bare, directory)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(recipe.seed, "init"))
+        return weights.Whole(type(bare)._from_config(config).state_dict())
+
+
+def _use_nf4_linears(bare: Any, dtype: torch.dtype) -> None:
+    """Swap every linear layer but the output head for bitsandbytes' 4-bit one (double quantisation, as QLoRA)."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ModelError("base.quantize: nf4 needs bitsandbytes: pip install 'raymem[quant]'") from None
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    replace_with_bnb_linear(bare, modules_to_not_convert=get_keys_to_not_convert(bare), quantization_config=config)
+
+
+@torch.no_grad()
+def _fill_adapter(model: nn.Module, recipe: Recipe, layout: Layout) -> None:
+    """Give the adapter's weights their start, or those of ``adapter.init_from``."""
+    if isinstance(recipe.adapter, NoAdapter):
+        return
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    given = {}
+    if recipe.adapter.init_from is not None:
+        given = adapter.read_adapter(recipe.adapter.init_from, {name: p.shape for name, p in trainable.items()})
+    places = weights.slots(model)
+    for name, parameter in trainable.items():
+        full = given.get(name)
+        if full is None:
+            full = adapter.initial_value(name, parameter.shape, recipe.seed)
+        weights.put(*places[name], lambda rows, full=full: full if rows is None else full[rows], layout, name)  # type: ignore[misc]
+
+
+def _restore_computed_buffers(bare: Any) -> None:
+    """Recompute buffers that no checkpoint holds (rotary frequencies, embedding scales) through transformers' own rule.
+
+    transformers initialises what is not flagged; so everything that was just loaded is flagged, and of the modules
+    only those that own such buffers are visited.
+    """
+    for tensor in [*bare.parameters(), *bare.buffers()]:
+        tensor._is_hf_initialized = True
+    for module in bare.modules():
+        module._is_hf_initialized = not module._non_persistent_buffers_set
+        for name in module._non_persistent_buffers_set:
+            buffer = getattr(module, name)
+            if buffer is not None:
+                buffer._is_hf_initialized = False
+    bare.initialize_weights()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,195 @@
+"""Optimizers and what keeps bf16 weights trainable: fp32 master weights or stochastic rounding.
+
+A bf16 number has 8 significant bits, so an update below about 0.4 % of a weight is lost when it is added to it.
+``train.master`` chooses how that is avoided for bf16 trainable weights; it has no effect on fp32 ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from raymem.training.recipe import AdamW, Recipe
+from raymem.training.seeds import generator
+
+
+class Updater:
+    """The trainable parameters of a model, their optimizer and, where wanted, their fp32 masters.
+
+    Args:
+        parameters: name -> trainable parameter.
+        make_optimizer: called with the named tensors that the optimizer is to update.
+        masters: keep fp32 copies, update those and round them into the parameters.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        make_optimizer: Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer],
+        *,
+        masters: bool,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.masters = {n: nn.Parameter(p.detach().float()) for n, p in parameters.items()} if masters else {}
+        self.updated = self.masters or self.parameters
+        self.optimizer = make_optimizer(self.updated)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Gradients of the tensors that are updated (fp32 with masters); parameters without one are left out."""
+        for name, master in self.masters.items():
+            parameter = self.parameters[name]
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        return [p.grad for p in self.updated.values() if p.grad is not None]
+
+    @torch.no_grad()
+    def step(self, step: int, lr: float) -> None:
+        """Optimizer step number ``step`` (from 0) with learning rate ``lr``; gradients are dropped.
+
+        Both are written into the parameter groups: an optimizer that draws random numbers seeds them with the
+        group's ``step``, and this way a resumed run needs no counter of its own.
+        """
+        for group in self.optimizer.param_groups:
+            group.update(step=step, lr=lr)
+        self.optimizer.step()
+        for name, master in self.masters.items():
+            self.parameters[name].copy_(master)
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        for parameter in [*self.parameters.values(), *self.masters.values()]:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def allocate_state(self) -> None:
+        """Create the state of a first step (by one of rate 0), so that a checkpoint can be read into it."""
+        for parameter in self.updated.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.step(0, lr=0.0)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that a checkpoint needs, under stable names: weights, masters, optimizer state."""
+        tensors = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"master.{name}": p.detach() for name, p in self.masters.items()}
+        for name, parameter in self.updated.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                assert isinstance(value, torch.Tensor), f"optimizer state {key} of {name} is no tensor"
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors
+
+
+def build_updater(model: nn.Module, recipe: Recipe) -> Updater:
+    """The recipe's optimizer over the trainable parameters of ``model``."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    low_precision = recipe.train.precision == "bf16"
+    rounding = low_precision and recipe.train.master == "stochastic_rounding"
+
+    def make(named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        return _build_optimizer(named, recipe.optimizer, recipe.seed, stochastic_rounding=rounding)
+
+    return Updater(parameters, make, masters=low_precision and recipe.train.master == "fp32")
+
+
+def _build_optimizer(
+    named: Mapping[str, nn.Parameter], options: AdamW, seed: int, *, stochastic_rounding: bool
+) -> torch.optim.Optimizer:
+    arguments: dict[str, Any] = {
+        "lr": options.lr,
+        "betas": options.betas,
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
+    }
+    if stochastic_rounding:
+        return StochasticRoundingAdamW(named, seed=seed, **arguments)
+    # torch picks by device when neither is given; the planner must know.
+    arguments[options.implementation] = True
+    return torch.optim.AdamW(named.values(), **arguments)
+
+
+class StochasticRoundingAdamW(torch.optim.Optimizer):
+    """AdamW for bf16 parameters: fp32 arithmetic and moments, the result rounded up or down at random without bias.
+
+    Args:
+        named: name -> bf16 parameter; names seed the rounding, so that replicas and resumed runs round alike.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        *,
+        seed: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self._names = {id(p): name for name, p in named.items()}
+        self._seed = seed
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
+        super().__init__(named.values(), defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+            group["step"] += 1
+        return loss
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+        value = parameter.float()
+        adamw(
+            [value],
+            [parameter.grad.float()],  # type: ignore[union-attr]
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        local, target = (t.to_local() if isinstance(t, DTensor) else t for t in (value, parameter))
+        noise = generator(self._seed, "rounding", self._names[id(parameter)], group["step"], device=local.device)
+        target.copy_(stochastic_round(local, noise))
+
+
+def stochastic_round(value: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+    """Round fp32 to bf16 without bias: up with a probability equal to the cut-off fraction.
+
+    Adding a random 16-bit number below the bits that bf16 keeps carries into them exactly that often.
+    """
+    noise = torch.randint(0, 1 << 16, value.shape, generator=source, device=value.device, dtype=torch.int32)
+    bits = (value.contiguous().view(torch.int32) + noise) & -(1 << 16)
+    return bits.view(torch.float32).to(torch.bfloat16)
+
+
+def lr_factor(step: int, total_steps: int, schedule: str, warmup: float) -> float:
+    """Learning rate of ``step`` (from 0) as a fraction of the peak; a pure function, so there is nothing to save."""
+    import math
+
+    warmup_steps = int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if schedule == "linear" else 1.0

@@ -1,0 +1,222 @@
+"""Reading a recipe: YAML file + ``--set`` overrides -> :class:`Recipe`, or one :class:`RecipeError`."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from typing_extensions import TypeAliasType
+
+from raymem.errors import RecipeError
+from raymem.training import compat
+from raymem.training.recipe import Recipe
+
+DEMO_PREFIX = "demo"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, validate and resolve a recipe file.
+
+    Args:
+        path: YAML file.
+        overrides: ``a.b=value`` strings, the value in YAML syntax.
+
+    Raises:
+        RecipeError: missing or malformed file, unknown key, bad value, or parts that do not go together.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file; `raymem init` writes one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as text: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a YAML mapping (model:, data:, train:, ...), got {type(raw).__name__}")
+    raw.setdefault("name", path.stem)
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_recipe(raw, place=str(path), base_dir=Path.cwd())
+
+
+def parse_recipe(raw: dict[str, Any], place: str = "recipe", base_dir: Path | None = None) -> Recipe:
+    """Validate a plain dict; with ``base_dir`` relative paths are made absolute, since workers have another directory.
+
+    Raises:
+        RecipeError: one line per problem, each naming the YAML path, the value, the rule and the nearest valid name.
+    """
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{place}: {problem}" for problem in _problems(error))) from None
+    if base_dir is not None:
+        recipe = _absolute(recipe, base_dir)
+    compat.check(recipe, place)
+    return recipe
+
+
+def packaged_recipe(name: str) -> Path:
+    """File of a recipe that ships with raymem, for example ``quickstart``.
+
+    Raises:
+        RecipeError: no such recipe.
+    """
+    installed = Path(str(resources.files("raymem"))) / "recipes"
+    folder = installed if installed.is_dir() else Path(__file__).parents[2] / "jobs" / "recipes"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise RecipeError(f"no recipe named {name!r} ships with raymem{_nearest(name, names)}")
+    return path
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {override}: write it as path=value, for example --set train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = key.split(".")
+    node: Any = raw
+    for depth, part in enumerate(parents):
+        child = _child(node, part, override)
+        if child is None:
+            child = {}
+            _assign(node, part, child)
+        elif isinstance(child, str) and depth == 0:
+            child = {"kind": child}  # `adapter: lora` and `--set adapter.rank=8` belong together
+            _assign(node, part, child)
+        node = child
+    _child(node, last, override)
+    _assign(node, last, value)
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads ``1e-3`` as a string; everybody means the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, dict):
+        return node.get(part)
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    raise RecipeError(f"--set {override}: {part!r} cannot be looked up in {type(node).__name__} {node!r}")
+
+
+def _assign(node: Any, part: str, value: Any) -> None:
+    node[int(part) if isinstance(node, list) else part] = value
+
+
+def _absolute(recipe: Recipe, base_dir: Path) -> Recipe:
+    """Make every local path absolute; ids of the Hugging Face hub and URIs stay as they are."""
+
+    def local(value: str | None) -> str | None:
+        if value is None or "://" in value or value.startswith(f"{DEMO_PREFIX}:"):
+            return value
+        candidate = base_dir / Path(value).expanduser()
+        looks_local = value.startswith((".", "/", "~")) or candidate.exists() or Path(value).suffix in DATA_SUFFIXES
+        return str(candidate.resolve()) if looks_local else value
+
+    def sources(items: Any) -> Any:
+        return items and [{**item, "path": local(item["path"])} for item in items]
+
+    raw = recipe.to_dict()
+    raw["model"].update({key: local(raw["model"][key]) for key in ("name", "tokenizer")})
+    raw["data"].update({key: sources(raw["data"][key]) for key in ("train", "eval")})
+    if raw["adapter"].get("init_from"):
+        raw["adapter"]["init_from"] = str((base_dir / Path(raw["adapter"]["init_from"]).expanduser()).resolve())
+    if "://" not in raw["storage"]["path"]:
+        raw["storage"]["path"] = str((base_dir / Path(raw["storage"]["path"]).expanduser()).resolve())
+    return Recipe.model_validate(raw)
+
+
+DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet"}
+
+
+def _problems(error: ValidationError) -> Iterable[str]:
+    seen: dict[str, str] = {}
+    for item in error.errors():
+        path, fields = _resolve(item["loc"])
+        kind, message, value = item["type"], item["msg"], item.get("input")
+        if kind == "extra_forbidden":
+            text = f"unknown key{_nearest(path.rpartition('.')[2], fields)}"
+        elif kind == "missing":
+            text = "is missing"
+        elif kind in ("union_tag_invalid", "literal_error"):
+            context = item["ctx"]
+            expected = [tag.strip("' ") for tag in str(context.get("expected_tags", context.get("expected"))).replace(
+                " or ", ",").split(",")]  # fmt: skip
+            given = context.get("tag", value)
+            path = path if kind == "literal_error" else f"{path}.kind"
+            text = f"{given!r} is not one of {', '.join(expected)}{_nearest(str(given), expected)}"
+        elif kind == "value_error":
+            text = message.removeprefix("Value error, ")
+        else:
+            text = f"{value!r}: {message[0].lower()}{message[1:]}"
+        # A union reports every arm that failed; one line per place is what a person can act on.
+        seen[path] = f"{seen[path]}, or {text.partition(': ')[2]}" if path in seen else text
+    return [f"{path}: {text}" if path else text for path, text in seen.items()]
+
+
+def _resolve(location: Sequence[int | str]) -> tuple[str, list[str]]:
+    """Dotted YAML path of a pydantic location, and the names that are valid where its last part stands.
+
+    pydantic puts union tags (``lora``) and arms (``constrained-int``) into the location; they are no part of the YAML.
+    """
+    parts: list[str] = []
+    models: list[type[BaseModel]] = [Recipe]
+    fields: list[str] = list(Recipe.model_fields)
+    for index, part in enumerate(location):
+        last = index == len(location) - 1
+        if isinstance(part, int):
+            parts[-1] += f"[{part}]"
+            continue
+        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
+        if tagged and not last:
+            models, fields = tagged, list(tagged[0].model_fields)
+            continue
+        owners = [m for m in models if part in m.model_fields]
+        if not owners and not last:
+            continue
+        if not owners and models == []:  # the arm of a union of plain types
+            continue
+        parts.append(part)
+        fields = sorted({name for m in models for name in m.model_fields})
+        models = [inner for m in owners for inner in _models_in(m.model_fields[part].annotation)]
+    return ".".join(parts), fields
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every recipe section that an annotation can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, TypeAliasType):
+        return _models_in(annotation.__value__)
+    if isinstance(annotation, types.GenericAlias | types.UnionType) or typing.get_args(annotation):
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    listed = sorted(candidates)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(listed)}"

@@ -1,0 +1,36 @@
+"""Where the loop's numbers go. The loop knows this protocol only; who listens is the caller's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+Row = dict[str, float]
+"""One step's metrics: ``step`` (steps done, from 1), ``loss``, ``lr``, ``grad_norm``, ``tokens_per_s``, and when due
+``eval_loss``, ``eval_perplexity`` and ``peak_bytes``."""
+
+Listener = Callable[[Sequence[Row]], None]
+
+
+class Reporter(Protocol):
+    """Receives one row per step on every rank, in order."""
+
+    def log(self, row: Row) -> None:
+        """Must be cheap: it is called between steps."""
+
+    def flush(self) -> None:
+        """Deliver everything; called at checkpoints and at the end, on every rank."""
+
+
+class LocalReporter:
+    """Hands rows to listeners in this process, at once: a progress display, a tracking sink."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self._listeners = listeners
+
+    def log(self, row: Row) -> None:
+        for listener in self._listeners:
+            listener([row])
+
+    def flush(self) -> None:
+        pass

@@ -1,0 +1,123 @@
+"""One optimizer step. It returns tensors, never waits for the device and has no shape that depends on data.
+
+That is what lets the planner trace this very function on fake tensors. The one place where the host looks at values
+is ``guard``, which the caller passes in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from raymem.errors import NonFiniteError
+from raymem.training.data.batches import Batch
+from raymem.training.optim import Updater
+
+# B rows of a micro-batch, S tokens of a row, V vocabulary
+
+Guard = Callable[[torch.Tensor, torch.Tensor], None]
+"""Called with loss and gradient norm before anything is written; raises to stop the run."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """0-dim fp32 tensors, equal on every rank."""
+
+    loss: torch.Tensor
+    """Mean cross-entropy per target token of the global batch, in nats."""
+    grad_norm: torch.Tensor
+    """Global L2 norm before clipping."""
+
+
+def finite_guard(loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+    """Stop before a step that would write NaN or infinity.
+
+    Raises:
+        NonFiniteError: says which of the two it was.
+    """
+    values = torch.stack([loss, grad_norm]).tolist()
+    for name, value in zip(("loss", "gradient norm"), values, strict=True):
+        if not torch.isfinite(torch.tensor(value)):
+            raise NonFiniteError(f"{name} is {value}")
+
+
+def token_loss_sum(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of predicting each labelled token from the position before it; label -100 is no target."""
+    shifted_BS = F.pad(labels_BS[:, 1:], (0, 1), value=-100)
+    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), shifted_BS.flatten(), ignore_index=-100, reduction="sum")
+
+
+def forward_loss_sum(model: nn.Module, batch: Batch, *, mixed: bool) -> torch.Tensor:
+    """Forward pass of one micro-batch and its summed loss; ``mixed`` runs it under bf16 autocast."""
+    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=mixed):
+        logits_BSV = model(**batch.model_inputs()).logits
+    return token_loss_sum(logits_BSV, batch.labels)
+
+
+def train_step(
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    global_targets: int,
+    updater: Updater,
+    step: int,
+    lr: float,
+    *,
+    clip_norm: float | None = None,
+    mixed: bool = False,
+    guard: Guard = finite_guard,
+) -> StepResult:
+    """Forward and backward over the micro-batches of this rank, then one update.
+
+    Args:
+        micro_batches: this rank's share of the global batch; every rank has equally many.
+        global_targets: target tokens of the global batch over all ranks; the loss is their mean.
+        step: number of this step in the run, from 0; seeds what the optimizer draws.
+        lr: learning rate of this step.
+        clip_norm: limit of the global gradient norm.
+        guard: sees loss and gradient norm before the optimizer writes anything.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    loss = torch.zeros((), device=micro_batches[0].input_ids.device)
+    for index, batch in enumerate(micro_batches):
+        with _synchronised(model, last=index == len(micro_batches) - 1):
+            # DDP and FSDP2 average gradients over ranks; the loss is a mean over tokens of all of them.
+            share = forward_loss_sum(model, batch, mixed=mixed) * (world_size / global_targets)
+            torch.autograd.backward(share)
+        loss += share.detach()
+    if world_size > 1:
+        dist.all_reduce(loss)
+        loss /= world_size
+
+    gradients = updater.gradients()
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
+    guard(loss, grad_norm)
+    if clip_norm is not None:
+        scale = (clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+    updater.step(step, lr)
+    return StepResult(loss, grad_norm)
+
+
+@contextlib.contextmanager
+def _synchronised(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Reduce gradients over ranks only with the last micro-batch."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+        return
+    sharded: Any = model
+    if hasattr(sharded, "set_requires_gradient_sync"):
+        sharded.set_requires_gradient_sync(last)
+    yield

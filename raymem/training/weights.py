@@ -1,0 +1,236 @@
+"""Lean loading: safetensors slices go straight into each rank's own, possibly sharded, parameters.
+
+A model is built on the meta device first. Materialising allocates each rank's share only; then every tensor of the
+checkpoint is memory-mapped, sliced to the rows this rank owns and copied. Peak host memory above the rank's share is
+one tensor, never the model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from raymem.errors import ModelError
+from raymem.training.layout import Layout, local_rows
+
+log = logging.getLogger(__name__)
+
+Slot = tuple[nn.Module, str]
+"""A place for a tensor: module and attribute. It stays valid when adapters wrap the module or FSDP2 shards it."""
+
+
+class TensorSource(Protocol):
+    """Named full tensors of which row ranges can be read."""
+
+    def names(self) -> Iterator[str]: ...
+
+    def read(self, name: str, rows: slice | None) -> torch.Tensor: ...
+
+
+class SafetensorsFiles:
+    """Tensors of the safetensors files in a model directory, memory-mapped.
+
+    Args:
+        directory: as written by ``save_pretrained``: one file, or several with an index.
+        rename: checkpoint key -> parameter name.
+
+    Raises:
+        ModelError: no safetensors file, a file named by the index is missing, or one is truncated.
+    """
+
+    def __init__(self, directory: Path, rename: Callable[[str], str]) -> None:
+        index = directory / "model.safetensors.index.json"
+        single = directory / "model.safetensors"
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif single.is_file():
+            files = [single.name]
+        else:
+            raise ModelError(
+                f"model.name: {directory} holds no model.safetensors and no index of such files; raymem reads no "
+                "pickled weights: convert them with transformers' save_pretrained"
+            )
+        self._where: dict[str, tuple[Path, str]] = {}
+        for file in files:
+            path = directory / file
+            try:
+                with safe_open(path, framework="pt") as tensors:
+                    self._where.update({rename(key): (path, key) for key in tensors.keys()})  # noqa: SIM118
+            except (OSError, Exception) as error:
+                raise ModelError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
+
+    def names(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def read(self, name: str, rows: slice | None) -> torch.Tensor:
+        path, key = self._where[name]
+        # Opened per tensor: a mapping that is kept open counts every page it ever touched as resident.
+        with safe_open(path, framework="pt") as tensors:
+            view = tensors.get_slice(key)
+            value: torch.Tensor = view[rows] if rows is not None else tensors.get_tensor(key)
+            return value
+
+
+class Whole:
+    """A complete state dict, for models that start from random weights or whose checkpoints need conversion."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._state = state
+
+    def names(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def read(self, name: str, rows: slice | None) -> torch.Tensor:
+        value = self._state[name]
+        return value if rows is None else value[rows]
+
+
+def checkpoint_source(model: Any, directory: Path) -> TensorSource:
+    """Tensors of ``directory`` under the names of ``model`` (a bare transformers model on the meta device).
+
+    transformers renames keys of old checkpoints and, for some families, fuses tensors while loading. Renames are
+    followed here; a checkpoint that needs arithmetic is loaded whole by transformers itself, and that is said.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    meta_state = model.state_dict()
+    converted: list[str] = []
+
+    def rename(key: str) -> str:
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta_state)
+        if pattern is not None:
+            converted.append(key)
+        return str(name)
+
+    files = SafetensorsFiles(directory, rename)
+    if not converted:
+        return files
+    log.warning(
+        "%s needs conversion on loading (%s and %d more): every worker loads the whole model once",
+        directory,
+        converted[0],
+        len(converted) - 1,
+    )
+    whole = type(model).from_pretrained(directory, dtype=model.dtype, local_files_only=True)
+    return Whole(whole.state_dict())
+
+
+def slots(model: nn.Module) -> dict[str, Slot]:
+    """Name -> place of every parameter and persistent buffer; tied parameters appear under each of their names."""
+    found: dict[str, Slot] = {}
+    for prefix, module in model.named_modules():
+        for name in [*module._parameters, *module._buffers]:
+            if getattr(module, name) is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = (module, name)
+    return found
+
+
+def materialise(model: nn.Module, layout: Layout) -> None:
+    """Allocate what is still on the meta device, uninitialised, keeping tied parameters tied."""
+    if layout.sharded:
+        model.to_empty(device=layout.device)
+        return
+    fresh: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in fresh:
+                    fresh[id(parameter)] = _empty_parameter(parameter, layout.device)
+                module._parameters[name] = fresh[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=layout.device)
+
+
+def _empty_parameter(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    if type(parameter) is not nn.Parameter:
+        return parameter  # a quantised weight allocates itself when its value arrives
+    return nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+
+
+@torch.no_grad()
+def fill(places: Mapping[str, Slot], source: TensorSource, layout: Layout, tied: set[str]) -> None:
+    """Copy every tensor of ``source`` into its place.
+
+    Args:
+        places: name -> slot of the bare model.
+        tied: names that share the tensor of another name and may be missing from the source.
+
+    Raises:
+        ModelError: a tensor is missing, left over is ignored, or one has another shape.
+    """
+    missing = set(places)
+    for name in source.names():
+        if name not in places:
+            continue  # heads and caches that this architecture does not have
+        module, attribute = places[name]
+        target = getattr(module, attribute)
+        if target is None:
+            continue
+        put(module, attribute, lambda rows, name=name: source.read(name, rows), layout, name)  # type: ignore[misc]
+        missing.discard(name)
+    missing -= tied
+    if missing:
+        raise ModelError(
+            f"model.name: {len(missing)} tensors are missing from the checkpoint, the first is {min(missing)}; "
+            "it was made for another architecture or is incomplete"
+        )
+
+
+@torch.no_grad()
+def put(
+    module: nn.Module, attribute: str, read: Callable[[slice | None], torch.Tensor], layout: Layout, name: str
+) -> None:
+    """Write one tensor into its place: whole, as this rank's rows, or quantised.
+
+    Raises:
+        ModelError: the shapes differ.
+    """
+    target = getattr(module, attribute)
+    if isinstance(target, DTensor):
+        rows = local_rows(target.shape[0], layout.rank, layout.world_size) if target.dim() else None
+        local, value = target.to_local(), read(rows)
+        _same_shape(name, local, value)
+        local.copy_(value)
+    elif type(target) is not nn.Parameter and isinstance(target, nn.Parameter):
+        _quantise(module, attribute, read(None), layout)
+    else:
+        value = read(None)
+        _same_shape(name, target, value)
+        target.copy_(value)
+
+
+def _same_shape(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
+    if target.shape != value.shape:
+        raise ModelError(
+            f"model.name: tensor {name} has shape {list(value.shape)} in the checkpoint but {list(target.shape)} in "
+            "the architecture that config.json describes; config and weights do not belong together"
+        )
+
+
+def _quantise(module: nn.Module, attribute: str, value: torch.Tensor, layout: Layout) -> None:
+    """Replace a bitsandbytes placeholder by the packed 4-bit form of ``value``."""
+    import bitsandbytes as bnb
+
+    old: Any = getattr(module, attribute)
+    packed = bnb.nn.Params4bit(
+        value.contiguous(),
+        requires_grad=False,
+        quant_type=old.quant_type,
+        compress_statistics=old.compress_statistics,
+        blocksize=old.blocksize,
+        module=module,
+    )
+    setattr(module, attribute, packed.to(layout.device))
