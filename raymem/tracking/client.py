@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 _environment = threading.Lock()
@@ -23,7 +26,19 @@ def connect(uri: str) -> Any:
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    return MlflowClient(uri)
+    if not uri.startswith("sqlite:"):
+        return MlflowClient(uri)
+    with _alone(Path(uri.split(":///", 1)[1])), warnings.catch_warnings(action="ignore"):
+        return MlflowClient(uri)  # makes the tables; alembic warns about mlflow's own migrations
+
+
+@contextlib.contextmanager
+def _alone(database: Path) -> Iterator[None]:
+    """One process at a time: mlflow's migrations fail when two drivers make the tables of a new file at once."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{database}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

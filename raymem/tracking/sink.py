@@ -171,6 +171,8 @@ class MlflowSink:
 
         def upload(client: Any) -> None:
             for name, directory in uploads.items():
+                if not Path(directory).is_dir():  # mlflow would upload nothing, and call that a success
+                    raise NotADirectoryError(f"no directory {directory} to upload as {name}")
                 client.log_artifacts(self.run_id, str(directory), name)
             if register_as and uploads:
                 self._register(client, register_as, next(iter(uploads)), alias, dict(model_tags or {}))

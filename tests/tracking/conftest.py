@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tracking_helpers import Server, recipe
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
 @pytest.fixture(scope="session")
-def template_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of the installed mlflow without any run."""
-    from raymem.tracking.client import connect
+def first_use(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two drivers that start at once on one fresh storage; their database then serves all tests as a template."""
+    store = tmp_path_factory.mktemp("mlflow") / "new" / "store"
+    code = (
+        "import json, sys; from raymem.tracking import start_tracking;"
+        "start_tracking(json.loads(sys.argv[2]), storage_path=sys.argv[1], resume=False)"
+    )
+    command = [sys.executable, "-c", code, str(store), json.dumps(recipe(experiment="first"))]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return {"outputs": outputs, "codes": [process.returncode for process in both], "db": store / "mlflow.db"}
 
-    path = tmp_path_factory.mktemp("mlflow") / "template.db"
-    connect(f"sqlite:///{path}").search_experiments(max_results=1)
+
+@pytest.fixture(scope="session")
+def template_db(first_use: dict[str, Any]) -> Path:
+    """A database of the installed mlflow with its tables, and one foreign experiment."""
+    path: Path = first_use["db"]
     return path
 
 
@@ -39,47 +54,6 @@ def storage(tmp_path: Path, template_db: Path) -> str:
 @pytest.fixture(autouse=True)
 def _no_ambient_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-class Server:
-    """mlflow's own REST application on a fixed loopback port, in a thread that can be stopped and started again."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._server: Any = None
-        self.port = 0
-        self.requests: list[str] = []
-        self.status: int | None = None
-        """Answer every request with this status instead."""
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        from mlflow.server import app
-        from werkzeug.serving import WSGIRequestHandler, make_server
-
-        class Quiet(WSGIRequestHandler):
-            def log(self, *args: Any, **kwargs: Any) -> None:
-                pass
-
-        def outer(environ: dict[str, Any], respond: Any) -> Any:
-            self.requests.append(environ["PATH_INFO"])
-            if self.status is not None:
-                respond(f"{self.status} Refused", [("Content-Type", "text/plain")])
-                return [b"refused"]
-            return app(environ, respond)
-
-        self._server = make_server("127.0.0.1", self.port, outer, threaded=True, request_handler=Quiet)
-        self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
 
 
 @pytest.fixture(scope="module")

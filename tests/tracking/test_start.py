@@ -1,0 +1,176 @@
+"""The start of a tracked run: what is written, what is reused, and what is refused before training."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tracking_helpers import Server, recipe
+
+from raymem.errors import TrackingError
+from raymem.tracking import MlflowSink, NullSink, check_tracking, start_tracking
+from raymem.tracking.client import connect
+from raymem.tracking.start import flatten
+
+
+def start(storage: str, resume: bool = False, **changes: Any) -> MlflowSink:
+    options = {k: changes.pop(k) for k in ("run_name", "parent_run_id", "device", "tags") if k in changes}
+    made = start_tracking({**recipe(), **changes}, storage_path=storage, resume=resume, **options)
+    assert isinstance(made, MlflowSink)
+    return made
+
+
+def test_a_new_run_is_complete(storage: str) -> None:
+    sink = start(storage, device="NVIDIA H100", tags={"team": "a"}, big={f"k{i}": i for i in range(250)})
+    client = connect(sink.tracking_uri)
+    run = client.get_run(sink.run_id)
+    assert run.info.run_name == "run1"
+    assert run.info.status == "RUNNING"
+    assert run.data.params["train.steps"] == "30"
+    assert run.data.params["model.config"] == "null"
+    assert run.data.params["big.k249"] == "249"
+    assert run.data.tags["raymem.device"] == "NVIDIA H100"
+    assert run.data.tags["team"] == "a"
+    assert {"raymem.torch", "raymem.ray", "raymem.transformers", "raymem.peft", "raymem.version"} <= set(run.data.tags)
+    here = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert run.data.tags.get("mlflow.source.git.commit", "") == here
+    text = Path(storage, "mlartifacts", sink.run_id, "artifacts", "recipe.yaml").read_text()
+    assert yaml.safe_load(text)["train"] == {"steps": 30}
+
+
+def test_no_commit_outside_of_a_checkout(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sink = start(storage)
+    assert "mlflow.source.git.commit" not in connect(sink.tracking_uri).get_run(sink.run_id).data.tags
+
+
+def test_resume_continues_the_same_run(storage: str) -> None:
+    first = start(storage)
+    first.log_history([{"step": 1, "loss": 1.0}])
+    first.finish("FAILED")
+    second = start(storage, resume=True, train={"steps": 60, "extra": 1})
+    assert second.run_id == first.run_id
+    second.log_history([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
+    client = connect(second.tracking_uri)
+    run = client.get_run(second.run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.params["train.steps"] == "30"  # immutable
+    assert run.data.params["train.extra"] == "1"
+    assert [m.step for m in client.get_metric_history(second.run_id, "loss")] == [1, 2]
+
+
+def test_what_is_not_resumed(storage: str) -> None:
+    first = start(storage)
+    assert start(storage).run_id != first.run_id  # begun afresh
+    assert start(storage, resume=True, name="other").run_id != first.run_id
+    newest = start(storage)
+    assert start(storage, resume=True).run_id == newest.run_id
+
+
+def test_child_runs(storage: str) -> None:
+    parent = start(storage)
+    child = start(storage, run_name="trial_0001", parent_run_id=parent.run_id)
+    run = connect(child.tracking_uri).get_run(child.run_id)
+    assert run.info.run_name == "trial_0001"
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert start(storage, resume=True, run_name="trial_0001").run_id == child.run_id
+
+
+def test_flatten() -> None:
+    value = {"a": {"b": [1, "x"], "c": True, "d": {}}, "e é!": None, "f": "y" * 7000, "g": "text"}
+    assert dict(flatten(value)) == {
+        "a.b": '[1, "x"]',
+        "a.c": "true",
+        "a.d": "{}",
+        "e __": "null",
+        "f": "y" * 6000,
+        "g": "text",
+    }
+    assert len(next(iter(flatten({"k" * 300: 1})))[0]) == 250
+
+
+def test_tracking_none(tmp_path: Path) -> None:
+    assert isinstance(start_tracking({"tracking": {"kind": "none"}}, storage_path="/x", resume=False), NullSink)
+    assert check_tracking({"kind": "none"}, "/x") == "not wanted by this recipe"
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v3"])
+def test_reserved_alias_is_refused_at_start(storage: str, alias: str) -> None:
+    tracking = recipe(register_as="m", alias=alias)["tracking"]
+    with pytest.raises(TrackingError, match=rf"'{alias}' is reserved by MLflow .* for example candidate"):
+        start(storage, tracking=tracking)
+    with pytest.raises(TrackingError, match="reserved"):
+        check_tracking(tracking, storage)
+
+
+def test_odd_alias_is_refused(storage: str) -> None:
+    with pytest.raises(TrackingError, match=r"tracking.alias: 'a b' may hold letters, digits, _ and - only"):
+        start(storage, tracking=recipe(register_as="m", alias="a b")["tracking"])
+
+
+def test_unreachable_server(tmp_path: Path) -> None:
+    tracking = recipe(uri="http://127.0.0.1:9")["tracking"]
+    words = r"tracking at http://127.0.0.1:9 cannot be used: .*; start it, correct tracking.uri, or set tracking: none"
+    with pytest.raises(TrackingError, match=words):
+        start(str(tmp_path), tracking=tracking)
+    with pytest.raises(TrackingError, match=words):
+        check_tracking(tracking, str(tmp_path))
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refusing_server(server: Server, tmp_path: Path, status: int) -> None:
+    tracking = recipe(uri=server.uri)["tracking"]
+    assert check_tracking(tracking, str(tmp_path)) == f"{server.uri} answers"
+    server.status = status
+    try:
+        with pytest.raises(TrackingError, match=r"; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
+            start(str(tmp_path), tracking=tracking)
+        with pytest.raises(TrackingError, match=r"; set MLFLOW_TRACKING_USERNAME"):
+            check_tracking(tracking, str(tmp_path))
+    finally:
+        server.status = None
+
+
+def test_deleted_experiment(storage: str) -> None:
+    client = connect(start(storage).tracking_uri)
+    client.delete_experiment(client.get_experiment_by_name("exp").experiment_id)
+    with pytest.raises(TrackingError, match=r"'exp' was deleted at .*; restore it \(mlflow experiments restore"):
+        start(storage)
+
+
+def test_copied_storage(storage: str, tmp_path: Path) -> None:
+    start(storage)
+    Path(storage).rename(tmp_path / "moved")
+    with pytest.raises(TrackingError, match=rf"keeps its artifacts in {storage}/mlartifacts, outside of storage.path"):
+        start(str(tmp_path / "moved"))
+
+
+def test_unwritable_artifacts(storage: str) -> None:
+    Path(storage, "mlartifacts").write_text("a file in the way")
+    with pytest.raises(TrackingError, match=r"; correct tracking.uri or the rights on its artifacts"):
+        start(storage)
+
+
+def test_damaged_database(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database" * 100)
+    with pytest.raises(TrackingError, match=r"tracking at sqlite:///.*mlflow.db cannot be used: .*not a database"):
+        start(str(tmp_path))
+
+
+def test_check_says_what_sqlite_will_do(storage: str, tmp_path: Path) -> None:
+    tracking = recipe()["tracking"]
+    assert check_tracking(tracking, storage) == f"{storage}/mlflow.db exists"
+    assert check_tracking(tracking, str(tmp_path / "new")) == f"{tmp_path}/new/mlflow.db will be created"
+    assert not (tmp_path / "new").exists()
+
+
+def test_first_use_of_a_fresh_storage(first_use: dict[str, Any]) -> None:
+    """Tables are made once and in silence, although two drivers started together."""
+    assert first_use["outputs"] == ["", ""]
+    assert first_use["codes"] == [0, 0]
+    client = connect(f"sqlite:///{first_use['db']}")
+    experiment = client.get_experiment_by_name("first")
+    assert len(client.search_runs([experiment.experiment_id])) == 2
