@@ -135,8 +135,11 @@ def train_tokenizer(files: Iterable[Path], directory: Path) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+    # A third says enough about which letters go together, and takes a third of the time.
     texts = (
-        "".join(json.loads(line).values()) for file in files for line in file.read_text(encoding="ascii").splitlines()
+        "".join(json.loads(line).values())
+        for file in files
+        for line in file.read_text(encoding="ascii").splitlines()[::3]
     )
     backend.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
