@@ -84,7 +84,7 @@ def _demo_file(source: Source, place: str, cache_dir: Path) -> Path:
     corpus = source.path.removeprefix("demo:")
     if corpus not in CORPORA:
         raise DataError(
-            f"{place}.path={source.path!r} does not exist: use {' or '.join(f'demo:{c}' for c in CORPORA)}."
+            f"{place}.path={source.path!r} is no demo data: use {' or '.join(f'demo:{c}' for c in CORPORA)}."
         )
     if source.split not in SPLITS:
         raise DataError(f"{place}.split={source.split!r} is no split of the demo data: use {' or '.join(SPLITS)}.")

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymem.errors import DataError, StorageError
+from raymem.training.data.directories import MANIFEST, digest, publish, read_manifest, verify
+
+
+def write_two(directory: Path) -> dict[str, Any]:
+    (directory / "a").write_bytes(b"one")
+    (directory / "sub").mkdir()
+    (directory / "sub" / "b").write_bytes(b"three")
+    return {"rows": 2}
+
+
+def never(directory: Path) -> dict[str, Any]:
+    raise AssertionError("a finished directory is not built again")
+
+
+def test_a_published_directory_is_whole_verified_and_built_once(tmp_path: Path) -> None:
+    manifest = publish(tmp_path / "key", write_two)
+    assert manifest["facts"] == {"rows": 2}
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {"a": 3, "sub/b": 5}
+    assert verify(tmp_path / "key") == manifest == publish(tmp_path / "key", never)
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
+    def write(directory: Path) -> dict[str, Any]:
+        write_two(directory)
+        raise DataError("no")
+
+    with pytest.raises(DataError, match="no"):
+        publish(tmp_path / "key", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_killed_before_its_manifest_is_not_taken_for_finished(tmp_path: Path) -> None:
+    def write_and_die(directory: Path) -> dict[str, Any]:
+        write_two(directory)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    child = os.fork()
+    if child == 0:
+        publish(tmp_path / "key", write_and_die)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "a").exists() and read_manifest(left) is None and read_manifest(tmp_path / "key") is None
+    publish(tmp_path / "key", write_two)
+    assert left.exists()  # may belong to a live writer
+    long_ago = time.time() - 2 * 24 * 3600
+    for path in [*left.rglob("*"), left]:
+        os.utime(path, (long_ago, long_ago))
+    publish(tmp_path / "other", write_two)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "other"]
+
+
+@pytest.mark.parametrize("damage", ["manifest", "missing", "short"])
+def test_a_damaged_directory_is_built_again(tmp_path: Path, damage: str) -> None:
+    publish(tmp_path / "key", write_two)
+    if damage == "short":
+        (tmp_path / "key" / "a").write_bytes(b"on")
+    else:
+        (tmp_path / "key" / {"manifest": MANIFEST, "missing": "a"}[damage]).unlink()
+    assert read_manifest(tmp_path / "key") is None
+    publish(tmp_path / "key", write_two)
+    verify(tmp_path / "key")
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_the_slower_of_two_writers_gives_way(tmp_path: Path) -> None:
+    def slow(directory: Path) -> dict[str, Any]:
+        publish(tmp_path / "key", write_two)
+        return write_two(directory)
+
+    publish(tmp_path / "key", slow)
+    verify(tmp_path / "key")
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_verify_finds_one_changed_byte(tmp_path: Path) -> None:
+    publish(tmp_path / "key", write_two)
+    (tmp_path / "key" / "a").write_bytes(b"0ne")
+    with pytest.raises(DataError, match=r"key/a has SHA-256 .* delete the directory"):
+        verify(tmp_path / "key")
+
+
+def test_an_unwritable_place_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/key cannot be written .* storage\.path"):
+        publish(tmp_path / "file" / "key", write_two)
+
+
+def test_digest_ignores_the_order_of_keys_only() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raymem.errors import DataError
+from raymem.training.data.formats import Messages, PromptCompletion, Text, resolve_format, to_example
+from raymem.training.recipe import Source
+
+PLACE = "data.train[0]"
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def convert(row: dict[str, Any], **options: Any) -> Any:
+    source = Source(path="x", **options)
+    return to_example(row, resolve_format(source, row, PLACE), source.columns, "x.jsonl:17")
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"text": "t"}, Text("t")),
+        ({"prompt": "p", "completion": "c"}, PromptCompletion("p", "c")),
+        ({"messages": TURNS}, Messages(TURNS)),
+        ({"instruction": "q", "output": "a"}, Messages(TURNS)),
+        ({"instruction": "q", "input": "", "output": "a", "text": "rendered"}, Messages(TURNS)),
+        ({"instruction": "q", "input": None, "output": "a"}, Messages(TURNS)),
+        (
+            {"instruction": "q", "input": "more", "output": "a"},
+            Messages([{"role": "user", "content": "q\n\nmore"}, TURNS[1]]),
+        ),
+        (
+            {"conversations": [{"from": f, "value": f} for f in ("system", "human", "gpt", "user", "assistant")]},
+            Messages(
+                [
+                    {"role": role, "content": name}
+                    for role, name in [
+                        ("system", "system"),
+                        ("user", "human"),
+                        ("assistant", "gpt"),
+                        ("user", "user"),
+                        ("assistant", "assistant"),
+                    ]
+                ]
+            ),
+        ),
+    ],
+)
+def test_auto_decides_by_the_columns(row: dict[str, Any], example: Any) -> None:
+    assert convert(row) == example
+
+
+def test_the_format_can_be_said() -> None:
+    assert convert({"text": "t", "prompt": "p", "completion": "c"}, format="text") == Text("t")
+
+
+def test_columns_rename_and_may_swap() -> None:
+    row = {"q": "p", "a": "c", "text": "t"}
+    assert convert(row, columns={"prompt": "q", "completion": "a"}) == PromptCompletion("p", "c")
+    swapped = {"prompt": "c", "completion": "p"}
+    assert convert(swapped, columns={"prompt": "completion", "completion": "prompt"}) == PromptCompletion("p", "c")
+
+
+def test_message_keys_for_the_template_stay_and_parquet_s_nulls_go() -> None:
+    turn = {"role": "user", "content": "q", "name": "ann", "tool_calls": None}
+    assert convert({"messages": [turn]}) == Messages([{"role": "user", "content": "q", "name": "ann"}])
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        (
+            {"question": "q", "answer": "a"},
+            {},
+            r"data\.train\[0\]\.format=auto finds columns question, answer, .*"
+            r"data\.train\[0\]\.columns to one of: messages .*; prompt \+ completion .*; text \(text\)\.",
+        ),
+        (
+            {"question": "q", "answer": "a"},
+            {"columns": {"prompt": "quesion", "completion": "answer"}},
+            r"data\.train\[0\]\.columns\.prompt='quesion' is none .* question, answer; did you mean 'question'\?",
+        ),
+        ({"text": "t"}, {"columns": {"txt": "text"}}, r"\.columns: 'txt' is no column of ours, the names are messages"),
+        ({"prompt": "p"}, {"format": "prompt_completion"}, r"^x\.jsonl:17 has no column 'completion', only prompt"),
+        ({"text": 5}, {}, r"^x\.jsonl:17 column 'text' is int '5', not a string"),
+        ({"text": None}, {}, r"^x\.jsonl:17 column 'text' is NoneType"),
+        ({"messages": []}, {}, r"^x\.jsonl:17 column 'messages' is list '\[\]', not a list of turns"),
+        ({"messages": "hi"}, {}, r"column 'messages' is str 'hi', not a list of turns"),
+        ({"messages": ["hi"]}, {}, r"^x\.jsonl:17 messages\[0\] is str 'hi': write an object with .* role and content"),
+        ({"messages": [TURNS[0], {"role": "assistant"}]}, {}, r"^x\.jsonl:17 messages\[1\] is dict"),
+        ({"conversations": [{"from": "gpt"}]}, {}, r"conversations\[0\] is dict .* the strings from and value"),
+        ({"conversations": [{"from": "bing", "value": "v"}]}, {}, r"is from 'bing': use one of human, user, gpt"),
+    ],
+)
+def test_errors_name_place_value_and_cure(row: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        convert(row, **options)

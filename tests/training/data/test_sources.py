@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymem.errors import DataError
+from raymem.training import demo
+from raymem.training.data.readers import read_block
+from raymem.training.data.sources import OpenedSource, looks_local, open_source
+from raymem.training.recipe import Source
+
+
+def opened(path: Path | str, **options: Any) -> OpenedSource:
+    return open_source(Source(path=str(path), **options), "data.train[1]", Path("/nonexistent-cache"), 2)
+
+
+def rows_of(source: OpenedSource) -> list[Any]:
+    return [row for block in source.blocks for _, row in read_block(block)]
+
+
+def test_a_directory_is_its_data_files_in_order(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    write_jsonl("d/b.jsonl", [{"n": 3}])
+    write_jsonl("d/a.jsonl", [{"n": 0}, {"n": 1}, {"n": 2}])
+    write_jsonl("d/c.json", [])
+    (tmp_path / "d" / "README.md").write_text("not data")
+    (tmp_path / "d" / ".a.jsonl").write_text("an editor's leftovers")
+    source = opened(tmp_path / "d")
+    assert rows_of(source) == [{"n": n} for n in range(4)]
+    assert (source.first_row, len(source.blocks)) == ({"n": 0}, 3)
+    assert source.first_place.endswith("d/a.jsonl:1")
+
+
+def test_identity_is_the_content_not_the_path(write_jsonl: Callable[..., Path]) -> None:
+    one, same = write_jsonl("one.jsonl", [{"n": 1}]), write_jsonl("elsewhere/two.jsonl", [{"n": 1}])
+    other = write_jsonl("other.jsonl", [{"n": 2}])
+    assert opened(one).identity == opened(same).identity != opened(other).identity
+
+
+def test_relative_and_home_paths(
+    tmp_path: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl("x.jsonl", [{"n": 1}])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert rows_of(opened("x.jsonl")) == rows_of(opened("~/x.jsonl")) == rows_of(opened(".")) == [{"n": 1}]
+    # The block goes to processes that run elsewhere.
+    assert Path(opened("x.jsonl").blocks[0].path).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("/data/x", True),
+        ("./x", True),
+        ("~/x", True),
+        ("x.csv", True),
+        ("s3://bucket/x", True),
+        ("org/name", False),
+        ("squad", False),
+    ],
+)
+def test_what_looks_local(path: str, local: bool) -> None:
+    assert looks_local(path) is local
+
+
+def test_an_existing_directory_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert looks_local("org/name")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("train.jsnl", r"data\.train\[1\]\.path='.*/train\.jsnl' does not exist: did you mean .*/train\.jsonl\?"),
+        ("zzz", r"'.*zzz' does not exist: .* has nothing of a similar name"),
+        ("gone/x.csv", r"gone/x\.csv' does not exist, nor does its directory .*gone"),
+        ("notes.md", r"notes\.md' is no known kind of file: use one of \.jsonl, \.json, \.csv, \.parquet"),
+        ("void", r"void' has no data files: put .* files directly into it"),
+        ("empty.jsonl", r"empty\.jsonl' has no rows: give it at least one example"),
+        ("empty.csv", r"empty\.csv' has no rows"),
+    ],
+)
+def test_errors_name_place_value_and_cure(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "train.jsonl").write_text('{"n": 1}\n')
+    (tmp_path / "notes.md").write_text("")
+    (tmp_path / "void").mkdir()
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "empty.csv").write_text("text\n")
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path / path)
+
+
+def test_urls_and_unknown_demo_data_are_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.train\[1\]\.path='s3://b/x\.jsonl' is a URL: copy the data"):
+        opened("s3://b/x.jsonl")
+    with pytest.raises(DataError, match=r"'demo:poems' is no demo data: use demo:functions or demo:text"):
+        opened("demo:poems")
+    with pytest.raises(DataError, match=r"data\.train\[1\]\.split='test' .*: use train or eval"):
+        opened("demo:text", split="test")
+
+
+def test_demo_splits_are_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = demo.DemoPaths(tmp_path)
+    paths.corpus("functions", "eval").write_text('{"prompt": "p", "completion": "c"}\n')
+    monkeypatch.setattr(demo, "ensure_demo", lambda cache_dir: paths)
+    source = opened("demo:functions", split="eval")
+    assert source.first_row == {"prompt": "p", "completion": "c"}
+
+
+def test_a_hub_id_is_identified_by_what_it_resolved_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [{"text": "one"}, {"text": "two"}, {"text": "three"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    first = opened("org/name", split="train", revision="v1")
+    assert rows_of(first) == rows and len(first.blocks) == 2
+    rows.append({"text": "four"})
+    assert opened("org/name", split="train", revision="v1").identity != first.identity
