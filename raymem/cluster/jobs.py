@@ -1,0 +1,116 @@
+"""A connection to Ray's job server whose failures say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from raymem.errors import ClusterError
+
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_CONNECT_TIMEOUT_S = 5.0
+_AUTH_CURE = (
+    "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<file with the cluster's token, mode 0600>; "
+    "`kubectl get secret` or the person who started the cluster has it"
+)
+
+
+def job_address(address: str | None) -> tuple[str | None, str]:
+    """The address that counts, and where it comes from: the argument, RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or none."""
+    if address:
+        return address, "--address"
+    for name in _ADDRESS_VARIABLES:
+        if value := os.environ.get(name):
+            return value, name
+    return None, "a cluster on this machine"
+
+
+def connect_jobs(address: str | None = None) -> Any:
+    """A ``JobSubmissionClient``.
+
+    Args:
+        address: ``http://head:8265``, or ``host:port`` of the cluster's GCS. Unlike in Ray itself it wins over the
+            environment.
+
+    Raises:
+        ClusterError: nothing answers there, or the token is missing or wrong.
+    """
+    resolved, source = job_address(address)
+    if resolved is not None:
+        if resolved.startswith("ray://"):
+            raise ClusterError(
+                f"{source}: {resolved} is a Ray Client address, which cannot take jobs; "
+                "give the dashboard's, http://<head>:8265"
+            )
+        if resolved != "auto":
+            _knock(resolved, source)
+    place = f"{resolved} (from {source})" if resolved else source
+    with _only_this_address(resolved), explained(place):
+        return _job_client(resolved)
+
+
+@contextlib.contextmanager
+def explained(place: str) -> Iterator[None]:
+    """Turn what Ray's client raises into a ClusterError with a cure."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except ClusterError:
+        raise
+    except AuthenticationError as error:
+        wrong = "Authentication failed" in str(error)
+        raise ClusterError(
+            f"Ray cluster {place} {'refused the token' if wrong else 'wants a token and got none'}; {_AUTH_CURE}"
+        ) from error
+    except (ConnectionError, OSError) as error:
+        raise ClusterError(f"no Ray cluster answers: {place}; {_cure(error)}") from error
+    except (RuntimeError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise ClusterError(f"Ray cluster {place} refused: {text}; check that this is a Ray dashboard") from error
+
+
+def _cure(error: BaseException) -> str:
+    return (
+        f"{' '.join(str(error).split())[:200]}; start one (ray start --head), or give its dashboard with "
+        "--address http://<head>:8265 or RAY_API_SERVER_ADDRESS"
+    )
+
+
+def _knock(address: str, source: str) -> None:
+    """Open a TCP connection first: Ray's own requests have no time limit."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        port = None
+    if not parts.hostname or port is None or parts.scheme not in ("", "http", "https"):
+        raise ClusterError(f"{source}: {address!r} is no address; write http://<head>:8265")
+    try:
+        socket.create_connection((parts.hostname, port), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster answers at {address} (from {source}): {_cure(error)}") from error
+
+
+@contextlib.contextmanager
+def _only_this_address(address: str | None) -> Iterator[None]:
+    """Ray lets its environment variables override an explicit argument; hide them while the client is made."""
+    saved = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if address and name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
+
+
+def _job_client(address: str | None) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    # These set their own level to INFO, and tell about defaults, uploads and closed sockets.
+    for module in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{module}").setLevel(logging.ERROR)
+    return JobSubmissionClient(address)

@@ -1,0 +1,396 @@
+"""Job submission: refusals without a cluster, and the whole life of jobs on a real head with token authentication."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raymem.cluster.jobs import connect_jobs
+from raymem.cluster.package import check_package, packaged_files
+from raymem.cluster.submit import RUN_METADATA, follow_logs, status, stop, submit
+from raymem.errors import ClusterError, RecipeError
+
+RECIPE = """
+name: run1
+model: {name: demo}
+data: {train: "demo:functions"}
+train: {steps: 2}
+storage: {path: %s}
+"""
+
+# Stands for jobs/finetune.py: tells what it got, or waits for the file `go` in the storage path.
+SCRIPT = """
+import json, os, sys, time
+print("JOB", json.dumps({"argv": sys.argv[1:], "files": sorted(os.listdir(".")), "env": os.environ.get("MY_SETTING")}))
+mode = os.environ.get("MODE", "0")
+while mode == "wait":
+    print("waiting", flush=True)
+    time.sleep(0.5)
+sys.exit(int(mode))
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a recipe and a job script, and a storage path outside of it."""
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    root = tmp_path / "work"
+    (root / "jobs").mkdir(parents=True)
+    (root / "jobs" / "finetune.py").write_text(SCRIPT)
+    (root / "my recipe.yaml").write_text(RECIPE % (tmp_path / "store"))
+    return root
+
+
+def send(project: Path, **arguments: Any) -> Any:
+    return submit(project / "my recipe.yaml", **{"working_dir": project, "address": "http://127.0.0.1:9", **arguments})
+
+
+# ---- refused before any cluster is asked
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "API_KEY", "GCP_CREDENTIALS"])
+def test_secrets_are_not_passed_on(project: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "hunter2")
+    with pytest.raises(ClusterError, match=rf"environment variable {name} looks like a secret.* mount it on") as caught:
+        send(project, env_passthrough=[name])
+    assert "hunter2" not in str(caught.value)
+
+
+def test_unset_variable(project: Path) -> None:
+    with pytest.raises(ClusterError, match="environment variable NOT_SET_AT_ALL is to be passed on but is not set"):
+        send(project, env_passthrough=["NOT_SET_AT_ALL"])
+
+
+def test_password_in_an_override(project: Path) -> None:
+    with pytest.raises(ClusterError, match=r"--set tracking.uri: an address with a password would be") as caught:
+        send(project, overrides=["tracking.uri=http://me:hunter2@host"])
+    assert "hunter2" not in str(caught.value)
+
+
+def test_files_outside_of_the_upload(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(RECIPE % "/store")
+    with pytest.raises(ClusterError, match=r"recipe .*other\.yaml lies outside of the working directory .*work"):
+        submit(tmp_path / "other.yaml", working_dir=project)
+    with pytest.raises(ClusterError, match=r"script .*none\.py does not exist"):
+        send(project, script="none.py")
+    with pytest.raises(ClusterError, match=r"working directory .*nowhere does not exist"):
+        send(project, working_dir=tmp_path / "nowhere")
+    (project / ".gitignore").write_text("*.yaml\n")
+    with pytest.raises(ClusterError, match=r"my recipe\.yaml exists in .* keeps it out of the upload; take it out"):
+        send(project)
+
+
+def test_invalid_recipe_is_found_here(project: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.stepps"):
+        send(project, overrides=["train.stepps=3"])
+
+
+@pytest.mark.parametrize("path", ["raymem-runs", "{project}/runs"])
+def test_storage_in_the_working_directory(project: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.parent)
+    with pytest.raises(ClusterError, match=r"storage\.path: .* lies in the working directory, .* copy; set it"):
+        send(project, overrides=[f"storage.path={path.format(project=project)}"])
+
+
+def test_upload_size(tmp_path: Path) -> None:
+    for name, size in {
+        "a.bin": 10, "big/1": 4000, "big/deep/2": 3000, "data/x": 900, "c": 800, "d": 700, "e": 600,
+        ".git/objects": 9999, "skip/x": 9999, "data/tmp/y": 9999, "venv/z": 9999,
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / ".gitignore").write_text("skip/\n")
+    (tmp_path / "data" / ".rayignore").write_text("tmp\n")
+    sizes = packaged_files(tmp_path)
+    ignore_files = {".gitignore", "data/.rayignore"}
+    assert set(sizes) - ignore_files == {"a.bin", "big/1", "big/deep/2", "data/x", "c", "d", "e"}
+    assert sizes["big/1"] == 4000
+    check_package(tmp_path, ["big/1"], limit_bytes=20_000)
+    with pytest.raises(ClusterError, match=r"more than the 0\.0 MiB that Ray takes; largest: .*; list") as caught:
+        check_package(tmp_path, [], limit_bytes=10_000)
+    largest = str(caught.value).split("largest: ")[1].split(";")[0]
+    assert [entry.split()[0] for entry in largest.split(", ")] == ["big/", "data/", "c", "d", "e"]
+
+
+# ---- addresses
+
+
+def test_no_cluster(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClusterError, match=r"no Ray cluster answers at http://127.0.0.1:9 \(from --address\).*start"):
+        send(project)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(ClusterError, match=r"no Ray cluster answers at 127.0.0.1:9 \(from RAY_ADDRESS\)"):
+        send(project, address=None)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:10")
+    with pytest.raises(ClusterError, match=r"http://127.0.0.1:10 \(from RAY_API_SERVER_ADDRESS\)"):
+        send(project, address=None)
+    assert os.environ["RAY_ADDRESS"] == "127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("ray://head:10001", r"is a Ray Client address, which cannot take jobs; give the dashboard's"),
+        ("ftp://head:1", r"--address: 'ftp://head:1' is no address; write http://<head>:8265"),
+        ("http://head:port", r"is no address"),
+    ],
+)
+def test_wrong_kind_of_address(project: Path, address: str, words: str) -> None:
+    with pytest.raises(ClusterError, match=words):
+        send(project, address=address)
+
+
+@contextlib.contextmanager
+def web_server(answer: bytes) -> Iterator[str]:
+    """Something on loopback that is no Ray dashboard."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        if connection.recv(65536):
+                            connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+    ],
+)
+def test_not_a_dashboard(project: Path, answer: bytes) -> None:
+    with web_server(answer) as address, pytest.raises(ClusterError, match=r"check that this is a Ray dashboard|no Ray"):
+        send(project, address=address)
+
+
+# ---- following, with a client that breaks on demand
+
+
+class Flaky:
+    """The log of a job whose connection breaks after each of some prefixes; each time it begins from the beginning."""
+
+    def __init__(self, text: str, breaks: list[int], end: str = "SUCCEEDED", code: int | None = 0) -> None:
+        self.text, self.breaks = text, breaks
+        self.end = SimpleNamespace(status=end, driver_exit_code=code, message="why it ended")
+
+    def get_address(self) -> str:
+        return "http://head"
+
+    def get_job_info(self, submission_id: str) -> Any:
+        return SimpleNamespace(status="RUNNING") if self.breaks else self.end
+
+    async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
+        stop_at = self.breaks.pop(0) if self.breaks else len(self.text)
+        for start in range(0, stop_at, 4):
+            yield self.text[start : min(start + 4, stop_at)]
+        if stop_at < len(self.text):
+            raise ConnectionResetError("reset by peer")
+
+
+@pytest.fixture
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymem.cluster.submit.time.sleep", lambda seconds: None)
+
+
+@pytest.mark.usefixtures("_no_pauses")
+def test_output_is_taken_up_where_it_broke() -> None:
+    text, got = "0123456789abcdefghij", list[str]()
+    assert follow_logs(Flaky(text, [7, 3, 20, 10]), "j", got.append) == 0
+    assert "".join(got) == text
+
+
+@pytest.mark.usefixtures("_no_pauses")
+def test_following_gives_up() -> None:
+    with pytest.raises(ClusterError, match=r"lost the connection to http://head \(reset by peer\); the job j goes on"):
+        follow_logs(Flaky("0123456789", [3] * 9), "j", lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "expected", "told"),
+    [
+        ("SUCCEEDED", 0, 0, False),
+        ("FAILED", 7, 7, False),
+        ("FAILED", -9, 137, False),
+        ("FAILED", None, 1, True),
+        ("STOPPED", None, 143, True),
+    ],
+)
+def test_exit_codes(end: str, code: int | None, expected: int, told: bool) -> None:
+    got: list[str] = []
+    assert follow_logs(Flaky("", [], end, code), "j", got.append) == expected
+    assert got == (["why it ended\n"] if told else [])
+
+
+def test_names_of_jobs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which id a job gets, when a running one is joined, and that a lost race is run again."""
+
+    def job(submission_id: str, state: str, run: str) -> Any:
+        return SimpleNamespace(submission_id=submission_id, status=state, metadata={RUN_METADATA: run})
+
+    class Client:
+        def __init__(self, *jobs: Any, rival: Any = None) -> None:
+            self.jobs, self.rival, self.sent = list(jobs), rival, list[dict[str, Any]]()
+
+        def get_address(self) -> str:
+            return "http://head"
+
+        def list_jobs(self) -> list[Any]:
+            return list(self.jobs)
+
+        def submit_job(self, **arguments: Any) -> str:
+            if self.rival:
+                self.jobs.append(self.rival)
+                self.rival = None
+                raise RuntimeError("status code 500: Job with submission_id x already exists.")
+            self.sent.append(arguments)
+            return str(arguments["submission_id"])
+
+    def sent(client: Client, **arguments: Any) -> tuple[str, bool]:
+        monkeypatch.setattr("raymem.cluster.submit.connect_jobs", lambda address: client)
+        done = send(project, follow=False, **arguments)
+        return done.submission_id, done.attached
+
+    a = ["name=a"]
+    assert sent(Client(), overrides=a) == ("raymem-a", False)
+    assert sent(Client(), overrides=a, submission_id="mine") == ("mine", False)
+    assert sent(Client(job("raymem-a", "RUNNING", "a")), overrides=a) == ("raymem-a", True)
+    assert sent(Client(job("raymem-a", "PENDING", "a")), overrides=a) == ("raymem-a", True)
+    ended = [job("raymem-a", "FAILED", "a"), job("raymem-a-2", "STOPPED", "a")]
+    assert sent(Client(*ended), overrides=a) == ("raymem-a-3", False)
+    # run "a-2" is another run, although its job has the name of the second job of "a"
+    assert sent(Client(job("raymem-a", "FAILED", "a"), job("raymem-a-2", "RUNNING", "a-2")), overrides=a) == (
+        "raymem-a-3",
+        False,
+    )
+    assert sent(Client(rival=job("raymem-a", "PENDING", "a")), overrides=a) == ("raymem-a", True)
+    assert sent(Client(rival=job("raymem-a", "PENDING", "b")), overrides=a) == ("raymem-a-2", False)
+
+
+# ---- a real head
+
+
+@pytest.fixture
+def login(ray_head: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Set Ray's authentication in this process; Ray reads it once, so it must be told to read it again."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    def read_again() -> None:
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def login(mode: str = "token", token_path: Path | None = ray_head.token_path) -> None:
+            for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+                patch.delenv(name, raising=False)
+            patch.setenv("RAY_AUTH_MODE", mode)
+            patch.setenv("HOME", str(ray_head.home))
+            if token_path:
+                patch.setenv("RAY_AUTH_TOKEN_PATH", str(token_path))
+            read_again()
+
+        yield login
+    read_again()
+
+
+def test_missing_and_wrong_tokens(ray_head: Any, login: Callable[..., None], project: Path, tmp_path: Path) -> None:
+    got_none = rf"Ray cluster {ray_head.dashboard} \(from --address\) wants a token and got none; export RAY_AUTH_MODE"
+    login(mode="disabled")
+    with pytest.raises(ClusterError, match=got_none):
+        send(project, address=ray_head.dashboard)
+    login(token_path=None)
+    with pytest.raises(ClusterError, match=got_none):
+        send(project, address=ray_head.dashboard)
+    login(token_path=tmp_path / "absent")
+    with pytest.raises(ClusterError, match="token"):
+        send(project, address=ray_head.dashboard)
+    (tmp_path / "wrong").write_text("not-the-token")
+    login(token_path=tmp_path / "wrong")
+    for call in (lambda: send(project, address=ray_head.dashboard), lambda: status("x", ray_head.dashboard)):
+        with pytest.raises(ClusterError, match=r"refused the token; export RAY_AUTH_MODE=token") as caught:
+            call()
+        assert "not-the-token" not in str(caught.value)
+
+
+def test_unknown_job(ray_head: Any, login: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    login()
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # the argument wins over it
+    words = rf"no job raymem-none at {ray_head.dashboard}; `ray job list` shows"
+    with pytest.raises(ClusterError, match=words):
+        status("raymem-none", ray_head.dashboard)
+    with pytest.raises(ClusterError, match=words):
+        stop("raymem-none", ray_head.dashboard)
+    with pytest.raises(ClusterError, match=words):
+        follow_logs(connect_jobs(ray_head.dashboard), "raymem-none")
+
+
+def test_a_job_from_start_to_end(
+    ray_head: Any,
+    login: Callable[..., None],
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Submit and follow; then the same run again while it runs, after it was stopped, and after that."""
+    login()
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ray_head.dashboard)
+    monkeypatch.setenv("MY_SETTING", "7")
+    (project / ".gitignore").write_text("ignored\n")
+    (project / "ignored").write_text("x")
+    overrides = ["name=e2e", "train.steps=3", "model.tokenizer=a b'c"]
+    monkeypatch.setenv("MODE", "wait")
+    first = send(project, address=None, overrides=overrides, env_passthrough=["MODE"], follow=False)
+    assert (first.submission_id, first.attached, first.exit_code) == ("raymem-e2e", False, None)
+    assert first.address == ray_head.dashboard
+    second = send(project, address=None, overrides=overrides, follow=False)
+    assert (second.submission_id, second.attached) == ("raymem-e2e", True)
+    assert status("raymem-e2e").status in ("PENDING", "RUNNING")
+    wait_for_output("waiting", first.submission_id)
+    assert status("raymem-e2e").status == "RUNNING"
+    assert stop("raymem-e2e").status == "STOPPED"
+    assert stop("raymem-e2e").status == "STOPPED"
+    capfd.readouterr()
+
+    monkeypatch.setenv("MODE", "5")
+    third = send(project, address=None, overrides=overrides, env_passthrough=["MODE", "MY_SETTING"])
+    assert (third.submission_id, third.attached, third.exit_code) == ("raymem-e2e-2", False, 5)
+    output, errors = capfd.readouterr()
+    told = json.loads(next(line for line in output.splitlines() if line.startswith("JOB ")).removeprefix("JOB "))
+    assert told["argv"] == ["my recipe.yaml", *(part for o in overrides for part in ("--set", o))]
+    assert told["env"] == "7"
+    assert "ignored" not in told["files"]
+    assert "my recipe.yaml" in told["files"]
+    assert errors == ""  # Ray's own chatter
+    assert status("raymem-e2e-2").status == "FAILED"
+
+    info = connect_jobs().get_job_info("raymem-e2e-2")
+    assert set(info.runtime_env) <= {"working_dir", "env_vars", "_ray_commit"}
+    assert set(info.runtime_env["env_vars"]) == {"MODE", "MY_SETTING"}
+
+
+def wait_for_output(text: str, submission_id: str) -> None:
+    import time
+
+    client = connect_jobs()
+    deadline = time.monotonic() + 60
+    while text not in client.get_job_logs(submission_id):
+        assert time.monotonic() < deadline, f"{submission_id} did not say {text!r} in time"
+        time.sleep(0.2)
