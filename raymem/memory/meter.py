@@ -51,7 +51,7 @@ class PeakMeter:
         self._resident_bytes = storage_bytes(self._resident())
         activities = [torch.profiler.ProfilerActivity.CPU]
         self._profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-        self._profiler.__enter__()
+        self._profiler.start()
         return self
 
     def __exit__(
@@ -61,7 +61,7 @@ class PeakMeter:
             allocated = torch.cuda.max_memory_allocated(self._device)
             self.peak = Peak(allocated, torch.cuda.max_memory_reserved(self._device))
             return
-        self._profiler.__exit__(kind, error, trace)
+        self._profiler.stop()
         if error is None:
             self.peak = Peak(self._resident_bytes + _highest_sum(self._profiler), None)
         self._profiler = None

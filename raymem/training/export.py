@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from raymem import __version__
 from raymem.errors import StorageError
+from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.layout import Layout
-from raymem.training.model import load_tokenizer
+from raymem.training.model import tokenizer_path
 from raymem.training.recipe import NoAdapter, Recipe
 from raymem.training.storage import Storage
 
@@ -65,7 +66,7 @@ def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Stor
     try:
         staging.chmod(0o755)  # mkdtemp's 0700 would follow the directory to its place
         model.save_pretrained(staging, state_dict=state)
-        load_tokenizer(recipe).save_pretrained(staging)
+        load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
         contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
         (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
         if run.is_local:

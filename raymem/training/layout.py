@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raymem.errors import RaymemError
+from raymem.errors import RaymemError, RecipeError
 from raymem.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -27,10 +27,17 @@ class Layout:
     strategy: str = "ddp"
 
     @staticmethod
-    def current(recipe: Recipe, local_rank: int = 0) -> Layout:
-        """The layout of this process, from its process group if there is one."""
+    def current(recipe: Recipe, local_rank: int = 0, device: torch.device | None = None) -> Layout:
+        """The layout of this process, from its process group if there is one.
+
+        Raises:
+            RecipeError: ``scaling.use_gpu`` without a CUDA device.
+        """
         grouped = dist.is_initialized()
-        device = torch.device("cuda", local_rank) if recipe.scaling.use_gpu else torch.device("cpu")
+        if device is None:
+            device = torch.device("cuda", 0) if recipe.scaling.use_gpu else torch.device("cpu")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RecipeError("scaling.use_gpu: true, but PyTorch sees no CUDA device here; set it to false")
         return Layout(
             rank=dist.get_rank() if grouped else 0,
             world_size=dist.get_world_size() if grouped else 1,

@@ -131,22 +131,15 @@ def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool)
     return found
 
 
-def load_tokenizer(recipe: Recipe) -> Any:
-    """Tokenizer of the recipe: ``model.tokenizer``, or the model's own.
+def tokenizer_path(recipe: Recipe, layout: Layout | None = None) -> str:
+    """Directory or hub id of the recipe's tokenizer: ``model.tokenizer``, or the model's own.
 
     Raises:
-        ModelError: none can be loaded.
+        ModelError: the model cannot be had.
     """
-    from transformers import AutoTokenizer
-
-    name = recipe.model.tokenizer or recipe.model.name or ""
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=recipe.model.revision)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(
-            f"model.tokenizer: none can be loaded from {name!r} ({_first_line(error)}); set model.tokenizer to a "
-            "directory or Hugging Face id that has one"
-        ) from None
+    if recipe.model.tokenizer is not None:
+        return recipe.model.tokenizer
+    return str(fetch(recipe.model.name or "", recipe.model.revision, layout or Layout(), weights_too=False))
 
 
 def _on_meta(config: Any, recipe: Recipe) -> Any:

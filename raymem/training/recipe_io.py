@@ -32,6 +32,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: missing or malformed file, unknown key, bad value, or parts that do not go together.
     """
     path = Path(path)
+    raw = read_yaml(path)
+    raw.setdefault("name", path.stem)
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_recipe(raw, place=str(path), base_dir=Path.cwd())
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, not validated yet.
+
+    Raises:
+        RecipeError: missing file, not YAML, or no mapping.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -44,10 +57,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a YAML mapping (model:, data:, train:, ...), got {type(raw).__name__}")
-    raw.setdefault("name", path.stem)
-    for override in overrides:
-        _apply_override(raw, override)
-    return parse_recipe(raw, place=str(path), base_dir=Path.cwd())
+    return raw
 
 
 def parse_recipe(raw: dict[str, Any], place: str = "recipe", base_dir: Path | None = None) -> Recipe:

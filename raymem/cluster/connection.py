@@ -1,0 +1,84 @@
+"""Joining the cluster of ``RAY_ADDRESS``, or starting a local one that is private to this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+
+import ray
+
+from raymem.errors import ClusterError
+from raymem.training.recipe import Recipe
+
+
+def connect(recipe: Recipe) -> None:
+    """Make Ray usable in this process; does nothing if it already is.
+
+    With ``RAY_ADDRESS`` set (as in every job that a cluster runs) that cluster is joined. Otherwise a local one is
+    started on the loopback interface, with a token that exists in this process's environment only.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or ``scaling`` asks for more than it can ever have.
+    """
+    # The controller polls its workers; the default of 2 s would also be the least time between two reports.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    if not ray.is_initialized():
+        verbose = logging.getLogger("raymem").isEnabledFor(logging.DEBUG)
+        options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            if address:
+                ray.init(address=address, **options)
+            else:
+                _private_token()
+                ray.init(address="local", **options)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            where = f"RAY_ADDRESS={address}" if address else "a local cluster"
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ClusterError(
+                f"{where}: Ray cannot be reached ({reason}); check the address, that the head is up, and with token "
+                "authentication RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH; `raymem doctor` looks at each"
+            ) from None
+    _check_room(recipe)
+
+
+def _private_token() -> None:
+    """Ray would otherwise write a token into the home directory, readable by all, or fail where it is read-only."""
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def worker_resources(recipe: Recipe) -> dict[str, float]:
+    """Ray resources of one worker: as the recipe says, or one GPU, or an equal share of all CPU cores."""
+    scaling = recipe.scaling
+    if scaling.resources_per_worker is not None:
+        return dict(scaling.resources_per_worker)
+    if scaling.use_gpu:
+        return {"GPU": 1.0, "CPU": 1.0}
+    most = scaling.num_workers[1] if isinstance(scaling.num_workers, tuple) else scaling.num_workers
+    cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    # The largest whole share at which that many workers still fit beside each other.
+    share = max(1, int(max(cores)))
+    while share > 1 and sum(int(c // share) for c in cores) < most:
+        share -= 1
+    return {"CPU": float(share)}
+
+
+def _check_room(recipe: Recipe) -> None:
+    """Refuse at once what would otherwise wait for resources for ever; an autoscaling cluster may still grow."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    scaling, wanted = recipe.scaling, worker_resources(recipe)
+    least = scaling.num_workers[0] if isinstance(scaling.num_workers, tuple) else scaling.num_workers
+    total = ray.cluster_resources()
+    for kind, amount in wanted.items():
+        if amount * least > total.get(kind, 0.0):
+            raise ClusterError(
+                f"scaling: {least} workers with {amount:g} {kind} each need {amount * least:g}, this machine has "
+                f"{total.get(kind, 0.0):g}; lower scaling.num_workers or scaling.resources_per_worker"
+                f"{', or set scaling.use_gpu: false' if kind == 'GPU' else ''}"
+            )

@@ -1,0 +1,85 @@
+"""The demo models: small Llamas that this machine pre-trains on its own standard library, once."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from typing import Any
+
+from raymem.cluster.data import cache_dir
+from raymem.errors import ModelError
+from raymem.training.data.directories import digest
+from raymem.training.demo import ensure_demo
+from raymem.training.export import FACTS
+from raymem.training.recipe import Recipe
+from raymem.training.recipe_io import packaged_recipe, parse_recipe, read_yaml
+from raymem.training.storage import Storage
+
+log = logging.getLogger(__name__)
+
+MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
+"""Name in a recipe -> packaged recipe that pre-trains it."""
+
+
+def demo_tokenizer(storage: Storage) -> str:
+    """Directory of the demo tokenizer, built if missing."""
+    return str(ensure_demo(cache_dir(storage)).tokenizer)
+
+
+def pretraining_recipe(name: str, storage: Storage) -> Recipe:
+    """The recipe that makes demo model ``name``, as a run inside the storage's cache named by its content."""
+    raw: dict[str, Any] = read_yaml(packaged_recipe(MODELS[name]))
+    demo = ensure_demo(cache_dir(storage))
+    raw["model"]["tokenizer"] = str(demo.tokenizer)
+    key = digest([{k: raw[k] for k in ("model", "data", "train", "optimizer") if k in raw}, demo.directory.name])
+    raw |= {"name": f"{name}-{key[:12]}", "tracking": "none"}
+    raw["storage"] = {"path": str(cache_dir(storage) / "models"), "num_to_keep": 1}
+    raw["scaling"] = {"num_workers": 0}
+    return parse_recipe(raw, place=f"packaged recipe {MODELS[name]}")
+
+
+def finished_model(recipe: Recipe) -> str | None:
+    """Directory of the model that a pre-training recipe made, or None if it is not finished."""
+    run = Storage.open(recipe.storage.path).child(recipe.name)
+    return run.join("model") if run.exists(f"model/{FACTS}") else None
+
+
+def discard_checkpoints(recipe: Recipe) -> None:
+    """A finished demo model is only read; its checkpoints are ten times its size."""
+    run = Storage.open(recipe.storage.path).child(recipe.name)
+    shutil.rmtree(run.join("checkpoints"), ignore_errors=True)
+
+
+def resolve(recipe: Recipe, storage: Storage, build: Any) -> Recipe:
+    """Replace the names ``demo`` and ``demo-long`` by directories, building what is missing.
+
+    Args:
+        build: trains a pre-training recipe; only ``demo`` is built on the way (2 minutes), ``demo-long`` is asked for.
+
+    Raises:
+        ModelError: ``demo-long`` is not built yet, or the storage is an object store.
+    """
+    model = recipe.model
+    updates: dict[str, str | None] = {}
+    if not storage.is_local and ({model.name, model.tokenizer} & {*MODELS}):
+        raise ModelError(
+            f"model: {model.name or model.tokenizer} is made on this machine and needs a local storage.path, not "
+            f"{storage.path}; give a directory or a Hugging Face id"
+        )
+    if model.tokenizer == "demo":
+        updates["tokenizer"] = demo_tokenizer(storage)
+    if model.name in MODELS:
+        pretraining = pretraining_recipe(model.name, storage)
+        directory = finished_model(pretraining)
+        if directory is None and model.name != "demo":
+            raise ModelError(
+                f"model.name: {model.name} takes half an hour to build and is not there yet: "
+                f"python benchmarks/make_base.py --storage {storage.path}"
+            )
+        if directory is None:
+            log.info("building the demo model first (once, about two minutes)")
+            build(pretraining)
+            discard_checkpoints(pretraining)
+            directory = finished_model(pretraining)
+        updates["name"] = directory
+    return recipe.model_copy(update={"model": model.model_copy(update=updates)}) if updates else recipe

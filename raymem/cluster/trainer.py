@@ -1,0 +1,216 @@
+"""From a recipe to a trained artefact: what the driver does, with Ray workers or in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raymem.cluster import data, demo
+from raymem.errors import RaymemError, StorageError
+from raymem.tracking.sink import TrackingSink, TrackingSummary
+from raymem.tracking.start import start_tracking
+from raymem.training.checkpoint import latest_manifest
+from raymem.training.data.shards import Prepared
+from raymem.training.export import artifact_name
+from raymem.training.identity import check_identity, identity_of
+from raymem.training.layout import Layout
+from raymem.training.loop import Outcome, run
+from raymem.training.model import build_model
+from raymem.training.recipe import Recipe
+from raymem.training.reporter import Listener, LocalReporter, Row
+from raymem.training.storage import Storage
+
+log = logging.getLogger(__name__)
+
+Status = Callable[[str], None]
+"""Told in a few words what is going on before the first step."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end."""
+
+    outcome: Outcome
+    tracking: TrackingSummary
+    recipe: Recipe
+    """As it was trained: demo names replaced by directories."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is settled before the first step."""
+
+    recipe: Recipe
+    storage: Storage
+    run: Storage
+    train_data: Prepared
+    eval_data: Prepared | None
+
+
+def launch(
+    recipe: Recipe, *, fresh: bool = False, listeners: Sequence[Listener] = (), status: Status = log.info
+) -> Finished:
+    """Train a recipe from its data to its artefact; a run of the same name on the same storage is resumed.
+
+    Args:
+        fresh: set an existing run of this name aside and start over.
+        listeners: get every metric row, in this process.
+        status: progress in words before the first step.
+
+    Raises:
+        RaymemError: anything that is the user's to mend; the last good checkpoint stays.
+    """
+    storage = Storage.open(recipe.storage.path)
+    storage.check_writable()
+    with _only_one(storage, recipe.name):
+        if fresh:
+            _set_aside(storage, recipe.name)
+        on_ray = recipe.scaling.num_workers != 0
+        if on_ray:
+            from raymem.cluster import connection
+
+            status("starting Ray")
+            connection.connect(recipe)
+        job = _settle(recipe, storage, on_ray=on_ray, status=status)
+        manifest = latest_manifest(job.run)
+        sink = start_tracking(
+            job.recipe.to_dict(),
+            storage_path=storage.path,
+            resume=manifest is not None,
+            device="cuda" if recipe.scaling.use_gpu else "cpu",
+        )
+        outcome, rows = _train_tracked(job, sink, [*listeners, _history_file(job.run)])
+        sink.log_history(rows)  # mends what an outage swallowed; what is there already is left out
+        with _local_copy(job.run, artifact_name(recipe)) as artifact:
+            summary = sink.finish("FINISHED", {artifact_name(recipe): artifact}, **_registration(recipe))
+        return Finished(outcome, summary, job.recipe)
+
+
+def _settle(recipe: Recipe, storage: Storage, *, on_ray: bool, status: Status) -> Job:
+    """Check the model and prepare the data, so that mistakes show before workers start."""
+    recipe = demo.resolve(recipe, storage, build=lambda r: _build_demo(r, status))
+    status("checking the model")
+    build_model(recipe, meta=True)
+    status("preparing the data")
+    tokenizer = data.shared_tokenizer(recipe, storage)
+    train_data = data.prepare_split(recipe, "train", tokenizer, storage, on_ray=on_ray)
+    has_eval = recipe.data.eval is not None
+    eval_data = data.prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray) if has_eval else None
+    job = Job(recipe, storage, storage.child(recipe.name), train_data, eval_data)
+    if (manifest := latest_manifest(job.run)) is not None:
+        check_identity(manifest.identity, identity_of(recipe, train_data), job.run.path)
+        status(f"resuming from step {manifest.step}")
+    return job
+
+
+def _build_demo(recipe: Recipe, status: Status) -> None:
+    status("pre-training the demo model (once, about two minutes)")
+
+    def progress(rows: Sequence[Row]) -> None:
+        step, total = int(rows[-1]["step"]), recipe.train.steps or 0
+        if step % max(1, total // 10) == 0:
+            status(f"pre-training the demo model: step {step}/{total}, loss {rows[-1]['loss']:.2f}")
+
+    launch(recipe, listeners=[progress], status=lambda text: None)
+
+
+def _train_tracked(job: Job, sink: TrackingSink, listeners: Sequence[Listener]) -> tuple[Outcome, list[Row]]:
+    """Train; on an error end the tracked run as failed and pass the error on."""
+    rows: list[Row] = []
+    everyone = [rows.extend, *listeners]
+    try:
+        if job.recipe.scaling.num_workers == 0:
+            reporter = LocalReporter(*everyone, sink.log_history)
+            layout = Layout.current(job.recipe)
+            return run(job.recipe, layout, job.run, job.train_data, job.eval_data, reporter), rows
+        from raymem.cluster.ray_train import train_on_ray
+
+        return train_on_ray(job, sink.spec(), everyone), rows
+    except BaseException as error:
+        sink.log_history(rows)
+        sink.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+
+
+def _registration(recipe: Recipe) -> dict[str, Any]:
+    tracking = recipe.tracking
+    return {} if tracking.kind == "none" else {"register_as": tracking.register_as, "alias": tracking.alias}
+
+
+def _history_file(run_storage: Storage) -> Listener:
+    """Append rows to ``metrics.jsonl`` in a local run directory; of a replayed step the last row counts."""
+    path = Path(run_storage.root) / "metrics.jsonl"
+
+    def write(rows: Sequence[Row]) -> None:
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    if not run_storage.is_local:
+        return lambda rows: None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write
+
+
+@contextlib.contextmanager
+def _local_copy(run_storage: Storage, name: str) -> Iterator[Path]:
+    """The artefact as local files, for uploading to the tracking server."""
+    if run_storage.is_local:
+        yield Path(run_storage.join(name))
+        return
+    with tempfile.TemporaryDirectory(prefix="raymem-artifact-") as folder:
+        run_storage.download_dir(name, Path(folder) / name, last="raymem.json")
+        yield Path(folder) / name
+
+
+def _set_aside(storage: Storage, name: str) -> None:
+    """Rename an existing run to ``<name>.old-<n>``; nothing is deleted for the user.
+
+    Raises:
+        StorageError: an object store cannot rename.
+    """
+    if not storage.exists(name):
+        return
+    if not storage.is_local:
+        raise StorageError(
+            f"{storage.join(name)}: --fresh cannot rename a run on an object store; delete it there, or choose "
+            "another name"
+        )
+    number = 1
+    while storage.exists(f"{name}.old-{number}"):
+        number += 1
+    os.rename(storage.join(name), storage.join(f"{name}.old-{number}"))
+    log.info("the earlier run is now %s", storage.join(f"{name}.old-{number}"))
+
+
+@contextlib.contextmanager
+def _only_one(storage: Storage, name: str) -> Iterator[None]:
+    """Hold the run's lock; the system gives it back when the process ends, however it ends.
+
+    Raises:
+        StorageError: another process on a node that shares the lock trains a run of this name.
+    """
+    if not storage.is_local:
+        yield
+        return
+    folder = Path(storage.join(".locks"))
+    folder.mkdir(exist_ok=True)
+    with (folder / name).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StorageError(
+                f"{storage.join(name)}: another process is training this run; wait for it, stop it, or choose "
+                "another name"
+            ) from None
+        yield
+
+
+__all__ = ["Finished", "Job", "RaymemError", "launch"]
