@@ -46,9 +46,12 @@ def connect(recipe: Recipe) -> None:
 
 
 def _private_token() -> None:
-    """Ray would otherwise write a token into the home directory, readable by all, or fail where it is read-only."""
-    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ["RAY_AUTH_MODE"] = "token"
+    """Give the local cluster a token of its own.
+
+    Ray would otherwise write one into the home directory, readable by all, or fail where that is read-only. The mode
+    itself is left to Ray, which turns authentication on for local clusters unless RAY_AUTH_MODE says otherwise.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 from raymem.cluster.data import cache_dir
@@ -14,8 +14,6 @@ from raymem.training.export import FACTS
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import packaged_recipe, parse_recipe, read_yaml
 from raymem.training.storage import Storage
-
-log = logging.getLogger(__name__)
 
 MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
 """Name in a recipe -> packaged recipe that pre-trains it."""
@@ -50,14 +48,14 @@ def discard_checkpoints(recipe: Recipe) -> None:
     shutil.rmtree(run.join("checkpoints"), ignore_errors=True)
 
 
-def resolve(recipe: Recipe, storage: Storage, build: Any) -> Recipe:
-    """Replace the names ``demo`` and ``demo-long`` by directories, building what is missing.
+def resolve(recipe: Recipe, storage: Storage, build: Callable[[Recipe], object] | None = None) -> Recipe:
+    """Replace the names ``demo`` and ``demo-long`` by directories.
 
     Args:
-        build: trains a pre-training recipe; only ``demo`` is built on the way (2 minutes), ``demo-long`` is asked for.
+        build: trains a pre-training recipe; with it ``demo`` is built on the way (two minutes).
 
     Raises:
-        ModelError: ``demo-long`` is not built yet, or the storage is an object store.
+        ModelError: the model is not built yet, or the storage is an object store.
     """
     model = recipe.model
     updates: dict[str, str | None] = {}
@@ -71,15 +69,14 @@ def resolve(recipe: Recipe, storage: Storage, build: Any) -> Recipe:
     if model.name in MODELS:
         pretraining = pretraining_recipe(model.name, storage)
         directory = finished_model(pretraining)
-        if directory is None and model.name != "demo":
-            raise ModelError(
-                f"model.name: {model.name} takes half an hour to build and is not there yet: "
-                f"python benchmarks/make_base.py --storage {storage.path}"
-            )
-        if directory is None:
-            log.info("building the demo model first (once, about two minutes)")
+        if directory is None and model.name == "demo" and build is not None:
             build(pretraining)
             discard_checkpoints(pretraining)
             directory = finished_model(pretraining)
+        if directory is None:
+            raise ModelError(
+                f"model.name: {model.name} is not built yet in {storage.path}; build it with: "
+                f"python benchmarks/make_base.py --model {model.name} --storage {storage.path}"
+            )
         updates["name"] = directory
     return recipe.model_copy(update={"model": model.model_copy(update=updates)}) if updates else recipe

@@ -76,6 +76,24 @@ def parse_recipe(raw: dict[str, Any], place: str = "recipe", base_dir: Path | No
     return recipe
 
 
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file as a person writes it: with the shorthands, and the name left to the file's."""
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    for axis in ("Base", "Adapter", "Activations", "Optimizer", "Tracking"):
+        kinds = [m.model_fields["kind"].default for m in _models_in(Recipe.model_fields[axis.lower()].annotation)]
+        definitions[axis] = {"anyOf": [definitions[axis], {"enum": kinds}]}
+    for split in ("train", "eval"):
+        sources = definitions["DataSection"]["properties"][split]
+        one = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
+        definitions["DataSection"]["properties"][split] = {
+            "description": sources.get("description", ""),
+            "anyOf": [one, {"type": "array", "items": one, "minItems": 1}, {"type": "null"}],
+        }
+    schema["required"].remove("name")
+    return schema
+
+
 def packaged_recipe(name: str) -> Path:
     """File of a recipe that ships with raymem, for example ``quickstart``.
 

@@ -1,0 +1,116 @@
+"""Evaluating what a run left, on the recipe's evaluation data: in this process or as one Ray task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raymem.cluster import data, demo
+from raymem.errors import DataError, ModelError, RaymemError
+from raymem.training.data.dataset import PackedRows
+from raymem.training.evaluate import Evaluation, evaluate
+from raymem.training.export import FACTS, artifact_name
+from raymem.training.layout import Layout
+from raymem.training.model import build_model
+from raymem.training.recipe import LoraAdapter, NoAdapter, Recipe
+from raymem.training.storage import Storage
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Evaluation of one artefact."""
+
+    artifact: str
+    result: Evaluation
+
+
+def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> Evaluated:
+    """Evaluation loss of a run's artefact.
+
+    Args:
+        artifact: PEFT or model directory; ``base`` is the model without an adapter; by default the run's own result.
+
+    Raises:
+        DataError: the recipe has no evaluation data.
+        ModelError: there is nothing to evaluate.
+    """
+    if recipe.data.eval is None:
+        raise DataError("data.eval: this recipe has no evaluation data; add it, or --set data.eval=<path>")
+    storage = Storage.open(recipe.storage.path)
+    recipe = demo.resolve(recipe, storage)
+    directory = artifact or _own_artifact(recipe, storage)
+    target = _with_weights(recipe, directory)
+    on_ray = recipe.scaling.num_workers != 0
+    if on_ray:
+        from raymem.cluster.connection import connect
+
+        connect(recipe)
+    tokenizer = data.shared_tokenizer(recipe, storage)
+    prepared = data.prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray)
+    config = {"recipe": target.to_dict(), "data": data.to_dict(prepared)}
+    return Evaluated(directory, _as_task(config, recipe) if on_ray else evaluation_task(config))
+
+
+def evaluation_task(config: dict[str, Any]) -> Evaluation:
+    """One process's evaluation; plain data in, plain values out."""
+    recipe = Recipe.model_validate(config["recipe"])
+    prepared = data.localise(config["data"], Storage.open(recipe.storage.path))
+    layout = Layout.current(recipe)
+    model = build_model(recipe, layout)
+    mixed = recipe.train.precision == "bf16_mixed"
+    rows = PackedRows(prepared.directories)
+    return evaluate(model, rows, layout, micro_batch=recipe.train.micro_batch, mixed=mixed)
+
+
+def _as_task(config: dict[str, Any], recipe: Recipe) -> Evaluation:
+    import ray
+
+    from raymem.cluster.connection import worker_resources
+
+    wanted = worker_resources(recipe)
+    threads = max(1, int(wanted.get("CPU", 1)))
+    options = {"num_cpus": wanted.pop("CPU", 1), "num_gpus": wanted.pop("GPU", 0), "resources": wanted}
+    try:
+        return ray.get(ray.remote(_task_with_threads).options(**options).remote(config, threads))  # type: ignore[no-any-return]
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaymemError):
+            raise error.cause from None
+        raise
+
+
+def _task_with_threads(config: dict[str, Any], threads: int) -> Evaluation:
+    torch.set_num_threads(threads)
+    return evaluation_task(config)
+
+
+def _own_artifact(recipe: Recipe, storage: Storage) -> str:
+    run = storage.child(recipe.name)
+    name = artifact_name(recipe)
+    if not run.exists(f"{name}/{FACTS}"):
+        raise ModelError(
+            f"{run.join(name)}: run {recipe.name!r} has no result yet; train it first, or give --artifact "
+            "(a PEFT or model directory, or base)"
+        )
+    return run.join(name)
+
+
+def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
+    """The recipe of one unsharded process whose model starts from ``artifact``."""
+    update: dict[str, Any] = {
+        "scaling": recipe.scaling.model_copy(update={"num_workers": 0, "strategy": "ddp"}),
+    }
+    if artifact == "base":
+        update["adapter"] = NoAdapter()
+        return recipe.model_copy(update=update)
+    directory = Path(artifact)
+    if (directory / "adapter_config.json").is_file() and isinstance(recipe.adapter, LoraAdapter):
+        update["adapter"] = recipe.adapter.model_copy(update={"init_from": str(directory)})
+    elif (directory / "config.json").is_file():
+        update["model"] = recipe.model.model_copy(update={"name": str(directory), "config": None, "revision": None})
+        update["adapter"] = NoAdapter()
+    else:
+        raise ModelError(f"--artifact: {artifact} holds neither adapter_config.json nor config.json")
+    return recipe.model_copy(update=update)

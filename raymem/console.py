@@ -1,0 +1,113 @@
+"""What a person sees while a command runs: a rich progress bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from raymem.training.reporter import Row
+
+GIB = 1 << 30
+MIB = 1 << 20
+LINE_EVERY_S = 10.0
+"""Least time between two plain lines; evaluations and the first and last step are always shown."""
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def hush_libraries() -> None:
+    """Keep other libraries' chatter (progress bars, deprecations, advice) out of raymem's output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+
+
+def bytes_text(num_bytes: float) -> str:
+    """``1.53 GiB`` or ``310 MiB``."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
+
+
+class TrainingDisplay:
+    """Context manager that shows the metric rows handed to :meth:`show`.
+
+    Args:
+        total_steps: steps of the run, if known before the data is.
+    """
+
+    def __init__(self, total_steps: int | None) -> None:
+        self._total = total_steps
+        self._peak_bytes = 0.0
+        self._latest_eval = ""
+        self._last_line = 0.0
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> TrainingDisplay:
+        if out.is_terminal:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+            )  # fmt: skip
+            self._progress = Progress(*columns, console=out)
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def status(self, text: str) -> None:
+        """A line about what goes on before training."""
+        out.print(f"[dim]{text}[/dim]" if out.is_terminal else text)
+
+    def show(self, rows: Sequence[Row]) -> None:
+        """New metric rows, oldest first."""
+        for row in rows:
+            self._peak_bytes = max(self._peak_bytes, row.get("peak_bytes", 0.0))
+            if "eval_loss" in row:
+                self._latest_eval = f"eval {row['eval_loss']:.3f} (ppl {row['eval_perplexity']:.1f})"
+            if self._progress is None and self._worth_a_line(row):
+                self._last_line = time.monotonic()
+                total = f"/{self._total}" if self._total else ""
+                out.print(f"step {row['step']:.0f}{total}  {self._numbers(row, evaluated='eval_loss' in row)}")
+        if self._progress is not None and rows:
+            if self._task is None:
+                self._task = self._progress.add_task("training", total=self._total, numbers="")
+            numbers = self._numbers(rows[-1], evaluated=True)
+            self._progress.update(self._task, completed=rows[-1]["step"], numbers=numbers)
+
+    def _worth_a_line(self, row: Row) -> bool:
+        edge = row["step"] in (1, self._total)
+        return edge or "eval_loss" in row or time.monotonic() - self._last_line >= LINE_EVERY_S
+
+    def _numbers(self, row: Row, *, evaluated: bool) -> str:
+        parts = [f"loss {row['loss']:.3f}", f"{row['tokens_per_s']:.0f} tokens/s"]
+        if evaluated and self._latest_eval:
+            parts.append(self._latest_eval)
+        if self._peak_bytes:
+            parts.append(f"peak {bytes_text(self._peak_bytes)}")
+        return "  ".join(parts)
+
+
+def checks_table(rows: Sequence[tuple[str, bool | None, str, str]]) -> Table:
+    """``raymem doctor``'s report: name, ok (None is a warning), detail, cure."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    words = {True: "[green]ok[/green]", False: "[red]FAIL[/red]", None: "[yellow]note[/yellow]"}
+    for name, ok, detail, cure in rows:
+        table.add_row(words[ok], name, detail + (f"\n[bold]-> {cure}[/bold]" if cure else ""))
+    return table

@@ -1,0 +1,89 @@
+"""Using what training left: loading a PEFT or model directory, generating text, merging."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raymem.errors import ModelError, StorageError
+from raymem.training.data.tokenizer import load_tokenizer
+
+
+def load_artifact(directory: str | Path) -> tuple[Any, Any]:
+    """Model (in its stored dtype, evaluation mode) and tokenizer of a PEFT or model directory.
+
+    Raises:
+        ModelError: it is neither, or the base that the adapter names cannot be loaded.
+    """
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    path = Path(directory)
+    if not (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path} holds neither adapter_config.json nor config.json; give the adapter or model directory of a run, "
+            "for example raymem-runs/quickstart/adapter"
+        )
+    try:
+        if (path / "adapter_config.json").is_file():
+            config = PeftConfig.from_pretrained(str(path))
+            base = AutoModelForCausalLM.from_pretrained(
+                config.base_model_name_or_path, revision=config.revision, dtype="auto"
+            )
+            model = PeftModel.from_pretrained(base, str(path))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path} cannot be loaded: {reason}; check the base model that it names") from None
+    return model.eval(), load_tokenizer(str(path))
+
+
+@torch.no_grad()
+def generate(directory: str | Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """Continue ``prompt``; temperature 0 is greedy.
+
+    Raises:
+        ModelError: see :func:`load_artifact`.
+    """
+    model, tokenizer = load_artifact(directory)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    output = model.to(device).generate(
+        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+    )
+    return str(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def merge(adapter: str | Path, output: str | Path) -> Path:
+    """Write the base with the adapter folded in, in the base's own dtype, as a model directory.
+
+    Raises:
+        ModelError: no adapter there, or its base cannot be loaded.
+        StorageError: ``output`` exists or cannot be written; nothing half-written is left.
+    """
+    source, target = Path(adapter), Path(output)
+    if not (source / "adapter_config.json").is_file():
+        raise ModelError(f"{source} holds no adapter_config.json; only adapters are merged")
+    if target.exists():
+        raise StorageError(f"--output: {target} already exists; choose another directory or remove it")
+    model, tokenizer = load_artifact(source)
+    staging = target.parent / f".{target.name}.part"
+    try:
+        staging.mkdir(parents=True)
+        model.merge_and_unload().save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        facts = json.loads((source / "raymem.json").read_text()) if (source / "raymem.json").is_file() else {}
+        (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
+        staging.rename(target)
+    except OSError as error:
+        raise StorageError(f"--output: {target} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
