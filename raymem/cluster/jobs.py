@@ -15,9 +15,13 @@ from raymem.errors import ClusterError
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _CONNECT_TIMEOUT_S = 5.0
 _AUTH_CURE = (
-    "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<file with the cluster's token, mode 0600>; "
-    "`kubectl get secret` or the person who started the cluster has it"
+    "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<file with the cluster's token, mode 0600> "
+    "(the person who started the cluster has it, or `kubectl get secret`)"
 )
+
+
+class TokenRefused(ClusterError):
+    """The cluster wants a token, and got none or another one."""
 
 
 def job_address(address: str | None) -> tuple[str | None, str]:
@@ -48,10 +52,17 @@ def connect_jobs(address: str | None = None) -> Any:
                 "give the dashboard's, http://<head>:8265"
             )
         if resolved != "auto":
-            _knock(resolved, source)
+            knock(resolved, source)
     place = f"{resolved} (from {source})" if resolved else source
     with _only_this_address(resolved), explained(place):
         return _job_client(resolved)
+
+
+def cluster_version(client: Any) -> str:
+    """Ray's version on the cluster. Raises ClusterError."""
+    with explained(client.get_address()):
+        answer = client._do_request("GET", "/api/version")  # get_version() gives the version of the API instead
+        return str(answer.json()["ray_version"])
 
 
 @contextlib.contextmanager
@@ -65,7 +76,7 @@ def explained(place: str) -> Iterator[None]:
         raise
     except AuthenticationError as error:
         wrong = "Authentication failed" in str(error)
-        raise ClusterError(
+        raise TokenRefused(
             f"Ray cluster {place} {'refused the token' if wrong else 'wants a token and got none'}; {_AUTH_CURE}"
         ) from error
     except (ConnectionError, OSError) as error:
@@ -82,8 +93,8 @@ def _cure(error: BaseException) -> str:
     )
 
 
-def _knock(address: str, source: str) -> None:
-    """Open a TCP connection first: Ray's own requests have no time limit."""
+def knock(address: str, source: str) -> None:
+    """Open a TCP connection first: Ray's own requests have no time limit. Raises ClusterError."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)

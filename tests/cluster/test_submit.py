@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray_processes import RayHead
 
 from raymem.cluster.jobs import connect_jobs
 from raymem.cluster.package import check_package, packaged_files
@@ -287,31 +288,7 @@ def test_names_of_jobs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- a real head
 
 
-@pytest.fixture
-def login(ray_head: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Set Ray's authentication in this process; Ray reads it once, so it must be told to read it again."""
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    def read_again() -> None:
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-
-    with pytest.MonkeyPatch.context() as patch:
-
-        def login(mode: str = "token", token_path: Path | None = ray_head.token_path) -> None:
-            for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-                patch.delenv(name, raising=False)
-            patch.setenv("RAY_AUTH_MODE", mode)
-            patch.setenv("HOME", str(ray_head.home))
-            if token_path:
-                patch.setenv("RAY_AUTH_TOKEN_PATH", str(token_path))
-            read_again()
-
-        yield login
-    read_again()
-
-
-def test_missing_and_wrong_tokens(ray_head: Any, login: Callable[..., None], project: Path, tmp_path: Path) -> None:
+def test_missing_and_wrong_tokens(ray_head: RayHead, login: Callable[..., None], project: Path, tmp_path: Path) -> None:
     got_none = rf"Ray cluster {ray_head.dashboard} \(from --address\) wants a token and got none; export RAY_AUTH_MODE"
     login(mode="disabled")
     with pytest.raises(ClusterError, match=got_none):
@@ -330,7 +307,7 @@ def test_missing_and_wrong_tokens(ray_head: Any, login: Callable[..., None], pro
         assert "not-the-token" not in str(caught.value)
 
 
-def test_unknown_job(ray_head: Any, login: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_job(ray_head: RayHead, login: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     login()
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # the argument wins over it
     words = rf"no job raymem-none at {ray_head.dashboard}; `ray job list` shows"
@@ -343,7 +320,7 @@ def test_unknown_job(ray_head: Any, login: Callable[..., None], monkeypatch: pyt
 
 
 def test_a_job_from_start_to_end(
-    ray_head: Any,
+    ray_head: RayHead,
     login: Callable[..., None],
     project: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -17,22 +17,36 @@ from tracking_helpers import Server, recipe
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
+FIRST_USE = """
+import json, logging, sys
+logging.basicConfig(level=logging.INFO)
+import raymem.tracking
+assert "mlflow" not in sys.modules  # it is loaded when it is needed
+sink = raymem.tracking.start_tracking(json.loads(sys.argv[2]), storage_path=sys.argv[1], resume=False)
+sink.log_history([{"step": 1, "loss": 1.0}])
+assert sink.finish("FINISHED").problem is None
+"""
+
+
 @pytest.fixture(scope="session")
 def first_use(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two drivers that start at once on one fresh storage; their database then serves all tests as a template."""
     store = tmp_path_factory.mktemp("mlflow") / "new" / "store"
-    code = (
-        "import json, sys; from raymem.tracking import start_tracking;"
-        "start_tracking(json.loads(sys.argv[2]), storage_path=sys.argv[1], resume=False)"
-    )
-    command = [sys.executable, "-c", code, str(store), json.dumps(recipe(experiment="first"))]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    cwd = tmp_path_factory.mktemp("cwd")
+    command = [sys.executable, "-c", FIRST_USE, str(store), json.dumps(recipe(experiment="first"))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    both = [subprocess.Popen(command, cwd=cwd, text=True, **pipes) for _ in range(2)]
     try:
         outputs = [process.communicate(timeout=120)[0] for process in both]
     finally:
         for process in both:
             process.kill()
-    return {"outputs": outputs, "codes": [process.returncode for process in both], "db": store / "mlflow.db"}
+    return {
+        "outputs": outputs,
+        "codes": [process.returncode for process in both],
+        "db": store / "mlflow.db",
+        "cwd": cwd,
+    }
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,28 +221,3 @@ def test_null_sink() -> None:
     sink.log_history([{"step": 1, "loss": 1.0}])
     assert sink.finish("FINISHED", {"adapter": "/none"}).problem is None
     assert sink.summary().logged == 0
-
-
-def test_mlflow_is_loaded_late_and_quiet(storage: str) -> None:
-    """Importing the room costs nothing; using it prints nothing and leaves the working directory alone."""
-    code = """
-import json, logging, os, sys
-logging.basicConfig(level=logging.INFO)
-import raymem.tracking
-assert "mlflow" not in sys.modules
-storage, recipe = sys.argv[1], json.loads(sys.argv[2])
-sink = raymem.tracking.start_tracking(recipe, storage_path=storage, resume=False)
-sink.log_history([{"step": 1, "loss": 1.0}])
-assert sink.finish("FINISHED").problem is None
-assert os.listdir(".") == [], os.listdir(".")
-"""
-    cwd = Path(storage).parent / "cwd"
-    cwd.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", code, storage, json.dumps(recipe())],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -168,9 +168,11 @@ def test_check_says_what_sqlite_will_do(storage: str, tmp_path: Path) -> None:
 
 
 def test_first_use_of_a_fresh_storage(first_use: dict[str, Any]) -> None:
-    """Tables are made once and in silence, although two drivers started together."""
+    """Tables are made once although two drivers started together; nothing is printed, or left in their directory."""
     assert first_use["outputs"] == ["", ""]
     assert first_use["codes"] == [0, 0]
+    assert list(first_use["cwd"].iterdir()) == []
     client = connect(f"sqlite:///{first_use['db']}")
     experiment = client.get_experiment_by_name("first")
-    assert len(client.search_runs([experiment.experiment_id])) == 2
+    runs = client.search_runs([experiment.experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
