@@ -8,6 +8,7 @@ how many tasks did the work (blocks have a fixed number of rows and are packed o
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from raymem.training.recipe import DataSection, Source
 SCHEMA_VERSION = 1
 """Raise it with every change of what a shard holds for the same input."""
 BLOCK_ROWS = 2048
+_UNNAMED = ".writing-"
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +165,12 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
     plans: list[_Plan] = []
     for index, source in enumerate(sources):
         place = f"data.{split}[{index}]"
+        if split == "eval" and any(
+            source == train.model_copy(update={"weight": source.weight}) for train in section.train
+        ):
+            log.warning(
+                "%s is also trained on, so its loss says nothing about other data (split: %s)", place, source.split
+            )
         opened = open_source(source, place, cache_dir, BLOCK_ROWS)
         row_format = resolve_format(source, opened.first_row, place)
         recipe = _Recipe(
@@ -190,6 +198,8 @@ def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any
     tasks = [Task(index, block) for index, block in enumerate(plan.opened.blocks)]
     log.info("%s: tokenising %d blocks of up to %d rows", place, len(tasks), BLOCK_ROWS)
     results = map_blocks(partial(write_shard, plan.recipe, str(directory)), tasks)
+    for left in directory.glob(f"{_UNNAMED}*"):  # by tasks that were killed
+        left.unlink(missing_ok=True)
     shards = [result["shard"] for result in results if result["shard"] is not None]
     for shard in shards:
         if not (directory / shard).is_file():
@@ -261,5 +271,9 @@ def _write_arrow(packed: Packed, path: Path) -> None:
             "num_targets": pa.array(packed.targets.sum(axis=1, dtype=np.int32)),
         }
     )
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+    # A lost task is started again while the first one may still be writing: each writes its own file, the name comes
+    # last.
+    unnamed = path.with_name(f"{_UNNAMED}{path.name}-{uuid.uuid4().hex}")
+    with pa.OSFile(str(unnamed), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
+    unnamed.replace(path)

@@ -153,6 +153,14 @@ def test_all_ranks_get_equal_shapes_and_together_all_rows(
     assert sorted(found) == sorted(want)
 
 
+def test_a_rank_takes_every_world_th_row(rows: Any) -> None:
+    packed = rows("none")
+    ids = np.array([3, 1, 4, 0, 5])
+    (batch,) = rank_batches(packed, ids, 1, 2, 4)
+    assert batch.input_ids[:2].tolist() == [packed.row(1).input_ids.tolist(), packed.row(0).input_ids.tolist()]
+    assert not (batch.labels[2] != -100).any()
+
+
 def test_ragged_tails_are_spread_before_rows_are_filled_up(rows: Any) -> None:
     batches = rank_batches(rows("bfd"), np.arange(6) % 3, 0, 1, 4)
     assert [batch.input_ids.shape[0] for batch in batches] == [3, 3]
@@ -162,6 +170,7 @@ def test_ragged_tails_are_spread_before_rows_are_filled_up(rows: Any) -> None:
 def test_a_rank_without_rows_gets_a_batch_without_loss(rows: Any, llama: Any, packing: str) -> None:
     (batch,) = rank_batches(rows(packing), np.arange(2), 2, 3, 1)
     assert not (batch.labels != -100).any()
+    assert batch.attention_mask is None or batch.attention_mask.all()  # nothing to attend to would be undefined
     with torch.no_grad():
         assert torch.isfinite(llama(**batch.model_inputs()).logits).all()
 

@@ -62,6 +62,10 @@ def test_columns_rename_and_may_swap() -> None:
     assert convert(swapped, columns={"prompt": "completion", "completion": "prompt"}) == PromptCompletion("p", "c")
 
 
+def test_a_renamed_column_no_longer_counts_under_its_old_name() -> None:
+    assert convert({"messages": "t"}, columns={"text": "messages"}) == Text("t")
+
+
 def test_message_keys_for_the_template_stay_and_parquet_s_nulls_go() -> None:
     turn = {"role": "user", "content": "q", "name": "ann", "tool_calls": None}
     assert convert({"messages": [turn]}) == Messages([{"role": "user", "content": "q", "name": "ann"}])

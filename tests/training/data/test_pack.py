@@ -76,6 +76,21 @@ def test_best_fit_takes_the_fullest_row_that_has_room() -> None:
     assert [[len(e.input_ids) for e in row] for row in rows] == [[8, 2], [7, 3], [6], [5]]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_best_fit_equals_looking_at_every_row(seed: int) -> None:
+    examples = random_examples(seed, longest=12)
+    rows: list[list[Encoded]] = []
+    for piece in sorted(examples, key=lambda e: -len(e.input_ids)):
+        room = [S - sum(len(e.input_ids) for e in row) for row in rows]
+        fitting = [(free, index) for index, free in enumerate(room) if free >= len(piece.input_ids)]
+        if fitting:
+            rows[min(fitting)[1]].append(piece)
+        else:
+            rows.append([piece])
+    found = [[e.input_ids.tolist() for e in row] for row in best_fit_decreasing(examples, S)]
+    assert found == [[e.input_ids.tolist() for e in row] for row in rows]
+
+
 def test_best_fit_decreasing_is_near_the_bound() -> None:
     examples = random_examples(7, longest=12) * 20
     total = sum(len(e.input_ids) for e in examples)

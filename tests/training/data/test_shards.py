@@ -80,6 +80,8 @@ def test_the_key_covers_what_decides_the_rows(
     base = key()
     assert key(train=explicit) == base
     keys = [base, key(other), key(sequence_length=16), key(packing="none"), key(train=swapped), key(train=as_text)]
+    either = write_jsonl("either.jsonl", [{"prompt": "a", "completion": "b", "text": "c"}])
+    keys += [key(either), key(train={"path": str(either), "format": "text"})]
     copy = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_dir, copy)
     (copy / "chat_template.jinja").write_text("another")
@@ -139,6 +141,27 @@ def test_killed_between_shards_and_manifest(
     assert left.name != name and read_manifest(left) is None
     (source,) = prepare(section(data), "train", str(tokenizer_dir), tmp_path).sources
     assert verify(source.directory)["facts"]["num_rows"] == source.num_rows > 0
+
+
+def test_a_task_that_was_killed_and_started_again(data: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    def retried(fn: Callable[[Task], Counts], tasks: Sequence[Task]) -> list[Counts]:
+        (directory,) = (tmp_path / "one" / "data").iterdir()
+        (directory / ".writing-shard-000001.arrow-0").write_bytes(b"half")
+        shards.serial(fn, tasks[:2])
+        return shards.serial(fn, tasks)
+
+    (one,) = prepare(section(data), "train", str(tokenizer_dir), tmp_path / "one", retried).sources
+    (two,) = prepare(section(data), "train", str(tokenizer_dir), tmp_path / "two").sources
+    assert contents(one.directory) == contents(two.directory)
+
+
+def test_evaluating_on_what_is_trained_on_is_pointed_out(
+    data: Path, write_jsonl: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path, caplog: Any
+) -> None:
+    other = write_jsonl("other.jsonl", [{"text": "one two three"}])
+    evaluation = [str(other), {"path": str(data), "weight": 2.0}]
+    prepare(section(data, eval=evaluation), "eval", str(tokenizer_dir), tmp_path)
+    assert "data.eval[1] is also trained on" in caplog.text and "data.eval[0] is also" not in caplog.text
 
 
 def test_a_block_without_rows_leaves_no_shard(

@@ -19,6 +19,11 @@ def test_the_key_is_the_content_not_the_path(tokenizer_dir: Path, tmp_path: Path
     assert key_of(tmp_path / "copy") == key_of(tokenizer_dir)
 
 
+def test_saving_it_again_keeps_the_key(tokenizer_dir: Path, tmp_path: Path) -> None:
+    load_tokenizer(str(tokenizer_dir)).save_pretrained(tmp_path / "again")
+    assert key_of(tmp_path / "again") == key_of(tokenizer_dir)
+
+
 @pytest.mark.parametrize("part", ["vocabulary", "template", "special"])
 def test_the_key_covers_all_that_decides_the_ids(tokenizer_dir: Path, tmp_path: Path, part: str) -> None:
     copy = tmp_path / "copy"
