@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 import os
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,6 +56,8 @@ def connect_jobs(address: str | None = None) -> Any:
             )
         if resolved != "auto":
             knock(resolved, source)
+        if is_dashboard(resolved):
+            resolved = f"http://{resolved}"
     place = f"{resolved} (from {source})" if resolved else source
     with _only_this_address(resolved), explained(place):
         return _job_client(resolved)
@@ -68,7 +73,7 @@ def cluster_version(client: Any) -> str:
 @contextlib.contextmanager
 def explained(place: str) -> Iterator[None]:
     """Turn what Ray's client raises into a ClusterError with a cure."""
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
 
     try:
         yield
@@ -79,7 +84,7 @@ def explained(place: str) -> Iterator[None]:
         raise TokenRefused(
             f"Ray cluster {place} {'refused the token' if wrong else 'wants a token and got none'}; {_AUTH_CURE}"
         ) from error
-    except (ConnectionError, OSError) as error:
+    except (OSError, RayError) as error:
         raise ClusterError(f"no Ray cluster answers: {place}; {_cure(error)}") from error
     except (RuntimeError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())[:300]
@@ -106,6 +111,20 @@ def knock(address: str, source: str) -> None:
         socket.create_connection((parts.hostname, port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(f"no Ray cluster answers at {address} (from {source}): {_cure(error)}") from error
+
+
+def is_dashboard(address: str) -> bool:
+    """Whether a bare ``host:port`` speaks HTTP. Ray takes any of them for a GCS, and hangs for 40 s if it is none."""
+    if "://" in address or ":" not in address:
+        return False
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        opener.open(f"http://{address}/api/authentication_mode", timeout=_CONNECT_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -164,14 +164,7 @@ def check_auth(address: str | None) -> list[Check]:
         detail = f"token in {token}, mode {bits:04o}"
         found = Check("Ray auth", None if shared else True, detail, f"chmod 600 {token}" if shared else "")
     elif address is None and not named:
-        return [
-            Check(
-                "Ray auth",
-                None,
-                f"no token yet; a local Ray will write one to {token}, readable by others",
-                f"(umask 077; ray get-auth-token --generate) or afterwards chmod 600 {token}",
-            )
-        ]
+        return [Check("Ray auth", True, "a local Ray gets a token of its own")]
     else:
         wanted = mode == "token" or named is not None
         detail = f"no token: {token} does not exist"

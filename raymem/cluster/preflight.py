@@ -10,7 +10,7 @@ import time
 import uuid
 from typing import Any
 
-from raymem.cluster.jobs import TokenRefused, cluster_version, connect_jobs, knock
+from raymem.cluster.jobs import TokenRefused, cluster_version, connect_jobs, is_dashboard, knock
 from raymem.cluster.local_checks import (
     Check,
     check_auth,
@@ -43,7 +43,7 @@ def run_doctor(recipe: Recipe | None = None, *, address: str | None = None) -> l
     storage_path = resolve_path(recipe.storage.path) if recipe else None
     if storage_path:
         checks += check_storage_here(storage_path)
-    dashboard = address if address and "://" in address else None
+    dashboard = address if address and ("://" in address or is_dashboard(address)) else None
     cluster = address if address and not dashboard else None
     if address is None:
         dashboard, cluster = os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS")

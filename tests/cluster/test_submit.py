@@ -307,6 +307,17 @@ def test_missing_and_wrong_tokens(ray_head: RayHead, login: Callable[..., None],
         assert "not-the-token" not in str(caught.value)
 
 
+def test_every_kind_of_address(ray_head: RayHead, login: Callable[..., None]) -> None:
+    login()
+    for address in (
+        ray_head.dashboard,
+        ray_head.dashboard + "/",
+        ray_head.dashboard.removeprefix("http://"),
+        ray_head.gcs,
+    ):
+        assert connect_jobs(address).get_address() == ray_head.dashboard
+
+
 def test_unknown_job(ray_head: RayHead, login: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     login()
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # the argument wins over it
