@@ -147,18 +147,20 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-        value = parameter.float()
+        assert parameter.grad is not None
+        target = _local(parameter)
+        value = target.float()
         adamw(
             [value],
-            [parameter.grad.float()],  # type: ignore[union-attr]
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            [_local(parameter.grad).float()],
+            [_local(state["exp_avg"])],
+            [_local(state["exp_avg_sq"])],
             [],
             [state["step"]],
-            foreach=False,
+            fused=True,  # the only implementation that never asks the host for the step count
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -167,9 +169,13 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        local, target = (t.to_local() if isinstance(t, DTensor) else t for t in (value, parameter))
-        noise = generator(self._seed, "rounding", self._names[id(parameter)], group["step"], device=local.device)
-        target.copy_(stochastic_round(local, noise))
+        noise = generator(self._seed, "rounding", self._names[id(parameter)], group["step"], device=target.device)
+        target.copy_(stochastic_round(value, noise))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part; every operation here is elementwise."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def stochastic_round(value: torch.Tensor, source: torch.Generator) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(raw, place=str(path), base_dir=Path.cwd())
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-3`` is a number (YAML 1.1 wants ``1.0e-3``) and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, not validated yet.
 
@@ -46,7 +68,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: missing file, not YAML, or no mapping.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file; `raymem init` writes one to start from") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -114,11 +136,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise RecipeError(f"--set {override}: write it as path=value, for example --set train.steps=100")
     try:
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text)
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: the value is not valid YAML") from None
-    if isinstance(value, str):
-        value = _number(value)
     *parents, last = key.split(".")
     node: Any = raw
     for depth, part in enumerate(parents):
@@ -132,14 +152,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node = child
     _child(node, last, override)
     _assign(node, last, value)
-
-
-def _number(text: str) -> Any:
-    """YAML 1.1 reads ``1e-3`` as a string; everybody means the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _child(node: Any, part: str, override: str) -> Any:
@@ -198,6 +210,8 @@ def _problems(error: ValidationError) -> Iterable[str]:
             text = f"{given!r} is not one of {', '.join(expected)}{_nearest(str(given), expected)}"
         elif kind == "value_error":
             text = message.removeprefix("Value error, ")
+        elif kind in ("model_type", "model_attributes_type"):
+            text = f"{value!r}: expected keys with values (a YAML mapping)"
         else:
             text = f"{value!r}: {message[0].lower()}{message[1:]}"
         # A union reports every arm that failed; one line per place is what a person can act on.
