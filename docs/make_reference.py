@@ -1,0 +1,94 @@
+"""Write docs/recipe.md from the recipe's own classes and rules: ``python docs/make_reference.py``.
+
+A test asserts that the committed page is what this prints.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from raymem.training import compat
+from raymem.training import recipe as r
+
+PAGE = Path(__file__).with_name("recipe.md")
+HEAD = """# Recipe reference
+
+Made by `python docs/make_reference.py` from `raymem/training/recipe.py`; do not edit by hand.
+
+A recipe is one YAML file. Unknown keys are errors. `--set path=value` overrides any key (`--set adapter.rank=8`). Where
+a kind needs no options its bare name will do (`adapter: none`), and options without a kind belong to the default kind.
+Relative paths count from where the command is started. A run is identified by `name` on `storage.path`: the same two
+resume it. Worker count, micro-batch, schedule, length and reporting may change between sessions of a run; model, data,
+seed, global batch, adapter, optimizer kind and precision may not.
+"""
+SECTIONS: dict[str, list[type[BaseModel]]] = {
+    "(top level)": [r.Recipe],
+    "model": [r.ModelSection],
+    "data": [r.DataSection],
+    "data.train[], data.eval[]": [r.Source],
+    "base": [r.FullBase],
+    "adapter": [r.NoAdapter, r.LoraAdapter],
+    "activations": [r.NoActivationSaving, r.Checkpointing],
+    "optimizer": [r.AdamW],
+    "train": [r.TrainSection],
+    "scaling": [r.ScalingSection],
+    "storage": [r.StorageSection],
+    "tracking": [r.MlflowTracking, r.NoTracking],
+}
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for title, models in SECTIONS.items():
+        parts.append(f"## {title}\n")
+        for model in models:
+            parts.append(_table(model))
+    parts.append("## What goes with what\n")
+    parts.append(compat.table())
+    return "\n".join(parts).replace("``", "`")
+
+
+def _table(model: type[BaseModel]) -> str:
+    properties = model.model_json_schema()["properties"]
+    required = set(model.model_json_schema().get("required", ()))
+    kind = model.model_fields.get("kind")
+    text = f"`kind: {kind.default}`: {_sentence(model)}\n\n" if kind is not None else f"{_sentence(model)}\n\n"
+    rows = []
+    for name, facts in properties.items():
+        if name == "kind":
+            continue
+        default = "required" if name in required else f"`{json.dumps(facts.get('default'))}`"
+        if "$ref" in facts or (isinstance(facts.get("default"), dict) and facts["default"]):
+            default = "see below" if name not in required else "required"
+        rows.append(f"| `{name}` | {_type(facts)} | {default} | {facts.get('description', '')} |".replace("\n", " "))
+    if not rows:
+        return text
+    return text + "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _sentence(model: type[BaseModel]) -> str:
+    return (model.__doc__ or "").strip().splitlines()[0]
+
+
+def _type(facts: dict[str, object]) -> str:
+    if "enum" in facts:
+        return ", ".join(f"`{value}`" for value in facts["enum"])  # type: ignore[attr-defined]
+    if "anyOf" in facts:
+        return " or ".join(dict.fromkeys(_type(option) for option in facts["anyOf"]))  # type: ignore[attr-defined]
+    if "$ref" in facts:
+        return "section"
+    limits = [
+        f"{sign} {facts[key]}"
+        for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+        if key in facts
+    ]
+    names = {"object": "mapping", "array": "list", "integer": "integer", "number": "number", "null": "null"}
+    return " ".join([names.get(str(facts.get("type")), str(facts.get("type", "value"))), *limits])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
