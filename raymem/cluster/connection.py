@@ -8,6 +8,7 @@ import secrets
 
 import ray
 
+from raymem.cluster.jobs import knock
 from raymem.errors import ClusterError
 from raymem.training.recipe import Recipe
 
@@ -31,6 +32,8 @@ def connect(recipe: Recipe) -> None:
         address = os.environ.get("RAY_ADDRESS")
         try:
             if address:
+                if address != "auto":
+                    knock(address, "RAY_ADDRESS")
                 ray.init(address=address, **options)
             else:
                 _private_token()

@@ -75,10 +75,11 @@ def launch(
             _set_aside(storage, recipe.name)
         on_ray = recipe.scaling.num_workers != 0
         if on_ray:
-            from raymem.cluster import connection
+            from raymem.cluster import connection, preflight
 
             status("starting Ray")
             connection.connect(recipe)
+            preflight.check_storage_shared(storage.path)
         job = _settle(recipe, storage, on_ray=on_ray, status=status)
         manifest = latest_manifest(job.run)
         sink = start_tracking(

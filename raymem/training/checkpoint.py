@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from raymem import __version__
 from raymem.errors import CheckpointError, RaymemError, StorageError
 from raymem.training.layout import Layout
+from raymem.training.reporter import Row
 from raymem.training.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class Manifest:
     """The resolved recipe."""
     eval_loss: float | None
     """Evaluation loss at this step, if there is evaluation data."""
+    rows: list[Row] = field(default_factory=list)
+    """Metrics since the checkpoint before: a crash may swallow a report, and a resumed run then sends it again."""
 
     def to_dict(self) -> dict[str, Any]:
         cursor = {"step": self.step, "global_batch": self.identity.get("train.global_batch")}
@@ -59,6 +62,7 @@ class Manifest:
             "identity": self.identity,
             "recipe": self.recipe,
             "eval_loss": self.eval_loss,
+            "rows": self.rows,
         }
 
 
@@ -208,7 +212,7 @@ def _read_manifest(run: Storage, step: int) -> Manifest:
         path = Path(run.join(place, name))
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise CheckpointError(f"{path}: missing or truncated; delete {path.parent} to resume from an older one")
-    return Manifest(raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"])
+    return Manifest(raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"], raw["rows"])
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:

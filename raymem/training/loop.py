@@ -90,6 +90,7 @@ class _Session:
         self.mixed = recipe.train.precision == "bf16_mixed"
         self.peak_bytes: int | None = None
         self.eval_loss: float | None = None
+        self.recent: list[Row] = []
 
     def run(self) -> Outcome:
         self._seed(step=0)
@@ -103,6 +104,7 @@ class _Session:
             done = step + 1
             if self.eval_rows is not None and self._due(done, self.eval_every):
                 row |= self._evaluate()
+            self.recent.append(row)
             self.reporter.log(row)
             if self._due(done, self.save_every):
                 self._save(done)
@@ -130,6 +132,8 @@ class _Session:
         self.checkpoints.load(manifest, self.updater.state())
         self.eval_loss = manifest.eval_loss
         log.info("resuming from step %d (%s)", manifest.step, place)
+        for row in manifest.rows:
+            self.reporter.log(row)
         return manifest.step
 
     def _load_best(self) -> int:
@@ -192,10 +196,12 @@ class _Session:
     def _save(self, done: int) -> None:
         if self.recipe.storage.keep == "best" and not self._due(done, self.eval_every):
             self._evaluate()  # every checkpoint that is ranked needs a loss of its own
-        manifest = Manifest(done, self.identity, self.recipe.to_dict(), self.eval_loss)
+        # Delivered before the checkpoint is: whatever the last report did not carry is in the manifest.
+        self.reporter.flush()
+        manifest = Manifest(done, self.identity, self.recipe.to_dict(), self.eval_loss, self.recent)
         storage = self.recipe.storage
         self.checkpoints.save(manifest, self.updater.state(), storage.keep, storage.num_to_keep)
-        self.reporter.flush()
+        self.recent = []
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.total_steps

@@ -233,11 +233,11 @@ class MlflowTracking(Section):
 
     kind: Literal["mlflow"] = "mlflow"
     uri: str | None = None
-    """Tracking server; by default sqlite under the storage path."""
+    """Tracking server; by default MLFLOW_TRACKING_URI, or else sqlite under the storage path."""
     experiment: str = "raymem"
     register_as: str | None = None
     """Registered model that gets the final adapter or model as a new version."""
-    alias: str = "latest"
+    alias: str = "candidate"
     """Alias of that version."""
 
 
@@ -258,16 +258,27 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     """Stable run name: the same name on the same storage resumes. Default: the file's name."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Every random stream derives from it: data order, dropout, adapter start, rounding."""
     model: ModelSection
+    """Which model is trained."""
     data: DataSection
+    """What it is trained and evaluated on."""
     base: Base = FullBase()
+    """Axis 1: how the base weights are held."""
     adapter: Adapter = LoraAdapter()
+    """Axis 2: which weights are trained."""
     activations: Activations = NoActivationSaving()
+    """Axis 3: what is kept for the backward pass."""
     optimizer: Optimizer = AdamW()
+    """Axis 4: how they are updated."""
     train: TrainSection
+    """How long, how large and how precise."""
     scaling: ScalingSection = ScalingSection()
+    """How many workers and what each one gets."""
     storage: StorageSection = StorageSection()
+    """Where runs, prepared data and caches live."""
     tracking: Tracking = MlflowTracking()
+    """Where runs are recorded."""
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON types; ``Recipe.model_validate(recipe.to_dict()) == recipe``."""

@@ -58,9 +58,16 @@ def token_loss_sum(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.T
 
 def forward_loss_sum(model: nn.Module, batch: Batch, *, mixed: bool) -> torch.Tensor:
     """Forward pass of one micro-batch and its summed loss; ``mixed`` runs it under bf16 autocast."""
+    if batch.position_ids is not None and _attention(model) == "flash_attention_2":
+        batch = batch.flattened()  # it keeps packed examples apart only within a single row
     with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=mixed):
         logits_BSV = model(**batch.model_inputs()).logits
     return token_loss_sum(logits_BSV, batch.labels)
+
+
+def _attention(model: Any) -> str | None:
+    config = (model.module if isinstance(model, DistributedDataParallel) else model).config
+    return getattr(config, "_attn_implementation", None)
 
 
 def train_step(
