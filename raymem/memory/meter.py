@@ -2,7 +2,8 @@
 
 On CUDA the caching allocator counts for itself. On CPU there is no such counter, so the peak is the bytes that are
 resident when the window opens plus the highest running sum of the profiler's allocation events, which include the
-temporaries inside kernels.
+temporaries inside kernels. What was allocated before the window and is freed inside it still counts to the end: torch
+reports no release of a block whose allocation it did not see.
 """
 
 from __future__ import annotations

@@ -50,7 +50,10 @@ class SafetensorsFiles:
         index = directory / "model.safetensors.index.json"
         single = directory / "model.safetensors"
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ModelError(f"{index}: not an index of safetensors files ({error}); fetch it again") from None
         elif single.is_file():
             files = [single.name]
         else:
