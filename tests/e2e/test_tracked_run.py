@@ -1,0 +1,71 @@
+"""What MLflow holds after a run, and a driver that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from run_files import losses
+from test_cli import write_recipe
+
+from raymem.cli import run_app
+
+
+def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(
+    tmp_path: Path, llama: Path, examples: Path
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    from raymem.training.model import build_model
+    from raymem.training.recipe_io import load_recipe
+
+    recipe = write_recipe(tmp_path / "tracked.yaml", tmp_path, llama, examples, tracking={"register_as": "tiny-lora"})
+    assert run_app("train", recipe) == 0
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("raymem").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["adapter.rank"] == "4"
+    assert run.data.params["optimizer.lr"] == "0.01"
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [point.step for point in history] == [1, 2, 3, 4]
+    assert [point.value for point in history] == losses(tmp_path / "runs" / "tracked")
+    assert run.data.metrics["eval_perplexity"] > 1
+    assert run.data.metrics["peak_bytes"] > 0
+
+    downloaded = client.download_artifacts(run.info.run_id, "adapter", str(tmp_path))
+    registered = client.get_model_version_by_alias("tiny-lora", "candidate")
+    assert registered.run_id == run.info.run_id
+    ids = torch.arange(24).view(1, 24)
+    continued = load_recipe(recipe, [f"adapter.init_from={tmp_path}/runs/tracked/adapter"])
+    with torch.no_grad():
+        plain = AutoPeftModelForCausalLM.from_pretrained(downloaded).eval()(input_ids=ids).logits
+        trained = build_model(continued).eval()(input_ids=ids).logits
+    assert torch.equal(plain, trained)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_sigkill_of_the_command_changes_nothing(adapter: str, tmp_path: Path, llama: Path, examples: Path) -> None:
+    train = {"steps": 60, "global_batch": 4, "micro_batch": 2, "save_every": 5}
+    for name in ("killed", "straight"):
+        write_recipe(tmp_path / f"{name}.yaml", tmp_path, llama, examples, adapter=adapter, train=train)
+    command = [sys.executable, "-m", "raymem.cli", "train", str(tmp_path / "killed.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("step_*/manifest.json")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert run_app("train", tmp_path / "killed.yaml") == 0
+    assert run_app("train", tmp_path / "straight.yaml") == 0
+    assert losses(tmp_path / "runs" / "killed") == losses(tmp_path / "runs" / "straight")
+    artifact = "adapter/adapter_model.safetensors" if adapter == "lora" else "model/model.safetensors"
+    killed, straight = ((tmp_path / "runs" / name / artifact).read_bytes() for name in ("killed", "straight"))
+    assert killed == straight
