@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from raymem.errors import ModelError, RecipeError
@@ -54,9 +54,9 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
 
 def _check_targets(model: nn.Module, patterns: list[str]) -> None:
     """Every pattern must match: PEFT only complains when none does."""
-    names = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
-    if not names:  # GPT-2 writes its linear layers as Conv1D
-        names = [name for name, module in model.named_modules() if name and hasattr(module, "nx")]
+    from transformers.pytorch_utils import Conv1D  # how GPT-2 writes its linear layers
+
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     leaves = sorted({name.rpartition(".")[2] for name in names})
     for pattern in patterns:
         try:
@@ -100,8 +100,11 @@ def read_adapter(directory: str, expected: dict[str, torch.Size]) -> dict[str, t
     path = Path(directory) / "adapter_model.safetensors"
     if not path.is_file():
         raise ModelError(f"adapter.init_from: {directory} holds no adapter_model.safetensors; give a PEFT directory")
-    with safe_open(path, framework="pt") as file:
-        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"adapter.init_from: {path}: not a complete safetensors file ({error})") from None
     by_file_name = {name.replace(".default.", "."): name for name in expected}
     if set(by_file_name) != set(saved):
         odd = sorted(set(by_file_name) ^ set(saved))[0]

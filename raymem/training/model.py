@@ -79,25 +79,26 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
         ModelError: unknown model type, no config at the path, hub not reachable.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if recipe.model.config is not None:
         options = dict(recipe.model.config)
         kind = options.pop("model_type")
-        try:
-            return AutoConfig.for_model(kind, **options)
-        except ValueError:
-            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
+        if kind not in CONFIG_MAPPING_NAMES:
             near = difflib.get_close_matches(kind, CONFIG_MAPPING_NAMES, n=3)
             raise ModelError(
                 f"model.config.model_type: {kind!r} is unknown to transformers"
                 f"{'; near names: ' + ', '.join(near) if near else ''}"
-            ) from None
+            )
+        try:
+            return AutoConfig.for_model(kind, **options)
+        except Exception as error:  # configs raise types of their own
+            raise ModelError(f"model.config: transformers refuses it: {_reason(error)}") from None
     directory = fetch(recipe.model.name or "", recipe.model.revision, layout or Layout(), weights_too=False)
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, OSError) as error:
-        raise ModelError(f"model.name: {directory}/config.json cannot be used: {_first_line(error)}") from None
+    except Exception as error:  # configs raise types of their own
+        raise ModelError(f"model.name: {directory}/config.json cannot be used: {_reason(error)}") from None
 
 
 def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool) -> Path:
@@ -124,7 +125,7 @@ def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool)
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
             f"model.name: {name!r} is no local directory and cannot be had from the Hugging Face hub "
-            f"({_first_line(error)}); give a path that holds config.json, or check the id, the network and HF_TOKEN"
+            f"({_reason(error)}); give a path that holds config.json, or check the id, the network and HF_TOKEN"
         ) from None
     if layout.local_rank == 0:
         layout.barrier()
@@ -153,8 +154,8 @@ def _on_meta(config: Any, recipe: Recipe) -> Any:
                 dtype=base_dtype(recipe),
                 attn_implementation=None if recipe.model.attention == "auto" else recipe.model.attention,
             )
-    except (ValueError, ImportError) as error:
-        raise ModelError(f"model: {_first_line(error)}") from None
+    except (ValueError, TypeError, LookupError, ImportError) as error:
+        raise ModelError(f"model: cannot be built from its config: {_reason(error)}") from None
 
 
 def _source(bare: Any, config: Any, recipe: Recipe, layout: Layout) -> weights.TensorSource:
@@ -181,6 +182,10 @@ def _use_nf4_linears(bare: Any, dtype: torch.dtype) -> None:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     replace_with_bnb_linear(bare, modules_to_not_convert=get_keys_to_not_convert(bare), quantization_config=config)
+    for module in bare.modules():
+        # On CPUs with AVX512-BF16 the first evaluation would repack the weights for a kernel that has no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @torch.no_grad()
@@ -217,5 +222,7 @@ def _restore_computed_buffers(bare: Any) -> None:
     bare.initialize_weights()
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """What an error says, in one line; of a strict config the validator's words behind it."""
+    error = error.__cause__ if isinstance(error.__cause__, ValueError | TypeError) else error
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -67,7 +67,7 @@ class SafetensorsFiles:
             try:
                 with safe_open(path, framework="pt") as tensors:
                     self._where.update({rename(key): (path, key) for key in tensors.keys()})  # noqa: SIM118
-            except (OSError, Exception) as error:
+            except (OSError, SafetensorError) as error:
                 raise ModelError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
 
     def names(self) -> Iterator[str]:

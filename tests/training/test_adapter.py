@@ -1,0 +1,128 @@
+"""LoRA: which layers get it, and continuing an adapter that was trained before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import assert_same, make_recipe, num_targets, random_batch, save_model, snapshot
+
+from raymem.errors import ModelError, RecipeError
+from raymem.training.layout import Layout
+from raymem.training.model import build_model
+from raymem.training.optim import build_updater
+from raymem.training.step import train_step
+
+
+def targets(model: Any) -> set[str]:
+    """Last part of the name of every layer that has an adapter."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {name.split(".lora_")[0].rpartition(".")[2] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (r".*\.(k|o)_proj", {"k_proj", "o_proj"}),
+        (["self_attn.q_proj"], {"q_proj"}),
+    ],
+    ids=str,
+)
+def test_targets_choose_layers(llama: Path, wanted: Any, found: set[str]) -> None:
+    assert targets(build_model(make_recipe({"adapter": {"targets": wanted}}, model=llama), meta=True)) == found
+
+
+def test_layers_written_as_conv1d_are_found(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "gpt2", "gpt2")
+    assert targets(build_model(make_recipe({"adapter": {"targets": ["c_attn"]}}, model=directory), meta=True)) == {
+        "c_attn"
+    }
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["q_porj"], r"adapter\.targets: 'q_porj' matches no linear layer of LlamaForCausalLM; near names: q_proj"),
+        (["q_proj", "query"], r"adapter\.targets: 'query' matches no linear layer"),
+        (["embed_tokens"], r"adapter\.targets: 'embed_tokens' matches no linear layer"),
+        ("(q_proj", r"adapter\.targets: '\(q_proj' is not a valid pattern"),
+    ],
+    ids=str,
+)
+def test_a_pattern_that_matches_nothing_is_named(llama: Path, wanted: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build_model(make_recipe({"adapter": {"targets": wanted}}, model=llama), meta=True)
+
+
+def test_dropout_acts_in_training_only(llama: Path) -> None:
+    model = build_model(make_recipe({"adapter": {"dropout": 0.5}}, model=llama))
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.ones_(parameter)
+    inputs = random_batch(1, 8).model_inputs()
+    with torch.no_grad():
+        assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+        model.eval()
+        assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.fixture(scope="module")
+def trained(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A PEFT directory of rank 4 after a few steps, and its tensors by parameter name."""
+    recipe = make_recipe(model=llama)
+    model: Any = build_model(recipe)
+    updater = build_updater(model, recipe)
+    for step in range(3):
+        batch = random_batch(2, 12, step)
+        train_step(model, [batch], num_targets(batch), updater, step, 1e-2)
+    directory = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(directory)
+    return directory, snapshot(updater.parameters)
+
+
+def continuing(directory: Path, **changes: Any) -> dict[str, Any]:
+    return {"adapter": {"init_from": str(directory), **changes}}
+
+
+def test_an_adapter_is_continued_bitwise(llama: Path, trained: Any) -> None:
+    directory, weights = trained
+    model = build_model(make_recipe(continuing(directory), model=llama))
+    assert_same({name: p for name, p in model.named_parameters() if p.requires_grad}, weights)
+
+
+def test_an_adapter_is_continued_in_the_precision_of_the_recipe(llama: Path, trained: Any) -> None:
+    directory, weights = trained
+    recipe = make_recipe(continuing(directory), {"train": {"precision": "bf16"}}, model=llama)
+    found = {name: p for name, p in build_model(recipe).named_parameters() if p.requires_grad}
+    assert_same(found, {name: value.bfloat16() for name, value in weights.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 8}, r"lora_[AB].* is \[.*4.*\] in .* but this recipe makes it \[.*8.*\]; set adapter\.rank"),
+        ({"targets": ["q_proj"]}, r"trained on other layers than adapter\.targets selects .*use the same targets"),
+    ],
+    ids=["rank", "targets"],
+)
+def test_an_adapter_of_another_shape_is_refused(llama: Path, trained: Any, changes: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=r"adapter\.init_from: .*" + message):
+        build_model(make_recipe(continuing(trained[0], **changes), model=llama), Layout())
+
+
+def test_a_directory_without_an_adapter_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"adapter\.init_from: .* holds no adapter_model\.safetensors"):
+        build_model(make_recipe(continuing(tmp_path), model=llama))
+
+
+def test_a_damaged_adapter_is_refused(llama: Path, trained: Any, tmp_path: Path) -> None:
+    whole = (trained[0] / "adapter_model.safetensors").read_bytes()
+    assert load_file(trained[0] / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-50])
+    with pytest.raises(ModelError, match=r"adapter\.init_from: .*adapter_model\.safetensors"):
+        build_model(make_recipe(continuing(tmp_path), model=llama))
