@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read by torch, transformers and huggingface_hub when they are imported, also in the processes that tests start.
@@ -30,3 +31,28 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_examples(directory / "train.jsonl", 40, seed=0)
     write_examples(directory / "eval.jsonl", 8, seed=1)
     return directory
+
+
+@pytest.fixture(scope="session")
+def s3_uri() -> Iterator[str]:
+    """An empty bucket of a moto server in this process, as URI with its options."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    saved = {key: os.environ.get(key) for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
+    try:
+        options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        maker = fs.FileSystem.from_uri(f"s3://raymem-test?{options}&allow_bucket_creation=true")[0]
+        maker.create_dir("raymem-test")
+        yield f"s3://raymem-test/team%20a/runs?{options}"
+    finally:
+        server.stop()
+        for key, value in saved.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,6 @@ import pytest
 
 from raymem.errors import StorageError
 from raymem.training.storage import Storage, resolve_path
-
-
-@pytest.fixture(scope="session")
-def s3_uri() -> Iterator[str]:
-    """An empty bucket of a moto server in this process, as URI with its options."""
-    from moto.server import ThreadedMotoServer
-    from pyarrow import fs
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    saved = {key: os.environ.get(key) for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
-    try:
-        options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-        maker = fs.FileSystem.from_uri(f"s3://raymem-test?{options}&allow_bucket_creation=true")[0]
-        maker.create_dir("raymem-test")
-        yield f"s3://raymem-test/team%20a/runs?{options}"
-    finally:
-        server.stop()
-        for key, value in saved.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -1,0 +1,67 @@
+"""A whole run on s3:// (a moto server on loopback): the same result as on disk, from any machine."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from support import make_recipe, run_fragment
+
+from raymem.cluster.trainer import launch
+from raymem.errors import StorageError
+from raymem.training.recipe import Recipe
+from raymem.training.storage import Storage
+
+
+def recipe_on(storage: str, llama: Path, examples: Path, steps: int) -> Recipe:
+    places = run_fragment(examples, Path("/unused"), evaluated=True)
+    train = {"steps": steps, "save_every": 3, "schedule": "constant", "warmup": 0}
+    return make_recipe(places, {"name": "remote", "train": train, "storage": {"path": storage}}, model=llama)
+
+
+def another_machine(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Give this process an empty temporary directory, where the node's cache lies."""
+    path.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+
+
+def adapter(storage: Storage, folder: Path) -> bytes:
+    storage.download_dir("remote/adapter", folder, last="raymem.json")
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_run_on_s3_equals_a_run_on_disk(
+    s3_uri: str, llama: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Storage.open(s3_uri).child(tmp_path.name)
+    another_machine(monkeypatch, tmp_path / "first")
+    launch(recipe_on(remote.path, llama, examples, steps=4))
+    assert remote.list_dirs("remote/checkpoints") == ["step_00000003", "step_00000004"]
+    (shards,) = remote.list_dirs("cache/data")[:1]
+    assert json.dumps(remote.read_json(f"cache/data/{shards}/manifest.json"))
+
+    another_machine(monkeypatch, tmp_path / "second")
+    finished = launch(recipe_on(remote.path, llama, examples, steps=8))
+    assert finished.outcome.started_at == 4
+    assert (tmp_path / "second" / "raymem-cache" / "data" / shards).is_dir()
+    launch(recipe_on(str(tmp_path / "disk"), llama, examples, steps=8))
+    on_disk = (tmp_path / "disk" / "remote" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert adapter(remote, tmp_path / "fetched") == on_disk
+
+
+def test_damaged_shards_are_noticed(
+    s3_uri: str, llama: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Storage.open(s3_uri).child(tmp_path.name)
+    another_machine(monkeypatch, tmp_path / "first")
+    launch(recipe_on(remote.path, llama, examples, steps=1))
+    for key in remote.list_dirs("cache/data"):
+        manifest = remote.read_json(f"cache/data/{key}/manifest.json")
+        name = next(iter(manifest["files"]))
+        with remote.filesystem.open_output_stream(f"{remote.root}/cache/data/{key}/{name}") as stream:
+            stream.write(b"x" * manifest["files"][name]["bytes"])
+    another_machine(monkeypatch, tmp_path / "second")
+    with pytest.raises(StorageError, match="sha256"):
+        launch(recipe_on(remote.path, llama, examples, steps=2))
