@@ -188,7 +188,12 @@ def _ranked(run: Storage, keep: str) -> list[int]:
     if keep == "last":
         return newest_first
     losses = {step: _read_manifest(run, step).eval_loss for step in newest_first}
-    return sorted(newest_first, key=lambda step: math.inf if (loss := losses[step]) is None else loss)
+
+    def rank(step: int) -> float:
+        loss = losses[step]
+        return math.inf if loss is None or math.isnan(loss) else loss
+
+    return sorted(newest_first, key=rank)
 
 
 def _name(step: int) -> str:

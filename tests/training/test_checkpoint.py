@@ -1,0 +1,223 @@
+"""A checkpoint is whole or not there, and comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import assert_same, make_recipe
+
+from raymem.errors import CheckpointError
+from raymem.training.checkpoint import SCHEMA_VERSION, Checkpoints, Manifest, latest_manifest
+from raymem.training.layout import Layout
+from raymem.training.storage import Storage
+
+RECIPE = make_recipe().to_dict()
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    """What a state may hold: matrices, vectors, scalars, both dtypes, and values that compare oddly."""
+    source = torch.Generator().manual_seed(seed)
+    return {
+        "weights.a.b": torch.randn(5, 3, generator=source).bfloat16(),
+        "master.a.b": torch.randn(5, 3, generator=source),
+        "optimizer.a.b.step": torch.tensor(float(seed)),
+        "optimizer.a.b.exp_avg": torch.tensor([-0.0, float("nan"), float("inf"), 1e-45, float(seed)]),
+    }
+
+
+def zeros() -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(value) for name, value in tensors(0).items()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Storage:
+    return Storage.open(str(tmp_path / "run"))
+
+
+def save(run: Storage, step: int, *, loss: float | None = None, keep: str = "last", number: int = 2) -> None:
+    manifest = Manifest(step, {"seed": 0, "train.global_batch": 4}, RECIPE, loss)
+    Checkpoints(run, Layout()).save(manifest, tensors(step), keep, number)
+
+
+def steps(run: Storage) -> list[int]:
+    return [int(name.removeprefix("step_")) for name in run.list_dirs("checkpoints") if not name.startswith(".")]
+
+
+def test_what_was_saved_comes_back_bitwise(run: Storage) -> None:
+    save(run, 3, loss=0.5)
+    checkpoints = Checkpoints(run, Layout())
+    manifest = checkpoints.latest()
+    assert manifest is not None
+    assert (manifest.step, manifest.eval_loss, manifest.recipe) == (3, 0.5, RECIPE)
+    assert manifest.identity == {"seed": 0, "train.global_batch": 4}
+    found = zeros()
+    places = {name: value.data_ptr() for name, value in found.items()}
+    checkpoints.load(manifest, found)
+    assert_same(found, tensors(3))
+    assert {name: value.data_ptr() for name, value in found.items()} == places, "read into the given tensors"
+
+
+def test_a_run_without_checkpoints_has_none(run: Storage) -> None:
+    assert latest_manifest(run) is None
+    assert Checkpoints(run, Layout()).best() is None
+
+
+def test_only_safetensors_and_json_are_written(run: Storage) -> None:
+    save(run, 1)
+    files = [path for path in Path(run.root).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    for path in files:
+        content = path.read_bytes()
+        assert not content.startswith((b"\x80", b"PK")), "neither a pickle nor a zip of them"
+    assert not list(Path(run.root).rglob(".*")), "no staging is left"
+
+
+@pytest.mark.parametrize(
+    ("keep", "number", "expected"),
+    [("last", 2, [3, 4]), ("last", 1, [4]), ("last", 9, [1, 2, 3, 4]), ("best", 1, [2, 4]), ("best", 2, [2, 3, 4])],
+)
+def test_retention(run: Storage, keep: str, number: int, expected: list[int]) -> None:
+    for step, loss in ((1, 0.9), (2, 0.1), (3, 0.5), (4, 0.8)):
+        save(run, step, loss=loss, keep=keep, number=number)
+    assert steps(run) == expected
+    best, latest = Checkpoints(run, Layout()).best(), latest_manifest(run)
+    assert latest is not None and latest.step == 4
+    if keep == "best":
+        assert best is not None and best.step == 2
+
+
+def test_of_equal_losses_the_newer_is_best_and_nan_is_worst(run: Storage) -> None:
+    for step, loss in ((1, float("nan")), (2, 0.5), (3, 0.5), (4, float("nan"))):
+        save(run, step, loss=loss, keep="best", number=9)
+    best = Checkpoints(run, Layout()).best()
+    assert best is not None and best.step == 3
+
+
+def test_a_replayed_step_replaces_its_older_self(run: Storage) -> None:
+    save(run, 1)
+    Checkpoints(run, Layout()).save(Manifest(1, {}, RECIPE, None), tensors(7), "last", 2)
+    found = zeros()
+    manifest = latest_manifest(run)
+    assert manifest is not None
+    Checkpoints(run, Layout()).load(manifest, found)
+    assert_same(found, tensors(7))
+    assert steps(run) == [1]
+
+
+def test_what_is_half_written_is_never_seen(run: Storage) -> None:
+    save(run, 1)
+    folder = Path(run.join("checkpoints"))
+    shutil.copytree(folder / "step_00000001", folder / ".step_00000002.part")
+    shutil.copytree(folder / "step_00000001", folder / "step_00000003")
+    (folder / "step_00000003" / "manifest.json").unlink()
+    manifest = latest_manifest(run)
+    assert manifest is not None and manifest.step == 1
+    save(run, 2)  # over what a killed process left
+    save(run, 3)
+    assert latest_manifest(run).step == 3  # type: ignore[union-attr]
+    assert not list(folder.glob(".*"))
+
+
+def shard(run: Storage, step: int) -> Path:
+    (path,) = Path(run.join("checkpoints", f"step_{step:08d}")).glob("*.safetensors")
+    return path
+
+
+def test_a_truncated_shard_is_named_with_the_cure(run: Storage) -> None:
+    save(run, 1)
+    save(run, 2)
+    path = shard(run, 2)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=rf"{path}: missing or truncated; delete {path.parent} to resume from"):
+        latest_manifest(run)
+    shutil.rmtree(path.parent)
+    assert latest_manifest(run).step == 1  # type: ignore[union-attr]
+    shard(run, 1).unlink()
+    with pytest.raises(CheckpointError, match="missing or truncated"):
+        latest_manifest(run)
+
+
+def test_a_damaged_header_is_an_error_of_the_checkpoint(run: Storage) -> None:
+    save(run, 1)
+    manifest = latest_manifest(run)
+    assert manifest is not None
+    path = shard(run, 1)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(CheckpointError, match="cannot be read into this recipe's model"):
+        Checkpoints(run, Layout()).load(manifest, zeros())
+
+
+def test_a_newer_schema_is_refused_with_the_version_that_wrote_it(run: Storage) -> None:
+    save(run, 1)
+    path = Path(run.join("checkpoints", "step_00000001", "manifest.json"))
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({**raw, "schema": SCHEMA_VERSION + 1, "raymem": "99.0"}))
+    with pytest.raises(CheckpointError, match=rf"schema {SCHEMA_VERSION + 1} by raymem 99\.0.*--fresh"):
+        latest_manifest(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda wanted: wanted.update({"weights.new": torch.zeros(2)}),
+        lambda wanted: wanted.update({"master.a.b": torch.zeros(5, 4)}),
+    ],
+    ids=["a tensor more", "another shape"],
+)
+def test_a_checkpoint_of_another_model_is_refused(run: Storage, change: Any) -> None:
+    save(run, 1)
+    wanted = zeros()
+    change(wanted)
+    manifest = latest_manifest(run)
+    assert manifest is not None
+    with pytest.raises(CheckpointError, match=r"step_00000001: cannot be read into this recipe's model"):
+        Checkpoints(run, Layout()).load(manifest, wanted)
+
+
+FULL_DISK = """
+import errno, os, subprocess, sys
+from pathlib import Path
+disk = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], check=True)
+import torch
+from raymem.errors import StorageError
+from raymem.training.checkpoint import Checkpoints, Manifest, latest_manifest
+from raymem.training.layout import Layout
+from raymem.training.storage import Storage
+from support import make_recipe
+run = Storage.open(str(disk / "run"))
+checkpoints = Checkpoints(run, Layout())
+state = {"weights": torch.arange(500_000, dtype=torch.float32)}
+recipe = make_recipe().to_dict()
+checkpoints.save(Manifest(1, {}, recipe, None), state, "last", 2)
+before = sorted(str(path) for path in disk.rglob("*"))
+try:
+    checkpoints.save(Manifest(2, {}, recipe, None), state, "last", 2)
+except StorageError as error:
+    print(error)
+else:
+    raise AssertionError("4 MB do not fit into 3")
+assert sorted(str(path) for path in disk.rglob("*")) == before, "something half-written is left"
+found = {"weights": torch.zeros(500_000)}
+checkpoints.load(latest_manifest(run), found)
+assert torch.equal(found["weights"], state["weights"])
+"""
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets no user mount a small disk (unshare -rm)")
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{FULL_DISK}"
+    command = ["unshare", "-rm", sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    message = done.stdout.strip().splitlines()[-1]
+    assert str(tmp_path / "run" / "checkpoints") in message
+    assert "space" in message
