@@ -91,6 +91,7 @@ class _Session:
         self.peak_bytes: int | None = None
         self.eval_loss: float | None = None
         self.recent: list[Row] = []
+        self.began = time.perf_counter()
 
     def run(self) -> Outcome:
         self._seed(step=0)
@@ -180,6 +181,7 @@ class _Session:
             "grad_norm": float(result.grad_norm),
             "lr": lr,
             "tokens_per_s": float(self.rows.lengths[ids].sum()) / (time.perf_counter() - began),
+            "elapsed_s": time.perf_counter() - self.began,
             "epoch": (step + 1) * train.global_batch / self.sampler.epoch_size,
         }
         if self.peak_bytes is not None and step - first + 1 in METERED_STEPS:

@@ -1,0 +1,32 @@
+"""Build a demo model by pre-training it on Python's standard library; resumable, kept in the content-keyed cache.
+
+python benchmarks/make_base.py --model demo-long --storage raymem-runs
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from raymem.cluster import demo
+from raymem.cluster.trainer import launch
+from raymem.console import TrainingDisplay, hush_libraries
+from raymem.training.storage import Storage
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=sorted(demo.MODELS), default="demo-long")
+    parser.add_argument("--storage", default="raymem-runs", help="storage.path of the recipes that will use it")
+    arguments = parser.parse_args()
+    hush_libraries()
+    recipe = demo.pretraining_recipe(arguments.model, Storage.open(str(Path(arguments.storage).resolve())))
+    if demo.finished_model(recipe) is None:
+        with TrainingDisplay(recipe.train.steps) as display:
+            launch(recipe, listeners=[display.show], status=display.status)
+        demo.discard_checkpoints(recipe)
+    print(demo.finished_model(recipe))
+
+
+if __name__ == "__main__":
+    main()
