@@ -155,14 +155,38 @@ def run_storage(recipe: Recipe) -> Storage:
     return storage
 
 
-def train(recipe: Recipe, layout: Layout | None = None) -> tuple[Outcome, list[Row]]:
-    """Run a recipe in this process (one of several, if there is a process group); returns what it reported."""
+class Stopped(Exception):
+    """Stands for whatever ends a process between two checkpoints."""
+
+
+def train(recipe: Recipe, layout: Layout | None = None, *, stop_after: int = 0) -> tuple[Outcome | None, list[Row]]:
+    """Run a recipe in this process (one of several, if there is a process group).
+
+    Args:
+        stop_after: end abruptly once the row of this step was reported, before its checkpoint.
+
+    Returns:
+        The outcome, None of a stopped run, and every row that was reported.
+    """
     rows: list[Row] = []
+
+    def stop(new: Sequence[Row]) -> None:
+        if new[-1]["step"] == stop_after:
+            raise Stopped
+
     train_data = prepare_split(recipe, "train")
     eval_data = prepare_split(recipe, "eval") if recipe.data.eval else None
-    layout = layout or Layout.current(recipe)
-    outcome = run(recipe, layout, run_storage(recipe), train_data, eval_data, LocalReporter(rows.extend))
-    return outcome, rows
+    layout, reporter = layout or Layout.current(recipe), LocalReporter(rows.extend, stop)
+    try:
+        return run(recipe, layout, run_storage(recipe), train_data, eval_data, reporter), rows
+    except Stopped:
+        return None, rows
+
+
+def column(rows: Sequence[Row], name: str = "loss") -> list[float]:
+    """One metric of every step, in the order of steps; of a step that was reported twice the later row counts."""
+    by_step = {row["step"]: row[name] for row in rows if name in row}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def random_batch(rows: int, length: int, seed: int = 0, *, packed: bool = True) -> Batch:

@@ -1,0 +1,192 @@
+"""Whole runs in one process: resuming is exact, the best weights leave, and bad numbers stop in time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import assert_same, column, make_recipe, run_fragment, run_storage, train
+
+from raymem.errors import CheckpointError, NonFiniteError
+from raymem.training import loop
+from raymem.training.checkpoint import latest_manifest
+from raymem.training.recipe import Recipe
+
+STEPS = {"train": {"steps": 6, "save_every": 2}}
+FULL = {"adapter": {"kind": "none"}}
+
+
+@pytest.fixture
+def recipe_for(llama: Path, examples: Path, tmp_path: Path) -> Any:
+    """Makes recipes whose runs lie in directories of their own."""
+
+    def make(run: str, *fragments: dict[str, Any], evaluated: bool = False) -> Recipe:
+        place = run_fragment(examples, tmp_path, evaluated=evaluated)
+        return make_recipe(STEPS, place, {"name": run}, *fragments, model=llama)
+
+    return make
+
+
+def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Tensors of the run's result."""
+    (path,) = Path(run_storage(recipe).root).glob("*/*model.safetensors")
+    return load_file(path)
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        {"adapter": {"dropout": 0.2}},
+        FULL,
+        {"activations": "checkpoint", "adapter": {"dropout": 0.2}},
+        {"train": {"precision": "bf16", "master": "fp32"}},
+        {"train": {"precision": "bf16", "master": "stochastic_rounding"}, **FULL},
+        {"train": {"precision": "bf16_mixed"}},
+        {"data": {"packing": "none"}},
+    ],
+    ids=["lora", "full", "checkpointing", "master", "full rounding", "mixed", "padded"],
+)
+def test_a_stopped_and_resumed_run_is_the_straight_one(recipe_for: Any, fragment: dict[str, Any]) -> None:
+    straight, stopped = recipe_for("straight", fragment), recipe_for("stopped", fragment)
+    outcome, rows = train(straight)
+    nothing, first = train(stopped, stop_after=5)
+    assert nothing is None
+    resumed, second = train(stopped)
+    assert outcome is not None and resumed is not None
+    assert (outcome.started_at, resumed.started_at) == (0, 4)
+    for name in ("loss", "grad_norm", "lr", "epoch"):
+        assert column(first + second, name) == column(rows, name), "step 5 was done twice, alike"
+    assert len(column(rows)) == 6
+    assert_same(weights(stopped), weights(straight))
+
+
+def test_the_loss_falls(recipe_for: Any) -> None:
+    _, rows = train(recipe_for("run", FULL, {"train": {"steps": 25, "save_every": 25}}))
+    losses = column(rows)
+    assert losses[0] == pytest.approx(math.log(128), rel=0.1), "untrained: as good as guessing"
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_finished_run_reports_again_and_changes_nothing(recipe_for: Any) -> None:
+    recipe = recipe_for("run", evaluated=True)
+    first, _ = train(recipe)
+    before = weights(recipe)
+    manifest = latest_manifest(run_storage(recipe))
+    again, rows = train(recipe)
+    assert first is not None and again is not None
+    assert (again.steps, again.started_at, again.loss) == (6, 6, None)
+    assert (again.artifact, again.eval_loss, again.eval_perplexity) == (
+        first.artifact, first.eval_loss, first.eval_perplexity)  # fmt: skip
+    assert_same(weights(recipe), before)
+    assert latest_manifest(run_storage(recipe)) == manifest
+    assert {row["step"] for row in rows} <= {5.0, 6.0}, "what the last checkpoint remembers, and no new step"
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(recipe_for: Any) -> None:
+    constant = {"train": {"schedule": "constant", "warmup": 0}}
+    train(recipe_for("run", constant))
+    longer, _ = train(recipe_for("run", constant, {"train": {"steps": 8}}))
+    train(recipe_for("straight", constant, {"train": {"steps": 8}}))
+    assert longer is not None and longer.started_at == 6
+    assert_same(weights(recipe_for("run")), weights(recipe_for("straight")))
+
+
+def test_an_epoch_is_every_row_once(recipe_for: Any) -> None:
+    outcome, rows = train(recipe_for("run", {"train": {"steps": None, "epochs": 1.5, "save_every": None}}))
+    assert outcome is not None
+    epochs = column(rows, "epoch")
+    assert epochs[-2] < 1.5 <= epochs[-1]
+    assert len(rows) == outcome.steps
+
+
+def test_rows_and_outcome_say_what_happened(recipe_for: Any) -> None:
+    recipe = recipe_for("run", {"train": {"eval_every": 3}}, evaluated=True)
+    outcome, rows = train(recipe)
+    assert outcome is not None
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6]
+    assert outcome.loss == rows[-1]["loss"] and outcome.eval_loss == rows[-1]["eval_loss"]
+    assert outcome.eval_perplexity == pytest.approx(math.exp(rows[-1]["eval_loss"]))
+    peaks = column(rows, "peak_bytes")
+    assert outcome.peak_bytes == max(peaks) > 0
+    facts = json.loads((Path(outcome.artifact) / "raymem.json").read_text())
+    assert (facts["step"], facts["eval_loss"]) == (6, outcome.eval_loss)
+    assert Recipe.model_validate(facts["recipe"]) == recipe
+    json.dumps(outcome.to_dict())
+
+
+def test_nan_stops_with_its_step_and_keeps_the_last_good_checkpoint(
+    recipe_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for("run")
+    original = loop.train_step
+
+    def broken(model: Any, batches: Any, targets: int, updater: Any, step: int, *args: Any, **options: Any) -> Any:
+        return original(model, batches, math.nan if step == 4 else targets, updater, step, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(NonFiniteError, match=r"loss is nan at step 5; .*the checkpoint of step 4 is kept"):
+        train(recipe)
+    monkeypatch.undo()
+    outcome, rows = train(recipe)
+    assert outcome is not None and outcome.started_at == 4
+    _, straight = train(recipe_for("straight"))
+    assert column(rows)[-2:] == column(straight)[-2:]
+
+
+def test_nan_before_the_first_checkpoint_says_that_there_is_none(recipe_for: Any) -> None:
+    recipe = recipe_for("run", FULL, {"optimizer": {"lr": 1e30}, "train": {"warmup": 0}})
+    with pytest.raises(NonFiniteError, match=r"at step 2; .*there is no checkpoint yet.*lower optimizer\.lr"):
+        train(recipe)
+    assert latest_manifest(run_storage(recipe)) is None
+
+
+def test_the_best_checkpoint_leaves(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = recipe_for("best", {"storage": {"keep": "best", "num_to_keep": 1}}, evaluated=True)
+    short = recipe_for("short", {"train": {"steps": 6}}, evaluated=True)
+    original, losses = loop.evaluate, iter([0.9, 0.1, 0.5])
+
+    def scripted(*args: Any, **options: Any) -> Any:
+        return loop.Evaluation(next(losses), original(*args, **options).num_targets)
+
+    monkeypatch.setattr(loop, "evaluate", scripted)
+    outcome, _ = train(make_like(best, eval_every=2))
+    monkeypatch.undo()
+    assert outcome is not None
+    assert outcome.eval_loss == 0.1
+    assert json.loads((Path(outcome.artifact) / "raymem.json").read_text())["step"] == 4
+    train(short, stop_after=5)  # its last checkpoint is that of step 4
+    manifest = latest_manifest(run_storage(short))
+    assert manifest is not None and manifest.step == 4
+    stored = load_file(next(Path(run_storage(short).join("checkpoints", "step_00000004")).glob("*.safetensors")))
+    found = weights(best)
+    for name, value in stored.items():
+        if name.startswith("weights."):
+            assert torch.equal(found[name.removeprefix("weights.").replace(".default", "")], value)
+    again, _ = train(make_like(best, eval_every=2))
+    assert again is not None and (again.eval_loss, again.loss) == (0.1, None)
+    assert_same(weights(best), found)
+
+
+def make_like(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+
+
+def test_another_recipe_under_the_same_name_is_refused(recipe_for: Any) -> None:
+    train(recipe_for("run"))
+    with pytest.raises(CheckpointError, match=r"run/checkpoints: this run was started with adapter=.*rank.*--fresh"):
+        train(recipe_for("run", {"adapter": {"rank": 2}}))
+
+
+def test_training_does_not_depend_on_the_global_stream(recipe_for: Any) -> None:
+    dropout = {"adapter": {"dropout": 0.3}}
+    _, first = train(recipe_for("one", dropout))
+    torch.manual_seed(12345)
+    _, second = train(recipe_for("two", dropout))
+    _, other = train(recipe_for("three", dropout, {"seed": 1}))
+    assert column(first) == column(second) != column(other)
