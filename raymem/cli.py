@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -232,6 +233,9 @@ def run_app(*arguments: Any) -> int:
     Returns:
         Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted.
     """
+    # Read when torch loads. Threads that wait in a busy loop slow a CPU step down fivefold as soon as anything else (Ray
+    # itself, say) wants one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(args=[str(a) for a in arguments] or None, standalone_mode=True)
     except RaymemError as error:

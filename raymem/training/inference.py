@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from raymem.errors import ModelError, StorageError
 from raymem.training.data.tokenizer import load_tokenizer
@@ -37,7 +38,7 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
             model = PeftModel.from_pretrained(base, str(path))
         else:
             model = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} cannot be loaded: {reason}; check the base model that it names") from None
     return model.eval(), load_tokenizer(str(path))

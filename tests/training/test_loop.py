@@ -190,3 +190,13 @@ def test_training_does_not_depend_on_the_global_stream(recipe_for: Any) -> None:
     _, second = train(recipe_for("two", dropout))
     _, other = train(recipe_for("three", dropout, {"seed": 1}))
     assert column(first) == column(second) != column(other)
+
+
+def test_a_run_made_shorter_than_it_is_stays_what_it_is(recipe_for: Any) -> None:
+    train(recipe_for("run", evaluated=True))
+    before = weights(recipe_for("run"))
+    outcome, _ = train(recipe_for("run", {"train": {"steps": 4}}, evaluated=True))
+    assert outcome is not None
+    assert outcome.steps == outcome.started_at == 6
+    assert json.loads((Path(outcome.artifact) / "raymem.json").read_text())["step"] == 6
+    assert_same(weights(recipe_for("run")), before)
