@@ -233,8 +233,8 @@ def run_app(*arguments: Any) -> int:
     Returns:
         Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted.
     """
-    # Read when torch loads. Threads that wait in a busy loop slow a CPU step down fivefold as soon as anything else (Ray
-    # itself, say) wants one of the cores.
+    # Read when torch loads. Threads that wait in a busy loop make a CPU step five times as long as soon as anything
+    # else (Ray itself, say) wants one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(args=[str(a) for a in arguments] or None, standalone_mode=True)
