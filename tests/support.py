@@ -225,6 +225,10 @@ def frozen(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**parameters, **dict(model.named_buffers())}
 
 
+PRELOADED = ["support", "peft", "pandas", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
+"""Whatever a run imports sooner or later."""
+
+
 def in_processes(work: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
     """Call ``work(*arguments)`` on every rank of a fresh gloo group; returns what each rank returned.
 
@@ -232,7 +236,7 @@ def in_processes(work: Callable[..., Any], world_size: int, folder: Path, *argum
     ``work`` lives at the top of a module. With ``world_size`` 0 there is one process and no group.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["raymem.training.loop", "transformers", "peft", "support"])
+    context.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)
     pipes = [context.Pipe(duplex=False) for _ in range(max(1, world_size))]
     started = [

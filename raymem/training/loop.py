@@ -98,6 +98,7 @@ class _Session:
         self.bare = build_model(self.recipe, self.layout)
         self.updater = build_updater(self.bare, self.recipe)
         start = self._resume()
+        self.total_steps = max(start, self.total_steps)  # a run that is longer already stays what it is
         self.model = self.bare if self.layout.sharded else replicate(self.bare, self.layout)
         row: Row = {}
         for step in range(start, self.total_steps):
