@@ -94,7 +94,12 @@ class KillOnce(threading.Thread):
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize("layout", ["ddp-1", pytest.param("ddp-2", marks=pytest.mark.slow), "fsdp2-2"])
+SLOW = (
+    pytest.mark.slow
+)  # a start of Ray Train takes some 20 s of CPU time; the default tier has each kind of death once
+
+
+@pytest.mark.parametrize("layout", [pytest.param("ddp-1", marks=SLOW), pytest.param("ddp-2", marks=SLOW), "fsdp2-2"])
 def test_sigkill_of_a_worker_changes_nothing(
     layout: str, cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Interrupted
 ) -> None:
@@ -109,7 +114,7 @@ def test_sigkill_of_a_worker_changes_nothing(
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param("ddp-1", marks=pytest.mark.slow), "ddp-2", pytest.param("fsdp2-2", marks=pytest.mark.slow)],
+    [pytest.param("ddp-1", marks=SLOW), "ddp-2", pytest.param("fsdp2-2", marks=SLOW)],
 )
 def test_exit_in_the_middle_of_a_step_changes_nothing(
     layout: str, cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Interrupted,
@@ -153,6 +158,22 @@ def test_layouts_can_be_switched(cluster: RayHead, llama: Path, examples: Path, 
     torch.testing.assert_close(torch.tensor(switched), torch.tensor(straight), rtol=1e-4, atol=0.0)
 
 
+@SLOW
+def test_elastic_group_goes_on_with_what_is_there(
+    cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Interrupted
+) -> None:
+    """Whatever number of workers each session gets, every step is taken once, on the same rows."""
+    killer = KillOnce(cluster, storage / "elastic")
+    killer.start()
+    same = {"adapter": {"dropout": 0.0}}
+    launch(ray_recipe(llama, examples, storage, "elastic", scaling={"num_workers": [1, 2]}, **same))
+    launch(ray_recipe(llama, examples, storage, "alone", **same))
+    assert killer.killed is not None
+    elastic, alone = losses(storage / "elastic"), losses(storage / "alone")
+    torch.testing.assert_close(torch.tensor(elastic), torch.tensor(alone), rtol=1e-4, atol=0.0)
+
+
+@SLOW
 def test_error_of_the_user_reaches_the_driver_without_retries(
     cluster: RayHead, llama: Path, examples: Path, storage: Path
 ) -> None:
