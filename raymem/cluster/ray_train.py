@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import ray
 import ray.train
@@ -12,14 +11,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raymem.cluster import data
 from raymem.cluster.connection import worker_resources
+from raymem.cluster.job import Job
 from raymem.cluster.progress import Board, Relay, Watcher
 from raymem.cluster.worker import train_worker
 from raymem.errors import ClusterError
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Listener
-
-if TYPE_CHECKING:
-    from raymem.cluster.trainer import Job
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 START_ATTEMPTS = 10

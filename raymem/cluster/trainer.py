@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from raymem.cluster import data, demo
-from raymem.errors import RaymemError, StorageError
+from raymem.cluster.job import Job
+from raymem.errors import StorageError
 from raymem.tracking.sink import TrackingSink, TrackingSummary
 from raymem.tracking.start import start_tracking
 from raymem.training.checkpoint import latest_manifest
-from raymem.training.data.shards import Prepared
 from raymem.training.export import artifact_name
 from raymem.training.identity import check_identity, identity_of
 from raymem.training.layout import Layout
@@ -42,17 +42,6 @@ class Finished:
     tracking: TrackingSummary
     recipe: Recipe
     """As it was trained: demo names replaced by directories."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that is settled before the first step."""
-
-    recipe: Recipe
-    storage: Storage
-    run: Storage
-    train_data: Prepared
-    eval_data: Prepared | None
 
 
 def launch(
@@ -212,6 +201,3 @@ def _only_one(storage: Storage, name: str) -> Iterator[None]:
                 "another name"
             ) from None
         yield
-
-
-__all__ = ["Finished", "Job", "RaymemError", "launch"]
