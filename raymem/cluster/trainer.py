@@ -59,6 +59,8 @@ def launch(
     """
     storage = Storage.open(recipe.storage.path)
     storage.check_writable()
+    if "/_ray_pkg_" in storage.path:  # Ray unpacks a job's working directory under such a name
+        status(f"warning: {storage.path} is the job's temporary copy and goes with the cluster; set storage.path")
     with _only_one(storage, recipe.name):
         if fresh:
             _set_aside(storage, recipe.name)
