@@ -3,7 +3,7 @@
 On CUDA the caching allocator counts for itself. On CPU there is no such counter, so the peak is the bytes that are
 resident when the window opens plus the highest running sum of the profiler's allocation events, which include the
 temporaries inside kernels. What was allocated before the window and is freed inside it still counts to the end: torch
-reports no release of a block whose allocation it did not see.
+does not know the size of a block whose allocation it did not see.
 """
 
 from __future__ import annotations
@@ -69,8 +69,12 @@ class PeakMeter:
 
 
 def _highest_sum(profiler: torch.profiler.profile) -> int:
-    """Highest running sum of the CPU allocation events, in the order in which they happened."""
-    events: list[tuple[int, int]] = []
+    """Highest running sum of the CPU allocations inside the window, in the order in which they happened.
+
+    A block from before the window may be released with the size of an older one that had its address, so releases
+    count only for blocks that the window saw allocated.
+    """
+    events: list[tuple[int, int, int]] = []
 
     def walk(nodes: Iterable[Any]) -> Iterator[Any]:
         stack = list(nodes)
@@ -83,10 +87,15 @@ def _highest_sum(profiler: torch.profiler.profile) -> int:
     for node in walk(results.experimental_event_tree()):
         kind, fields = node.typed
         if kind == torch._C._profiler._EventType.Allocation and fields.device.type == "cpu":
-            events.append((node.start_time_ns, fields.alloc_size))
+            events.append((node.start_time_ns, fields.ptr, fields.alloc_size))
+    alive: dict[int, int] = {}
     running = highest = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
-        running += size
+    for _, address, size in sorted(events, key=lambda event: event[0]):
+        if size > 0:
+            alive[address] = size
+            running += size
+        else:
+            running -= alive.pop(address, 0)
         highest = max(highest, running)
     return highest
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from raymem.errors import RecipeError
 from raymem.training.checkpoint import Checkpoints, Manifest
+from raymem.training.data.batches import Batch
 from raymem.training.layout import Layout, replicate
 from raymem.training.model import build_model
 from raymem.training.optim import Updater, build_updater
@@ -40,7 +41,7 @@ class MethodSuite:
 
     def test_training_lowers_the_loss(self, recipe: Recipe) -> None:
         model, updater = build(recipe)
-        losses = [float(step(model, updater, recipe, number, seed=0).loss) for number in range(8)]
+        losses = [float(step(model, updater, recipe, number, seed=0).loss) for number in range(5)]
         assert losses[-1] < losses[0]
 
     def test_what_is_frozen_stays_and_what_is_trained_moves(self, recipe: Recipe) -> None:
@@ -83,10 +84,10 @@ class MethodSuite:
         with FakeTensorMode(allow_non_fake_inputs=False) as mode:
             fakeify(model)
             updater = build_updater(model, recipe)
-            batches = [mode_batch(mode, seed) for seed in range(2)]
+            batches = [mode_batch(mode)]
             for number in range(2):
                 result = train_step(
-                    model, batches, 60, updater, number, 1e-3,
+                    model, batches, 30, updater, number, 1e-3,
                     clip_norm=recipe.train.clip_norm, mixed=recipe.train.precision == "bf16_mixed",
                     guard=lambda loss, grad_norm: None,
                 )  # fmt: skip
@@ -157,11 +158,8 @@ def fakeify(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype)
 
 
-def mode_batch(mode: FakeTensorMode, seed: int) -> Any:
-    from raymem.training.data.batches import Batch
-
-    real = random_batch(2, LENGTH, seed)
-    ids, labels, positions = (
-        mode.from_tensor(t) for t in (real.input_ids, real.labels, real.position_ids) if t is not None
-    )
+def mode_batch(mode: FakeTensorMode) -> Batch:
+    real = random_batch(2, LENGTH)
+    assert real.position_ids is not None
+    ids, labels, positions = map(mode.from_tensor, (real.input_ids, real.labels, real.position_ids))
     return Batch(ids, labels, positions, None)

@@ -23,6 +23,7 @@ from support import (
     train,
 )
 
+from raymem.training import loop
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.dataset import PackedRows
 from raymem.training.evaluate import evaluate
@@ -67,7 +68,9 @@ Job = tuple[str, dict[str, Any], int]
 def train_all(jobs: list[Job]) -> dict[str, dict[str, Any]]:
     """Per job the outcome and the rows of this rank."""
     found = {}
+    metered = loop.METERED_STEPS
     for key, raw, stop_after in jobs:
+        loop.METERED_STEPS = metered if key.endswith("lora") else ()  # profiling takes longer than the step
         recipe = Recipe.model_validate(raw)
         outcome, rows = train(recipe, stop_after=stop_after)
         found[key] = {"outcome": outcome and outcome.to_dict(), "rows": rows}
