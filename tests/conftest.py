@@ -17,8 +17,9 @@ import pytest
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with random fp32 weights and a tokenizer; read only."""
-    from support import save_model
+    from support import save_model, start_server
 
+    start_server()  # most tests with a model are in files that also start processes
     return save_model(tmp_path_factory.mktemp("models") / "llama")
 
 

@@ -9,9 +9,11 @@ import pickle
 import random
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -225,8 +227,14 @@ def frozen(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**parameters, **dict(model.named_buffers())}
 
 
-PRELOADED = ["support", "peft", "pandas", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
-"""Whatever a run imports sooner or later."""
+def start_server() -> Any:
+    """Let the server of :func:`in_processes` begin its imports; they go on in the background."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:  # the server is not told sys.path and skips what it cannot find
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context
 
 
 def in_processes(work: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
@@ -235,8 +243,7 @@ def in_processes(work: Callable[..., Any], world_size: int, folder: Path, *argum
     Processes are forked from a server that has imported torch and transformers once, so a group costs about a second.
     ``work`` lives at the top of a module. With ``world_size`` 0 there is one process and no group.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = start_server()
     folder.mkdir(parents=True, exist_ok=True)
     pipes = [context.Pipe(duplex=False) for _ in range(max(1, world_size))]
     started = [
