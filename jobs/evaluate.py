@@ -5,7 +5,8 @@ Takes what ``raymem evaluate`` takes.
 
 import sys
 
-from raymem.cli import run_app
+from raymem.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_app("evaluate", *sys.argv[1:]))
+    sys.argv.insert(1, "evaluate")
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -77,8 +78,12 @@ def train(
     loaded = load_recipe(recipe, set_)  # before the slow imports: a typo is answered at once
     from raymem.cluster.trainer import launch
 
-    with console.TrainingDisplay(loaded.train.steps) as display:
-        finished = launch(loaded, fresh=fresh, listeners=[display.show], status=display.status)
+    try:
+        with console.TrainingDisplay(loaded.train.steps) as display:
+            finished = launch(loaded, fresh=fresh, listeners=[display.show], status=display.status)
+    except KeyboardInterrupt:
+        console.err.print("interrupted; the same command resumes from the last checkpoint")
+        raise typer.Exit(130) from None
     outcome, tracking = finished.outcome, finished.tracking
     say = console.out.print
     if outcome.loss is None:
@@ -134,7 +139,7 @@ def evaluate(
 
 @app.command()
 def generate(
-    artifact: Annotated[Path, typer.Argument(help="Adapter or model directory of a run.")],
+    artifact: Annotated[str, typer.Argument(help="Adapter or model directory of a run.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
@@ -142,22 +147,28 @@ def generate(
 ) -> None:
     """Continue a text with what a run left."""
     _log_to_stderr(False)
+    from raymem.cluster.artifacts import local_copy
     from raymem.training import inference
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    typer.echo(inference.generate(artifact, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+    with local_copy(artifact) as directory:
+        typer.echo(
+            inference.generate(directory, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        )
 
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="PEFT directory of a run.")],
+    adapter: Annotated[str, typer.Argument(help="PEFT directory of a run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model directory to write.")],
 ) -> None:
     """Fold an adapter into its base and write the full model."""
     _log_to_stderr(False)
+    from raymem.cluster.artifacts import local_copy
     from raymem.training import inference
 
-    console.out.print(f"wrote {inference.merge(adapter, output)}")
+    with local_copy(adapter) as directory:
+        console.out.print(f"wrote {inference.merge(directory, output)}")
 
 
 @app.command()
@@ -242,9 +253,6 @@ def run_app(*arguments: Any) -> int:
         for line in str(error).splitlines():
             console.err.print(f"error: {line}", markup=False)
         return 1
-    except KeyboardInterrupt:
-        console.err.print("interrupted; the same command resumes from the last checkpoint")
-        return 130
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
     return 0
@@ -252,6 +260,8 @@ def run_app(*arguments: Any) -> int:
 
 def main() -> None:
     """Entry point of the ``raymem`` script."""
+    # `ray job stop` and Kubernetes send SIGTERM: unwind like Ctrl-C, so that the tracked run is not left running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(run_app())
 
 

@@ -37,5 +37,9 @@ class ClusterError(RaymemError):
     """A Ray cluster that cannot be reached, cannot hold the job, or lost it."""
 
 
+class OutOfMemory(RaymemError):
+    """A worker's device cannot hold a step; trying again would fail the same way."""
+
+
 class NonFiniteError(RaymemError):
     """Loss or gradient norm became NaN or infinite; nothing was written by that step."""

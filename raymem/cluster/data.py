@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from raymem.errors import RaymemError
+from raymem.errors import RaymemError, StorageError
 from raymem.training.data.directories import publish, read_manifest
 from raymem.training.data.shards import Counts, Prepared, PreparedSource, Task, prepare, serial, source_keys
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
@@ -23,7 +24,11 @@ def cache_dir(storage: Storage) -> Path:
     """Where prepared data lies as plain files: in the storage itself, or for an object store on local disk."""
     if storage.is_local:
         return Path(storage.join(CACHE))
-    return Path(tempfile.gettempdir()) / "raymem-cache"
+    directory = Path(tempfile.gettempdir()) / f"raymem-cache-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.stat().st_uid != os.getuid():
+        raise StorageError(f"{directory} belongs to another user; remove it, or set TMPDIR to a directory of your own")
+    return directory
 
 
 def shared_tokenizer(recipe: Recipe, storage: Storage) -> str:
@@ -76,7 +81,8 @@ def localise(plain: dict[str, Any], storage: Storage) -> Prepared:
     Raises:
         StorageError: it cannot be fetched, or a file has another hash than its manifest says.
     """
-    sources = tuple(PreparedSource(**{**s, "directory": Path(s["directory"])}) for s in plain["sources"])
+    here = cache_dir(storage) / "data"  # another node may have another temporary directory
+    sources = tuple(PreparedSource(**{**s, "directory": here / Path(s["directory"]).name}) for s in plain["sources"])
     if not storage.is_local:
         for source in sources:
             _download(source.directory.name, storage)

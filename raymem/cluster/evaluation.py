@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from raymem.cluster import data, demo
+from raymem.cluster.artifacts import local_copy
 from raymem.errors import DataError, ModelError, RaymemError
+from raymem.training.adapter import read_config
 from raymem.training.data.dataset import PackedRows
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.export import FACTS, artifact_name
@@ -41,8 +43,7 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> Evaluated:
         raise DataError("data.eval: this recipe has no evaluation data; add it, or --set data.eval=<path>")
     storage = Storage.open(recipe.storage.path)
     recipe = demo.resolve(recipe, storage)
-    directory = artifact or _own_artifact(recipe, storage)
-    target = _with_weights(recipe, directory)
+    place = artifact or _own_artifact(recipe, storage)
     on_ray = recipe.scaling.num_workers != 0
     if on_ray:
         from raymem.cluster.connection import connect
@@ -50,14 +51,19 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> Evaluated:
         connect(recipe)
     tokenizer = data.shared_tokenizer(recipe, storage)
     prepared = data.prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray)
-    config = {"recipe": target.to_dict(), "data": data.to_dict(prepared)}
-    return Evaluated(directory, _as_task(config, recipe) if on_ray else evaluation_task(config))
+    config = {"recipe": recipe.to_dict(), "artifact": place, "data": data.to_dict(prepared)}
+    return Evaluated(place, _as_task(config, recipe) if on_ray else evaluation_task(config))
 
 
 def evaluation_task(config: dict[str, Any]) -> Evaluation:
     """One process's evaluation; plain data in, plain values out."""
     recipe = Recipe.model_validate(config["recipe"])
-    prepared = data.localise(config["data"], Storage.open(recipe.storage.path))
+    with local_copy(config["artifact"]) as directory:
+        return _evaluate(_with_weights(recipe, directory), config["data"])
+
+
+def _evaluate(recipe: Recipe, plain_data: dict[str, Any]) -> Evaluation:
+    prepared = data.localise(plain_data, Storage.open(recipe.storage.path))
     layout = Layout.current(recipe)
     model = build_model(recipe, layout)
     mixed = recipe.train.precision == "bf16_mixed"
@@ -72,7 +78,9 @@ def _as_task(config: dict[str, Any], recipe: Recipe) -> Evaluation:
 
     wanted = worker_resources(recipe)
     threads = max(1, int(wanted.get("CPU", 1)))
-    options = {"num_cpus": wanted.pop("CPU", 1), "num_gpus": wanted.pop("GPU", 0), "resources": wanted}
+    named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {option: wanted.pop(kind) for kind, option in named.items() if kind in wanted}
+    options["resources"] = wanted
     try:
         return ray.get(ray.remote(_task_with_threads).options(**options).remote(config, threads))  # type: ignore[no-any-return]
     except ray.exceptions.RayTaskError as error:
@@ -98,16 +106,21 @@ def _own_artifact(recipe: Recipe, storage: Storage) -> str:
 
 
 def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
-    """The recipe of one unsharded process whose model starts from ``artifact``."""
+    """The recipe of one unsharded process that starts from a local ``artifact``; an adapter brings its own rank."""
     update: dict[str, Any] = {
         "scaling": recipe.scaling.model_copy(update={"num_workers": 0, "strategy": "ddp"}),
     }
+    directory = Path(artifact)
     if artifact == "base":
         update["adapter"] = NoAdapter()
-        return recipe.model_copy(update=update)
-    directory = Path(artifact)
-    if (directory / "adapter_config.json").is_file() and isinstance(recipe.adapter, LoraAdapter):
-        update["adapter"] = recipe.adapter.model_copy(update={"init_from": str(directory)})
+    elif (directory / "adapter_config.json").is_file():
+        config = read_config(directory)
+        update["adapter"] = LoraAdapter(
+            rank=config["r"],
+            alpha=float(config["lora_alpha"]),
+            targets=config["target_modules"],
+            init_from=str(directory),
+        )
     elif (directory / "config.json").is_file():
         update["model"] = recipe.model.model_copy(update={"name": str(directory), "config": None, "revision": None})
         update["adapter"] = NoAdapter()

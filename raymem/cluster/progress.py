@@ -11,6 +11,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymem.errors import RaymemError
 from raymem.tracking.sink import TrackingSink, sink_from
@@ -42,6 +43,12 @@ class Board:
 
     def error(self) -> RaymemError | None:
         return self._error
+
+
+def new_board() -> Any:
+    """A board on the driver's own node: it must outlive every other one."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 class Relay(ray.train.UserCallback):  # type: ignore[misc]
@@ -120,6 +127,5 @@ class Watcher:
             rows = ray.get(self._board.take.remote(), timeout=10)
         except ray.exceptions.RayError:
             return  # the cluster is going away; the run itself will say so
-        if rows:
-            for listener in self._listeners:
-                listener(rows)
+        for listener in self._listeners if rows else ():
+            listener(rows)

@@ -12,7 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raymem.cluster import data
 from raymem.cluster.connection import worker_resources
 from raymem.cluster.job import Job
-from raymem.cluster.progress import Board, Relay, Watcher
+from raymem.cluster.progress import Relay, Watcher, new_board
 from raymem.cluster.worker import train_worker
 from raymem.errors import ClusterError
 from raymem.training.loop import Outcome
@@ -35,7 +35,7 @@ def train_on_ray(job: Job, sink_spec: Mapping[str, str] | None, listeners: Seque
     """
     recipe, scaling = job.recipe, job.recipe.scaling
     resources = worker_resources(recipe)
-    board = Board.remote()  # type: ignore[attr-defined]
+    board = new_board()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={

@@ -117,6 +117,8 @@ def follow_logs(client: Any, submission_id: str, out: Out | None = None) -> int:
     Raises:
         ClusterError: no such job, or the cluster stays away.
     """
+    from aiohttp import ClientError  # what the stream raises when the head goes away; Ray brings it along
+
     write = out or (lambda text: print(text, end="", flush=True))
     seen = failures = 0
 
@@ -138,7 +140,7 @@ def follow_logs(client: Any, submission_id: str, out: Out | None = None) -> int:
             asyncio.run(tail())
             info = client.get_job_info(submission_id)
             failures = 0
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ClientError) as error:
             failures += 1
             if failures > _RECONNECTS:
                 raise ClusterError(

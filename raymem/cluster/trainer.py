@@ -7,23 +7,24 @@ import fcntl
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raymem.cluster import data, demo
+from raymem.cluster.artifacts import local_copy
 from raymem.cluster.job import Job
 from raymem.errors import StorageError
 from raymem.tracking.sink import TrackingSink, TrackingSummary
 from raymem.tracking.start import start_tracking
 from raymem.training.checkpoint import latest_manifest
+from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.export import artifact_name
 from raymem.training.identity import check_identity, identity_of
 from raymem.training.layout import Layout
 from raymem.training.loop import Outcome, run
-from raymem.training.model import build_model
+from raymem.training.model import build_model, check_fit, pin_revision
 from raymem.training.recipe import Recipe
 from raymem.training.reporter import Listener, LocalReporter, Row
 from raymem.training.storage import Storage
@@ -62,8 +63,6 @@ def launch(
     if "/_ray_pkg_" in storage.path:  # Ray unpacks a job's working directory under such a name
         status(f"warning: {storage.path} is the job's temporary copy and goes with the cluster; set storage.path")
     with _only_one(storage, recipe.name):
-        if fresh:
-            _set_aside(storage, recipe.name)
         on_ray = recipe.scaling.num_workers != 0
         if on_ray:
             from raymem.cluster import connection, preflight
@@ -71,7 +70,9 @@ def launch(
             status("starting Ray")
             connection.connect(recipe)
             preflight.check_storage_shared(storage.path)
-        job = _settle(recipe, storage, on_ray=on_ray, status=status)
+        job = _settle(recipe, storage, on_ray=on_ray, fresh=fresh, status=status)
+        if fresh:  # only now: a recipe that was refused above leaves the earlier run where it is
+            _set_aside(storage, recipe.name)
         manifest = latest_manifest(job.run)
         sink = start_tracking(
             job.recipe.to_dict(),
@@ -79,25 +80,34 @@ def launch(
             resume=manifest is not None,
             device="cuda" if recipe.scaling.use_gpu else "cpu",
         )
-        outcome, rows = _train_tracked(job, sink, [*listeners, _history_file(job.run)])
-        sink.log_history(rows)  # mends what an outage swallowed; what is there already is left out
-        with _local_copy(job.run, artifact_name(recipe)) as artifact:
-            summary = sink.finish("FINISHED", {artifact_name(recipe): artifact}, **_registration(recipe))
+        rows: list[Row] = []
+        try:
+            outcome = _train(job, sink, [rows.extend, *listeners, _history_file(job.run)])
+            sink.log_history(rows)  # mends what an outage swallowed; what is there already is left out
+            with local_copy(outcome.artifact) as artifact:
+                summary = sink.finish("FINISHED", {artifact_name(recipe): artifact}, **_registration(recipe))
+        except BaseException as error:
+            sink.log_history(rows)
+            sink.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
         return Finished(outcome, summary, job.recipe)
 
 
-def _settle(recipe: Recipe, storage: Storage, *, on_ray: bool, status: Status) -> Job:
+def _settle(recipe: Recipe, storage: Storage, *, on_ray: bool, fresh: bool, status: Status) -> Job:
     """Check the model and prepare the data, so that mistakes show before workers start."""
     recipe = demo.resolve(recipe, storage, build=lambda r: _build_demo(r, status))
     status("checking the model")
-    build_model(recipe, meta=True)
-    status("preparing the data")
+    recipe = pin_revision(recipe)
+    model = build_model(recipe, meta=True)
     tokenizer = data.shared_tokenizer(recipe, storage)
+    check_fit(model, load_tokenizer(tokenizer), recipe)
+    del model
+    status("preparing the data")
     train_data = data.prepare_split(recipe, "train", tokenizer, storage, on_ray=on_ray)
     has_eval = recipe.data.eval is not None
     eval_data = data.prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray) if has_eval else None
     job = Job(recipe, storage, storage.child(recipe.name), train_data, eval_data)
-    if (manifest := latest_manifest(job.run)) is not None:
+    if not fresh and (manifest := latest_manifest(job.run)) is not None:
         check_identity(manifest.identity, identity_of(recipe, train_data), job.run.path)
         status(f"resuming from step {manifest.step}")
     return job
@@ -114,22 +124,13 @@ def _build_demo(recipe: Recipe, status: Status) -> None:
     launch(recipe, listeners=[progress], status=lambda text: None)
 
 
-def _train_tracked(job: Job, sink: TrackingSink, listeners: Sequence[Listener]) -> tuple[Outcome, list[Row]]:
-    """Train; on an error end the tracked run as failed and pass the error on."""
-    rows: list[Row] = []
-    everyone = [rows.extend, *listeners]
-    try:
-        if job.recipe.scaling.num_workers == 0:
-            reporter = LocalReporter(*everyone, sink.log_history)
-            layout = Layout.current(job.recipe)
-            return run(job.recipe, layout, job.run, job.train_data, job.eval_data, reporter), rows
-        from raymem.cluster.ray_train import train_on_ray
+def _train(job: Job, sink: TrackingSink, listeners: Sequence[Listener]) -> Outcome:
+    if job.recipe.scaling.num_workers == 0:
+        reporter = LocalReporter(*listeners, sink.log_history)
+        return run(job.recipe, Layout.current(job.recipe), job.run, job.train_data, job.eval_data, reporter)
+    from raymem.cluster.ray_train import train_on_ray
 
-        return train_on_ray(job, sink.spec(), everyone), rows
-    except BaseException as error:
-        sink.log_history(rows)
-        sink.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
+    return train_on_ray(job, sink.spec(), listeners)
 
 
 def _registration(recipe: Recipe) -> dict[str, Any]:
@@ -142,24 +143,16 @@ def _history_file(run_storage: Storage) -> Listener:
     path = Path(run_storage.root) / "metrics.jsonl"
 
     def write(rows: Sequence[Row]) -> None:
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        try:
+            with path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:  # a log is no reason to lose a run; a full disk stops it at the next checkpoint
+            log.warning("%s: cannot be written: %s", path, error.strerror)
 
     if not run_storage.is_local:
         return lambda rows: None
     path.parent.mkdir(parents=True, exist_ok=True)
     return write
-
-
-@contextlib.contextmanager
-def _local_copy(run_storage: Storage, name: str) -> Iterator[Path]:
-    """The artefact as local files, for uploading to the tracking server."""
-    if run_storage.is_local:
-        yield Path(run_storage.join(name))
-        return
-    with tempfile.TemporaryDirectory(prefix="raymem-artifact-") as folder:
-        run_storage.download_dir(name, Path(folder) / name, last="raymem.json")
-        yield Path(folder) / name
 
 
 def _set_aside(storage: Storage, name: str) -> None:

@@ -34,11 +34,15 @@ class PeakMeter:
     Args:
         device: where the work runs.
         resident: called on entry for the tensors that are alive then (:func:`resident_tensors`); used on CPU only.
+        hidden_bytes: resident memory that no tensor within reach shows, such as DDP's buckets; CPU only.
 
     After the block ``peak`` holds the result.
     """
 
-    def __init__(self, device: torch.device, resident: Callable[[], Iterable[torch.Tensor]]) -> None:
+    def __init__(
+        self, device: torch.device, resident: Callable[[], Iterable[torch.Tensor]], hidden_bytes: int = 0
+    ) -> None:
+        self._hidden_bytes = hidden_bytes
         self._device = device
         self._resident = resident
         self._profiler: torch.profiler.profile | None = None
@@ -49,7 +53,7 @@ class PeakMeter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return self
-        self._resident_bytes = storage_bytes(self._resident())
+        self._resident_bytes = self._hidden_bytes + storage_bytes(self._resident())
         activities = [torch.profiler.ProfilerActivity.CPU]
         self._profiler = torch.profiler.profile(activities=activities, profile_memory=True)
         self._profiler.start()

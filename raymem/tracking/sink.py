@@ -37,6 +37,8 @@ class TrackingSummary:
     last_error: str | None = None
     model_version: str | None = None
     """``name/version`` of the registered model."""
+    missing: tuple[str, ...] = ()
+    """Artifacts (and ``registration``) that were to be there at the end and are not."""
 
     @property
     def problem(self) -> str | None:
@@ -45,6 +47,8 @@ class TrackingSummary:
             return None
         lost = self.waiting + self.dropped
         missing = f"{lost} metric values are missing there" if lost else "all metric values arrived later"
+        if self.missing:
+            missing += f"; {' and '.join(self.missing)} did not arrive: run the same command again to repeat that"
         return f"tracking at {self.uri} failed {self.failures} times ({self.last_error}); {missing}"
 
 
@@ -133,6 +137,7 @@ class MlflowSink:
         self._steps: dict[str, int] | None = None
         self._logged = self._dropped = self._failures = 0
         self._last_error: str | None = None
+        self._missing: tuple[str, ...] = ()
         self._model_version: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -165,9 +170,11 @@ class MlflowSink:
         model_tags: Mapping[str, str] | None = None,
     ) -> TrackingSummary:
         """See :class:`TrackingSink`. A model version that this run already registered is updated, not doubled."""
-        if not self._flush():  # an absent server is found out here, within seconds, and not once per upload
-            return self.summary()
         uploads = dict(artifact_dirs or {})
+        wanted = (*uploads, *(["the registration"] if register_as and uploads else []))
+        if not self._flush():  # an absent server is found out here, within seconds, and not once per upload
+            self._missing = wanted
+            return self.summary()
 
         def upload(client: Any) -> None:
             for name, directory in uploads.items():
@@ -178,7 +185,7 @@ class MlflowSink:
                 self._register(client, register_as, next(iter(uploads)), alias, dict(model_tags or {}))
 
         with limits(timeout_s=120, retries=2):
-            self._guarded(upload)
+            self._missing = () if self._guarded(upload) else wanted
         with limits(CALL_TIMEOUT_S, retries=1):
             self._guarded(lambda c: c.set_terminated(self.run_id, status))
         return self.summary()
@@ -194,6 +201,7 @@ class MlflowSink:
             failures=self._failures,
             last_error=self._last_error,
             model_version=self._model_version,
+            missing=self._missing,
         )
 
     def _flush(self) -> bool:

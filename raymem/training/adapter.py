@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
 import re
@@ -34,13 +35,11 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
-    if adapter.targets != "all-linear":
-        _check_targets(model, [adapter.targets] if isinstance(adapter.targets, str) else adapter.targets)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=adapter.targets,
+        target_modules=_peft_targets(model, adapter.targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=recipe.model.name,
         revision=recipe.model.revision,
@@ -52,25 +51,36 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     return wrapped
 
 
-def _check_targets(model: nn.Module, patterns: list[str]) -> None:
-    """Every pattern must match: PEFT only complains when none does."""
+def _peft_targets(model: nn.Module, targets: str | list[str]) -> str | list[str]:
+    """Targets in PEFT's terms: module names (whole or the end after a dot), or one regular expression for whole names.
+
+    PEFT takes expressions only alone and complains only when nothing matches at all; here every pattern must match.
+    """
     from transformers.pytorch_utils import Conv1D  # how GPT-2 writes its linear layers
 
+    if targets == "all-linear":
+        return targets
+    patterns = [targets] if isinstance(targets, str) else targets
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    leaves = sorted({name.rpartition(".")[2] for name in names})
+    expressions = []
     for pattern in patterns:
+        if any(name == pattern or name.endswith(f".{pattern}") for name in names):
+            expressions.append(rf"(?:.*\.)?{re.escape(pattern)}")
+            continue
         try:
-            found = any(
-                name == pattern or name.endswith(f".{pattern}") or re.fullmatch(pattern, name) for name in names
-            )
+            matched = any(re.fullmatch(pattern, name) for name in names)
         except re.error as error:
             raise RecipeError(f"adapter.targets: {pattern!r} is not a valid pattern: {error}") from None
-        if not found:
+        if not matched:
+            leaves = sorted({name.rpartition(".")[2] for name in names})
             near = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3) or leaves
             raise RecipeError(
                 f"adapter.targets: {pattern!r} matches no linear layer of {type(model).__name__}; "
                 f"near names: {', '.join(near)}"
             )
+        expressions.append(f"(?:{pattern})")
+    only_names = all(expression.startswith("(?:.*\\.)?") for expression in expressions)
+    return patterns if only_names else "|".join(expressions)
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
@@ -88,15 +98,46 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     raise AssertionError(f"no initial value is known for adapter tensor {name}")
 
 
-def read_adapter(directory: str, expected: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+MEANING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias")
+"""Options of a PEFT LoRA that decide what its tensors mean."""
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The adapter_config.json of a PEFT LoRA.
+
+    Raises:
+        ModelError: there is none, or it is another kind of adapter.
+    """
+    path = Path(directory) / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"adapter.init_from: {path} cannot be read ({error}); give a PEFT directory") from None
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"adapter.init_from: {path} is a {config.get('peft_type')} adapter; only LORA is continued")
+    return config
+
+
+def read_adapter(directory: str, ours: dict[str, Any], expected: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     """Tensors of a PEFT directory under the parameter names of a wrapped model.
 
     Args:
+        ours: PEFT configuration of the wrapped model.
         expected: parameter name -> shape of the trainable tensors.
 
     Raises:
-        ModelError: no such directory, or an adapter of other targets or another rank.
+        ModelError: no such directory, or an adapter of other targets, another rank, alpha or variant.
     """
+    config = read_config(directory)
+    for option in MEANING:
+        theirs, wanted = config.get(option) or None, ours.get(option) or None
+        if theirs != wanted:
+            key = {"r": "adapter.rank", "lora_alpha": "adapter.alpha"}.get(option)
+            cure = f"set {key}: {theirs}" if key else "only plain LoRA is continued"
+            raise ModelError(
+                f"adapter.init_from: {directory} was trained with {option}={theirs} but this recipe has {wanted}, "
+                f"which would change what it does; {cure}"
+            )
     path = Path(directory) / "adapter_model.safetensors"
     if not path.is_file():
         raise ModelError(f"adapter.init_from: {directory} holds no adapter_model.safetensors; give a PEFT directory")

@@ -26,7 +26,7 @@ from raymem import __version__
 from raymem.errors import CheckpointError, RaymemError, StorageError
 from raymem.training.layout import Layout
 from raymem.training.reporter import Row
-from raymem.training.storage import Storage
+from raymem.training.storage import Storage, sync
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +103,12 @@ class Checkpoints:
         """
         name = _name(manifest.step)
         staging = self._layout.on_main(lambda: self._make_staging(name))
+        if not self._run.is_local:
+            staging = Path(tempfile.mkdtemp(prefix="raymem-checkpoint-"))
         try:
             _write_shards(tensors, staging)
             if not self._run.is_local:
-                self._upload_own_shard(staging, name)
+                self._run.upload_dir(staging, f"{FOLDER}/{name}", last=None)
             self._layout.barrier()
             self._layout.on_main(lambda: self._commit(staging, name, manifest))
         except RaymemError:
@@ -136,33 +138,30 @@ class Checkpoints:
                 temporary.cleanup()
 
     def _make_staging(self, name: str) -> Path:
+        """Clear the way: shards that a killed save left would be read as part of this one."""
         if not self._run.is_local:
-            return Path(tempfile.gettempdir()) / f"raymem-{self._run.root.replace('/', '-')}-{name}"
-        staging = Path(self._run.join(FOLDER, f".{name}.part"))
+            self._run.delete_dir(f"{FOLDER}/{name}")
+            return Path()
+        folder = Path(self._run.join(FOLDER))
+        staging = folder / f".{name}.part"
         try:
-            shutil.rmtree(staging, ignore_errors=True)
+            for abandoned in folder.glob(".step_*.part"):
+                shutil.rmtree(abandoned)
             staging.mkdir(parents=True)
         except OSError as error:
             raise StorageError(f"{staging}: cannot be created: {error.strerror}; check storage.path") from None
         return staging
 
-    def _upload_own_shard(self, staging: Path, name: str) -> None:
-        own = staging.parent / f"{staging.name}-rank{self._layout.rank}"
-        own.mkdir(exist_ok=True)
-        for file in staging.glob(f"shard-{self._layout.rank + 1:05d}-*"):
-            file.rename(own / file.name)
-        try:
-            self._run.upload_dir(own, f"{FOLDER}/{name}", last=None)
-        finally:
-            shutil.rmtree(own, ignore_errors=True)
-
     def _commit(self, staging: Path, name: str, manifest: Manifest) -> None:
-        if not self._run.is_local:
-            self._run.write_json(f"{FOLDER}/{name}/manifest.json", manifest.to_dict())
-            return
         folder = self._run.child(FOLDER)
-        files = {path.name: {"bytes": path.stat().st_size} for path in sorted(staging.iterdir())}
-        folder.write_json(f"{staging.name}/manifest.json", {**manifest.to_dict(), "files": files})
+        place = staging.name if self._run.is_local else name
+        files = {file: {"bytes": size} for file, size in folder.sizes(place).items()}
+        if self._run.is_local:
+            for file in files:  # the manifest must not survive a power cut that its files do not
+                sync(staging / file)
+        folder.write_json(f"{place}/manifest.json", {**manifest.to_dict(), "files": files})
+        if not self._run.is_local:
+            return
         folder.delete_dir(name)  # a replayed step replaces its older self
         staging.rename(folder.join(name))
 
@@ -213,10 +212,12 @@ def _read_manifest(run: Storage, step: int) -> Manifest:
             f"{run.join(place)}: written with checkpoint schema {raw.get('schema')} by raymem {raw.get('raymem')}, "
             f"this is raymem {__version__} with schema {SCHEMA_VERSION}; use that version, or start over with --fresh"
         )
-    for name, facts in raw.get("files", {}).items():
-        path = Path(run.join(place, name))
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            raise CheckpointError(f"{path}: missing or truncated; delete {path.parent} to resume from an older one")
+    sizes = run.sizes(place)
+    for name, facts in raw["files"].items():
+        if sizes.get(name) != facts["bytes"]:
+            raise CheckpointError(
+                f"{run.join(place, name)}: missing or truncated; delete {run.join(place)} to resume from an older one"
+            )
     return Manifest(raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"], raw["rows"])
 
 

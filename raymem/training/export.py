@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -19,6 +20,7 @@ from raymem.training.layout import Layout
 from raymem.training.model import tokenizer_path
 from raymem.training.recipe import NoAdapter, Recipe
 from raymem.training.storage import Storage
+from raymem.training.weights import slots
 
 FACTS = "raymem.json"
 """raymem's own facts, beside the standard files and written last: with it the directory is whole."""
@@ -41,17 +43,22 @@ def export_final(model: nn.Module, recipe: Recipe, layout: Layout, run: Storage,
     Raises:
         StorageError: it cannot be written; an earlier export stays.
     """
-    state = _gather(model, layout, only_trainable=not isinstance(recipe.adapter, NoAdapter))
+    trained = None if isinstance(recipe.adapter, NoAdapter) else _trainable(model)
+    state = _gather(model, layout, trained)
     return layout.on_main(lambda: _write(model, state, recipe, run, facts))
 
 
-def _gather(model: nn.Module, layout: Layout, *, only_trainable: bool) -> dict[str, torch.Tensor]:
-    """Full tensors on the host of rank 0, one at a time; the other ranks only take part."""
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _gather(model: nn.Module, layout: Layout, only: set[str] | None) -> dict[str, torch.Tensor]:
+    """Full tensors (persistent buffers too) on the host of rank 0, one at a time; other ranks only take part."""
     state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if only_trainable and not parameter.requires_grad:
+    for name, (module, attribute) in slots(model).items():
+        if only is not None and name not in only:
             continue
-        value = parameter.detach()
+        value = getattr(module, attribute).detach()
         if isinstance(value, DTensor):
             value = value.full_tensor()
         if layout.is_main:
@@ -61,9 +68,9 @@ def _gather(model: nn.Module, layout: Layout, *, only_trainable: bool) -> dict[s
 
 def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Storage, facts: dict[str, Any]) -> str:
     name = artifact_name(recipe)
-    parent = Path(run.root) if run.is_local else None
-    staging = Path(tempfile.mkdtemp(prefix=".export-", dir=parent))
+    staging = Path(tempfile.gettempdir())
     try:
+        staging = Path(tempfile.mkdtemp(prefix=".export-", dir=run.root if run.is_local else None))
         staging.chmod(0o755)  # mkdtemp's 0700 would follow the directory to its place
         model.save_pretrained(staging, state_dict=state)
         load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
@@ -74,11 +81,13 @@ def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Stor
             staging.rename(run.join(name))
         else:
             run.upload_dir(staging, name, last=FACTS)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"{run.join(name)}: the result cannot be written: {error.strerror or error}; free some space or check "
+            f"{run.join(name)}: the result cannot be written: {reason}; free some space or check "
             "permissions, then run the same command again: it only repeats this last part"
         ) from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging.name.startswith(".export-"):
+            shutil.rmtree(staging, ignore_errors=True)
     return run.join(name)

@@ -83,8 +83,11 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
         facts = json.loads((source / "raymem.json").read_text()) if (source / "raymem.json").is_file() else {}
         (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
         staging.rename(target)
-    except OSError as error:
-        raise StorageError(f"--output: {target} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"--output: {target} cannot be written: {reason}; free some space or choose another"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target

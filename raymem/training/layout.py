@@ -56,43 +56,49 @@ class Layout:
         return self.rank == 0
 
     def barrier(self) -> None:
-        if dist.is_initialized():
+        if self.world_size > 1:
             dist.barrier()
 
     def max_over_ranks(self, value: int) -> int:
         """The largest ``value`` of all ranks, on every rank."""
-        if not dist.is_initialized():
+        if self.world_size == 1:
             return value
         gathered = torch.tensor(value, dtype=torch.int64, device=self.device)
         dist.all_reduce(gathered, op=dist.ReduceOp.MAX)
         return int(gathered)
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0 alone; every rank gets its result, or raises its error."""
-        if not dist.is_initialized():
+        """Run ``action`` on rank 0 alone; every rank gets its result, or raises its error.
+
+        The action must take no part in collectives: the other ranks are already waiting for its outcome.
+        """
+        if self.world_size == 1:
             return action()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = action()
-            except RaymemError as error:
-                outcome[1] = error
+            except Exception as error:  # whatever it is, the others must not wait for it
+                outcome[1] = error if isinstance(error, RaymemError) else RuntimeError(f"rank 0: {error!r}")
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]  # type: ignore[no-any-return]
 
 
-def shard(model: nn.Module, blocks: list[nn.Module]) -> None:
+def shard(model: nn.Module, blocks: list[nn.Module], layout: Layout) -> None:
     """FSDP2: every transformer block is one unit, what is left (embeddings, head) the root's.
 
     Works on meta parameters, so that no rank ever holds more than its shard.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # Named explicitly: the default is the machine's accelerator even where the run is to use the CPU.
+    mesh = init_device_mesh(layout.device.type, (layout.world_size,))
     for block in blocks:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def replicate(model: nn.Module, layout: Layout) -> nn.Module:
@@ -102,8 +108,22 @@ def replicate(model: nn.Module, layout: Layout) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     device_ids = [layout.device.index] if layout.device.type == "cuda" else None
-    # Ranks load or draw the same weights, so the broadcast at start (a full copy through one rank) is not needed.
-    return DistributedDataParallel(model, device_ids=device_ids, init_sync=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        init_sync=False,  # ranks load or draw the same weights
+        broadcast_buffers=False,  # and compute the same buffers
+        gradient_as_bucket_view=True,
+    )
+
+
+def bucket_bytes(model: nn.Module) -> int:
+    """Bytes of DDP's gradient buckets, which stay allocated when gradients are dropped; 0 without DDP."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not isinstance(model, DistributedDataParallel):
+        return 0
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def local_rows(num_rows: int, rank: int, world_size: int) -> slice:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from raymem.errors import NonFiniteError
+from raymem.errors import NonFiniteError, OutOfMemory
 from raymem.memory.meter import PeakMeter, resident_tensors
 from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
 from raymem.training.data.batches import global_targets, rank_batches
@@ -22,7 +22,7 @@ from raymem.training.data.shards import Prepared
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.export import export_final
 from raymem.training.identity import check_identity, identity_of
-from raymem.training.layout import Layout, replicate
+from raymem.training.layout import Layout, bucket_bytes, replicate
 from raymem.training.model import build_model
 from raymem.training.optim import build_updater, lr_factor
 from raymem.training.recipe import Recipe
@@ -104,7 +104,7 @@ class _Session:
         for step in range(start, self.total_steps):
             row = self._step(step, first=start)
             done = step + 1
-            if self.eval_rows is not None and self._due(done, self.eval_every):
+            if self._is_evaluated(done):
                 row |= self._evaluate()
             self.recent.append(row)
             self.reporter.log(row)
@@ -169,6 +169,14 @@ class _Session:
                     mixed=self.mixed,
                     guard=finite_guard,
                 )
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise OutOfMemory(
+                f"out of memory at step {step + 1} on rank {self.layout.rank} with "
+                f"train.micro_batch={train.micro_batch} and data.sequence_length={self.recipe.data.sequence_length}: "
+                "lower train.micro_batch (the result stays the same), or set activations: checkpoint"
+            ) from None
         except NonFiniteError as error:
             saved = self.checkpoints.latest()
             kept = f"the checkpoint of step {saved.step} is kept" if saved else "there is no checkpoint yet"
@@ -197,14 +205,20 @@ class _Session:
         return {"eval_loss": found.loss, "eval_perplexity": found.perplexity}
 
     def _save(self, done: int) -> None:
-        if self.recipe.storage.keep == "best" and not self._due(done, self.eval_every):
-            self._evaluate()  # every checkpoint that is ranked needs a loss of its own
+        eval_loss = self.eval_loss if self._is_evaluated(done) else None
         # Delivered before the checkpoint is: whatever the last report did not carry is in the manifest.
         self.reporter.flush()
-        manifest = Manifest(done, self.identity, self.recipe.to_dict(), self.eval_loss, self.recent)
+        manifest = Manifest(done, self.identity, self.recipe.to_dict(), eval_loss, self.recent)
         storage = self.recipe.storage
         self.checkpoints.save(manifest, self.updater.state(), storage.keep, storage.num_to_keep)
         self.recent = []
+
+    def _is_evaluated(self, done: int) -> bool:
+        if self.eval_rows is None:
+            return False
+        # Every checkpoint that is ranked needs a loss of its own.
+        ranked = self.recipe.storage.keep == "best" and self._due(done, self.save_every)
+        return ranked or self._due(done, self.eval_every)
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.total_steps
@@ -219,7 +233,7 @@ class _Session:
         if nth not in METERED_STEPS:
             yield
             return
-        with PeakMeter(self.layout.device, self._resident) as meter:
+        with PeakMeter(self.layout.device, self._resident, bucket_bytes(self.model)) as meter:
             yield
         assert meter.peak is not None
         self.peak_bytes = max(self.peak_bytes or 0, self.layout.max_over_ranks(meter.peak.allocated_bytes))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raymem.errors import ModelError
+from raymem.errors import ModelError, RecipeError
 from raymem.training import adapter, weights
 from raymem.training.layout import Layout, shard
 from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
@@ -63,7 +63,7 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
         return model
 
     if layout.sharded:
-        shard(model, blocks)
+        shard(model, blocks, layout)
     weights.materialise(model, layout)
     bare.tie_weights()
     weights.fill(places, source, layout, tied)
@@ -132,6 +132,56 @@ def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool)
     return found
 
 
+def pin_revision(recipe: Recipe) -> Recipe:
+    """Name the exact commit of a hub id, so that a resumed run and the exported adapter mean the same base.
+
+    Raises:
+        ModelError: the model cannot be had.
+    """
+    if recipe.model.name is None:
+        return recipe
+    directory = fetch(recipe.model.name, recipe.model.revision, Layout(), weights_too=False)
+    if Path(recipe.model.name).is_dir():
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": directory.name})})
+
+
+def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
+    """Refuse what would only show as an index error in the middle of a step.
+
+    Args:
+        model: may be on the meta device.
+
+    Raises:
+        RecipeError: rows longer than the model has positions, or packing that its layers cannot keep apart.
+        ModelError: the tokenizer makes ids that the embedding does not have.
+    """
+    config = model.config.get_text_config()
+    rows, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ModelError(
+            f"model.tokenizer: its largest id is {largest} but the model embeds {rows} tokens; "
+            "use the tokenizer that belongs to the model"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and recipe.data.sequence_length > positions:
+        raise RecipeError(
+            f"data.sequence_length: {recipe.data.sequence_length} is more than the {positions} positions of the model; "
+            "lower it"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    stateful = kinds or any(hasattr(config, name) for name in STATE_SPACE_OPTIONS)
+    if stateful and recipe.data.packing == "bfd":
+        raise RecipeError(
+            f"data.packing: bfd keeps examples apart in attention only, and {config.model_type} has layers that carry "
+            "a state from token to token; use packing: none"
+        )
+
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+STATE_SPACE_OPTIONS = ("state_size", "mamba_d_state", "ssm_cfg", "mamba_n_heads", "linear_num_key_heads")
+
+
 def tokenizer_path(recipe: Recipe, layout: Layout | None = None) -> str:
     """Directory or hub id of the recipe's tokenizer: ``model.tokenizer``, or the model's own.
 
@@ -196,7 +246,9 @@ def _fill_adapter(model: nn.Module, recipe: Recipe, layout: Layout) -> None:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     given = {}
     if recipe.adapter.init_from is not None:
-        given = adapter.read_adapter(recipe.adapter.init_from, {name: p.shape for name, p in trainable.items()})
+        ours: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
+        shapes = {name: p.shape for name, p in trainable.items()}
+        given = adapter.read_adapter(recipe.adapter.init_from, ours, shapes)
     places = weights.slots(model)
     for name, parameter in trainable.items():
         full = given.get(name)

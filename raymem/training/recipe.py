@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import TypeAliasType
 
 Positive = Annotated[int, Field(ge=1)]
@@ -20,7 +20,14 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Section(BaseModel):
     """Base of every part of a recipe: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
 
 
 def _shorthand(default: str) -> BeforeValidator:
@@ -128,8 +135,9 @@ class LoraAdapter(Section):
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Fraction = 0.0
-    targets: str | list[str] = "all-linear"
-    """``all-linear`` (every linear layer but the output head), or module name patterns such as ``[q_proj, v_proj]``."""
+    targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """``all-linear`` (every linear layer but the output head), or names such as ``[q_proj, v_proj]``, or regular
+    expressions for whole module names."""
     init_from: str | None = None
     """PEFT directory whose adapter is continued."""
 
@@ -151,7 +159,7 @@ class AdamW(Section):
 
     kind: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     implementation: Literal["fused", "foreach"] = "fused"
@@ -202,7 +210,7 @@ class TrainSection(Section):
 class ScalingSection(Section):
     """How many workers and what each one gets."""
 
-    num_workers: Annotated[int, Field(ge=0)] | tuple[Positive, Positive] = 1
+    num_workers: Annotated[int, Field(ge=0)] | Annotated[tuple[Positive, Positive], Field(strict=False)] = 1
     """0 trains in this process without Ray; ``[min, max]`` is elastic."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     use_gpu: bool = False
@@ -252,10 +260,20 @@ Tracking = TypeAliasType(
 )
 
 
+RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db", "mlflow.db.lock")
+"""What lies beside the runs in a storage path."""
+
+
+def _not_reserved(name: str) -> str:
+    if name in RESERVED_NAMES:
+        raise ValueError(f"{name!r} is taken by raymem itself in the storage path; choose another name")
+    return name
+
+
 class Recipe(Section):
     """One run, complete."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"), AfterValidator(_not_reserved)]
     """Stable run name: the same name on the same storage resumes. Default: the file's name."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Every random stream derives from it: data order, dropout, adapter start, rounding."""

@@ -230,8 +230,10 @@ def _resolve(location: Sequence[int | str]) -> tuple[str, list[str]]:
     for index, part in enumerate(location):
         last = index == len(location) - 1
         if isinstance(part, int):
-            parts[-1] += f"[{part}]"
-            continue
+            if parts:
+                parts[-1] += f"[{part}]"
+                continue
+            part = str(part)  # a key that is no text
         tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
         if tagged and not last:
             models, fields = tagged, list(tagged[0].model_fields)

@@ -119,6 +119,12 @@ class Storage:
             infos = self.filesystem.get_file_info(pafs.FileSelector(self._at(name), allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
+    def sizes(self, name: str) -> dict[str, int]:
+        """File name -> bytes of the files directly in a directory. Raises StorageError when they cannot be listed."""
+        with self._explained("list", name):
+            infos = self.filesystem.get_file_info(pafs.FileSelector(self._at(name), allow_not_found=True))
+        return {info.base_name: info.size for info in sorted(infos, key=lambda i: i.path) if info.is_file}
+
     def read_json(self, name: str) -> Any:
         """Parse a JSON file. Raises StorageError if it is missing, unreadable or not JSON."""
         with self._explained("read", name), self.filesystem.open_input_stream(self._at(name)) as stream:
@@ -160,14 +166,14 @@ class Storage:
                     self._make_parent(target)
                     _copy(source, str(local / file), self.filesystem, target)
                     if self.is_local:
-                        _sync(target)
+                        sync(target)
         except StorageError:
             if last is not None:
                 with contextlib.suppress(StorageError):
                     self.delete_dir(name, last)
             raise
         if self.is_local and files:
-            _sync(self._at(name))
+            sync(self._at(name))
 
     def download_dir(self, name: str, local: str | Path, last: str | None = MARKER) -> None:
         """Copy the directory ``name`` to ``local``, which must not exist yet and appears only when whole.
@@ -263,7 +269,7 @@ class Storage:
             with contextlib.suppress(OSError):
                 os.unlink(scratch)
             raise
-        _sync(os.path.dirname(target))
+        sync(os.path.dirname(target))
 
     @contextlib.contextmanager
     def _explained(self, action: str, name: str) -> Iterator[None]:
@@ -290,7 +296,7 @@ def _copy(source: pafs.FileSystem, path: str, target: pafs.FileSystem, to: str) 
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _sync(path: str) -> None:
+def sync(path: str | Path) -> None:
     """Flush a file or directory to disk: the marker must not survive a power cut that its files do not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

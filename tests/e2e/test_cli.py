@@ -108,6 +108,38 @@ def test_second_train_says_that_all_is_done_and_fresh_starts_over(
     assert (tmp_path / "runs" / "tiny.old-1" / "adapter").is_dir()
 
 
+def test_fresh_leaves_the_earlier_run_alone_when_the_recipe_is_refused(recipe: Path, tmp_path: Path) -> None:
+    assert run_app("train", recipe) == 0
+    assert run_app("train", recipe, "--fresh", "-s", "adapter.targets=[nothing]") == 1
+    assert (tmp_path / "runs" / "tiny" / "adapter").is_dir()
+
+
+def test_an_adapter_is_evaluated_with_its_own_scale(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app("train", recipe) == 0
+    capsys.readouterr()
+    found = []
+    for options in (
+        [],
+        ["-s", "adapter.alpha=999", "-s", "adapter.rank=2", "--artifact", f"{tmp_path}/runs/tiny/adapter"],
+    ):
+        assert run_app("evaluate", recipe, "--json", *options) == 0
+        found.append(json.loads(capsys.readouterr().out)["eval_loss"])
+    assert found[0] == found[1]
+
+
+def test_out_of_memory_says_what_to_lower(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr("raymem.training.loop.train_step", full)
+    assert run_app("train", recipe) == 1
+    assert "lower train.micro_batch" in capsys.readouterr().err
+
+
 def broken(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
@@ -131,6 +163,9 @@ BAD_INPUT: dict[str, tuple[Any, list[str]]] = {
     ),
     "model without config": (lambda d: ["-s", f"model.name={d}"], ["model.name", "config.json"]),
     "unmatched target": (lambda d: ["-s", "adapter.targets=[q_prj]"], ["adapter.targets", "q_prj", "q_proj"]),
+    "reserved name": (lambda d: ["-s", "name=cache"], ["name", "cache"]),
+    "yes for a number": (lambda d: ["-s", "train.micro_batch=true"], ["train.micro_batch", "True"]),
+    "more tokens than positions": (lambda d: ["-s", "data.sequence_length=128"], ["data.sequence_length", "64"]),
     "relative uri": (lambda d: ["-s", "storage.path=ftp://x/y"], ["storage.path", "ftp"]),
     "too many failures to list": (lambda d: ["-s", "train.steps=0", "-s", "seed=-1"], ["train.steps", "seed"]),
 }

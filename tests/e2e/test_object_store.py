@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 from support import make_recipe, run_fragment
 
+from raymem.cluster.evaluation import evaluate_recipe
 from raymem.cluster.trainer import launch
 from raymem.errors import StorageError
 from raymem.training.recipe import Recipe
@@ -45,10 +47,12 @@ def test_run_on_s3_equals_a_run_on_disk(
     another_machine(monkeypatch, tmp_path / "second")
     finished = launch(recipe_on(remote.path, llama, examples, steps=8))
     assert finished.outcome.started_at == 4
-    assert (tmp_path / "second" / "raymem-cache" / "data" / shards).is_dir()
+    assert (tmp_path / "second" / f"raymem-cache-{os.getuid()}" / "data" / shards).is_dir()
     launch(recipe_on(str(tmp_path / "disk"), llama, examples, steps=8))
     on_disk = (tmp_path / "disk" / "remote" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert adapter(remote, tmp_path / "fetched") == on_disk
+    evaluated = evaluate_recipe(recipe_on(remote.path, llama, examples, steps=8))
+    assert evaluated.result.loss == pytest.approx(finished.outcome.eval_loss, abs=1e-6)
 
 
 def test_damaged_shards_are_noticed(

@@ -106,3 +106,30 @@ def test_an_export_that_cannot_be_written_leaves_the_earlier_one(
         export(model, recipe, tmp_path / "run")
     assert sorted(tmp_path.rglob("*")) == before
     assert (path / "raymem.json").is_file()
+
+
+def test_buffers_of_a_trained_model_leave_with_it(llama: Path, tmp_path: Path) -> None:
+    """Some routers keep a trained bias in a buffer; it is not a parameter and must not be lost."""
+    recipe = make_recipe(FULL, model=llama)
+    model: Any = build_model(recipe)
+    model.model.layers[0].register_buffer("router_bias", torch.full((3,), 0.7))
+    model.model.layers[0].register_buffer("scratch", torch.ones(3), persistent=False)
+    from safetensors.torch import load_file
+
+    saved = load_file(export(model, recipe, tmp_path / "run") / "model.safetensors")
+    assert torch.equal(saved["model.layers.0.router_bias"], torch.full((3,), 0.7))
+    assert "model.layers.0.scratch" not in saved
+
+
+def test_a_full_disk_is_a_storage_error(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    model = build_model(make_recipe(model=llama))
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(model), "save_pretrained", full)
+    with pytest.raises(StorageError, match="No space left"):
+        export(model, make_recipe(model=llama), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []

@@ -30,6 +30,7 @@ from raymem.training.evaluate import evaluate
 from raymem.training.layout import Layout
 from raymem.training.model import build_model
 from raymem.training.recipe import Recipe
+from raymem.training.storage import Storage
 
 FULL = {"adapter": {"kind": "none"}}
 KINDS: dict[str, dict[str, Any]] = {
@@ -198,3 +199,23 @@ def test_shards_are_the_rows_of_the_model(place: Path, examples: Path, tmp_path:
     directory = save_model(tmp_path / "model", vocab_size=vocabulary)
     raw = make_recipe({"scaling": {"num_workers": 2, "strategy": "fsdp2"}}, model=directory).to_dict()
     assert in_processes(gathered_equal, 2, tmp_path, merged(raw)) == [True, True]
+
+
+def export_from_a_hub_id(recipe: Recipe, snapshot: str, folder: str) -> str:
+    """Build and export with a hub id whose download is replaced by a directory."""
+    import huggingface_hub
+
+    from raymem.training.export import export_final
+    from raymem.training.model import build_model
+
+    huggingface_hub.snapshot_download = lambda *_, **__: snapshot
+    layout = Layout.current(recipe)
+    Path(folder).mkdir(exist_ok=True)
+    return export_final(build_model(recipe, layout), recipe, layout, Storage.open(folder), {"step": 0})
+
+
+def test_a_model_from_the_hub_is_exported_by_two_workers(llama: Path, tmp_path: Path) -> None:
+    """Rank 0 works alone there; a collective on the way would wait for ranks that wait for it."""
+    recipe = make_recipe({"scaling": {"num_workers": 2}}, model="someone/tiny-llama")
+    results = in_processes(export_from_a_hub_id, 2, tmp_path / "meet", recipe, str(llama), str(tmp_path / "run"))
+    assert results == [str(tmp_path / "run" / "adapter")] * 2
