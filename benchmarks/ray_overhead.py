@@ -95,7 +95,7 @@ def main() -> None:
         "ray_over_bare": statistics.mean(under_ray) / statistics.mean(first + second),
         "start_up_s": start_up,
         "checkpoints": len(under_ray) // 50,
-        "model": "demo (6.3M parameters), LoRA r16, 8 rows of 256 tokens, fp32",
+        "model": "demo (6.3M parameters), LoRA r16, 4 rows of 256 tokens, fp32",
     }
     assert figures["threads_bare"] == figures["threads_ray"], figures
     provenance.save("ray_overhead", figures)
