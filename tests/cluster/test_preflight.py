@@ -259,6 +259,7 @@ def wait_for_nodes(process: subprocess.Popen[bytes], head: RayHead) -> None:
     pytest.fail((head.home / "second.log").read_text()[-3000:])
 
 
+@pytest.mark.slow
 def test_storage_that_not_every_node_sees(ray_head: RayHead, second_node: Path) -> None:
     shared = ray_head.home / "shared"
     checks, nodes = doctor(ray_head.client_env(), second_node, shared)

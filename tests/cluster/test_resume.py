@@ -94,9 +94,7 @@ class KillOnce(threading.Thread):
             time.sleep(0.01)
 
 
-SLOW = (
-    pytest.mark.slow
-)  # a start of Ray Train takes some 20 s of CPU time; the default tier has each kind of death once
+SLOW = pytest.mark.slow  # a start of Ray Train takes some 20 s of CPU time; the default tier has the hardest death
 
 
 @pytest.mark.parametrize("layout", [pytest.param("ddp-1", marks=SLOW), pytest.param("ddp-2", marks=SLOW), "fsdp2-2"])
@@ -112,10 +110,8 @@ def test_sigkill_of_a_worker_changes_nothing(
     assert (losses(storage / name), adapter_bytes(storage / name)) == uninterrupted(layout)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param("ddp-1", marks=SLOW), "ddp-2", pytest.param("fsdp2-2", marks=SLOW)],
-)
+@SLOW
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_exit_in_the_middle_of_a_step_changes_nothing(
     layout: str, cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Interrupted,
     monkeypatch: pytest.MonkeyPatch,
@@ -146,6 +142,7 @@ def test_exit_in_the_middle_of_a_step_changes_nothing(
     assert (losses(storage / name), adapter_bytes(storage / name)) == uninterrupted(layout)
 
 
+@SLOW
 def test_layouts_can_be_switched(cluster: RayHead, llama: Path, examples: Path, storage: Path) -> None:
     """0 workers -> 2 sharded workers under Ray -> 0 workers: the same rows in the same order, to rounding of sums."""
     same = {"adapter": {"dropout": 0.0}}  # dropout draws by rank
