@@ -12,6 +12,9 @@ from raymem.cluster.jobs import knock
 from raymem.errors import ClusterError
 from raymem.training.recipe import Recipe
 
+_QUIET = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
+"""What Ray's daemons collect for its dashboard; on a laptop nobody looks, and they run on the cores that train."""
+
 
 def connect(recipe: Recipe) -> None:
     """Make Ray usable in this process; does nothing if it already is.
@@ -37,7 +40,9 @@ def connect(recipe: Recipe) -> None:
                 ray.init(address=address, **options)
             else:
                 _private_token()
-                ray.init(address="local", **options)
+                for name, value in _QUIET.items():
+                    os.environ.setdefault(name, value)
+                ray.init(address="local", include_dashboard=False, **options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             where = f"RAY_ADDRESS={address}" if address else "a local cluster"
             reason = (str(error).strip().splitlines() or [""])[0]

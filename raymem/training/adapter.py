@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from raymem.errors import ModelError, RecipeError
+from raymem.seeds import generator
 from raymem.training.recipe import LoraAdapter, Recipe
-from raymem.training.seeds import generator
 
 log = logging.getLogger(__name__)
 

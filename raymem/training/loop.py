@@ -14,6 +14,7 @@ import torch
 
 from raymem.errors import NonFiniteError, OutOfMemory
 from raymem.memory.meter import PeakMeter, resident_tensors
+from raymem.seeds import derive
 from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
 from raymem.training.data.batches import global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
@@ -27,7 +28,6 @@ from raymem.training.model import build_model
 from raymem.training.optim import build_updater, lr_factor
 from raymem.training.recipe import Recipe
 from raymem.training.reporter import Reporter, Row
-from raymem.training.seeds import derive
 from raymem.training.step import finite_guard, train_step
 from raymem.training.storage import Storage
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from raymem.errors import ModelError, RecipeError
+from raymem.seeds import derive
 from raymem.training import adapter, weights
 from raymem.training.layout import Layout, shard
 from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
-from raymem.training.seeds import derive
 
 log = logging.getLogger(__name__)
 

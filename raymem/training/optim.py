@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from raymem.seeds import generator
 from raymem.training.recipe import AdamW, Recipe
-from raymem.training.seeds import generator
 
 
 class Updater:

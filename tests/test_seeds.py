@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from raymem.training.seeds import derive, generator
+from raymem.seeds import derive, generator
 
 
 def test_every_purpose_has_a_stream_of_its_own() -> None:

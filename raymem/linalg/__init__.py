@@ -1,0 +1,17 @@
+"""Low-rank approximation: orthonormal bases, range finders and the factors that they give."""
+
+from raymem.linalg.lowrank import LowRank, row_chunks
+from raymem.linalg.orthonormal import orthonormalize, whitening
+from raymem.linalg.range_finder import gaussian_qb, row_sampled_qb, warm_qb
+from raymem.linalg.truncate import leading_directions
+
+__all__ = [
+    "LowRank",
+    "gaussian_qb",
+    "leading_directions",
+    "orthonormalize",
+    "row_chunks",
+    "row_sampled_qb",
+    "warm_qb",
+    "whitening",
+]

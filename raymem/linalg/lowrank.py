@@ -1,0 +1,50 @@
+"""A matrix held as the product of two thin factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# M rows, N columns, R rank, C rows of a chunk
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``left_MR @ right_RN``; both factors have one dtype and device."""
+
+    left_MR: torch.Tensor
+    right_RN: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix that the factors stand for."""
+        return self.left_MR.shape[0], self.right_RN.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.right_RN.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the two factors hold: ``R (M + N)`` elements."""
+        return sum(factor.numel() * factor.element_size() for factor in (self.left_MR, self.right_RN))
+
+    def reconstruct(self) -> torch.Tensor:
+        """The whole matrix [M, N]."""
+        return self.left_MR @ self.right_RN
+
+    def reconstruct_rows(self, rows: slice) -> torch.Tensor:
+        """Some of its rows [C, N], at the cost of those only."""
+        return self.left_MR[rows] @ self.right_RN
+
+
+def row_chunks(num_rows: int, row_bytes: int, chunk_bytes: int, *, least: int = 8) -> Iterator[slice]:
+    """Consecutive row ranges of about ``chunk_bytes`` each, of ``least`` rows or more.
+
+    Working through a matrix by these keeps every temporary as small as a chunk.
+    """
+    step = max(least, chunk_bytes // max(1, row_bytes))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(num_rows, start + step))
