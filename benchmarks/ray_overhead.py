@@ -1,23 +1,30 @@
 """Throughput of one Ray worker, with reporting and checkpoints on, against the same step in a bare loop.
 
-Bare, Ray, bare again: the machine's drift falls on both sides. Start-up is excluded and reported.
+The two take turns of a few seconds: while the bare loop works, every process of the Ray run is stopped (SIGSTOP), so
+the machine's drift falls on both sides alike. Start-up is excluded and reported.
 
-    python benchmarks/ray_overhead.py [--steps 200]
+    python benchmarks/ray_overhead.py [--steps 200] [--threads 1]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import provenance
+import psutil
 import torch
 
 from raymem.cluster import data, demo, ray_train
@@ -35,9 +42,10 @@ from raymem.training.storage import Storage
 
 WARM_UP = 5
 """Steps left out on both sides; they include the two that raymem meters."""
+TURN_S = 15.0
 
 
-def bare_loop(recipe: Recipe, steps: int) -> list[float]:
+def bare_loop(recipe: Recipe) -> Iterator[float]:
     """Seconds of each step: load rows, train_step, nothing else."""
     prepared = data.prepare_split(recipe, "train", data.shared_tokenizer(recipe, storage(recipe)), storage(recipe),
                                   on_ray=False)  # fmt: skip
@@ -45,77 +53,120 @@ def bare_loop(recipe: Recipe, steps: int) -> list[float]:
     sampler = Sampler(recipe.seed, rows.sizes_and_weights, recipe.train.global_batch)
     model = build_model(recipe)
     updater = build_updater(model, recipe)
-    seconds = []
-    for step in range(steps + WARM_UP):
+    for step in itertools.count():
         began = time.perf_counter()
         ids = sampler.ids(step)
         batches = rank_batches(rows, ids, 0, 1, recipe.train.micro_batch)
         train_step(model, batches, global_targets(rows, ids), updater, step, recipe.optimizer.lr, clip_norm=1.0)
-        seconds.append(time.perf_counter() - began)
-    return seconds[WARM_UP:]
+        yield time.perf_counter() - began
 
 
-def ray_run(recipe: Recipe) -> tuple[list[float], float]:
-    """Seconds between the ends of consecutive steps (all reports and checkpoints included), and of the start-up."""
-    began = time.perf_counter()
-    ray_train.train_worker = noting_threads(ray_train.train_worker, threads_file(recipe))
+@contextlib.contextmanager
+def stopped(run: psutil.Process) -> Iterator[None]:
+    """Stop a process and all its descendants (the whole private Ray cluster) for a while."""
+    family = [run, *run.children(recursive=True)]
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in reversed(family):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+
+
+def take_turns(recipe: Recipe, overrides: list[str]) -> tuple[list[float], list[float], float]:
+    """Seconds per step of the bare loop and under Ray, and of Ray's start-up.
+
+    Under Ray a step lasts from the end of the one before to its own end, whatever happens in between; only the steps
+    in which the run was stopped, and the next ones, when all of Ray's timers go off at once, are left out.
+    """
+    metrics = Path(recipe.storage.path) / recipe.name / "metrics.jsonl"
+    bare = bare_loop(recipe)
+    for _ in range(WARM_UP):
+        next(bare)
+    seconds, began = [], time.perf_counter()
+    with subprocess.Popen([sys.executable, __file__, "--under-ray", *overrides]) as process:
+        run = psutil.Process(process.pid)
+        while not metrics.exists() or metrics.stat().st_size == 0:
+            time.sleep(0.2)
+            assert process.poll() is None, "the run under Ray ended before its first report"
+        start_up = time.perf_counter() - began
+        while process.poll() is None:
+            with stopped(run):
+                until = time.perf_counter() + TURN_S
+                while time.perf_counter() < until:
+                    seconds.append(next(bare))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TURN_S)
+        assert process.returncode == 0, f"the run under Ray ended with {process.returncode}"
+    elapsed = [json.loads(line)["elapsed_s"] for line in metrics.read_text().splitlines()]
+    under_ray = [after - before for before, after in itertools.pairwise(elapsed)][WARM_UP - 1 :]
+    assert int(threads_file(recipe).read_text()) == torch.get_num_threads()
+    calm = [step for before, step in itertools.pairwise(under_ray) if max(before, step) < TURN_S]
+    return seconds, calm, start_up
+
+
+def train_under_ray(overrides: list[str]) -> None:
+    """The run itself, in a process of its own; its worker leaves the number of its threads in a file."""
+    recipe = load_recipe(packaged_recipe("quickstart"), overrides)
+    worker, path = ray_train.train_worker, threads_file(recipe)
+
+    def noting_threads(config: Any) -> Any:
+        outcome = worker(config)
+        path.write_text(str(torch.get_num_threads()))
+        return outcome
+
+    ray_train.train_worker = noting_threads
     launch(recipe)
-    whole = time.perf_counter() - began
-    lines = (Path(recipe.storage.path) / recipe.name / "metrics.jsonl").read_text().splitlines()
-    elapsed = [json.loads(line)["elapsed_s"] for line in lines]
-    steps = [after - before for before, after in itertools.pairwise(elapsed)][WARM_UP - 1 :]
-    return steps, whole - sum(steps)
+
+
+def threads_file(recipe: Recipe) -> Path:
+    return Path(recipe.storage.path) / f"{recipe.name}.threads"
 
 
 def storage(recipe: Recipe) -> Storage:
     return Storage.open(recipe.storage.path)
 
 
+def compare(folder: str, steps: int, threads: int) -> dict[str, Any]:
+    """One run under Ray of that many steps and threads, beside as many seconds of the bare loop."""
+    torch.set_num_threads(threads)
+    overrides = [
+        "data.eval=null", "train.eval_every=null", f"train.steps={steps + WARM_UP}", "train.save_every=50",
+        f"storage.path={folder}", f"name=threads-{threads}",
+        "scaling.num_workers=1", f"scaling.resources_per_worker={{CPU: {threads}}}",
+    ]  # fmt: skip
+    recipe = load_recipe(packaged_recipe("quickstart"), overrides)
+    recipe = demo.resolve(recipe, storage(recipe), build=launch)
+    bare, under_ray, start_up = take_turns(recipe, overrides)
+    return {
+        "threads": threads,
+        "steps": {"bare": len(bare), "ray": len(under_ray)},
+        "s_per_step": {"bare": statistics.mean(bare), "ray": statistics.mean(under_ray)},
+        "medians_s_per_step": {"bare": statistics.median(bare), "ray": statistics.median(under_ray)},
+        "ray_over_bare": statistics.median(under_ray) / statistics.median(bare),
+        "ray_over_bare_of_means": statistics.mean(under_ray) / statistics.mean(bare),
+        "start_up_s": start_up,
+        "checkpoints": steps // 50,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    steps = parser.parse_args().steps
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count()])
+    parser.add_argument("--under-ray", nargs="+", metavar="PATH=VALUE", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     hush_libraries()
+    if arguments.under_ray:
+        train_under_ray(arguments.under_ray)
+        return
     with tempfile.TemporaryDirectory(prefix="raymem-overhead-") as folder:
-        sections = ["data.eval=null", "train.eval_every=null", f"train.steps={steps + WARM_UP}", "train.save_every=50"]
-        sections += [f"storage.path={folder}", "scaling.num_workers=1"]
-        recipe = load_recipe(packaged_recipe("quickstart"), sections)
-        recipe = demo.resolve(recipe, storage(recipe), build=launch)
-        first = bare_loop(recipe, steps // 2)
-        under_ray, start_up = ray_run(recipe)
-        second = bare_loop(recipe, steps // 2)
-        threads_ray = int(threads_file(recipe).read_text())
-    figures: dict[str, Any] = {
-        "threads_bare": torch.get_num_threads(),
-        "threads_ray": threads_ray,
-        "steps": len(under_ray),
-        "bare_s_per_step": {"before": statistics.mean(first), "after": statistics.mean(second)},
-        "ray_s_per_step": statistics.mean(under_ray),
-        "medians_s_per_step": {"bare": statistics.median(first + second), "ray": statistics.median(under_ray)},
-        "ray_over_bare": statistics.mean(under_ray) / statistics.mean(first + second),
-        "start_up_s": start_up,
-        "checkpoints": len(under_ray) // 50,
-        "model": "demo (6.3M parameters), LoRA r16, 4 rows of 256 tokens, fp32",
-    }
-    assert figures["threads_bare"] == figures["threads_ray"], figures
-    provenance.save("ray_overhead", figures)
-
-
-def threads_file(recipe: Recipe) -> Path:
-    return Path(recipe.storage.path) / "threads"
-
-
-def noting_threads(worker: Callable[[Any], Any], path: Path) -> Callable[[Any], Any]:
-    """The worker's entry point, leaving the number of threads that it trained with in a file."""
-
-    def noting(config: Any) -> Any:
-        import torch
-
-        outcome = worker(config)
-        path.write_text(str(torch.get_num_threads()))
-        return outcome
-
-    return noting
+        rows = [compare(folder, arguments.steps, threads) for threads in arguments.threads]
+    model = "demo (6.3M parameters), LoRA r16, 4 rows of 256 tokens, fp32"
+    provenance.save("ray_overhead", {"rows": rows, "model": model})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ def orthonormalize(tall_MK: torch.Tensor) -> torch.Tensor:
     """
     tall_MK = tall_MK.float()
     if tall_MK.device.type == "cpu":
-        return torch.linalg.qr(tall_MK).Q
+        basis_MK: torch.Tensor = torch.linalg.qr(tall_MK).Q
+        return basis_MK
     return cholesky_qr(tall_MK, passes=2)
 
 
@@ -58,6 +59,8 @@ def whitening(gram_KK: torch.Tensor, tolerance: float = 1e-6) -> torch.Tensor:
     """
     gram_KK = gram_KK.double()
     scale_K = gram_KK.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY).rsqrt()
+    values_K: torch.Tensor
+    vectors_KK: torch.Tensor
     values_K, vectors_KK = torch.linalg.eigh(gram_KK * scale_K[..., None] * scale_K[..., None, :])
     kept_K = values_K > tolerance * values_K[..., -1:]
     inverse_root_K = torch.where(kept_K, values_K.clamp_min(_TINY).rsqrt(), 0.0)

@@ -14,5 +14,5 @@ def leading_directions(right_KN: torch.Tensor, rank: int) -> torch.Tensor:
     (Eckart and Young). Only the small core K x K is decomposed, in fp64.
     """
     core_KK = right_KN.float() @ right_KN.float().mT
-    _, vectors_KK = torch.linalg.eigh(core_KK.double())
+    vectors_KK: torch.Tensor = torch.linalg.eigh(core_KK.double()).eigenvectors
     return vectors_KK.flip(-1)[..., :rank].float()
