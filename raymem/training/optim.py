@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from raymem.errors import RecipeError
 from raymem.linalg import stochastic_round
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.seeds import generator
@@ -153,6 +154,14 @@ def _build_mlorc(
     in_backward = arguments.pop("step_in_backward")
     optimizer = MLorcAdamW if arguments.pop("kind") == "mlorc_adamw" else MLorcLion
     whole = set() if arguments.pop("compress_embeddings") else embeddings
+    for name, parameter in named.items():
+        shorter = min(parameter.shape) if parameter.ndim == 2 and name not in whole else 0
+        if options.min_dim <= shorter <= options.rank:
+            raise RecipeError(
+                f"optimizer.rank: {options.rank} is not below min(m, n) = {shorter} of {name} {list(parameter.shape)}, "
+                f"so nothing would be saved there; lower it, or set optimizer.min_dim above {shorter} to leave such "
+                "matrices uncompressed"
+            )
     groups: list[dict[str, Any]] = [
         {"params": [(name, p) for name, p in named.items() if name not in whole]},
         {"params": [(name, p) for name, p in named.items() if name in whole], "rank": None},
