@@ -30,6 +30,10 @@ def _full_training(recipe: Recipe) -> bool:
     return recipe.adapter.kind == "none"
 
 
+def _mlorc(recipe: Recipe) -> bool:
+    return recipe.optimizer.kind in ("mlorc_adamw", "mlorc_lion")
+
+
 def _dtype_clash(recipe: Recipe) -> bool:
     dtype, precision = recipe.model.dtype, recipe.train.precision
     if dtype == "auto":
@@ -57,6 +61,12 @@ RULES: tuple[Rule, ...] = (
         "random weights are not worth quantising, and this is not tested",
         "give model.name",
         lambda r: _nf4(r) and r.model.config is not None,
+    ),
+    Rule(
+        ("optimizer: mlorc_adamw or mlorc_lion", "an adapter"),
+        "the factors of an adapter are already of low rank, so there is nothing to compress",
+        "use adapter: none, or optimizer: adamw",
+        lambda r: _mlorc(r) and not _full_training(r),
     ),
     Rule(
         ("scaling.strategy: fsdp2", "scaling.num_workers: 0"),

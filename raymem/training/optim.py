@@ -6,7 +6,8 @@ A bf16 number has 8 significant bits, so an update below about 0.4 % of a weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from raymem.linalg import stochastic_round
+from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.seeds import generator
 from raymem.training.recipe import AdamW, Recipe
 
@@ -88,14 +91,18 @@ def build_updater(model: nn.Module, recipe: Recipe) -> Updater:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     low_precision = recipe.train.precision == "bf16"
     rounding = low_precision and recipe.train.master == "stochastic_rounding"
+    options = recipe.optimizer
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
     def make(named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        return _build_optimizer(named, recipe.optimizer, recipe.seed, stochastic_rounding=rounding)
+        if isinstance(options, AdamW):
+            return _build_adamw(named, options, recipe.seed, stochastic_rounding=rounding)
+        return _build_mlorc(named, options, recipe.seed, embeddings, stochastic_rounding=rounding)
 
     return Updater(parameters, make, masters=low_precision and recipe.train.master == "fp32")
 
 
-def _build_optimizer(
+def _build_adamw(
     named: Mapping[str, nn.Parameter], options: AdamW, seed: int, *, stochastic_rounding: bool
 ) -> torch.optim.Optimizer:
     arguments: dict[str, Any] = {
@@ -109,6 +116,33 @@ def _build_optimizer(
     # torch picks by device when neither is given; the planner must know.
     arguments[options.implementation] = True
     return torch.optim.AdamW(named.values(), **arguments)
+
+
+def _build_mlorc(
+    named: Mapping[str, nn.Parameter],
+    options: MLorcAdamWOptions | MLorcLionOptions,
+    seed: int,
+    embeddings: Set[str],
+    *,
+    stochastic_rounding: bool,
+) -> torch.optim.Optimizer:
+    from raymem.methods.mlorc import MLorcAdamW, MLorcLion
+
+    arguments = dataclasses.asdict(options)
+    optimizer = MLorcAdamW if arguments.pop("kind") == "mlorc_adamw" else MLorcLion
+    whole = set() if arguments.pop("compress_embeddings") else embeddings
+    groups: list[dict[str, Any]] = [
+        {"params": [(name, p) for name, p in named.items() if name not in whole]},
+        {"params": [(name, p) for name, p in named.items() if name in whole], "rank": None},
+    ]
+    # The loop's guard has seen the gradients before they come here.
+    return optimizer(
+        [group for group in groups if group["params"]],
+        **arguments,
+        seed=seed,
+        stochastic_rounding=stochastic_rounding,
+        check_finite=False,
+    )
 
 
 class StochasticRoundingAdamW(torch.optim.Optimizer):
@@ -176,16 +210,6 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part; every operation here is elementwise."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def stochastic_round(value: torch.Tensor, source: torch.Generator) -> torch.Tensor:
-    """Round fp32 to bf16 without bias: up with a probability equal to the cut-off fraction.
-
-    Adding a random 16-bit number below the bits that bf16 keeps carries into them exactly that often.
-    """
-    noise = torch.randint(0, 1 << 16, value.shape, generator=source, device=value.device, dtype=torch.int32)
-    bits = (value.contiguous().view(torch.int32) + noise) & -(1 << 16)
-    return bits.view(torch.float32).to(torch.bfloat16)
 
 
 def lr_factor(step: int, total_steps: int, schedule: str, warmup: float) -> float:

@@ -19,6 +19,7 @@ CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
     ("base.quantize: nf4", "model.config"): [
         {**NF4, "model": {"name": None, "config": {"model_type": "llama"}, "tokenizer": "demo"}}
     ],
+    ("optimizer: mlorc_adamw or mlorc_lion", "an adapter"): [{"optimizer": "mlorc_adamw"}, {"optimizer": "mlorc_lion"}],
     ("scaling.strategy: fsdp2", "scaling.num_workers: 0"): [{"scaling": {"strategy": "fsdp2", "num_workers": 0}}],
     ("train.master: stochastic_rounding", "train.precision: fp32 or bf16_mixed"): [
         {"train": {"master": "stochastic_rounding"}},

@@ -11,8 +11,9 @@ import torch
 from support import assert_same, make_recipe, snapshot
 from torch import nn
 
+from raymem.linalg import stochastic_round
 from raymem.seeds import generator
-from raymem.training.optim import StochasticRoundingAdamW, Updater, build_updater, lr_factor, stochastic_round
+from raymem.training.optim import StochasticRoundingAdamW, Updater, build_updater, lr_factor
 
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
