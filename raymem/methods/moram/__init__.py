@@ -20,8 +20,8 @@ from raymem.methods.moram._on_import import after_import
 if TYPE_CHECKING:
     from raymem.methods.moram.export import export_lora, export_shira
     from raymem.methods.moram.ops import choose_formulation, moram_linear
-    from raymem.methods.moram.selection import check_base, select_indices
-    from raymem.methods.moram.tuner import MoRAMConfig
+    from raymem.methods.moram.selection import check_base, mark_selected, select_indices
+    from raymem.methods.moram.tuner import MoRAMConfig, model_state
 
 _WHERE = {
     "MoRAMConfig": "tuner",
@@ -29,6 +29,8 @@ _WHERE = {
     "choose_formulation": "ops",
     "export_lora": "export",
     "export_shira": "export",
+    "mark_selected": "selection",
+    "model_state": "tuner",
     "moram_linear": "ops",
     "select_indices": "selection",
 }
@@ -39,6 +41,8 @@ __all__ = [
     "choose_formulation",
     "export_lora",
     "export_shira",
+    "mark_selected",
+    "model_state",
     "moram_linear",
     "select_indices",
 ]

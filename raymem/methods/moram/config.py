@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from raymem.methods import OPTIONS_RULES
 
 Criterion = Literal["gradient", "absolute_gradient", "magnitude", "random"]
 """How connections are ranked. ``gradient``: |sum of gradients over the batches|; ``absolute_gradient``: sum of the
@@ -51,7 +53,13 @@ def connections(k: int | None, density: float | None, fan_in: int, place: str) -
 
 @dataclass(frozen=True, kw_only=True)
 class MoRAMOptions:
-    """MoRAM: a low-rank update of gradient-selected connections (IJCAS 23(11), 2025)."""
+    """MoRAM: a low-rank update of gradient-selected connections (IJCAS 23(11), 2025).
+
+    Raises:
+        ValueError: a value out of range; the message starts with the field's name.
+    """
+
+    __pydantic_config__: ClassVar = OPTIONS_RULES
 
     kind: Literal["moram"] = "moram"
     rank: int = 16
@@ -72,6 +80,8 @@ class MoRAMOptions:
     """Global batches of training data whose gradients choose the connections before the first step."""
     refresh_every: int | None = None
     """Steps after which the connections are chosen anew; null keeps the first choice."""
+    init_from: str | None = None
+    """PEFT directory whose adapter is continued, with its connections."""
     formulation: Formulation = "auto"
     """``fast`` (dot products at the selected places), ``frugal`` (one more matrix product, by small chunks), or
     ``auto``: by density, dtype and device."""

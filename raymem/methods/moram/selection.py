@@ -93,6 +93,16 @@ def select_indices(
     return chosen
 
 
+def mark_selected(model: nn.Module, adapter_name: str = "default") -> None:
+    """Say that the index buffers were filled from outside, by a checkpoint.
+
+    Raises:
+        AdapterError: they were not.
+    """
+    for _, layer in layers(model, adapter_name):
+        layer.mark_selected(adapter_name)
+
+
 def check_base(model: nn.Module, adapter_name: str = "default") -> None:
     """Check that the base weights are those that the connections were selected for. Collective for sharded weights.
 

@@ -187,4 +187,15 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
         return state
 
 
+def model_state(
+    model: Any, tensors: dict[str, torch.Tensor], adapter_name: str = "default"
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Tensors of an adapter's file under the names of a model that has the adapter attached. Collective if sharded.
+
+    Raises:
+        AdapterError: the file does not belong to this model; see :meth:`MoRAMModel._remap_adapter_state_dict_for_load`.
+    """
+    return MoRAMModel._remap_adapter_state_dict_for_load(model, None, adapter_name, tensors)
+
+
 register_peft_method(name="moram", config_cls=MoRAMConfig, model_cls=MoRAMModel)
