@@ -50,4 +50,12 @@ class _Following(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        importlib.import_module(self._ours)
+        package = self._ours.rpartition(".")[0] + "."
+        inside = (name for name, found in list(sys.modules.items()) if name.startswith(package) and _unfinished(found))
+        if next(inside, None) is None:  # otherwise a module of ours asked for the trigger, and will do the same
+            importlib.import_module(self._ours)
+
+
+def _unfinished(module: ModuleType) -> bool:
+    """Whether a module is still being executed."""
+    return bool(getattr(module.__spec__, "_initializing", False))

@@ -76,7 +76,7 @@ class RowReader:
         elements = slice(rows.start * inputs, rows.stop * inputs)
         part = bnb.QuantState(
             absmax=absmax[elements.start // state.blocksize : -(-elements.stop // state.blocksize)],
-            shape=torch.Size((rows.stop - rows.start, inputs)),
+            shape=torch.Size(((elements.stop - elements.start) // state.blocksize, state.blocksize)),
             code=state.code,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
@@ -84,7 +84,7 @@ class RowReader:
         )
         packed = weight.reshape(-1).view(torch.uint8)[elements.start // 2 : -(-elements.stop // 2)]
         found: torch.Tensor = bnb.dequantize_4bit(packed[:, None], part)
-        return found
+        return found.view(-1, inputs)
 
 
 def base_weight(layer: nn.Module) -> BaseWeight:
@@ -97,8 +97,11 @@ def base_weight(layer: nn.Module) -> BaseWeight:
         return BaseWeight(None)
     state = getattr(weight, "quant_state", None)
     if state is not None and type(layer).__module__.startswith("bitsandbytes"):
+        # On CPUs bitsandbytes may keep another packing, and reads rows that end inside a block in its own way.
         packed_for_cpu = getattr(state, "packing_format_for_cpu", False)
-        return BaseWeight(None) if packed_for_cpu else BaseWeight(weight, quant_state=state)
+        whole = state.shape[1] if weight.device.type == "cpu" else math.prod(state.shape)
+        readable = not packed_for_cpu and whole % state.blocksize == 0
+        return BaseWeight(weight, quant_state=state) if readable else BaseWeight(None)
     if weight.is_floating_point() and type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return BaseWeight(weight, transposed=isinstance(layer, Conv1D))
     return BaseWeight(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from raymem.errors import AdapterError
-from raymem.methods.moram.base import BaseWeight, base_weight, compute_dtype, fan, patch, restore
+from raymem.methods.moram.base import BaseWeight, base_weight, compute_dtype, fan, fingerprint, patch, restore
 from raymem.methods.moram.config import connections
 from raymem.methods.moram.ops import Chosen, choose_formulation, moram_linear, selected_delta
 
@@ -109,6 +110,30 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if bool((self.moram_index[name][:, 0] < 0).any()):
             raise AdapterError(f"{self.place}: the connections in the checkpoint were never selected; start over")
         self._selected.add(name)
+
+    def check_base(self, recorded: torch.Tensor, place: str) -> None:
+        """Compare the base weight with the one that a selection was made for, int64 [3]. Collective if it is sharded.
+
+        A base in another storage format cannot be compared, which is warned of.
+
+        Raises:
+            AdapterError: it is another one.
+        """
+        layer = self.get_base_layer()
+        if layer.weight.is_meta or recorded.is_meta:
+            return
+        now, then = fingerprint(layer).tolist(), recorded.tolist()
+        if now[0] != then[0]:
+            warnings.warn(
+                f"{place}: the base is stored in another format than at selection time, so it is not verified that it "
+                "is the same",
+                stacklevel=2,
+            )
+        elif now != then:
+            raise AdapterError(
+                f"{place}: the base weight is not the one that the connections were selected for and trained on; load "
+                "the base model (and revision) that the adapter names, or select and train again"
+            )
 
     def is_selected(self, name: str) -> bool:
         return name in self._selected
@@ -276,3 +301,6 @@ def _requantised(base: BaseWeight, index_OK: torch.Tensor, values_OK: torch.Tens
         module=old.module,
     )
     return packed.to(index_OK.device)  # type: ignore[no-any-return]
+
+
+import_module("raymem.methods.moram.tuner")  # registers it with PEFT, whichever module is imported first

@@ -106,6 +106,7 @@ class _Chunks:
             (_FAST_SHARE, _FAST_BYTES) if call.formulation == "fast" else (_FRUGAL_SHARE, _FRUGAL_BYTES)
         )
         stored_bytes = 2 if call.quant_state is not None else (A_RI if weight is None else weight).element_size()
+        share *= max(1, self.work_dtype.itemsize // stored_bytes)  # beside the buffer there are copies in its dtype
         wanted = max(least, min(most, outputs * inputs * stored_bytes // share))
         count = max(1, min(wanted // row_bytes, -(-outputs // 2)))
         multiple = base.row_multiple
@@ -166,7 +167,7 @@ class _MoRAMLinear(torch.autograd.Function):
         trains = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
         ctx.save_for_backward(x if trains else None, weight, index_OK, A_RI, B_OR)
         ctx.call, ctx.x_shape = call, x.shape
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO.view(*x.shape[:-1], B_OR.shape[0])
 
     @staticmethod
     @once_differentiable

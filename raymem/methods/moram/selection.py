@@ -8,7 +8,7 @@ last layers first (backward then ends at the lowest layer of the group); every g
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -84,7 +84,10 @@ def select_indices(
         absolute = criterion == "absolute_gradient"
         chosen = {}
         for group in _groups(found, group_bytes):
-            chosen |= _by_gradient(model, group, kept, loss or _model_loss, adapter_name, absolute=absolute, seed=seed)
+            listeners = {name: _Listener(layer, absolute=absolute) for name, layer in group}
+            _listen(model, listeners, kept, loss or _model_loss, seed)
+            for name, layer in group:
+                chosen[name] = _best(listeners.pop(name).score_OI, layer.moram_index[adapter_name].shape[1], name)
         chosen = {name: chosen[name] for name, _ in found}
     else:
         raise AdapterError(f"criterion: {criterion!r} is not one of gradient, absolute_gradient, magnitude, random")
@@ -110,26 +113,7 @@ def check_base(model: nn.Module, adapter_name: str = "default") -> None:
         AdapterError: names the first layer whose weight is another.
     """
     for name, layer in layers(model, adapter_name):
-        check_layer_base(layer, layer.moram_base[adapter_name], name)
-
-
-def check_layer_base(layer: MoRAMLinear, recorded: torch.Tensor, place: str) -> None:
-    """:func:`check_base` for one layer; a base in another storage format cannot be compared, which is warned of."""
-    base: Any = layer.get_base_layer()
-    if base.weight.is_meta or recorded.is_meta:
-        return
-    now, then = fingerprint(base).tolist(), recorded.tolist()
-    if now[0] != then[0]:
-        warnings.warn(
-            f"{place}: the base is stored in another format than at selection time, so it is not verified that it is "
-            "the same",
-            stacklevel=2,
-        )
-    elif now != then:
-        raise AdapterError(
-            f"{place}: the base weight is not the one that the connections were selected for and trained on; load the "
-            "base model (and revision) that the adapter names, or select and train again"
-        )
+        layer.check_base(layer.moram_base[adapter_name], name)
 
 
 def _groups(
@@ -149,43 +133,39 @@ def _groups(
     yield group
 
 
-def _by_gradient(
-    model: nn.Module,
-    group: Sequence[tuple[str, MoRAMLinear]],
-    batches: Sequence[Any],
-    loss: Loss,
-    adapter_name: str,
-    *,
-    absolute: bool,
-    seed: int,
-) -> dict[str, torch.Tensor]:
-    """Connections of some layers by the gradients of all batches."""
+def _listen(
+    model: nn.Module, listeners: Mapping[str, _Listener], batches: Sequence[Any], loss: Loss, seed: int
+) -> None:
+    """Pass all batches forward and backward while some layers are listened to."""
+    everything = layers(model)
     with _only_listening(model):
-        listeners = {name: _Listener(layer, absolute=absolute) for name, layer in group}
-        for (_, layer), listener in zip(group, listeners.values(), strict=True):
-            layer.tap = listener
         try:
+            for name, layer in everything:
+                layer.tap = listeners.get(name, _deaf)
             for number, batch in enumerate(batches):
                 torch.manual_seed(derive(seed, "selection", number))  # every group meets the same dropout
                 with torch.enable_grad():
                     torch.autograd.backward(loss(model, batch))
         finally:
-            for _, layer in group:
+            for _, layer in everything:
                 layer.tap = None
-    chosen = {}
-    for name, layer in group:
-        score_OI = listeners.pop(name).score_OI
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(score_OI)
-        chosen[name] = top_columns(_checked(score_OI.abs_(), name), layer.moram_index[adapter_name].shape[1])
-    return chosen
 
 
-def _checked(score_OI: torch.Tensor, name: str) -> torch.Tensor:
-    """Raises:
-    AdapterError: a gradient that cannot rank anything."""
-    total = float(score_OI.sum(dtype=torch.float64))
-    if total != total or total == float("inf"):
+def _deaf(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """In the place of a listener, for layers of other groups."""
+    return y
+
+
+def _best(score_OI: torch.Tensor, k: int, name: str) -> torch.Tensor:
+    """Columns of highest score over all ranks. Collective.
+
+    Raises:
+        AdapterError: a gradient that cannot rank anything.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(score_OI)
+    total = float(score_OI.abs_().sum(dtype=torch.float64))
+    if not math.isfinite(total):
         raise AdapterError(
             f"{name}: its gradient over the calibration batches is not finite; look at the batches and the weights, or "
             "compute in fp32 or bf16"
@@ -195,7 +175,7 @@ def _checked(score_OI: torch.Tensor, name: str) -> torch.Tensor:
             f"{name}: its gradient over the calibration batches is zero, which ranks no connection; give batches that "
             "reach this layer (with labels), or leave it out of the targets"
         )
-    return score_OI
+    return top_columns(score_OI, k)
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from raymem.errors import AdapterError
 from raymem.methods.moram.config import Formulation, check_sizes
 from raymem.methods.moram.indices import pack_indices, packed_bytes_per_row, unpack_indices, valid
 from raymem.methods.moram.layer import MoRAMLinear, layers
-from raymem.methods.moram.selection import check_layer_base
 
 SUPPORTED_PEFT = "0.21"
 
@@ -178,7 +177,7 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
                         f"{name}: {part} is {list(found.shape)} in the adapter's file but {list(shape)} in this model; "
                         "it was trained on a base of another shape, or with another r, k or density"
                     )
-            check_layer_base(layer, state[f"{name}.moram_base.{adapter_name}"], name)
+            layer.check_base(state[f"{name}.moram_base.{adapter_name}"], name)
             key = f"{name}.moram_index.{adapter_name}"
             try:
                 state[key] = unpack_indices(state[key], k, layer.in_features)
