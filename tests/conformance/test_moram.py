@@ -15,13 +15,10 @@ class TestMoRAMFrugal(MethodSuite):
     fragment = {"adapter": {**MORAM, "criterion": "magnitude", "formulation": "frugal"}}
 
 
-class TestMoRAMWithCheckpointing(MethodSuite):
-    fragment = {"adapter": MORAM, "activations": "checkpoint"}
-
-
 class TestMoRAMMixedPrecision(MethodSuite):
-    fragment = {"adapter": MORAM, "train": {"precision": "bf16_mixed"}, "model": {"dtype": "bf16"}}
-
-
-class TestMoRAMMasterWeights(MethodSuite):
-    fragment = {"adapter": MORAM, "train": {"precision": "bf16", "master": "fp32"}}
+    fragment = {
+        "adapter": MORAM,
+        "activations": "checkpoint",
+        "train": {"precision": "bf16_mixed"},
+        "model": {"dtype": "bf16"},
+    }

@@ -158,9 +158,7 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
         state: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        for name, layer in layers(model):
-            if adapter_name not in layer.moram_A:
-                continue
+        for name, layer in layers(model, adapter_name):
             k = layer.moram_index[adapter_name].shape[1]
             expected = {
                 "moram_A": layer.moram_A[adapter_name].shape,
@@ -177,9 +175,11 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
                         f"{name}: {part} is {list(found.shape)} in the adapter's file but {list(shape)} in this model; "
                         "it was trained on a base of another shape, or with another r, k or density"
                     )
+        for name, layer in layers(model, adapter_name):
             layer.check_base(state[f"{name}.moram_base.{adapter_name}"], name)
             key = f"{name}.moram_index.{adapter_name}"
             try:
+                k = layer.moram_index[adapter_name].shape[1]
                 state[key] = unpack_indices(state[key], k, layer.in_features)
             except ValueError as error:
                 raise AdapterError(f"{name}: {error}; fetch the adapter again") from None

@@ -14,7 +14,7 @@ from raymem.methods.moram import select_indices
 from raymem.methods.moram.base import BaseWeight
 from raymem.methods.moram.ops import moram_linear, selected_delta
 
-OUTPUTS, INPUTS, TOKENS = 704, 512, 512
+OUTPUTS, INPUTS, TOKENS = 1408, 1024, 256
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
@@ -130,7 +130,7 @@ def test_the_values_of_the_update_are_found_by_chunks() -> None:
 
 
 def test_selection_holds_one_matrix_if_told_so() -> None:
-    model = with_moram(small_llama(hidden_size=256, intermediate_size=688, num_hidden_layers=4), k=16)
+    model = with_moram(small_llama(hidden_size=256, intermediate_size=512), k=16)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     batches = token_batches(1, length=16)
