@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Set
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -20,6 +20,16 @@ from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.seeds import generator
 from raymem.training.adapter import stored_buffers
 from raymem.training.recipe import AdamW, Recipe
+
+
+@runtime_checkable
+class StepsInBackward(Protocol):
+    """An optimizer that can update each parameter during the backward pass and free its gradient at once."""
+
+    steps_in_backward: bool
+
+    def grad_norm(self) -> torch.Tensor:
+        """L2 norm of all gradients since the last step."""
 
 
 class Updater:
@@ -50,19 +60,29 @@ class Updater:
         """Gradients of the tensors that are updated (fp32 with masters); parameters without one are left out."""
         for name, master in self.masters.items():
             parameter = self.parameters[name]
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
+            if parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
         return [p.grad for p in self.updated.values() if p.grad is not None]
 
-    @torch.no_grad()
-    def step(self, step: int, lr: float) -> None:
-        """Optimizer step number ``step`` (from 0) with learning rate ``lr``; gradients are dropped.
+    def grad_norm(self) -> torch.Tensor:
+        """L2 norm of all gradients of this step, over all ranks; 0-dim fp32."""
+        if isinstance(self.optimizer, StepsInBackward) and self.optimizer.steps_in_backward:
+            return self.optimizer.grad_norm()
+        norm = torch.nn.utils.get_total_norm(self.gradients())
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def begin(self, step: int, lr: float) -> None:
+        """Announce step number ``step`` (from 0) with learning rate ``lr``, before its first backward pass.
 
         Both are written into the parameter groups: an optimizer that draws random numbers seeds them with the
         group's ``step``, and this way a resumed run needs no counter of its own.
         """
         for group in self.optimizer.param_groups:
             group.update(step=step, lr=lr)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The optimizer step that was begun; gradients are dropped."""
         self.optimizer.step()
         for name, master in self.masters.items():
             self.parameters[name].copy_(master)
@@ -77,7 +97,8 @@ class Updater:
         """Create the state of a first step (by one of rate 0), so that a checkpoint can be read into it."""
         for parameter in self.updated.values():
             parameter.grad = torch.zeros_like(parameter)
-        self.step(0, lr=0.0)
+        self.begin(0, lr=0.0)
+        self.step()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor that a checkpoint needs, under stable names: weights, masters, buffers, optimizer state."""
@@ -135,20 +156,24 @@ def _build_mlorc(
     from raymem.methods.mlorc import MLorcAdamW, MLorcLion
 
     arguments = dataclasses.asdict(options)
+    in_backward = arguments.pop("step_in_backward")
     optimizer = MLorcAdamW if arguments.pop("kind") == "mlorc_adamw" else MLorcLion
     whole = set() if arguments.pop("compress_embeddings") else embeddings
     groups: list[dict[str, Any]] = [
         {"params": [(name, p) for name, p in named.items() if name not in whole]},
         {"params": [(name, p) for name, p in named.items() if name in whole], "rank": None},
     ]
-    # The loop's guard has seen the gradients before they come here.
-    return optimizer(
+    # The loop's guard sees the gradients before they come here, unless they are gone by then.
+    built = optimizer(
         [group for group in groups if group["params"]],
         **arguments,
         seed=seed,
         stochastic_rounding=stochastic_rounding,
-        check_finite=False,
+        check_finite=in_backward,
     )
+    if in_backward:
+        built.step_in_backward()
+    return built
 
 
 class StochasticRoundingAdamW(torch.optim.Optimizer):

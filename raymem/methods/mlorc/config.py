@@ -34,6 +34,8 @@ class _MLorcOptions:
     """Whether embedding matrices count like any other; their gradients are nonzero in a few rows only."""
     factor_dtype: Literal["fp32", "bf16"] = "fp32"
     """Storage dtype of the factors; the arithmetic is fp32."""
+    step_in_backward: bool = False
+    """Update each parameter as soon as backward has its gradient, and free that: one gradient is alive at a time."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -43,6 +45,7 @@ class _MLorcOptions:
             "rank": (self.rank >= 1, "must be at least 1"),
             "oversampling": (self.oversampling >= 0, "must not be negative"),
             "min_dim": (self.min_dim >= 1, "must be at least 1"),
+            "factor_dtype": (self.factor_dtype in ("fp32", "bf16"), "is none of fp32, bf16"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -64,6 +67,8 @@ class MLorcAdamWOptions(_MLorcOptions):
         super().__post_init__()
         if self.eps <= 0:
             raise ValueError(f"eps: {self.eps!r} must be positive")
+        if self.second_moment not in ("raw", "sqrt"):
+            raise ValueError(f"second_moment: {self.second_moment!r} is none of raw, sqrt")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from raymem.errors import NonFiniteError
 from raymem.linalg import LowRank, stochastic_round
@@ -41,6 +43,9 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
         self._stochastic_rounding = stochastic_rounding
         self._check_finite = check_finite
         self._names: dict[int, str] = {}
+        self._group_of: dict[int, int] = {}
+        self._squared_norms: dict[int, torch.Tensor] = {}
+        self.steps_in_backward = False
         super().__init__(params, {**defaults, "step": 0, "version": STATE_VERSION})
         log.info("%s", self.summary())
 
@@ -60,9 +65,14 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
                 raise ValueError(f"{name}: parameters of dtype {parameter.dtype} are not supported; floats are")
             is_compressed(name, parameter.shape, group)
             self._names[id(parameter)] = name
+            self._group_of[id(parameter)] = index
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        fields = {field.name for field in dataclasses.fields(self.options_class)} - {"kind", "compress_embeddings"}
+        fields = {field.name for field in dataclasses.fields(self.options_class)} - {
+            "kind",
+            "compress_embeddings",
+            "step_in_backward",
+        }
         options = {name: group[name] for name in fields}
         options["lr"], options["betas"] = float(group["lr"]), tuple(group["betas"])
         if group["rank"] is None:
@@ -87,7 +97,47 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
                 self._update(parameter, group)
         for group in self.param_groups:
             group["step"] += 1
+        self._squared_norms.clear()
         return loss
+
+    def step_in_backward(self) -> None:
+        """From now on update each parameter as soon as backward has its gradient, and free that gradient at once.
+
+        One gradient is alive at a time, then. :meth:`step` is still called after every backward pass; set the learning
+        rate before it. What needs all gradients together cannot work: clipping by their norm (there are none left to
+        clip), accumulation over several backward passes (refused), a GradScaler, and DDP on several ranks (refused;
+        FSDP2 does). A NaN is found before its own parameter is written, but others may have been updated.
+
+        Raises:
+            ValueError: several data-parallel ranks without FSDP2.
+        """
+        sharded = all(isinstance(parameter, DTensor) for _, parameter in self._walk())
+        if dist.is_initialized() and dist.get_world_size() > 1 and not sharded:
+            raise ValueError(
+                "step_in_backward: DDP averages gradients over the ranks after they would be used; shard the model "
+                "with FSDP2 (fully_shard), or use one rank"
+            )
+        self.steps_in_backward = True
+        for _, parameter in self._walk():
+            parameter.register_post_accumulate_grad_hook(self._use_up)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _use_up(self, parameter: torch.Tensor) -> None:
+        name, gradient = self._names[id(parameter)], parameter.grad
+        if id(parameter) in self._squared_norms:
+            raise ValueError(
+                f"step_in_backward: {name} got a second gradient before step() was called; gradients cannot be "
+                "accumulated in this mode: call step() after every backward pass"
+            )
+        assert gradient is not None
+        self._refuse_bad_gradients([parameter])
+        self._squared_norms[id(parameter)] = sharding.squared_norm(gradient)
+        self._update(parameter, self.param_groups[self._group_of[id(parameter)]])
+        parameter.grad = None
+
+    def grad_norm(self) -> torch.Tensor:
+        """L2 norm, over all ranks, of the gradients that were used up in backward since the last step; 0-dim fp32."""
+        return torch.stack(list(self._squared_norms.values())).sum().sqrt()
 
     def summary(self) -> StateSummary:
         """Counts and bytes of compressed and of whole moments."""

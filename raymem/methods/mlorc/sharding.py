@@ -26,6 +26,12 @@ def is_finite(tensors: Sequence[torch.Tensor]) -> bool:
     return bool(torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm))
 
 
+def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum of squares over all ranks, 0-dim fp32."""
+    norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
+
+
 def zero_factors(parameter: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors [M, R] and [R, N] of a zero matrix, spread as the parameter [M, N] is.
 

@@ -107,7 +107,8 @@ def adamw_step(
     """
     beta1, beta2 = betas
     root_correction = (1 - beta2 ** step.double()).sqrt()
-    step_size = lr * root_correction / (1 - beta1 ** step.double())
+    step_size = (lr * root_correction / (1 - beta1 ** step.double())).float()
+    scaled_eps = (eps * root_correction).float()
     first_sketch = first.sketch(matrix, lambda grad_CN: grad_CN, cold=cold)
     second_sketch = second.sketch(matrix, torch.abs if root else torch.square, cold=cold)
     right_first_RN, right_second_RN = first.factors.right_RN.float(), second.factors.right_RN.float()
@@ -116,6 +117,7 @@ def adamw_step(
     moment_buffer, square_buffer = matrix.buffer(), matrix.buffer()
     cut = torch.ones_like(step) if root or cold else mean_of_cut(matrix, second.factors, square_buffer)
     right_second_RN = right_second_RN / cut  # what is cut becomes 1 this way, a number that the host knows
+    kept = beta2 * cut
     for rows in matrix.blocks():
         weight_CN, grad_CN = matrix.weight_MN[rows].float(), matrix.grad_MN[rows].float()
         moment_CN, square_CN = moment_buffer[: len(grad_CN)], square_buffer[: len(grad_CN)]
@@ -128,12 +130,13 @@ def adamw_step(
             square_CN.square_().mul_(beta2).addcmul_(grad_CN, grad_CN, value=1 - beta2).sqrt_()
             second_sketch.add(rows, square_CN)
         else:
-            torch.threshold_(square_CN, -_TINY, 1.0).mul_(beta2 * cut).addcmul_(grad_CN, grad_CN, value=1 - beta2)
+            torch.threshold_(square_CN, -_TINY, 1.0).mul_(kept).addcmul_(grad_CN, grad_CN, value=1 - beta2)
             second_sketch.add(rows, square_CN)
             square_CN.sqrt_()
 
-        denominator_CN = square_CN.add_(eps * root_correction)
-        weight_CN.mul_(1 - lr * weight_decay).addcdiv_(moment_CN.mul_(step_size), denominator_CN, value=-1.0)
+        if weight_decay:
+            weight_CN.mul_(1 - lr * weight_decay)
+        weight_CN.addcdiv_(moment_CN.mul_(step_size), square_CN.add_(scaled_eps), value=-1.0)
         matrix.store(rows, weight_CN)
     del moment_buffer, square_buffer
     write_factors(matrix, [(first_sketch, first.factors), (second_sketch, second.factors)])
@@ -163,7 +166,9 @@ def lion_step(
         weight_CN, grad_CN = matrix.weight_MN[rows].float(), matrix.grad_MN[rows].float()
         moment_CN = torch.mm(momentum.factors.left_MR[rows].float(), right_RN, out=buffer[: len(grad_CN)])
         direction_CN = torch.lerp(moment_CN, grad_CN, 1 - beta1, out=direction_buffer[: len(grad_CN)]).sign_()
-        weight_CN.mul_(1 - lr * weight_decay).add_(direction_CN, alpha=-lr)
+        if weight_decay:
+            weight_CN.mul_(1 - lr * weight_decay)
+        weight_CN.add_(direction_CN, alpha=-lr)
         matrix.store(rows, weight_CN)
         sketch.add(rows, moment_CN.lerp_(grad_CN, 1 - beta2))
     del buffer, direction_buffer
