@@ -124,7 +124,8 @@ def main() -> None:
         f"moram_linear_{arguments.dtype}",
         {
             "layer": [INPUTS, OUTPUTS], "rank": RANK, "tokens": arguments.tokens, "dtype": arguments.dtype,
-            "threads": arguments.threads, "rounds": arguments.rounds, "frozen_ms": 1e3 * statistics.median(seconds["frozen"]),
+            "threads": arguments.threads, "rounds": arguments.rounds,
+            "frozen_ms": 1e3 * statistics.median(seconds["frozen"]),
             "automatic_choice": chosen, "candidates": figures,
         },
     )  # fmt: skip

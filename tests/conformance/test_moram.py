@@ -8,16 +8,12 @@ MORAM = {"kind": "moram", "rank": 4, "density": 0.25, "criterion": "random"}
 
 
 class TestMoRAM(MethodSuite):
-    fragment = {"adapter": MORAM}
+    fragment = {"adapter": {**MORAM, "formulation": "fast"}}
 
 
-class TestMoRAMFrugal(MethodSuite):
-    fragment = {"adapter": {**MORAM, "criterion": "magnitude", "formulation": "frugal"}}
-
-
-class TestMoRAMMixedPrecision(MethodSuite):
+class TestMoRAMFrugalMixedPrecision(MethodSuite):
     fragment = {
-        "adapter": MORAM,
+        "adapter": {**MORAM, "criterion": "magnitude", "formulation": "frugal"},
         "activations": "checkpoint",
         "train": {"precision": "bf16_mixed"},
         "model": {"dtype": "bf16"},

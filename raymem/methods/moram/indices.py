@@ -12,7 +12,7 @@ import torch
 
 # O outputs (rows), I inputs (columns), K kept columns per row, L low bits, H bits of the high part of a row
 
-_ROWS_AT_ONCE_BYTES = 1 << 22
+_ROWS_AT_ONCE_BYTES = 1 << 20
 _BITS_8 = tuple(1 << i for i in range(8))
 
 

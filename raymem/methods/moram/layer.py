@@ -111,29 +111,25 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             raise AdapterError(f"{self.place}: the connections in the checkpoint were never selected; start over")
         self._selected.add(name)
 
-    def check_base(self, recorded: torch.Tensor, place: str) -> None:
+    def check_base(self, recorded: torch.Tensor, place: str) -> bool:
         """Compare the base weight with the one that a selection was made for, int64 [3]. Collective if it is sharded.
 
-        A base in another storage format cannot be compared, which is warned of.
+        Returns:
+            whether they could be compared: not if the base is stored in another format now.
 
         Raises:
             AdapterError: it is another one.
         """
         layer = self.get_base_layer()
         if layer.weight.is_meta or recorded.is_meta:
-            return
+            return True
         now, then = fingerprint(layer).tolist(), recorded.tolist()
-        if now[0] != then[0]:
-            warnings.warn(
-                f"{place}: the base is stored in another format than at selection time, so it is not verified that it "
-                "is the same",
-                stacklevel=2,
-            )
-        elif now != then:
+        if now[0] == then[0] and now != then:
             raise AdapterError(
                 f"{place}: the base weight is not the one that the connections were selected for and trained on; load "
                 "the base model (and revision) that the adapter names, or select and train again"
             )
+        return bool(now[0] == then[0])
 
     def is_selected(self, name: str) -> bool:
         return name in self._selected
@@ -275,6 +271,21 @@ def layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str,
     """Name and layer of everything that MoRAM adapts (with this adapter), in the order of the model."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoRAMLinear)]
     return [(name, layer) for name, layer in found if adapter_name is None or adapter_name in layer.moram_A]
+
+
+def check_bases(recorded: dict[str, torch.Tensor], adapted: list[tuple[str, MoRAMLinear]]) -> None:
+    """:meth:`MoRAMLinear.check_base` for all layers; one warning for those that cannot be compared.
+
+    Args:
+        recorded: layer name -> int64 [3].
+    """
+    unknown = [name for name, layer in adapted if not layer.check_base(recorded[name], name)]
+    if unknown:
+        warnings.warn(
+            f"the base of {len(unknown)} layers (the first is {unknown[0]}) is stored in another format than when the "
+            "connections were selected, so it is not verified that it is the same",
+            stacklevel=3,
+        )
 
 
 def _holds_no_values(tensor: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ from raymem.errors import AdapterError
 from raymem.methods.moram.base import BaseWeight, base_weight, fingerprint
 from raymem.methods.moram.config import Criterion
 from raymem.methods.moram.indices import rows_at_once, top_columns
-from raymem.methods.moram.layer import MoRAMLinear, layers
+from raymem.methods.moram.layer import MoRAMLinear, check_bases, layers
 from raymem.seeds import derive, generator
 
 # T tokens, O outputs, I inputs, K connections per row
@@ -112,8 +112,8 @@ def check_base(model: nn.Module, adapter_name: str = "default") -> None:
     Raises:
         AdapterError: names the first layer whose weight is another.
     """
-    for name, layer in layers(model, adapter_name):
-        layer.check_base(layer.moram_base[adapter_name], name)
+    found = layers(model, adapter_name)
+    check_bases({name: layer.moram_base[adapter_name] for name, layer in found}, found)
 
 
 def _groups(

@@ -20,7 +20,7 @@ from torch import nn
 from raymem.errors import AdapterError
 from raymem.methods.moram.config import Formulation, check_sizes
 from raymem.methods.moram.indices import pack_indices, packed_bytes_per_row, unpack_indices, valid
-from raymem.methods.moram.layer import MoRAMLinear, layers
+from raymem.methods.moram.layer import MoRAMLinear, check_bases, layers
 
 SUPPORTED_PEFT = "0.21"
 
@@ -158,7 +158,8 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
         state: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        for name, layer in layers(model, adapter_name):
+        adapted = layers(model, adapter_name)
+        for name, layer in adapted:
             k = layer.moram_index[adapter_name].shape[1]
             expected = {
                 "moram_A": layer.moram_A[adapter_name].shape,
@@ -175,8 +176,8 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
                         f"{name}: {part} is {list(found.shape)} in the adapter's file but {list(shape)} in this model; "
                         "it was trained on a base of another shape, or with another r, k or density"
                     )
-        for name, layer in layers(model, adapter_name):
-            layer.check_base(state[f"{name}.moram_base.{adapter_name}"], name)
+        check_bases({name: state[f"{name}.moram_base.{adapter_name}"] for name, _ in adapted}, adapted)
+        for name, layer in adapted:
             key = f"{name}.moram_index.{adapter_name}"
             try:
                 k = layer.moram_index[adapter_name].shape[1]

@@ -130,7 +130,7 @@ def test_the_values_of_the_update_are_found_by_chunks() -> None:
 
 
 def test_selection_holds_one_matrix_if_told_so() -> None:
-    model = with_moram(small_llama(hidden_size=256, intermediate_size=512), k=16)
+    model = with_moram(small_llama(hidden_size=256, intermediate_size=640, num_hidden_layers=3), k=16)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     batches = token_batches(1, length=16)

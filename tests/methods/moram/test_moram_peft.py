@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from raymem.errors import AdapterError
 from raymem.methods.moram import MoRAMConfig, export_lora, export_shira, select_indices
+from raymem.methods.moram._on_import import after_import
 from raymem.methods.moram.layer import layers
 
 BATCH = token_batches(1, seed=9)[0]
@@ -75,12 +77,14 @@ def test_the_file_is_smaller_than_with_int32_indices(saved: Any) -> None:
     assert json.loads((saved[0] / "adapter_config.json").read_text())["peft_type"] == "MORAM"
 
 
-def test_a_fresh_process_needs_only_the_import_or_a_pickled_config(saved: Any, tmp_path: Path) -> None:
-    import cloudpickle
+def run_afresh(program: str) -> None:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
+
+def test_a_fresh_process_needs_only_the_import(saved: Any, tmp_path: Path) -> None:
     small_llama().save_pretrained(tmp_path / "base")
-    (tmp_path / "config").write_bytes(cloudpickle.dumps(MoRAMConfig(r=3, k=7)))
-    by_import = (
+    run_afresh(
         "import sys, raymem.methods.moram\n"
         "assert 'peft' not in sys.modules and 'torch' not in sys.modules\n"
         "from peft import PeftModel\n"
@@ -88,17 +92,41 @@ def test_a_fresh_process_needs_only_the_import_or_a_pickled_config(saved: Any, t
         f"base = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'base')!r})\n"
         f"assert type(PeftModel.from_pretrained(base, {str(saved[0])!r}).base_model).__name__ == 'MoRAMModel'"
     )
-    by_pickle = (
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["layer", "tuner", "selection", "export"])
+def test_whichever_module_comes_first_peft_knows_the_method(name: str) -> None:
+    run_afresh(f"import raymem.methods.moram.{name}, peft; assert 'MORAM' in peft.PeftType.__members__")
+
+
+@pytest.mark.slow
+def test_a_pickled_config_brings_the_method_along(tmp_path: Path) -> None:
+    import cloudpickle
+
+    (tmp_path / "config").write_bytes(cloudpickle.dumps(MoRAMConfig(r=3, k=7)))
+    run_afresh(
         f"import pickle; config = pickle.loads(open({str(tmp_path / 'config')!r}, 'rb').read())\n"
         "from peft import PeftType\n"
         "assert config.peft_type is PeftType.MORAM and (config.r, config.k) == (3, 7)"
     )
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for code in (by_import, by_pickle)
-    ]
-    for process in started:
-        _, stderr = process.communicate(timeout=200)
-        assert process.returncode == 0, stderr.decode()
+
+
+def test_a_module_follows_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "moram_trigger.py").write_text("done = True\n")
+    (tmp_path / "moram_follower.py").write_text("import moram_trigger\nseen = moram_trigger.done\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finders = list(sys.meta_path)
+    after_import("moram_trigger", "moram_follower")
+    importlib.import_module("json.tool")
+    assert "moram_follower" not in sys.modules
+    trigger = importlib.import_module("moram_trigger")
+    assert sys.modules["moram_follower"].seen
+    assert type(trigger.__loader__) is type(json.__loader__)
+    assert sys.meta_path == finders
+    del sys.modules["moram_follower"]
+    after_import("moram_trigger", "moram_follower")
+    assert sys.modules["moram_follower"].seen
 
 
 def test_registering_twice_is_harmless_and_other_releases_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +407,7 @@ def test_a_base_of_another_shape_is_refused(saved: Any) -> None:
 def test_a_base_in_another_dtype_is_taken_with_a_warning(saved: Any) -> None:
     from peft import PeftModel
 
-    with pytest.warns(UserWarning, match="another format than at selection time, so it is not verified"):
+    with pytest.warns(UserWarning, match="base of 14 layers .* is stored in another format .* not verified"):
         PeftModel.from_pretrained(small_llama().bfloat16(), saved[0])
 
 
