@@ -69,7 +69,7 @@ def moram_linear(
     bias_O: torch.Tensor | None = None,
     formulation: Chosen = "frugal",
 ) -> torch.Tensor:
-    """Forward pass of a MoRAM layer (Methods of the paper: W + M * (B A)).
+    """Forward pass of a MoRAM layer, differentiable once: x (W + s M * (B A))^T + b.
 
     Args:
         x: [..., I], any floating dtype; it is the dtype of the result and of the products.
