@@ -180,8 +180,9 @@ def patch(layer: nn.Module, index_OK: torch.Tensor, values_OK: torch.Tensor) -> 
     """Add ``values_OK`` to a dense weight at the selected places, rounding once; returns the old values [O, K]."""
     weight: Any = layer.weight
     weight_OI: torch.Tensor = weight.data.mT if base_weight(layer).transposed else weight.data
-    old_OK = weight_OI.gather(1, index_OK)
-    weight_OI.scatter_(1, index_OK, (old_OK.to(values_OK.dtype) + values_OK).to(weight.dtype))
+    columns_OK = index_OK.long()
+    old_OK = weight_OI.gather(1, columns_OK)
+    weight_OI.scatter_(1, columns_OK, (old_OK.to(values_OK.dtype) + values_OK).to(weight.dtype))
     return old_OK
 
 
@@ -189,4 +190,4 @@ def patch(layer: nn.Module, index_OK: torch.Tensor, values_OK: torch.Tensor) -> 
 def restore(layer: nn.Module, index_OK: torch.Tensor, old_OK: torch.Tensor) -> None:
     """Undo :func:`patch`, bit for bit."""
     weight: Any = layer.weight
-    (weight.data.mT if base_weight(layer).transposed else weight.data).scatter_(1, index_OK, old_OK)
+    (weight.data.mT if base_weight(layer).transposed else weight.data).scatter_(1, index_OK.long(), old_OK)

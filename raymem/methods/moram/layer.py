@@ -213,7 +213,7 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """The whole update [O, I] (for Conv1D [I, O]) as a dense matrix, in fp32 at least."""
         values_OK = self.selected_delta(adapter)
         dense_OI = torch.zeros(self.out_features, self.in_features, dtype=values_OK.dtype, device=values_OK.device)
-        dense_OI.scatter_(1, self.moram_index[adapter], values_OK)
+        dense_OI.scatter_(1, self.moram_index[adapter].long(), values_OK)
         return dense_OI.mT if base_weight(self.get_base_layer()).transposed else dense_OI
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -302,7 +302,7 @@ def _requantised(base: BaseWeight, index_OK: torch.Tensor, values_OK: torch.Tens
     old: Any = base.weight
     whole_OI = torch.empty(index_OK.shape[0], base.quant_state.shape[1], device=index_OK.device)
     base.rows().read(slice(0, len(whole_OI)), whole_OI)
-    whole_OI.scatter_add_(1, index_OK, values_OK.float())
+    whole_OI.scatter_add_(1, index_OK.long(), values_OK.float())
     packed = bnb.nn.Params4bit(
         whole_OI.to(base.quant_state.dtype),
         requires_grad=False,

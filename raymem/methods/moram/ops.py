@@ -118,12 +118,17 @@ class _Chunks:
         """The buffer's part for these rows; whatever it held is overwritten."""
         return self._buffer_CI[: rows.stop - rows.start]
 
+    def index(self, rows: slice) -> torch.Tensor:
+        """The selected columns of these rows [C, K], as gathers want them: CPUs take int32."""
+        index_CK = self._index_OK[rows]
+        return index_CK if index_CK.device.type == "cpu" else index_CK.long()
+
     def factor_B(self, rows: slice) -> torch.Tensor:
         return self._B_OR[rows].to(self.work_dtype)
 
     def weight(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Rows of W + s M * (B A) [C, I]; valid until the buffer is used again."""
-        buffer_CI, index_CK = self.buffer(rows), self._index_OK[rows]
+        buffer_CI, index_CK = self.buffer(rows), self.index(rows)
         torch.mm(self.factor_B(rows), self._A_RI, out=buffer_CI)
         delta_CK = buffer_CI.gather(1, index_CK).mul_(self._scale)
         self._reader.read(rows, buffer_CI)
@@ -133,12 +138,12 @@ class _Chunks:
         """Rows of the sampled gradient S [C, K], picked from a chunk of the dense weight gradient."""
         grad_CT, buffer_CI = grad_TO[:, rows].mT, self.buffer(rows)
         dense_CI = torch.mm(grad_CT, x_TI, out=buffer_CI if buffer_CI.dtype == x_TI.dtype else None)
-        return dense_CI.gather(1, self._index_OK[rows])
+        return dense_CI.gather(1, self.index(rows))
 
     def factor_gradients(self, rows: slice, sampled_CK: torch.Tensor, grad_A_RI: torch.Tensor) -> torch.Tensor:
         """Rows of grad B [C, R]; adds their part to grad A."""
         dense_CI = self.buffer(rows).zero_()
-        dense_CI.scatter_(1, self._index_OK[rows], sampled_CK.to(self.work_dtype) * self._scale)
+        dense_CI.scatter_(1, self.index(rows), sampled_CK.to(self.work_dtype) * self._scale)
         grad_A_RI.addmm_(self.factor_B(rows).mT, dense_CI)
         return dense_CI @ self._A_RI.mT
 
@@ -237,5 +242,5 @@ def selected_delta(
     chunks = _Chunks(None, index_OK, factor_A_RI, factor_B_OR, call)
     delta_OK = torch.empty(index_OK.shape, dtype=chunks.work_dtype, device=index_OK.device)
     for rows in chunks.rows:
-        delta_OK[rows] = chunks.weight(rows, chunks.work_dtype).gather(1, index_OK[rows])
+        delta_OK[rows] = chunks.weight(rows, chunks.work_dtype).gather(1, chunks.index(rows))
     return delta_OK
