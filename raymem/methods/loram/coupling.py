@@ -59,7 +59,8 @@ class Member:
 class Group:
     """Units of one kind in one decoder layer, and all that belongs to them."""
 
-    name: Literal["attn", "mlp"]
+    name: str
+    """``attn`` or ``mlp``."""
     num_units: int
     members: tuple[Member, ...]
     rounds_up: bool = False

@@ -30,8 +30,8 @@ class Size:
     linear_parameters: int
     """Those of the linear layers inside decoder layers (and OPT's projections), which NF4 quantises."""
     nf4_bytes: int
-    """With linear layers in NF4 and double quantisation, all else (embeddings, output head, norms, biases) in bf16: what
-    bitsandbytes really stores, but for a table of 1 KiB per linear layer."""
+    """With linear layers in NF4 and double quantisation and all else (embeddings, output head, norms, biases) in bf16:
+    what bitsandbytes really stores, but for a table of 1 KiB per linear layer."""
 
     @property
     def bf16_bytes(self) -> int:
