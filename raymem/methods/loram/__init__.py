@@ -1,7 +1,7 @@
 """LoRAM: train LoRA on a pruned model, recover it for the full one (arXiv 2502.13533)."""
 
 from raymem.methods.loram.config import PruneOptions
-from raymem.methods.loram.manifest import Manifest, read_manifest
+from raymem.methods.loram.manifest import Manifest, mark_aligned, read_manifest
 from raymem.methods.loram.nonuniform import load_pruned, pruned_layers
 from raymem.methods.loram.plan import Plan, plan_pruning
 from raymem.methods.loram.prune import prune_model
@@ -15,6 +15,7 @@ __all__ = [
     "PruneOptions",
     "Verification",
     "load_pruned",
+    "mark_aligned",
     "plan_pruning",
     "prune_model",
     "pruned_layers",

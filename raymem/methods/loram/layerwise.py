@@ -4,7 +4,7 @@ What a layer is called with beside the hidden states (masks, rotary embeddings, 
 only. It is recorded by running the stock model on *hollow* weights: a tensor of full shape over a single zero. So any
 architecture's own code decides it, and no weight is read. All arithmetic here is in fp32.
 
-Legend: N texts, T tokens, H hidden size, V vocabulary.
+Legend: n texts, T tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ class LayerwiseModel:
                 _assign(self._model, name, buffer.to(self.device))
         self._calls = self._record(length)
 
-    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """What the first layer is called with, [1, T, H].
+    def embed(self, ids_nT: torch.Tensor) -> torch.Tensor:
+        """What the first layer is called with, [n, T, H].
 
-        Reads everything outside the layers but the output head.
+        Reads everything outside the layers but the output head; :meth:`drop_rest` forgets it.
         """
         self._fill(self._without(self._model.get_output_embeddings()))
         found: list[torch.Tensor] = []
-        self._run_until_layer(0, lambda hidden, args, kwargs: found.append(hidden.detach()), ids_T)
+        self._run_until_layer(0, lambda hidden, args, kwargs: found.append(hidden.detach()), ids_nT)
         return found[0]
 
     def loss_gradient(self, hidden_1TH: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
         """Gradient [1, T, H] of the mean next-token loss of one text with respect to the last layer's output.
 
-        Reads everything outside the layers but the input embedding (unless it is tied to the head).
+        Reads everything outside the layers but the input embedding (unless it is tied); :meth:`drop_rest` forgets it.
         """
         self._fill(self._without(self._model.get_input_embeddings()))
         hidden_1TH = hidden_1TH.detach().to(self.device).requires_grad_(True)
@@ -78,6 +78,10 @@ class LayerwiseModel:
             self._model(inputs_embeds=inputs, labels=ids_1T, use_cache=False).loss.backward()
         assert hidden_1TH.grad is not None
         return hidden_1TH.grad
+
+    def drop_rest(self) -> None:
+        """Forget the weights outside the layers."""
+        self._hollow(self._rest)
 
     def load_layer(self, layer: int) -> nn.Module:
         """A decoder layer with its weights in fp32; it keeps them until :meth:`drop_layer`."""
@@ -92,10 +96,10 @@ class LayerwiseModel:
         for name, parameter in list(self._layers[layer].named_parameters()):
             _assign(self._layers[layer], name, parameter.detach().to("meta"))
 
-    def run_layer(self, layer: int, hidden_1TH: torch.Tensor) -> torch.Tensor:
-        """Output [1, T, H] of a loaded layer for one text, called as the stock model would."""
+    def run_layer(self, layer: int, hidden_nTH: torch.Tensor) -> torch.Tensor:
+        """Output [n, T, H] of a loaded layer for some texts, called as the stock model would."""
         args, kwargs = self._calls[layer]
-        output = self._layers[layer](hidden_1TH.to(self.device), *args, **kwargs)
+        output = self._layers[layer](hidden_nTH.to(self.device), *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -105,7 +109,7 @@ class LayerwiseModel:
         def record(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.append((args, {name: value for name, value in kwargs.items() if name not in _NOT_PASSED}))
 
-        self._run_until_layer(len(self._layers) - 1, record, torch.zeros(length, dtype=torch.int64))
+        self._run_until_layer(len(self._layers) - 1, record, torch.zeros(1, length, dtype=torch.int64))
         return calls
 
     @torch.no_grad()
@@ -113,7 +117,7 @@ class LayerwiseModel:
         self,
         last: int,
         see: Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], None],
-        ids_T: torch.Tensor,
+        ids_nT: torch.Tensor,
     ) -> None:
         """Run the stock model with layers that return their input; ends when layer ``last`` was called."""
 
@@ -125,7 +129,7 @@ class LayerwiseModel:
 
         with _calling(self._layers, call):
             try:
-                self._model(input_ids=ids_T[None].to(self.device), use_cache=False)
+                self._model(input_ids=ids_nT.to(self.device), use_cache=False)
             except _Recorded:
                 return
         raise AssertionError("the model never called its last layer")

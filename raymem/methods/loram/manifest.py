@@ -11,8 +11,9 @@ from typing import Any
 
 from raymem.errors import ModelError
 from raymem.methods.loram.coupling import Coupling
+from raymem.methods.loram.nonuniform import counts_of, read_config
 from raymem.methods.loram.placement import Kept
-from raymem.methods.loram.source import Source
+from raymem.methods.loram.source import Source, open_source
 from raymem.methods.loram.tensorfiles import digest, write_json
 
 MANIFEST = "loram_manifest.json"
@@ -49,7 +50,8 @@ class Manifest:
         Raises:
             StorageError: it cannot be written.
         """
-        write_json(directory / MANIFEST, {"format": _FORMAT, **dataclasses.asdict(self), "kept": _kept_json(self.kept)})
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        write_json(directory / MANIFEST, {"format": _FORMAT, **values, "kept": _kept_json(self.kept)})
 
 
 def read_manifest(directory: str | Path, *, with_weights: bool = True) -> Manifest:
@@ -74,6 +76,26 @@ def read_manifest(directory: str | Path, *, with_weights: bool = True) -> Manife
             found = Path(directory) / file
             if not found.is_file() or found.stat().st_size != size:
                 raise ModelError(f"{found} is missing or not of {size} bytes, as {MANIFEST} says; copy or prune again")
+    return manifest
+
+
+def mark_aligned(aligned: str | Path, pruned: str | Path, facts: Mapping[str, Any]) -> Manifest:
+    """Give a pruned model whose weights were trained further (LoRAM's alignment) its manifest.
+
+    Args:
+        aligned: what was saved after the training of ``pruned``.
+        facts: about the training, plain JSON values that tell it from others (a key of it, steps, data).
+
+    Raises:
+        ModelError: ``aligned`` has other sizes than ``pruned``, or is no complete model.
+        StorageError: the manifest cannot be written.
+    """
+    directory, manifest = Path(aligned), read_manifest(pruned)
+    if counts_of(read_config(directory)) != counts_of(read_config(pruned)):
+        raise ModelError(f"{aligned} is not of the sizes of {pruned}; give what was trained from it")
+    files = {file: (directory / file).stat().st_size for file in open_source(directory).identity["files"]}
+    manifest = dataclasses.replace(manifest, files=files, aligned=dict(facts))
+    manifest.write(directory)
     return manifest
 
 

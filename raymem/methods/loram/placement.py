@@ -16,6 +16,9 @@ Kept = Mapping[int, Mapping[str, Sequence[int]]]
 """Layer -> group -> ascending kept units, of the layers that are pruned."""
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 @dataclass(frozen=True)
 class Axis:
     """What is kept along one axis of a full weight."""
@@ -27,6 +30,9 @@ class Axis:
 
     def take(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """The kept part of a full tensor."""
+        if dim == 1 and tensor.device.type == "cpu":
+            bits = tensor.view(_INTEGERS[tensor.element_size()]).numpy()  # torch's own gather takes three times as long
+            return torch.from_numpy(bits.take(self.indices_K.numpy(), axis=1)).view(tensor.dtype)
         return tensor.index_select(dim, self.indices_K.to(tensor.device))
 
     def put(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 Files in the job's ``work`` directory, all fp32 and keyed by text: ``hidden-i`` is what layer i is called with,
 ``gradient-i`` the gradient of the loss with respect to it, ``scores-i`` the scores of its units.
 
-Legend: N texts, T tokens, H hidden size, I inputs of a linear layer.
+Legend: N texts, n of them, T tokens, H hidden size, I inputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from raymem.errors import ModelError
 from raymem.methods.loram.job import CALIBRATION, PruneJob, shard_name, write_shard
 from raymem.methods.loram.layerwise import LayerwiseModel
 from raymem.methods.loram.masks import sparsegpt, wanda_mask
 from raymem.methods.loram.scores import taylor_scores, wanda_scores
 from raymem.methods.loram.tensorfiles import DTYPES, Spec, read_header, read_tensor, save_tensors, write_tensors
+
+_BATCH_TOKENS = 1024
 
 
 def calibration(job: PruneJob) -> torch.Tensor:
@@ -36,7 +37,8 @@ def scores(job: PruneJob, layer: int) -> dict[str, torch.Tensor]:
 def embed(job: PruneJob, model: LayerwiseModel) -> None:
     """Write ``hidden-0``."""
     ids_NT = calibration(job)
-    _write_texts(job, "hidden-0", lambda text: model.embed(ids_NT[text]))
+    _write_texts(job, "hidden-0", lambda texts: model.embed(ids_NT[texts.start : texts.stop]))
+    model.drop_rest()
 
 
 def forward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
@@ -46,7 +48,7 @@ def forward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
     statistics = _SquareSums(module, job.coupling.linears if observe else ())
     with torch.no_grad(), statistics:
         _write_texts(
-            job, f"hidden-{layer + 1}", lambda text: model.run_layer(layer, _text(job, f"hidden-{layer}", text))
+            job, f"hidden-{layer + 1}", lambda texts: model.run_layer(layer, _texts(job, f"hidden-{layer}", texts))
         )
     if observe:
         weights = {path: _linear(module, path).weight for path in job.coupling.linears}
@@ -59,10 +61,12 @@ def loss(job: PruneJob, model: LayerwiseModel) -> None:
     """Write the gradient of the mean loss over all texts with respect to the last layer's output."""
     ids_NT, last = calibration(job), job.coupling.num_layers
 
-    def gradient(text: int) -> torch.Tensor:
-        return model.loss_gradient(_text(job, f"hidden-{last}", text), ids_NT[text]) / len(ids_NT)
+    def gradient(texts: range) -> torch.Tensor:
+        return model.loss_gradient(_texts(job, f"hidden-{last}", texts), ids_NT[texts.start]) / len(ids_NT)
 
-    _write_texts(job, f"gradient-{last}", gradient)
+    one_by_one = [range(text, text + 1) for text in range(len(ids_NT))]  # logits are the largest activations of all
+    _write_texts(job, f"gradient-{last}", gradient, one_by_one)
+    model.drop_rest()
 
 
 def backward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
@@ -77,12 +81,12 @@ def backward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
     for linear in linears.values():
         linear.weight.requires_grad_(scored)
 
-    def gradient(text: int) -> torch.Tensor:
-        hidden_1TH = _text(job, f"hidden-{layer}", text).to(model.device).requires_grad_(True)
-        after_1TH = _text(job, f"gradient-{layer + 1}", text).to(model.device)
-        model.run_layer(layer, hidden_1TH).backward(after_1TH)  # type: ignore[no-untyped-call]
-        assert hidden_1TH.grad is not None
-        return hidden_1TH.grad
+    def gradient(texts: range) -> torch.Tensor:
+        hidden_nTH = _texts(job, f"hidden-{layer}", texts).to(model.device).requires_grad_(True)
+        after_nTH = _texts(job, f"gradient-{layer + 1}", texts).to(model.device)
+        model.run_layer(layer, hidden_nTH).backward(after_nTH)  # type: ignore[no-untyped-call]
+        assert hidden_nTH.grad is not None
+        return hidden_nTH.grad
 
     _write_texts(job, f"gradient-{layer}", gradient)
     if scored:
@@ -101,11 +105,11 @@ def mask(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
     Statistics are those of the dense layer on the outputs of the pruned layers before it, as in both authors' codes.
     """
     module, prefix = model.load_layer(layer), job.coupling.prefix(layer)
-    linears, texts = job.coupling.linears, range(len(calibration(job)))
+    linears = job.coupling.linears
     statistics = (_GramSums if job.options.criterion == "sparsegpt" else _SquareSums)(module, linears)
     with torch.no_grad(), statistics:
-        for text in texts:
-            model.run_layer(layer, _text(job, f"hidden-{layer}", text))
+        for texts in _batches(job):
+            model.run_layer(layer, _texts(job, f"hidden-{layer}", texts))
     ratio = job.options.ratio_of(layer, job.coupling.num_layers)
     entries = job.source.layer(job.coupling, layer)
 
@@ -126,7 +130,7 @@ def mask(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
     with torch.no_grad():
         write_shard(job, shard_name(job, layer), entries, specs, make, None)
         _write_texts(
-            job, f"hidden-{layer + 1}", lambda text: model.run_layer(layer, _text(job, f"hidden-{layer}", text))
+            job, f"hidden-{layer + 1}", lambda texts: model.run_layer(layer, _texts(job, f"hidden-{layer}", texts))
         )
     model.drop_layer(layer)
 
@@ -191,22 +195,38 @@ def _key(text: int) -> str:
     return f"{text:06d}"
 
 
-def _text(job: PruneJob, name: str, text: int) -> torch.Tensor:
-    """One text [1, T, H] of a file in ``work``."""
-    return _read(job.work, f"{name}.safetensors", _key(text))[None]
+def _texts(job: PruneJob, name: str, texts: range) -> torch.Tensor:
+    """Some texts [n, T, H] of a file in ``work``."""
+    _, entries = read_header(job.work, f"{name}.safetensors")
+    return torch.stack([read_tensor(job.work, entries[_key(text)]) for text in texts])
 
 
 def _read(directory: Path, file: str, key: str) -> torch.Tensor:
     _, entries = read_header(directory, file)
-    if key not in entries:
-        raise ModelError(f"{directory / file} lacks {key}; remove {directory.parent} and prune again")
     return read_tensor(directory, entries[key])
 
 
-def _write_texts(job: PruneJob, name: str, make: Callable[[int], torch.Tensor]) -> None:
-    """Write one tensor [T, H] for every text, each computed when it is written."""
-    ids_NT = calibration(job)
-    hidden = job.source.config().hidden_size
-    specs = {_key(text): Spec((ids_NT.shape[1], hidden), torch.float32) for text in range(len(ids_NT))}
-    path = job.work / f"{name}.safetensors"
-    write_tensors(path, specs, lambda key: make(int(key))[0].detach().float().cpu(), {})
+def _batches(job: PruneJob) -> list[range]:
+    """Texts that go through a layer together: their activations stay small beside its weights."""
+    count, length = calibration(job).shape
+    size = max(1, _BATCH_TOKENS // length)
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _write_texts(
+    job: PruneJob, name: str, make: Callable[[range], torch.Tensor], batches: list[range] | None = None
+) -> None:
+    """Write one tensor [T, H] for every text; ``make`` computes a batch [n, T, H] when its first text is written."""
+    length, hidden = calibration(job).shape[1], job.source.config().hidden_size
+    batches = batches or _batches(job)
+    by_key = {_key(text): batch for batch in batches for text in batch}
+    computed: dict[str, torch.Tensor] = {}
+
+    def take(key: str) -> torch.Tensor:
+        if key not in computed:
+            found_nTH = make(by_key[key]).detach().float().cpu()
+            computed.update(zip(map(_key, by_key[key]), found_nTH, strict=True))
+        return computed.pop(key)
+
+    specs = {key: Spec((length, hidden), torch.float32) for key in by_key}
+    write_tensors(job.work / f"{name}.safetensors", specs, take, {})

@@ -87,7 +87,6 @@ def tiny_config(config: Any) -> Any:
         "ffn_dim": _NEURONS,
         "num_hidden_layers": 3,
         "vocab_size": _VOCABULARY,
-        "max_position_embeddings": 64,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -149,7 +149,7 @@ def test_transformers_is_left_as_it_was(pruned: Path) -> None:
     """Also by an error while building, and for full models that are built inside."""
     before = random_model("llama")
     config = AutoConfig.from_pretrained(pruned)
-    with pytest.raises(AttributeError), pruned_layers(config):
+    with pytest.raises(ValueError, match="Unrecognized"), pruned_layers(config):
         AutoModelForCausalLM.from_config(None)
     with pruned_layers(config):
         inside = AutoModelForCausalLM.from_config(config_of("llama"))
@@ -220,6 +220,15 @@ def test_steps_may_run_in_any_order_that_after_allows(full: Path, tmp_path: Path
         waiting.remove(step)
     commit(job)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_late_step_of_a_committed_job_does_nothing(full: Path, tmp_path: Path) -> None:
+    job = open_job(full, tmp_path / "pruned", RANDOM)
+    prune_model(full, tmp_path / "pruned", RANDOM)
+    for step in steps(job):
+        run_step(job, step)
+    assert commit(job) == read_manifest(tmp_path / "pruned")
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
 def test_another_seed_keeps_other_units(full: Path, pruned: Path, tmp_path: Path) -> None:

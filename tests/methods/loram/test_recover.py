@@ -17,6 +17,7 @@ from raymem.errors import ModelError, RecoveryMismatch
 from raymem.methods.loram import (
     PruneOptions,
     load_pruned,
+    mark_aligned,
     prune_model,
     read_manifest,
     recover_adapter,
@@ -123,6 +124,25 @@ def test_ratio_zero_is_lora(llama: Path, tmp_path: Path) -> None:
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
 
+def test_an_aligned_model_recovers_into_the_original(llama: Path, tmp_path: Path) -> None:
+    """Trained further after pruning: other weights, the same units; the adapter belongs to it alone."""
+    model = load_pruned(llama / "pruned")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "aligned")
+    with pytest.raises(ModelError, match="is not of the sizes"):
+        mark_aligned(llama / "full", llama / "pruned", {})
+    manifest = mark_aligned(tmp_path / "aligned", llama / "pruned", {"steps": 3})
+    assert manifest.digest != read_manifest(llama / "pruned").digest
+    train_lora(tmp_path / "aligned", tmp_path / "adapter")
+    stamp_adapter(tmp_path / "adapter", tmp_path / "aligned")
+    with pytest.raises(RecoveryMismatch, match="was trained on another pruned model"):
+        recover_adapter(tmp_path / "adapter", llama / "pruned", tmp_path / "recovered")
+    recover_adapter(tmp_path / "adapter", tmp_path / "aligned", tmp_path / "recovered")
+    checked = verify_recovery(tmp_path / "adapter", tmp_path / "aligned", tmp_path / "recovered", full=llama / "full")
+    assert checked.num_weights is None and checked.logit_difference is not None
+
+
 @pytest.mark.parametrize("criterion", ["magnitude", "sparsegpt"])
 def test_of_zeros_in_dense_weights_recovery_is_the_identity(llama: Path, criterion: Any, tmp_path: Path) -> None:
     options = PruneOptions(structure="2:4", criterion=criterion, keep_first=0, keep_last=0)
@@ -158,6 +178,14 @@ def test_the_result_names_the_full_base(llama: Path, tmp_path: Path) -> None:
     ]
     assert recover_adapter(adapter, llama / "pruned", out) == out
     assert sorted(path.name for path in out.parent.iterdir()) == ["recovered"]
+
+
+def test_a_tied_head_may_be_a_target(tmp_path: Path) -> None:
+    prune_model(save(tmp_path / "full", "qwen3"), tmp_path / "pruned", RATIOS)
+    targets = ["q_proj", "lm_head"]
+    train_lora(tmp_path / "pruned", tmp_path / "adapter", target_modules=targets)
+    recover_adapter(tmp_path / "adapter", tmp_path / "pruned", tmp_path / "recovered")
+    verify_recovery(tmp_path / "adapter", tmp_path / "pruned", tmp_path / "recovered", full=tmp_path / "full")
 
 
 def test_the_head_may_be_a_target(llama: Path, tmp_path: Path) -> None:

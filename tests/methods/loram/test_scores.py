@@ -95,6 +95,18 @@ def test_streamed_magnitude_keeps_the_largest_units(family: str, tmp_path: Path)
         assert kept == sorted(expected.topk(len(expected) // 2).indices.tolist())
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "wanda"])
+def test_scores_do_not_depend_on_how_texts_are_batched(
+    criterion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = run_all(tmp_path / "together", "gemma3", criterion, IDS)
+    monkeypatch.setattr(sweeps, "_BATCH_TOKENS", 32)  # two texts, then the third
+    apart = run_all(tmp_path / "apart", "gemma3", criterion, IDS)
+    for layer in (1, 2):
+        for group, expected in sweeps.scores(together, layer).items():
+            torch.testing.assert_close(sweeps.scores(apart, layer)[group], expected, rtol=1e-5, atol=1e-8)
+
+
 def test_magnitude_scores_sum_squares_of_everything_that_goes() -> None:
     group = Group("mlp", 3, (Member("up", "out", ((0, 2),)), Member("down", "in", ((0, 1),))))
     up, down = torch.randn(6, 5000), torch.randn(700, 3)
