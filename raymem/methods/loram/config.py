@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from raymem.errors import RecipeError
+from raymem.methods import OPTIONS_RULES
 
 Criterion = Literal["random", "magnitude", "taylor", "wanda", "sparsegpt"]
 Structure = Literal["units", "2:4", "4:8", "unstructured"]
@@ -25,8 +26,10 @@ class PruneOptions:
     """How a model is pruned (LoRAM, arXiv 2502.13533, section 3).
 
     Raises:
-        RecipeError: a value outside its range, or options that do not go together.
+        ValueError: a value out of range, or options that do not go together; the message starts with the field's name.
     """
+
+    __pydantic_config__: ClassVar = OPTIONS_RULES
 
     structure: Structure = "units"
     """``units`` removes whole KV groups and neurons, which is what saves memory. ``2:4``, ``4:8`` and ``unstructured``
@@ -49,22 +52,22 @@ class PruneOptions:
     def __post_init__(self) -> None:
         for name, allowed in (("structure", get_args(Structure)), ("criterion", get_args(Criterion))):
             if getattr(self, name) not in allowed:
-                raise RecipeError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
         if self.criterion not in CRITERIA[self.structure]:
-            raise RecipeError(
+            raise ValueError(
                 f"criterion: {self.criterion} cannot choose what goes under structure: {self.structure}; "
                 f"choose one of {', '.join(CRITERIA[self.structure])}"
             )
         for place, ratio in [("ratio", self.ratio), *_named(self.layer_ratios)]:
             if not 0 <= ratio < 1:
-                raise RecipeError(f"{place}: {ratio} is outside [0, 1); it is the share that is pruned away")
+                raise ValueError(f"{place}: {ratio} is outside [0, 1); it is the share that is pruned away")
             if ":" in self.structure and ratio not in (0, 0.5):
-                raise RecipeError(
+                raise ValueError(
                     f"{place}: {ratio} contradicts structure: {self.structure}, which removes 0.5; set 0.5"
                 )
         for name, least in (("keep_first", 0), ("keep_last", 0), ("round_to", 1)):
             if getattr(self, name) < least:
-                raise RecipeError(f"{name}: {getattr(self, name)} is too small; it is at least {least}")
+                raise ValueError(f"{name}: {getattr(self, name)} is too small; it is at least {least}")
 
     @property
     def needs_calibration(self) -> bool:

@@ -51,8 +51,9 @@ def forward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
             job, f"hidden-{layer + 1}", lambda texts: model.run_layer(layer, _texts(job, f"hidden-{layer}", texts))
         )
     if observe:
-        weights = {path: _linear(module, path).weight for path in job.coupling.linears}
-        found = {group.name: wanda_scores(group, weights, statistics.sums) for group in job.coupling.groups}
+        weights = {path: _linear(module, path).weight.cpu() for path in job.coupling.linears}
+        square_sums = {path: sums.cpu() for path, sums in statistics.sums.items()}
+        found = {group.name: wanda_scores(group, weights, square_sums) for group in job.coupling.groups}
         save_tensors(job.work / f"scores-{layer}.safetensors", found)
     model.drop_layer(layer)
 
@@ -118,11 +119,11 @@ def mask(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
         path, _, parameter = name.removeprefix(prefix).rpartition(".")
         if path not in linears or parameter != "weight":
             return tensor
-        sums = statistics.sums.pop(path).cpu()
+        sums, structure = statistics.sums.pop(path), job.options.structure
         if job.options.criterion == "sparsegpt":
-            tensor = sparsegpt(tensor, sums, job.options.structure, ratio).to(tensor.dtype)
+            tensor = sparsegpt(tensor.to(model.device), sums, structure, ratio).to("cpu", tensor.dtype)
         else:
-            tensor = tensor * wanda_mask(tensor, sums, job.options.structure, ratio)
+            tensor = tensor * wanda_mask(tensor, sums.cpu(), structure, ratio)
         _linear(module, path).weight.copy_(tensor)
         return tensor
 

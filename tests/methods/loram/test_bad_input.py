@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from raymem.errors import DataError, ModelError, RecipeError, StorageError
 from raymem.methods.loram import PruneOptions, prune_model
 from raymem.methods.loram.job import open_job
-from raymem.methods.loram.manifest import MANIFEST
+from raymem.methods.loram.manifest import MANIFEST, read_manifest
 from raymem.methods.loram.steps import run_step, steps
 
 RANDOM = PruneOptions(keep_first=1, keep_last=1)
@@ -77,6 +77,16 @@ def test_weights_of_another_config_are_refused(full: Path, tmp_path: Path) -> No
     (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
     with pytest.raises(ModelError, match="config and weights do not belong together"):
         prune_model(broken, tmp_path / "pruned", RANDOM)
+
+
+def test_a_damaged_result_is_noticed(full: Path, tmp_path: Path) -> None:
+    prune_model(full, tmp_path / "pruned", RANDOM)
+    shard = tmp_path / "pruned" / "model-00002-of-00005.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(ModelError, match=f"{shard.name} is missing or not of"):
+        read_manifest(tmp_path / "pruned")
+    with pytest.raises(ModelError, match=f"{shard.name} is missing or not of"):
+        prune_model(full, tmp_path / "pruned", RANDOM)
 
 
 def test_a_full_disk_is_one_sentence_and_the_job_goes_on(

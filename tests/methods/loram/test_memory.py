@@ -59,7 +59,8 @@ def test_a_step_holds_one_layer(full: Path, criterion: Any, layers: float, tmp_p
     job = open_job(full, tmp_path / "pruned", options, IDS if options.needs_calibration else None)
     found = peaks(job)
     inside = {name: peak for name, peak in found.items() if name not in ("embed", "loss")}
-    assert max(inside.values()) < layers * layer_bytes(job), inside
+    used = max(inside.values()) / layer_bytes(job)
+    assert 0.5 * layers < used < layers, inside
 
 
 def test_nf4_trains_recovers_and_weighs_what_the_plan_says(tmp_path: Path) -> None:
