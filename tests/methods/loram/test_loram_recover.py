@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, config_of, logits, random_model, save, token_ids
+from loram_families import FAMILIES, config_of, logits, random_model, save, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import config_of, random_model, save, token_ids
+from loram_families import config_of, random_model, save, token_ids
 
 from raymem.methods.loram import PruneOptions, sweeps
 from raymem.methods.loram.coupling import Group, Member, couple

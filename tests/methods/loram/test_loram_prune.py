@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, config_of, logits, random_model, save, token_ids
+from loram_families import FAMILIES, config_of, logits, random_model, save, token_ids
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import save, token_ids
+from loram_families import save, token_ids
 from safetensors.torch import load_file, save_file
 
 from raymem.errors import DataError, ModelError, RecipeError, StorageError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, config_of
+from loram_families import FAMILIES, config_of
 from transformers import AutoConfig, LlamaConfig, Phi3Config
 
 from raymem.errors import ModelError

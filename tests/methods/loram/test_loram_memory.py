@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import save, token_ids
+from loram_families import save, token_ids
 from peft import LoraConfig, get_peft_model
 
 from raymem.memory.meter import PeakMeter
