@@ -132,8 +132,7 @@ def main() -> None:
     rows = [measure(name, rank, 1, rounds) for name in SETS for rank in (4, 32)]
     rows += [measure("large", rank, 2, rounds) for rank in (4, 32)]
     share = share_of_a_training_step(rounds)
-    provenance.save("mlorc_step", {"rows": rows, "share_of_a_training_step": share, "small": "16 x [1024, 1024] + 8 x [1024, 2816]",
-                                   "large": "[4096, 4096] + [11008, 4096] + [4096, 11008]"})  # fmt: skip
+    provenance.save("mlorc_step", {"rows": rows, "share_of_a_training_step": share, "sets": SETS})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Search space of MLorc over paths of a recipe with ``adapter: none`` and ``optimizer: {kind: mlorc_adamw}``.
 
-Rank is what the optimizer holds: r (m + n) numbers per moment of an m x n matrix; 4 is the paper's choice, and beyond 32
-there is little left to gain. The root space needs no repair of negative entries and is a little faster. The learning
+Rank is what the optimizer holds: r (m + n) numbers per moment of an m x n matrix; 4 is the paper's choice, and beyond
+32 there is little left to gain. The root space needs no repair of negative entries and is a little faster. The learning
 rate is searched beside them: it is that of full fine-tuning, not LoRA's.
 """
 

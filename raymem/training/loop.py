@@ -15,6 +15,7 @@ import torch
 from raymem.errors import NonFiniteError, OutOfMemory
 from raymem.memory.meter import PeakMeter, resident_tensors
 from raymem.seeds import derive
+from raymem.training import selection
 from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
 from raymem.training.data.batches import global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
@@ -102,6 +103,8 @@ class _Session:
         self.model = self.bare if self.layout.sharded else replicate(self.bare, self.layout)
         row: Row = {}
         for step in range(start, self.total_steps):
+            if selection.is_due(self.recipe, step):
+                selection.by_gradient(self.bare, self.recipe, self.layout, self.rows, self.sampler, step)
             row = self._step(step, first=start)
             done = step + 1
             if self._is_evaluated(done):
@@ -132,6 +135,7 @@ class _Session:
         check_identity(manifest.identity, self.identity, place)
         self.updater.allocate_state()
         self.checkpoints.load(manifest, self.updater.state())
+        selection.resumed(self.bare, self.recipe)
         self.eval_loss = manifest.eval_loss
         log.info("resuming from step %d (%s)", manifest.step, place)
         for row in manifest.rows:
