@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import TypeAdapter
 
 from raymem.training import compat
 from raymem.training import recipe as r
@@ -24,7 +24,7 @@ Relative paths count from where the command is started. A run is identified by `
 resume it. Worker count, micro-batch, schedule, length and reporting may change between sessions of a run; model, data,
 seed, global batch, adapter, optimizer kind and precision may not.
 """
-SECTIONS: dict[str, list[type[BaseModel]]] = {
+SECTIONS: dict[str, list[type]] = {
     "(top level)": [r.Recipe],
     "model": [r.ModelSection],
     "data": [r.DataSection],
@@ -32,7 +32,7 @@ SECTIONS: dict[str, list[type[BaseModel]]] = {
     "base": [r.FullBase],
     "adapter": [r.NoAdapter, r.LoraAdapter],
     "activations": [r.NoActivationSaving, r.Checkpointing],
-    "optimizer": [r.AdamW],
+    "optimizer": [r.AdamW, r.MLorcAdamWOptions, r.MLorcLionOptions],
     "train": [r.TrainSection],
     "scaling": [r.ScalingSection],
     "storage": [r.StorageSection],
@@ -52,11 +52,11 @@ def page() -> str:
     return "\n".join(parts).replace("``", "`")
 
 
-def _table(model: type[BaseModel]) -> str:
-    properties = model.model_json_schema()["properties"]
-    required = set(model.model_json_schema().get("required", ()))
-    kind = model.model_fields.get("kind")
-    text = f"`kind: {kind.default}`: {_sentence(model)}\n\n" if kind is not None else f"{_sentence(model)}\n\n"
+def _table(model: type) -> str:
+    schema = TypeAdapter(model).json_schema()
+    properties, required = schema["properties"], set(schema.get("required", ()))
+    kind = r.kind_of(model)
+    text = f"`kind: {kind}`: {_sentence(model)}\n\n" if kind is not None else f"{_sentence(model)}\n\n"
     rows = []
     for name, facts in properties.items():
         if name == "kind":
@@ -70,7 +70,7 @@ def _table(model: type[BaseModel]) -> str:
     return text + "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def _sentence(model: type[BaseModel]) -> str:
+def _sentence(model: type) -> str:
     return (model.__doc__ or "").strip().splitlines()[0]
 
 

@@ -30,6 +30,19 @@ def _full_training(recipe: Recipe) -> bool:
     return recipe.adapter.kind == "none"
 
 
+def _mlorc(recipe: Recipe) -> bool:
+    return recipe.optimizer.kind in ("mlorc_adamw", "mlorc_lion")
+
+
+def _in_backward(recipe: Recipe) -> bool:
+    return _mlorc(recipe) and getattr(recipe.optimizer, "step_in_backward", False)
+
+
+def _most_workers(recipe: Recipe) -> int:
+    workers = recipe.scaling.num_workers
+    return max(1, workers[1] if isinstance(workers, tuple) else workers)
+
+
 def _dtype_clash(recipe: Recipe) -> bool:
     dtype, precision = recipe.model.dtype, recipe.train.precision
     if dtype == "auto":
@@ -57,6 +70,36 @@ RULES: tuple[Rule, ...] = (
         "random weights are not worth quantising, and this is not tested",
         "give model.name",
         lambda r: _nf4(r) and r.model.config is not None,
+    ),
+    Rule(
+        ("optimizer: mlorc_adamw or mlorc_lion", "an adapter"),
+        "the factors of an adapter are already of low rank, so there is nothing to compress",
+        "use adapter: none, or optimizer: adamw",
+        lambda r: _mlorc(r) and not _full_training(r),
+    ),
+    Rule(
+        ("optimizer.step_in_backward: true", "train.clip_norm"),
+        "the norm of all gradients is known only when all of them are there",
+        "set train.clip_norm: null",
+        lambda r: _in_backward(r) and r.train.clip_norm is not None,
+    ),
+    Rule(
+        ("optimizer.step_in_backward: true", "gradient accumulation"),
+        "a gradient is used up before the next micro-batch could add to it",
+        "make train.global_batch equal to train.micro_batch times the number of workers",
+        lambda r: _in_backward(r) and r.train.global_batch > r.train.micro_batch * _most_workers(r),
+    ),
+    Rule(
+        ("optimizer.step_in_backward: true", "scaling.strategy: ddp on several workers"),
+        "DDP averages gradients over the workers after they would be used",
+        "use scaling.strategy: fsdp2, or one worker",
+        lambda r: _in_backward(r) and r.scaling.strategy == "ddp" and _most_workers(r) > 1,
+    ),
+    Rule(
+        ("optimizer.step_in_backward: true", "train.master: fp32 in bf16"),
+        "fp32 masters take their gradients all at once, after backward",
+        "use train.master: stochastic_rounding",
+        lambda r: _in_backward(r) and r.train.precision == "bf16" and r.train.master == "fp32",
     ),
     Rule(
         ("scaling.strategy: fsdp2", "scaling.num_workers: 0"),

@@ -6,16 +6,29 @@ A bf16 number has 8 significant bits, so an update below about 0.4 % of a weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping, Set
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from raymem.linalg import stochastic_round
+from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.seeds import generator
 from raymem.training.recipe import AdamW, Recipe
+
+
+@runtime_checkable
+class StepsInBackward(Protocol):
+    """An optimizer that can update each parameter during the backward pass and free its gradient at once."""
+
+    steps_in_backward: bool
+
+    def grad_norm(self) -> torch.Tensor:
+        """L2 norm of all gradients since the last step."""
 
 
 class Updater:
@@ -43,19 +56,29 @@ class Updater:
         """Gradients of the tensors that are updated (fp32 with masters); parameters without one are left out."""
         for name, master in self.masters.items():
             parameter = self.parameters[name]
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
+            if parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
         return [p.grad for p in self.updated.values() if p.grad is not None]
 
-    @torch.no_grad()
-    def step(self, step: int, lr: float) -> None:
-        """Optimizer step number ``step`` (from 0) with learning rate ``lr``; gradients are dropped.
+    def grad_norm(self) -> torch.Tensor:
+        """L2 norm of all gradients of this step, over all ranks; 0-dim fp32."""
+        if isinstance(self.optimizer, StepsInBackward) and self.optimizer.steps_in_backward:
+            return self.optimizer.grad_norm()
+        norm = torch.nn.utils.get_total_norm(self.gradients())
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def begin(self, step: int, lr: float) -> None:
+        """Announce step number ``step`` (from 0) with learning rate ``lr``, before its first backward pass.
 
         Both are written into the parameter groups: an optimizer that draws random numbers seeds them with the
         group's ``step``, and this way a resumed run needs no counter of its own.
         """
         for group in self.optimizer.param_groups:
             group.update(step=step, lr=lr)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The optimizer step that was begun; gradients are dropped."""
         self.optimizer.step()
         for name, master in self.masters.items():
             self.parameters[name].copy_(master)
@@ -70,7 +93,8 @@ class Updater:
         """Create the state of a first step (by one of rate 0), so that a checkpoint can be read into it."""
         for parameter in self.updated.values():
             parameter.grad = torch.zeros_like(parameter)
-        self.step(0, lr=0.0)
+        self.begin(0, lr=0.0)
+        self.step()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor that a checkpoint needs, under stable names: weights, masters, optimizer state."""
@@ -88,14 +112,18 @@ def build_updater(model: nn.Module, recipe: Recipe) -> Updater:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     low_precision = recipe.train.precision == "bf16"
     rounding = low_precision and recipe.train.master == "stochastic_rounding"
+    options = recipe.optimizer
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
     def make(named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        return _build_optimizer(named, recipe.optimizer, recipe.seed, stochastic_rounding=rounding)
+        if isinstance(options, AdamW):
+            return _build_adamw(named, options, recipe.seed, stochastic_rounding=rounding)
+        return _build_mlorc(named, options, recipe.seed, embeddings, stochastic_rounding=rounding)
 
     return Updater(parameters, make, masters=low_precision and recipe.train.master == "fp32")
 
 
-def _build_optimizer(
+def _build_adamw(
     named: Mapping[str, nn.Parameter], options: AdamW, seed: int, *, stochastic_rounding: bool
 ) -> torch.optim.Optimizer:
     arguments: dict[str, Any] = {
@@ -109,6 +137,37 @@ def _build_optimizer(
     # torch picks by device when neither is given; the planner must know.
     arguments[options.implementation] = True
     return torch.optim.AdamW(named.values(), **arguments)
+
+
+def _build_mlorc(
+    named: Mapping[str, nn.Parameter],
+    options: MLorcAdamWOptions | MLorcLionOptions,
+    seed: int,
+    embeddings: Set[str],
+    *,
+    stochastic_rounding: bool,
+) -> torch.optim.Optimizer:
+    from raymem.methods.mlorc import MLorcAdamW, MLorcLion
+
+    arguments = dataclasses.asdict(options)
+    in_backward = arguments.pop("step_in_backward")
+    optimizer = MLorcAdamW if arguments.pop("kind") == "mlorc_adamw" else MLorcLion
+    whole = set() if arguments.pop("compress_embeddings") else embeddings
+    groups: list[dict[str, Any]] = [
+        {"params": [(name, p) for name, p in named.items() if name not in whole]},
+        {"params": [(name, p) for name, p in named.items() if name in whole], "rank": None},
+    ]
+    # The loop's guard sees the gradients before they come here, unless they are gone by then.
+    built = optimizer(
+        [group for group in groups if group["params"]],
+        **arguments,
+        seed=seed,
+        stochastic_rounding=stochastic_rounding,
+        check_finite=in_backward,
+    )
+    if in_backward:
+        built.step_in_backward()
+    return built
 
 
 class StochasticRoundingAdamW(torch.optim.Optimizer):
@@ -176,16 +235,6 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part; every operation here is elementwise."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def stochastic_round(value: torch.Tensor, source: torch.Generator) -> torch.Tensor:
-    """Round fp32 to bf16 without bias: up with a probability equal to the cut-off fraction.
-
-    Adding a random 16-bit number below the bits that bf16 keeps carries into them exactly that often.
-    """
-    noise = torch.randint(0, 1 << 16, value.shape, generator=source, device=value.device, dtype=torch.int32)
-    bits = (value.contiguous().view(torch.int32) + noise) & -(1 << 16)
-    return bits.view(torch.float32).to(torch.bfloat16)
 
 
 def lr_factor(step: int, total_steps: int, schedule: str, warmup: float) -> float:

@@ -3,15 +3,28 @@
 A recipe is frozen once validated. It travels to the workers as the plain dict of :meth:`Recipe.to_dict`, and the same
 dict is stored with every checkpoint and every tracked run. The four *axes* (``base``, ``adapter``, ``activations``,
 ``optimizer``) are unions told apart by ``kind``; where a kind needs no options its bare name will do
-(``adapter: none``). Which kinds go together is decided in one place, :mod:`raymem.training.compat`.
+(``adapter: none``). A method of raymem's own brings its options as a dataclass. Which kinds go together is decided in
+one place, :mod:`raymem.training.compat`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    model_validator,
+)
 from typing_extensions import TypeAliasType
+
+from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -28,6 +41,25 @@ class Section(BaseModel):
         validate_default=True,
         use_attribute_docstrings=True,
     )
+
+
+def is_section(value: Any) -> bool:
+    """Whether this is a class that the recipe validates: a :class:`Section` or the options of a method."""
+    return isinstance(value, type) and (issubclass(value, Section) or dataclasses.is_dataclass(value))
+
+
+def fields_of(section: type) -> dict[str, Any]:
+    """Field name -> annotation."""
+    if issubclass(section, Section):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {name: hints[name] for name in getattr(section, "__dataclass_fields__", {}) if name in hints}
+
+
+def kind_of(section: type) -> str | None:
+    """The ``kind`` that stands for a section on its axis."""
+    names = typing.get_args(fields_of(section).get("kind"))
+    return names[0] if names else None
 
 
 def _shorthand(default: str) -> BeforeValidator:
@@ -159,11 +191,26 @@ class AdamW(Section):
 
     kind: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     implementation: Literal["fused", "foreach"] = "fused"
     """``fused`` needs no temporaries; ``foreach`` holds one copy of the trainable weights while it steps."""
+
+
+class _FromMapping:
+    """Lets a strict dataclass be written as a mapping, as sections are; its fields stay strict."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        schema = handler(source)
+        handler.resolve_ref_schema(schema)["strict"] = False  # type: ignore[index]
+        return schema
+
+
+def _pairs(value: Any) -> Any:
+    """YAML has lists only; betas are a pair."""
+    betas = value.get("betas") if isinstance(value, dict) else None
+    return {**value, "betas": tuple(betas)} if isinstance(betas, list) else value
 
 
 # Named aliases become named definitions in the JSON schema. A method adds its kinds here and nowhere else in this file.
@@ -172,7 +219,15 @@ Adapter = TypeAliasType("Adapter", Annotated[NoAdapter | LoraAdapter, Field(disc
 Activations = TypeAliasType(
     "Activations", Annotated[NoActivationSaving | Checkpointing, Field(discriminator="kind"), _shorthand("none")]
 )
-Optimizer = TypeAliasType("Optimizer", Annotated[AdamW, _shorthand("adamw")])
+Optimizer = TypeAliasType(
+    "Optimizer",
+    Annotated[
+        AdamW | Annotated[MLorcAdamWOptions, _FromMapping()] | Annotated[MLorcLionOptions, _FromMapping()],
+        Field(discriminator="kind"),
+        BeforeValidator(_pairs),
+        _shorthand("adamw"),
+    ],
+)
 
 
 class TrainSection(Section):

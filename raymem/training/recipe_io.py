@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from typing_extensions import TypeAliasType
 
 from raymem.errors import RecipeError
 from raymem.training import compat
-from raymem.training.recipe import Recipe
+from raymem.training.recipe import Recipe, fields_of, is_section, kind_of
 
 DEMO_PREFIX = "demo"
 
@@ -103,7 +103,12 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
     for axis in ("Base", "Adapter", "Activations", "Optimizer", "Tracking"):
-        kinds = [m.model_fields["kind"].default for m in _models_in(Recipe.model_fields[axis.lower()].annotation)]
+        sections = _sections_in(fields_of(Recipe)[axis.lower()])
+        kinds = [kind_of(section) for section in sections]
+        default = Recipe.model_fields[axis.lower()].default.kind
+        for section in sections:
+            if kind_of(section) != default:  # options without a kind are the default kind's
+                definitions[section.__name__].setdefault("required", []).append("kind")
         definitions[axis] = {"anyOf": [definitions[axis], {"enum": kinds}]}
     for split in ("train", "eval"):
         sources = definitions["DataSection"]["properties"][split]
@@ -197,7 +202,7 @@ def _problems(error: ValidationError) -> Iterable[str]:
     for item in error.errors():
         path, fields = _resolve(item["loc"])
         kind, message, value = item["type"], item["msg"], item.get("input")
-        if kind == "extra_forbidden":
+        if kind in ("extra_forbidden", "unexpected_keyword_argument"):
             text = f"unknown key{_nearest(path.rpartition('.')[2], fields)}"
         elif kind == "missing":
             text = "is missing"
@@ -210,7 +215,10 @@ def _problems(error: ValidationError) -> Iterable[str]:
             text = f"{given!r} is not one of {', '.join(expected)}{_nearest(str(given), expected)}"
         elif kind == "value_error":
             text = message.removeprefix("Value error, ")
-        elif kind in ("model_type", "model_attributes_type"):
+            name, separator, rest = text.partition(": ")
+            if separator and name in fields:  # the options of a method begin with the field
+                path, text = f"{path}.{name}", rest
+        elif kind in ("model_type", "model_attributes_type", "dataclass_type"):
             text = f"{value!r}: expected keys with values (a YAML mapping)"
         else:
             text = f"{value!r}: {message[0].lower()}{message[1:]}"
@@ -225,8 +233,8 @@ def _resolve(location: Sequence[int | str]) -> tuple[str, list[str]]:
     pydantic puts union tags (``lora``) and arms (``constrained-int``) into the location; they are no part of the YAML.
     """
     parts: list[str] = []
-    models: list[type[BaseModel]] = [Recipe]
-    fields: list[str] = list(Recipe.model_fields)
+    sections: list[type] = [Recipe]
+    fields: list[str] = list(fields_of(Recipe))
     for index, part in enumerate(location):
         last = index == len(location) - 1
         if isinstance(part, int):
@@ -234,29 +242,29 @@ def _resolve(location: Sequence[int | str]) -> tuple[str, list[str]]:
                 parts[-1] += f"[{part}]"
                 continue
             part = str(part)  # a key that is no text
-        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
-        if tagged and not last:
-            models, fields = tagged, list(tagged[0].model_fields)
+        tagged = [s for s in sections if kind_of(s) == part]
+        if tagged:
+            sections, fields = tagged, list(fields_of(tagged[0]))
             continue
-        owners = [m for m in models if part in m.model_fields]
+        owners = [s for s in sections if part in fields_of(s)]
         if not owners and not last:
             continue
-        if not owners and models == []:  # the arm of a union of plain types
+        if not owners and sections == []:  # the arm of a union of plain types
             continue
         parts.append(part)
-        fields = sorted({name for m in models for name in m.model_fields})
-        models = [inner for m in owners for inner in _models_in(m.model_fields[part].annotation)]
+        fields = sorted({name for s in sections for name in fields_of(s)})
+        sections = [inner for s in owners for inner in _sections_in(fields_of(s)[part])]
     return ".".join(parts), fields
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def _sections_in(annotation: Any) -> list[type]:
     """Every recipe section that an annotation can hold."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if is_section(annotation):
         return [annotation]
     if isinstance(annotation, TypeAliasType):
-        return _models_in(annotation.__value__)
+        return _sections_in(annotation.__value__)
     if isinstance(annotation, types.GenericAlias | types.UnionType) or typing.get_args(annotation):
-        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+        return [section for argument in typing.get_args(annotation) for section in _sections_in(argument)]
     return []
 
 

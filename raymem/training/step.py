@@ -93,6 +93,7 @@ def train_step(
         guard: sees loss and gradient norm before the optimizer writes anything.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
+    updater.begin(step, lr)
     loss = torch.zeros((), device=micro_batches[0].input_ids.device)
     for index, batch in enumerate(micro_batches):
         with _synchronised(model, last=index == len(micro_batches) - 1):
@@ -104,16 +105,13 @@ def train_step(
         dist.all_reduce(loss)
         loss /= world_size
 
-    gradients = updater.gradients()
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
+    grad_norm = updater.grad_norm()
     guard(loss, grad_norm)
     if clip_norm is not None:
         scale = (clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
+        for gradient in updater.gradients():
             (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
-    updater.step(step, lr)
+    updater.step()
     return StepResult(loss, grad_norm)
 
 

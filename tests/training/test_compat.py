@@ -11,6 +11,7 @@ from raymem.errors import RecipeError
 from raymem.training import compat
 
 NF4 = {"base": {"quantize": "nf4"}}
+IN_BACKWARD = {"adapter": "none", "optimizer": {"kind": "mlorc_adamw", "step_in_backward": True}}
 
 # The two settings of a rule -> recipes that break that rule and no other.
 CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
@@ -18,6 +19,26 @@ CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
     ("base.quantize: nf4", "scaling.strategy: fsdp2"): [{**NF4, "scaling": {"strategy": "fsdp2", "num_workers": 2}}],
     ("base.quantize: nf4", "model.config"): [
         {**NF4, "model": {"name": None, "config": {"model_type": "llama"}, "tokenizer": "demo"}}
+    ],
+    ("optimizer: mlorc_adamw or mlorc_lion", "an adapter"): [{"optimizer": "mlorc_adamw"}, {"optimizer": "mlorc_lion"}],
+    ("optimizer.step_in_backward: true", "train.clip_norm"): [
+        {**IN_BACKWARD, "train": {"clip_norm": 1.0, "global_batch": 4, "micro_batch": 4}},
+    ],
+    ("optimizer.step_in_backward: true", "gradient accumulation"): [
+        {**IN_BACKWARD, "train": {"clip_norm": None, "global_batch": 8, "micro_batch": 4}},
+    ],
+    ("optimizer.step_in_backward: true", "scaling.strategy: ddp on several workers"): [
+        {
+            **IN_BACKWARD,
+            "train": {"clip_norm": None, "global_batch": 8, "micro_batch": 4},
+            "scaling": {"num_workers": 2},
+        },
+    ],
+    ("optimizer.step_in_backward: true", "train.master: fp32 in bf16"): [
+        {
+            **IN_BACKWARD,
+            "train": {"clip_norm": None, "global_batch": 4, "micro_batch": 4, "precision": "bf16", "master": "fp32"},
+        },
     ],
     ("scaling.strategy: fsdp2", "scaling.num_workers: 0"): [{"scaling": {"strategy": "fsdp2", "num_workers": 0}}],
     ("train.master: stochastic_rounding", "train.precision: fp32 or bf16_mixed"): [

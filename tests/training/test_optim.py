@@ -11,8 +11,9 @@ import torch
 from support import assert_same, make_recipe, snapshot
 from torch import nn
 
+from raymem.linalg import stochastic_round
 from raymem.seeds import generator
-from raymem.training.optim import StochasticRoundingAdamW, Updater, build_updater, lr_factor, stochastic_round
+from raymem.training.optim import StochasticRoundingAdamW, Updater, build_updater, lr_factor
 
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -45,7 +46,8 @@ def after(steps: int, precision: str, master: str, seed: int = 0) -> torch.Tenso
     for step in range(steps):
         model.backward()
         updater.gradients()
-        updater.step(step, lr=1e-4)
+        updater.begin(step, lr=1e-4)
+        updater.step()
     return updater.updated["first"].detach().float()
 
 
@@ -72,7 +74,8 @@ def test_parameters_are_their_masters_rounded() -> None:
     for step in range(3):
         model.backward()
         updater.gradients()
-        updater.step(step, lr=1e-2)
+        updater.begin(step, lr=1e-2)
+        updater.step()
     for name, master in updater.masters.items():
         assert master.dtype == torch.float32
         assert torch.equal(updater.parameters[name], master.bfloat16())
@@ -105,7 +108,8 @@ def rounded_once(name: str = "w", seed: int = 0, step: int = 0) -> torch.Tensor:
     parameter = nn.Parameter(torch.ones(500, dtype=torch.bfloat16))
     parameter.grad = torch.ones_like(parameter)
     updater = Updater({name: parameter}, lambda named: rounding_optimizer(named, seed), masters=False)
-    updater.step(step, lr=1e-4)
+    updater.begin(step, lr=1e-4)
+    updater.step()
     return parameter.detach()
 
 
@@ -171,7 +175,8 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
         model.first.grad = torch.ones_like(model.first)
         before = model.second.detach().clone()
         assert len(updater.gradients()) == 1
-        updater.step(0, lr=0.1)
+        updater.begin(0, lr=0.1)
+        updater.step()
         assert torch.equal(model.second, before)
         assert all(not name.startswith("optimizer.second") for name in updater.state())
 

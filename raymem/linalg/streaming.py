@@ -1,0 +1,50 @@
+"""QB factorisation of a matrix that is never held whole: its row blocks pass by once."""
+
+from __future__ import annotations
+
+import torch
+
+from raymem.linalg.lowrank import LowRank
+from raymem.linalg.orthonormal import whitening
+from raymem.linalg.truncate import leading_directions
+
+# M rows, N columns, C rows of a block, K columns of the sketch, R rank that is kept
+
+
+class StreamingSketch:
+    """Sketch of a matrix ``A`` [M, N] for one test matrix, gathered from row blocks in any order.
+
+    With ``Y = A @ test`` the QB factorisation needs, beside Y, only ``Z = Y.T @ A`` and ``Y.T @ Y``. Both are sums over
+    rows, so ranks that hold different rows of A need to add up no more than those two.
+
+    Args:
+        test_NK: test matrix, fp32.
+        num_rows: M, or this rank's part of it.
+    """
+
+    def __init__(self, test_NK: torch.Tensor, num_rows: int) -> None:
+        columns, width = test_NK.shape
+        self.test_NK = test_NK
+        self.sketch_MK = test_NK.new_empty(num_rows, width)
+        self.sum_KN = test_NK.new_zeros(width, columns)
+
+    def add(self, rows: slice, block_CN: torch.Tensor) -> None:
+        """Take in some rows of A, fp32; each row exactly once."""
+        sketch_CK = torch.mm(block_CN, self.test_NK, out=self.sketch_MK[rows])
+        self.sum_KN.addmm_(sketch_CK.mT, block_CN)
+
+    def gram(self) -> torch.Tensor:
+        """``Y.T @ Y`` [K, K] of the rows seen."""
+        return self.sketch_MK.mT @ self.sketch_MK
+
+    def write_factors(self, gram_KK: torch.Tensor, out: LowRank) -> None:
+        """Best factors of rank R that the sketch gives, written into ``out`` (any float dtype).
+
+        Args:
+            gram_KK: :meth:`gram`; where rows are spread over ranks it and ``sum_KN`` were added up before.
+        """
+        whiten_KK = whitening(gram_KK)
+        right_KN = whiten_KK.mT @ self.sum_KN
+        directions_KR = leading_directions(right_KN, out.rank)
+        out.left_MR.copy_(self.sketch_MK @ (whiten_KK @ directions_KR))
+        out.right_RN.copy_(directions_KR.mT @ right_KN)

@@ -1,0 +1,50 @@
+"""AdamW and Lion with whole fp32 moments, for what is not compressed: biases, norms, small matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.adamw import adamw
+
+from raymem.methods.mlorc.sharding import local
+from raymem.methods.mlorc.update import Matrix
+
+
+def adamw_step(
+    matrix: Matrix,
+    state: dict[str, torch.Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW exactly as torch has it, in fp32, for a parameter of any shape."""
+    weight = matrix.weight_MN.float()
+    adamw(
+        [weight],
+        [matrix.grad_MN.float()],
+        [local(state["exp_avg"])],
+        [local(state["exp_avg_sq"])],
+        [],
+        [state["step"] - 1],  # the function counts it itself
+        fused=True,  # needs no temporaries, and never asks the host for the step
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
+    matrix.store(slice(None), weight)
+
+
+def lion_step(
+    matrix: Matrix, state: dict[str, torch.Tensor], *, lr: float, betas: tuple[float, float], weight_decay: float
+) -> None:
+    """Lion (Chen et al. 2023) in fp32, for a parameter of any shape."""
+    weight, gradient, moment = matrix.weight_MN.float(), matrix.grad_MN.float(), local(state["exp_avg"])
+    direction = torch.lerp(moment, gradient, 1 - betas[0]).sign_()
+    weight.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr)
+    moment.lerp_(gradient, 1 - betas[1])
+    matrix.store(slice(None), weight)

@@ -1,0 +1,207 @@
+"""One optimizer step of one matrix whose moments are low-rank factors: pure functions, no state of their own.
+
+The matrix passes by in row blocks. Of each block the moments are reconstructed from the factors, updated with the
+gradient, applied to the weights, and taken into the sketch from which the next factors come. No temporary is larger
+than a block, apart from the sketches (M x K and K x N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from raymem.linalg import LowRank, StreamingSketch, row_chunks
+
+# M rows, N columns, C rows of a block, R rank, K = R + P columns of a sketch, P of them fresh
+
+BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""At most: on CPU two blocks and their gradients stay in a core's cache, on GPU a kernel's launch must not count."""
+LEAST_BLOCK_BYTES = 1 << 16
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a step works on: this rank's rows of a weight and of its gradient."""
+
+    weight_MN: torch.Tensor
+    """Any float dtype; changed in place."""
+    grad_MN: torch.Tensor
+    sum_over_ranks: Callable[[torch.Tensor], object] | None = None
+    """Adds a tensor up, in place, over the ranks that hold other rows; None if this one has all."""
+    round_into: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
+    """``round_into(weights, values)`` writes fp32 values into weights of lower precision."""
+
+    def blocks(self) -> Iterator[slice]:
+        """Row ranges; all buffers of a block together hold about an eighth of the bytes of the matrix."""
+        rows, columns = self.weight_MN.shape
+        share = self.weight_MN.numel() * self.weight_MN.element_size() // 16
+        if self.weight_MN.dtype != torch.float32:
+            share //= 2  # four buffers instead of two
+        most = BLOCK_BYTES.get(self.weight_MN.device.type, BLOCK_BYTES["cuda"])
+        return row_chunks(rows, 4 * columns, min(most, max(share, LEAST_BLOCK_BYTES)))
+
+    def buffer(self) -> torch.Tensor:
+        """Room for the values of any block, fp32."""
+        rows = max((rows.stop - rows.start for rows in self.blocks()), default=0)
+        return torch.empty(rows, self.weight_MN.shape[1], device=self.weight_MN.device)
+
+    def store(self, rows: slice, weight_CN: torch.Tensor) -> None:
+        """Write fp32 values of a block back, unless they are the weights themselves."""
+        if self.weight_MN.dtype != torch.float32:
+            self.round_into(self.weight_MN[rows], weight_CN)
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """A compressed moment on its way through a step."""
+
+    factors: LowRank
+    """Zero before the first step; overwritten at its end."""
+    fresh_NP: torch.Tensor
+    """Gaussian columns for the sketch, fp32; R + P of them for the first step."""
+
+    def sketch(
+        self, matrix: Matrix, cold_values: Callable[[torch.Tensor], torch.Tensor], *, cold: bool
+    ) -> StreamingSketch:
+        """The sketch along last step's directions and the fresh ones.
+
+        Before the first step there are none; a pass over the gradient finds some (one power iteration).
+
+        Args:
+            cold_values: the gradient [C, N] -> what the moment will be proportional to.
+        """
+        right_RN, fresh_NP, rank = self.factors.right_RN.float(), self.fresh_NP, self.factors.rank
+        if cold:
+            sketch = StreamingSketch(fresh_NP, matrix.weight_MN.shape[0])
+            for rows in matrix.blocks():
+                sketch.add(rows, cold_values(matrix.grad_MN[rows].float()))
+            found = LowRank(self.factors.left_MR, torch.empty_like(right_RN))
+            write_factors(matrix, [(sketch, found)])
+            right_RN, fresh_NP = found.right_RN, fresh_NP[:, rank:]
+        norms_R1 = right_RN.norm(dim=1, keepdim=True).clamp_min(_TINY)
+        return StreamingSketch(torch.cat([(right_RN / norms_R1).mT, fresh_NP], dim=1), matrix.weight_MN.shape[0])
+
+
+def adamw_step(
+    matrix: Matrix,
+    first: Momentum,
+    second: Momentum,
+    step: torch.Tensor,
+    *,
+    cold: bool,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    root: bool,
+) -> None:
+    """AdamW with both moments in factors (MLorc, algorithm 1); weights and factors are changed in place.
+
+    Args:
+        step: 0-dim fp32 on the device of the matrix: number of this step, from 1.
+        cold: this is the first step.
+        root: ``second`` stands for the root of the second moment.
+    """
+    beta1, beta2 = betas
+    root_correction = (1 - beta2 ** step.double()).sqrt()
+    step_size = (lr * root_correction / (1 - beta1 ** step.double())).float()
+    scaled_eps = (eps * root_correction).float()
+    first_sketch = first.sketch(matrix, lambda grad_CN: grad_CN, cold=cold)
+    second_sketch = second.sketch(matrix, torch.abs if root else torch.square, cold=cold)
+    right_first_RN, right_second_RN = first.factors.right_RN.float(), second.factors.right_RN.float()
+    if cold:
+        right_first_RN, right_second_RN = torch.zeros_like(right_first_RN), torch.zeros_like(right_second_RN)
+    moment_buffer, square_buffer = matrix.buffer(), matrix.buffer()
+    cut = torch.ones_like(step) if root or cold else mean_of_cut(matrix, second.factors, square_buffer)
+    right_second_RN = right_second_RN / cut  # what is cut becomes 1 this way, a number that the host knows
+    kept = beta2 * cut
+    for rows in matrix.blocks():
+        weight_CN, grad_CN = matrix.weight_MN[rows].float(), matrix.grad_MN[rows].float()
+        moment_CN, square_CN = moment_buffer[: len(grad_CN)], square_buffer[: len(grad_CN)]
+        left_CR = first.factors.left_MR[rows].float()
+        torch.addmm(grad_CN, left_CR, right_first_RN, beta=1 - beta1, alpha=beta1, out=moment_CN)
+        first_sketch.add(rows, moment_CN)
+
+        torch.mm(second.factors.left_MR[rows].float(), right_second_RN, out=square_CN)
+        if root:
+            square_CN.square_().mul_(beta2).addcmul_(grad_CN, grad_CN, value=1 - beta2).sqrt_()
+            second_sketch.add(rows, square_CN)
+        else:
+            torch.threshold_(square_CN, -_TINY, 1.0).mul_(kept).addcmul_(grad_CN, grad_CN, value=1 - beta2)
+            second_sketch.add(rows, square_CN)
+            square_CN.sqrt_()
+
+        if weight_decay:
+            weight_CN.mul_(1 - lr * weight_decay)
+        weight_CN.addcdiv_(moment_CN.mul_(step_size), square_CN.add_(scaled_eps), value=-1.0)
+        matrix.store(rows, weight_CN)
+    del moment_buffer, square_buffer
+    write_factors(matrix, [(first_sketch, first.factors), (second_sketch, second.factors)])
+
+
+def lion_step(
+    matrix: Matrix,
+    momentum: Momentum,
+    *,
+    cold: bool,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> None:
+    """Lion with its momentum in factors (MLorc, algorithm 2); weights and factors are changed in place.
+
+    Args:
+        cold: this is the first step.
+    """
+    beta1, beta2 = betas
+    sketch = momentum.sketch(matrix, lambda grad_CN: grad_CN, cold=cold)
+    right_RN = momentum.factors.right_RN.float()
+    if cold:
+        right_RN = torch.zeros_like(right_RN)
+    buffer, direction_buffer = matrix.buffer(), matrix.buffer()
+    for rows in matrix.blocks():
+        weight_CN, grad_CN = matrix.weight_MN[rows].float(), matrix.grad_MN[rows].float()
+        moment_CN = torch.mm(momentum.factors.left_MR[rows].float(), right_RN, out=buffer[: len(grad_CN)])
+        direction_CN = torch.lerp(moment_CN, grad_CN, 1 - beta1, out=direction_buffer[: len(grad_CN)]).sign_()
+        if weight_decay:
+            weight_CN.mul_(1 - lr * weight_decay)
+        weight_CN.add_(direction_CN, alpha=-lr)
+        matrix.store(rows, weight_CN)
+        sketch.add(rows, moment_CN.lerp_(grad_CN, 1 - beta2))
+    del buffer, direction_buffer
+    write_factors(matrix, [(sketch, momentum.factors)])
+
+
+def mean_of_cut(matrix: Matrix, factors: LowRank, buffer: torch.Tensor) -> torch.Tensor:
+    """Mean magnitude of the negative entries of a reconstructed second moment, 0-dim; 1 if there are none.
+
+    A second moment is never negative, its low-rank approximation is. MLorc cuts what is negative off and puts this
+    mean in its place.
+    """
+    sum_and_count = torch.zeros(2, dtype=torch.float64, device=buffer.device)
+    right_RN = factors.right_RN.float()
+    for rows in matrix.blocks():
+        left_CR = factors.left_MR[rows].float()
+        negative_CN = torch.mm(left_CR, right_RN, out=buffer[: len(left_CR)]).clamp_max_(0)
+        sum_and_count[0] -= negative_CN.sum()
+        sum_and_count[1] -= negative_CN.sign_().sum()
+    if matrix.sum_over_ranks is not None:
+        matrix.sum_over_ranks(sum_and_count)
+    total, count = sum_and_count.float()
+    return torch.where(count > 0, total / count, 1.0)
+
+
+def write_factors(matrix: Matrix, sketches: list[tuple[StreamingSketch, LowRank]]) -> None:
+    """Turn finished sketches into factors; one sum over the ranks for all of them."""
+    grams = [sketch.gram() for sketch, _ in sketches]
+    if matrix.sum_over_ranks is not None:
+        parts = [sketch.sum_KN for sketch, _ in sketches] + grams
+        flat = torch.cat([part.flatten() for part in parts])
+        matrix.sum_over_ranks(flat)
+        for part, summed in zip(parts, flat.split_with_sizes([part.numel() for part in parts]), strict=True):
+            part.copy_(summed.view_as(part))
+    for (sketch, factors), gram_KK in zip(sketches, grams, strict=True):
+        sketch.write_factors(gram_KK, factors)
