@@ -15,8 +15,9 @@ import torch
 from raymem.errors import NonFiniteError, OutOfMemory
 from raymem.memory.meter import PeakMeter, resident_tensors
 from raymem.seeds import derive
+from raymem.training import activations
 from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
-from raymem.training.data.batches import global_targets, rank_batches
+from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
 from raymem.training.data.shards import Prepared
@@ -28,7 +29,7 @@ from raymem.training.model import build_model
 from raymem.training.optim import build_updater, lr_factor
 from raymem.training.recipe import Recipe
 from raymem.training.reporter import Reporter, Row
-from raymem.training.step import finite_guard, train_step
+from raymem.training.step import finite_guard, forward_loss_sum, train_step
 from raymem.training.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class _Session:
         self.peak_bytes: int | None = None
         self.eval_loss: float | None = None
         self.recent: list[Row] = []
+        self.ranks: dict[str, int] = {}
         self.began = time.perf_counter()
 
     def run(self) -> Outcome:
@@ -98,6 +100,7 @@ class _Session:
         self.bare = build_model(self.recipe, self.layout)
         self.updater = build_updater(self.bare, self.recipe)
         start = self._resume()
+        self.ranks = activations.settle(self.bare, self.ranks, lambda: self._forward(start))
         self.total_steps = max(start, self.total_steps)  # a run that is longer already stays what it is
         self.model = self.bare if self.layout.sharded else replicate(self.bare, self.layout)
         row: Row = {}
@@ -133,6 +136,7 @@ class _Session:
         self.updater.allocate_state()
         self.checkpoints.load(manifest, self.updater.state())
         self.eval_loss = manifest.eval_loss
+        self.ranks = manifest.ranks
         log.info("resuming from step %d (%s)", manifest.step, place)
         for row in manifest.rows:
             self.reporter.log(row)
@@ -154,13 +158,12 @@ class _Session:
         self._seed(step)
         train = self.recipe.train
         ids = self.sampler.ids(step)
-        batches = rank_batches(self.rows, ids, self.layout.rank, self.layout.world_size, train.micro_batch)
         lr = self.recipe.optimizer.lr * lr_factor(step, self.total_steps, train.schedule, train.warmup)
         try:
             with self._metered(step - first + 1):
                 result = train_step(
                     self.model,
-                    [batch.to(self.layout.device) for batch in batches],
+                    [batch.to(self.layout.device) for batch in self._batches(step)],
                     global_targets(self.rows, ids),
                     self.updater,
                     step,
@@ -195,7 +198,17 @@ class _Session:
         }
         if self.peak_bytes is not None and step - first + 1 in METERED_STEPS:
             row["peak_bytes"] = float(self.peak_bytes)
-        return row
+        return row | activations.metrics(self.bare, step)
+
+    def _forward(self, step: int) -> None:
+        """Only the forward pass of a step."""
+        for batch in self._batches(step):
+            forward_loss_sum(self.bare, batch.to(self.layout.device), mixed=self.mixed)
+
+    def _batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        ids, micro_batch = self.sampler.ids(step), self.recipe.train.micro_batch
+        return rank_batches(self.rows, ids, self.layout.rank, self.layout.world_size, micro_batch)
 
     def _evaluate(self) -> Row:
         assert self.eval_rows is not None
@@ -208,7 +221,7 @@ class _Session:
         eval_loss = self.eval_loss if self._is_evaluated(done) else None
         # Delivered before the checkpoint is: whatever the last report did not carry is in the manifest.
         self.reporter.flush()
-        manifest = Manifest(done, self.identity, self.recipe.to_dict(), eval_loss, self.recent)
+        manifest = Manifest(done, self.identity, self.recipe.to_dict(), eval_loss, self.recent, self.ranks)
         storage = self.recipe.storage
         self.checkpoints.save(manifest, self.updater.state(), storage.keep, storage.num_to_keep)
         self.recent = []

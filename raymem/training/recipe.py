@@ -24,6 +24,7 @@ from pydantic import (
 )
 from typing_extensions import TypeAliasType
 
+from raymem.methods.loract.config import LoRActOptions
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 
 Positive = Annotated[int, Field(ge=1)]
@@ -217,7 +218,12 @@ def _pairs(value: Any) -> Any:
 Base = TypeAliasType("Base", Annotated[FullBase, _shorthand("full")])
 Adapter = TypeAliasType("Adapter", Annotated[NoAdapter | LoraAdapter, Field(discriminator="kind"), _shorthand("lora")])
 Activations = TypeAliasType(
-    "Activations", Annotated[NoActivationSaving | Checkpointing, Field(discriminator="kind"), _shorthand("none")]
+    "Activations",
+    Annotated[
+        NoActivationSaving | Checkpointing | Annotated[LoRActOptions, _FromMapping()],
+        Field(discriminator="kind"),
+        _shorthand("none"),
+    ],
 )
 Optimizer = TypeAliasType(
     "Optimizer",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from raymem.methods.loract.eligibility import is_plain, reason_to_keep
-from raymem.methods.loract.packer import Key, Site, factorise, key_of, squared_error
+from raymem.methods.loract.packer import Key, Site, factorise, key_of, squared_error, weak_storage
 
 CANDIDATES = 16
 """Ranks that are tried per site."""
@@ -44,7 +44,7 @@ class Calibration:
         """Try every candidate on a tensor that nobody showed before."""
         if not is_plain(tensor) or key_of(tensor) in self._seen:
             return
-        self._seen[key_of(tensor)] = StorageWeakRef(tensor.untyped_storage())
+        self._seen[key_of(tensor)] = weak_storage(tensor)
         if reason_to_keep(tensor, 1, site.hidden_size) is not None:
             return
         matrix_TN = tensor.detach().flatten(0, -2)

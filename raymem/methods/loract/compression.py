@@ -64,9 +64,7 @@ def compress_activations(
 class Compression:
     """Handle of a model whose activations are compressed; made by :func:`compress_activations`."""
 
-    def __init__(
-        self, model: nn.Module, options: LoRActOptions, layers: str | nn.ModuleList | None, seed: int
-    ) -> None:
+    def __init__(self, model: nn.Module, options: LoRActOptions, layers: str | nn.ModuleList | None, seed: int) -> None:
         for name, module in model.named_modules():
             if isinstance(module.__dict__.get("forward"), Patched):
                 raise ModelError(f"{name}: the activations of this model are compressed already; call remove() first")

@@ -48,7 +48,7 @@ class Patched:
         return (self.site,)
 
     def install(self) -> None:
-        self.module.forward = self  # type: ignore[method-assign,assignment]
+        self.module.forward = self
 
     def remove(self) -> None:
         """Undo :meth:`install`. Under a patch of somebody else this one stays, but only passes through."""
@@ -56,7 +56,7 @@ class Patched:
         if self.module.__dict__.get("forward") is not self:
             return
         if self._was_patched:
-            self.module.forward = self.inner  # type: ignore[method-assign]
+            self.module.forward = self.inner
         else:
             del self.module.forward
 
@@ -208,7 +208,7 @@ class Norm(Patched):
             self.observed(y)
             return y
         save = functools.partial(self._save, is_first)
-        return NormFunction.apply(x, weight, bias, self._form, self.inner, save)
+        return NormFunction.apply(x, weight, bias, self._form, self.inner, save)  # type: ignore[no-untyped-call]
 
     def _save(self, is_first: bool, y: torch.Tensor) -> Saved:
         if is_first:
@@ -234,7 +234,8 @@ class GatedMLP(Patched):
             self.packer.observer(up, self._up)
         if self.observed(gate) or not (gate.requires_grad or up.requires_grad):
             return module.down_proj(module.act_fn(gate) * up)
-        return module.down_proj(GateFunction.apply(gate, up, module.act_fn, self._save))
+        product = GateFunction.apply(gate, up, module.act_fn, self._save)  # type: ignore[no-untyped-call]
+        return module.down_proj(product)
 
     def _save(self, gate: torch.Tensor, up: torch.Tensor, product: torch.Tensor) -> tuple[Saved, Saved, GateProduct]:
         saved_gate, saved_up = self.packer.pack(gate, self.site), self.packer.pack(up, self._up)

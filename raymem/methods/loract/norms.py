@@ -123,7 +123,7 @@ _EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 
 
 def _hides_features(weight: torch.Tensor | None, form: NormForm) -> bool:
-    """Whether a feature has the weight zero, so that the output does not tell its value; seen in loaded weights only."""
+    """Whether a feature has the weight zero, so that the output does not tell its value; seen in loaded weights."""
     if weight is None or weight.is_meta or isinstance(weight, DTensor):
         return False
     return bool((weight + form.offset == 0).any())
@@ -154,7 +154,9 @@ def _agrees(probe: nn.Module, x_TN: torch.Tensor, form: NormForm) -> bool:
         except Exception:  # whatever a class that is no norm does with such an input
             return False
         weight, bias = probe._parameters["weight"], probe._parameters["bias"]
-        ours_TN = NormFunction.apply(x_TN, weight, bias, form, lambda x: type(probe).forward(probe, x), _hold)
+        ours_TN = NormFunction.apply(  # type: ignore[no-untyped-call]
+            x_TN, weight, bias, form, lambda x: type(probe).forward(probe, x), _hold
+        )
         found = torch.autograd.grad(ours_TN, [x_TN, *leaves], grad_TN)
     return all(torch.allclose(f, e, rtol=1e-3, atol=1e-4) for f, e in zip(found, expected, strict=True))
 

@@ -144,8 +144,7 @@ class Packer:
         key = key_of(tensor)
         known = self._known
         forget = weakref.ref(held, lambda _: known.pop(key, None))
-        # A weak reference to the storage does not keep its memory, but keeps its identity from being reused.
-        known[key] = (StorageWeakRef(tensor.untyped_storage()), forget)
+        known[key] = (weak_storage(tensor), forget)
         return Saved(held, tensor.shape)
 
     def mark_first(self, tensor: torch.Tensor, *, anew: bool = False) -> None:
@@ -153,7 +152,7 @@ class Packer:
         if anew:
             self._first.clear()
         if is_plain(tensor):
-            self._first[key_of(tensor)] = StorageWeakRef(tensor.untyped_storage())
+            self._first[key_of(tensor)] = weak_storage(tensor)
 
     def is_first(self, tensor: torch.Tensor) -> bool:
         return bool(self._first) and is_plain(tensor) and key_of(tensor) in self._first
@@ -162,7 +161,7 @@ class Packer:
         """Compress this tensor if autograd saves it in the layer that runs."""
         self.visits += 1
         if is_plain(tensor):
-            self.linear_inputs.setdefault(key_of(tensor), (StorageWeakRef(tensor.untyped_storage()), site))
+            self.linear_inputs.setdefault(key_of(tensor), (weak_storage(tensor), site))
 
     def pack_marked(self, tensor: torch.Tensor) -> Saved:
         """Compress what was marked; hold all else as it is, or as it is held already."""
@@ -254,6 +253,11 @@ def key_of(tensor: torch.Tensor) -> Key:
         layout = (tuple(tensor.shape), tensor.stride())
     storage = tensor.untyped_storage()
     return (storage._cdata, tensor.storage_offset(), layout, tensor.dtype, tensor._version)
+
+
+def weak_storage(tensor: torch.Tensor) -> StorageWeakRef:
+    """Does not keep the storage's memory, but keeps its identity (part of the key) from being used again."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -6,6 +6,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -65,7 +66,8 @@ def hidden_size(name: str, layer: nn.Module) -> int:
         if isinstance(features, int):
             return features
         if isinstance(module, conv1d_types()):
-            return int(module.weight.shape[0])
+            weight: Any = module.weight
+            return int(weight.shape[0])
     raise ModelError(
         f"layers: {name} ({type(layer).__name__}) holds no linear layer, so its hidden size is unknown; "
         "choose whole transformer layers"
@@ -74,8 +76,9 @@ def hidden_size(name: str, layer: nn.Module) -> int:
 
 def linear_modules(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every linear layer inside a transformer layer."""
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, *conv1d_types())
     for inner, module in layer.named_modules(prefix=name):
-        if isinstance(module, nn.Linear) or isinstance(module, conv1d_types()):
+        if isinstance(module, kinds):
             yield inner, module
 
 

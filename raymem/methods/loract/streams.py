@@ -28,11 +28,11 @@ def compress_beside(matrix_TN: torch.Tensor, work: Callable[[], LowRank]) -> tup
     with torch.cuda.stream(stream):
         low_rank = work()
     matrix_TN.record_stream(stream)
-    ready = torch.cuda.Event()
+    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
     ready.record(stream)
     return low_rank, ready
 
 
 @functools.cache
 def _side_stream(device_index: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device_index)
+    return torch.cuda.Stream(device_index)  # type: ignore[no-untyped-call]
