@@ -57,8 +57,12 @@ def compress_activations(
         ModelError: no layers or sites were found, the rank is above the hidden size, the model is compressed already,
             or it is on the CPU and ``side_stream`` was asked for.
     """
-    options = options if options is not None and not fields else LoRActOptions(**fields)
-    return Compression(model, options, layers if layers is not None else options.layers, seed)
+    if isinstance(layers, str):
+        fields["layers"], layers = layers, None
+    if options is not None and fields:
+        raise ValueError(f"options: give them whole or field by field ({', '.join(fields)}), not both")
+    options = LoRActOptions(**fields) if options is None else options
+    return Compression(model, options, options.layers if layers is None else layers, seed)
 
 
 class Compression:

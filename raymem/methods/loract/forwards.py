@@ -87,16 +87,30 @@ class Patched:
 
     def checkpointed(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Non-reentrant checkpoint that holds its first argument compressed; others as they are, or as they are held
-        already. Keywords live in the closure."""
+        already. Keywords live in the closure, but for those that are the first argument once more."""
         self.packer.visits += 1
-        chosen = key_of(args[0])
-        with self.packer.hooks(functools.partial(self._pack, chosen)):
-            return checkpoint(functools.partial(function, **kwargs), *args, use_reentrant=False)
+        first = args[0]
+        again = [at for at, value in enumerate(args) if at and value is first]
+        named = [name for name, value in kwargs.items() if value is first]
+        others = [value for at, value in enumerate(args) if at and at not in again]
+        call = functools.partial(_call, function, again, {**kwargs, **dict.fromkeys(named)}, named)
+        with self.packer.hooks(functools.partial(self._pack, key_of(first))):
+            return checkpoint(call, first, *others, use_reentrant=False)
 
     def _pack(self, chosen: Key, tensor: torch.Tensor) -> Saved:
         if key_of(tensor) == chosen:
             return self.packer.pack(tensor, self.site)
         return self.packer.keep(tensor)
+
+
+def _call(
+    function: Any, again: list[int], kwargs: dict[str, Any], named: list[str], first: torch.Tensor, *others: Any
+) -> Any:
+    """Call with one tensor in all its places: attention asks whether query, key and value are the same object."""
+    args = [first, *others]
+    for at in again:
+        args.insert(at, first)
+    return function(*args, **{**kwargs, **dict.fromkeys(named, first)})
 
 
 class SubLayer(Patched):
