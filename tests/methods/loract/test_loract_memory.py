@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -129,14 +128,14 @@ def test_one_compression_serves_all_that_save_the_same_tensor(small: nn.Module) 
 
 
 @pytest.fixture
-def factors(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[Any]]]:
+def factors(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """Weak references to everything that is made in the place of a tensor."""
     from raymem.methods.loract import packer
 
     made: list[weakref.ref[Any]] = []
 
     monkeypatch.setattr(packer, "Factors", type("Factors", (packer.Factors,), {"__init__": _tracked(made)}))
-    yield made
+    return made
 
 
 def _tracked(made: list[weakref.ref[Any]]) -> Any:
