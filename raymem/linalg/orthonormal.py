@@ -50,14 +50,13 @@ def cholesky(gram_KK: torch.Tensor) -> torch.Tensor:
     return torch.where((failed != 0)[..., None, None], fallback_KK, factor_KK)
 
 
-def whitening(gram_KK: torch.Tensor, tolerance: float = 1e-6) -> torch.Tensor:
-    """``T`` [K, K], fp32, such that the columns of ``Y @ T`` are orthonormal where ``gram_KK = Y.T @ Y``.
+def whitening(gram_KK: torch.Tensor, tolerance: float = 1e-10) -> torch.Tensor:
+    """``T`` [K, K], fp32, such that the columns of ``Y @ T`` are orthonormal where ``gram_KK = Y.T @ Y`` (fp64).
 
     This is how a matrix is orthonormalised that is never held whole, only streamed: its Gram matrix is the sum of
-    those of its row blocks. By eigenvectors in fp64, so that it cannot fail; directions below ``tolerance`` of the
+    those of its row blocks. By eigenvectors, so that it cannot fail; directions below ``tolerance`` of the
     largest (after every column was scaled to one) are dropped: their columns of ``T`` are zero.
     """
-    gram_KK = gram_KK.double()
     scale_K = gram_KK.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY).rsqrt()
     values_K: torch.Tensor
     vectors_KK: torch.Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from raymem.linalg.lowrank import LowRank
+from raymem.linalg.lowrank import LowRank, row_chunks
 from raymem.linalg.orthonormal import whitening
 from raymem.linalg.truncate import leading_directions
 
@@ -34,17 +34,24 @@ class StreamingSketch:
         self.sum_KN.addmm_(sketch_CK.mT, block_CN)
 
     def gram(self) -> torch.Tensor:
-        """``Y.T @ Y`` [K, K] of the rows seen."""
-        return self.sketch_MK.mT @ self.sketch_MK
+        """``Y.T @ Y`` [K, K] of the rows seen, fp64: in fp32 it would lose half of the digits of Y."""
+        rows, width = self.sketch_MK.shape
+        gram_KK = self.sketch_MK.new_zeros(width, width, dtype=torch.float64)
+        for chunk in row_chunks(rows, 8 * width, 1 << 17):
+            sketch_CK = self.sketch_MK[chunk].double()
+            gram_KK.addmm_(sketch_CK.mT, sketch_CK)
+        return gram_KK
 
     def write_factors(self, gram_KK: torch.Tensor, out: LowRank) -> None:
-        """Best factors of rank R that the sketch gives, written into ``out`` (any float dtype).
+        """Best factors of rank R that the sketch gives, written into ``out`` (any float dtype). It is used up by that.
 
         Args:
             gram_KK: :meth:`gram`; where rows are spread over ranks it and ``sum_KN`` were added up before.
         """
+        del self.test_NK
         whiten_KK = whitening(gram_KK)
         right_KN = whiten_KK.mT @ self.sum_KN
+        del self.sum_KN
         directions_KR = leading_directions(right_KN, out.rank)
         out.left_MR.copy_(self.sketch_MK @ (whiten_KK @ directions_KR))
         out.right_RN.copy_(directions_KR.mT @ right_KN)

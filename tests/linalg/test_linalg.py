@@ -58,14 +58,14 @@ def test_cholesky_survives_an_indefinite_gram_matrix() -> None:
 def test_dependent_and_zero_columns_give_finite_bases() -> None:
     tall = torch.randn(50, 3, generator=generator(0))
     tall = torch.cat([tall, tall[:, :1], torch.zeros(50, 1)], dim=1)
-    for found in (orthonormalize(tall), cholesky_qr(tall), tall @ whitening(tall.mT @ tall)):
+    for found in (orthonormalize(tall), cholesky_qr(tall), tall @ whitening(tall.double().mT @ tall.double())):
         assert found.isfinite().all()
         torch.testing.assert_close(found @ (found.mT @ tall), tall, atol=2e-4, rtol=0)
 
 
 def test_whitening_orthonormalises_what_is_only_known_by_its_gram_matrix() -> None:
     tall = torch.randn(300, 5, generator=generator(0)) * torch.logspace(0, -8, 5)
-    found = tall @ whitening(tall.mT @ tall)
+    found = tall @ whitening(tall.double().mT @ tall.double())
     torch.testing.assert_close(found.mT @ found, EYE_5, atol=1e-5, rtol=0)
 
 

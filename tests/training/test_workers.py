@@ -36,11 +36,12 @@ FULL = {"adapter": {"kind": "none"}}
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "full": FULL,  # of a model whose head is tied to its embedding
+    "mlorc": {**FULL, "optimizer": {"kind": "mlorc_adamw", "min_dim": 8, "lr": 1e-3}},
     "master": {"train": {"precision": "bf16", "master": "fp32"}},
     "rounding": {"train": {"precision": "bf16", "master": "stochastic_rounding"}},
 }
-EXACT = ("lora", "full")
-RESHARDED = ("full", "rounding")
+EXACT = ("lora", "full", "mlorc")
+RESHARDED = ("full", "rounding", "mlorc")
 STOP = 3
 """Runs that are cut off here have the checkpoint of step 2."""
 

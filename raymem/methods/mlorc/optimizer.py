@@ -196,18 +196,15 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
             self._rounding(name, group["step"], parameter.device),
         )
         if compressed:
-            self._compressed_step(matrix, [self._momentum(m, name, state, group, cold) for m in self.moments],
+            self._compressed_step(matrix, [self._momentum(moment, name, state, group) for moment in self.moments],
                                   state["step"], group, cold=cold)  # fmt: skip
         else:
             self._plain_step(matrix, state, group)
 
-    def _momentum(self, moment: str, name: str, state: State, group: dict[str, Any], cold: bool) -> Momentum:
-        left_MR, right_RN = state[f"{moment}.left"], state[f"{moment}.right"]
-        columns, rank = right_RN.shape[1], group["rank"]
-        fresh = min(group["oversampling"], min(left_MR.shape[0], columns) - rank) + (rank if cold else 0)
-        source = generator(self._seed, "mlorc", name, moment, group["step"])
-        fresh_NP = torch.randn(columns, fresh, generator=source).to(left_MR.device)
-        return Momentum(LowRank(sharding.local(left_MR), sharding.local(right_RN)), fresh_NP)
+    def _momentum(self, moment: str, name: str, state: State, group: dict[str, Any]) -> Momentum:
+        factors = LowRank(*(sharding.local(state[f"{moment}.{side}"]) for side in ("left", "right")))
+        fresh = min(group["oversampling"], min(state[f"{moment}.left"].shape[0], factors.shape[1]) - factors.rank)
+        return Momentum(factors, fresh, generator(self._seed, "mlorc", name, moment, group["step"]))
 
     def _rounding(self, name: str, step: int, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], object]:
         if not self._stochastic_rounding:

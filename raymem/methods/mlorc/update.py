@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from raymem.linalg import LowRank, StreamingSketch, row_chunks
+from raymem.linalg import LowRank, StreamingSketch, orthonormalize, row_chunks
 
 # M rows, N columns, C rows of a block, R rank, K = R + P columns of a sketch, P of them fresh
 
 BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""At most: on CPU two blocks and their gradients stay in a core's cache, on GPU a kernel's launch must not count."""
-LEAST_BLOCK_BYTES = 1 << 16
+"""At most: on CPU the buffers of a block stay in a core's cache, on GPU a kernel's launch must not count."""
+COLD_PASSES = 2
+"""Power iterations before the first step."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -35,13 +36,13 @@ class Matrix:
     """``round_into(weights, values)`` writes fp32 values into weights of lower precision."""
 
     def blocks(self) -> Iterator[slice]:
-        """Row ranges; all buffers of a block together hold about an eighth of the bytes of the matrix."""
+        """Row ranges to work through; the buffers of a block together hold an eighth of the matrix's bytes or less."""
         rows, columns = self.weight_MN.shape
         share = self.weight_MN.numel() * self.weight_MN.element_size() // 16
         if self.weight_MN.dtype != torch.float32:
             share //= 2  # four buffers instead of two
         most = BLOCK_BYTES.get(self.weight_MN.device.type, BLOCK_BYTES["cuda"])
-        return row_chunks(rows, 4 * columns, min(most, max(share, LEAST_BLOCK_BYTES)))
+        return row_chunks(rows, 4 * columns, min(most, share))
 
     def buffer(self) -> torch.Tensor:
         """Room for the values of any block, fp32."""
@@ -60,29 +61,50 @@ class Momentum:
 
     factors: LowRank
     """Zero before the first step; overwritten at its end."""
-    fresh_NP: torch.Tensor
-    """Gaussian columns for the sketch, fp32; R + P of them for the first step."""
+    fresh_columns: int
+    """P, random columns of the sketch beside last step's directions."""
+    source: torch.Generator
+    """Of those columns; on the CPU, so that they do not depend on the device."""
 
     def sketch(
         self, matrix: Matrix, cold_values: Callable[[torch.Tensor], torch.Tensor], *, cold: bool
     ) -> StreamingSketch:
         """The sketch along last step's directions and the fresh ones.
 
-        Before the first step there are none; a pass over the gradient finds some (one power iteration).
+        Before the first step there are none; passes over the gradient find some, by power iteration.
 
         Args:
             cold_values: the gradient [C, N] -> what the moment will be proportional to.
         """
-        right_RN, fresh_NP, rank = self.factors.right_RN.float(), self.fresh_NP, self.factors.rank
-        if cold:
-            sketch = StreamingSketch(fresh_NP, matrix.weight_MN.shape[0])
+        right_RN, num_rows = self.factors.right_RN.float(), matrix.weight_MN.shape[0]
+        rank, columns = right_RN.shape
+        drawn = self.fresh_columns + (rank if cold else 0)
+        fresh_NP = torch.randn(columns, drawn, generator=self.source).to(right_RN.device)
+        if not cold:
+            return StreamingSketch(_test_matrix(right_RN, fresh_NP), num_rows)
+        found = LowRank(self.factors.left_MR, torch.empty_like(right_RN))
+        test_NK = orthonormalize(fresh_NP)
+        for _ in range(COLD_PASSES):
+            sketch = StreamingSketch(test_NK, num_rows)
             for rows in matrix.blocks():
                 sketch.add(rows, cold_values(matrix.grad_MN[rows].float()))
-            found = LowRank(self.factors.left_MR, torch.empty_like(right_RN))
             write_factors(matrix, [(sketch, found)])
-            right_RN, fresh_NP = found.right_RN, fresh_NP[:, rank:]
-        norms_R1 = right_RN.norm(dim=1, keepdim=True).clamp_min(_TINY)
-        return StreamingSketch(torch.cat([(right_RN / norms_R1).mT, fresh_NP], dim=1), matrix.weight_MN.shape[0])
+            test_NK = _test_matrix(found.right_RN, fresh_NP[:, rank:])
+        return StreamingSketch(test_NK, num_rows)
+
+
+def _test_matrix(right_RN: torch.Tensor, fresh_NP: torch.Tensor) -> torch.Tensor:
+    """Columns [N, K] of length one: known directions, and fresh ones orthogonal to them.
+
+    Along what is known already the fresh columns would all see the same large singular values, and what is new would
+    drown in rounding errors.
+    """
+    known_NR = right_RN.mT.contiguous()
+    # A direction that has died out would stay dead; a unit vector in its place finds what is there by now.
+    known_NR.diagonal().add_((known_NR == 0).all(dim=0))
+    known_NR /= known_NR.norm(dim=0)
+    fresh_NP = torch.addmm(fresh_NP, known_NR, known_NR.mT @ fresh_NP, alpha=-1)
+    return torch.cat([known_NR, fresh_NP / fresh_NP.norm(dim=0)], dim=1)
 
 
 def adamw_step(
@@ -116,7 +138,6 @@ def adamw_step(
         right_first_RN, right_second_RN = torch.zeros_like(right_first_RN), torch.zeros_like(right_second_RN)
     moment_buffer, square_buffer = matrix.buffer(), matrix.buffer()
     cut = torch.ones_like(step) if root or cold else mean_of_cut(matrix, second.factors, square_buffer)
-    right_second_RN = right_second_RN / cut  # what is cut becomes 1 this way, a number that the host knows
     kept = beta2 * cut
     for rows in matrix.blocks():
         weight_CN, grad_CN = matrix.weight_MN[rows].float(), matrix.grad_MN[rows].float()
@@ -125,7 +146,8 @@ def adamw_step(
         torch.addmm(grad_CN, left_CR, right_first_RN, beta=1 - beta1, alpha=beta1, out=moment_CN)
         first_sketch.add(rows, moment_CN)
 
-        torch.mm(second.factors.left_MR[rows].float(), right_second_RN, out=square_CN)
+        # What is to be cut becomes 1 by this division, a number that the host knows.
+        torch.mm(second.factors.left_MR[rows].float() / cut, right_second_RN, out=square_CN)
         if root:
             square_CN.square_().mul_(beta2).addcmul_(grad_CN, grad_CN, value=1 - beta2).sqrt_()
             second_sketch.add(rows, square_CN)
@@ -138,7 +160,8 @@ def adamw_step(
             weight_CN.mul_(1 - lr * weight_decay)
         weight_CN.addcdiv_(moment_CN.mul_(step_size), square_CN.add_(scaled_eps), value=-1.0)
         matrix.store(rows, weight_CN)
-    del moment_buffer, square_buffer
+        del weight_CN, grad_CN, moment_CN, square_CN
+    del moment_buffer, square_buffer  # what follows needs the room
     write_factors(matrix, [(first_sketch, first.factors), (second_sketch, second.factors)])
 
 
@@ -171,7 +194,8 @@ def lion_step(
         weight_CN.add_(direction_CN, alpha=-lr)
         matrix.store(rows, weight_CN)
         sketch.add(rows, moment_CN.lerp_(grad_CN, 1 - beta2))
-    del buffer, direction_buffer
+        del weight_CN, grad_CN, moment_CN, direction_CN
+    del buffer, direction_buffer  # what follows needs the room
     write_factors(matrix, [(sketch, momentum.factors)])
 
 
@@ -195,13 +219,10 @@ def mean_of_cut(matrix: Matrix, factors: LowRank, buffer: torch.Tensor) -> torch
 
 
 def write_factors(matrix: Matrix, sketches: list[tuple[StreamingSketch, LowRank]]) -> None:
-    """Turn finished sketches into factors; one sum over the ranks for all of them."""
+    """Turn finished sketches into factors."""
     grams = [sketch.gram() for sketch, _ in sketches]
     if matrix.sum_over_ranks is not None:
-        parts = [sketch.sum_KN for sketch, _ in sketches] + grams
-        flat = torch.cat([part.flatten() for part in parts])
-        matrix.sum_over_ranks(flat)
-        for part, summed in zip(parts, flat.split_with_sizes([part.numel() for part in parts]), strict=True):
-            part.copy_(summed.view_as(part))
+        for part in (*grams, *(sketch.sum_KN for sketch, _ in sketches)):
+            matrix.sum_over_ranks(part)
     for (sketch, factors), gram_KK in zip(sketches, grams, strict=True):
         sketch.write_factors(gram_KK, factors)
