@@ -2,7 +2,7 @@
 
 Memory falls in proportion to ``rank``; ``sublayer`` holds about twice as much as ``layer`` at the same rank but
 comes closer to the exact gradient, and a power iteration comes closer for two more matrix products per tensor.
-``first_input`` stays raw: that one tensor carries nearly all of the error. The learning rate belongs in the same
+``first_input`` stays raw: embeddings are not of low rank. The learning rate belongs in the same
 search, because a noisier gradient wants a smaller one.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -10,6 +11,14 @@ import torch.nn.functional as F
 from raymem.linalg import LowRank
 
 # T tokens (all leading dimensions), N features
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Arithmetic in the tensor's own dtype, on whatever device it is (meta knows no autocast)."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class Held(Protocol):
@@ -61,7 +70,7 @@ class Factors:
         assert self._low_rank is not None
         if self._ready is not None:
             self._wait(self._ready, self._low_rank)
-        with torch.autocast(self._low_rank.left_MR.device.type, enabled=False):
+        with without_autocast(self._low_rank.left_MR):
             return self._low_rank.reconstruct()
 
     @property

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from raymem.linalg import LowRank, row_sampled_qb
 from raymem.methods.loract.eligibility import is_plain, reason_to_keep
-from raymem.methods.loract.held import Factors, Held, Raw, Saved
+from raymem.methods.loract.held import Factors, Held, Raw, Saved, without_autocast
 from raymem.methods.loract.streams import compress_beside
 from raymem.seeds import generator
 
@@ -223,14 +223,14 @@ def factorise(
 ) -> LowRank:
     """Row-sampled QB factors with the sketch of one (seed, step, site); outside autograd and autocast."""
     source = generator(seed, "loract", position, name)
-    with torch.no_grad(), torch.autocast(matrix_TN.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(matrix_TN):
         return row_sampled_qb(matrix_TN, min(rank, *matrix_TN.shape), source, power_iterations)
 
 
 @torch.no_grad()
 def squared_error(matrix_TN: torch.Tensor, low_rank: LowRank) -> torch.Tensor:
     """Squared Frobenius norm of what the factors miss; 0-dim, fp32."""
-    with torch.autocast(matrix_TN.device.type, enabled=False):
+    with without_autocast(matrix_TN):
         return (matrix_TN - low_rank.reconstruct()).float().square().sum()
 
 

@@ -28,12 +28,15 @@ def unmetered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def recipe_of(examples: Path, llama: Path, tmp_path: Path) -> Any:
-    def make(name: str, activations: dict[str, Any], world: int = 0, strategy: str = "ddp") -> Recipe:
+    def make(
+        name: str, activations: dict[str, Any], world: int = 0, strategy: str = "ddp", **axes: dict[str, Any]
+    ) -> Recipe:
         return make_recipe(
             run_fragment(examples, tmp_path),
             {"name": name, "activations": activations, "scaling": {"num_workers": world, "strategy": strategy}},
             # One row per micro-batch: what is compressed together is then the same whoever computes it.
             {"adapter": {"dropout": 0.1 if not world else 0.0}, "train": {"micro_batch": 1, "save_every": 2}},
+            axes,
             model=llama,
         )
 
@@ -74,14 +77,24 @@ def test_automatic_ranks_are_kept_with_the_checkpoints(recipe_of: Any, monkeypat
     assert again is not None and (again.step, again.ranks) == (4, manifest.ranks)
 
 
-def test_any_number_of_workers_computes_the_same(recipe_of: Any, tmp_path: Path) -> None:
-    for name, activations in (("lossy", LOSSY), ("auto", AUTO)):
-        alone = losses_of(recipe_of(f"{name}-alone", activations, 1).to_dict())
-        for strategy in ("ddp", "fsdp2"):
-            raw = recipe_of(f"{name}-{strategy}", activations, 2, strategy).to_dict()
-            first, second = in_processes(losses_of, 2, tmp_path / "group", raw)
-            assert first == second
-            assert first == pytest.approx(alone, rel=2e-5), f"{name} under {strategy}"
+@pytest.mark.parametrize(
+    ("activations", "axes", "strategy"),
+    [
+        (LOSSY, {}, "ddp"),
+        (AUTO, {}, "fsdp2"),
+        pytest.param({**LOSSY, "scope": "sublayer"}, {"adapter": {"kind": "none"}}, "fsdp2", marks=pytest.mark.slow),
+        pytest.param({**LOSSY, "scope": "linear"}, {"adapter": {"kind": "none"}}, "fsdp2", marks=pytest.mark.slow),
+        pytest.param({**LOSSY, "scope": "sublayer"}, {"adapter": {"kind": "none"}}, "ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_any_number_of_workers_computes_the_same(
+    recipe_of: Any, tmp_path: Path, activations: dict[str, Any], axes: dict[str, Any], strategy: str
+) -> None:
+    alone = losses_of(recipe_of("alone", activations, 1, **axes).to_dict())
+    raw = recipe_of("together", activations, 2, strategy, **axes).to_dict()
+    first, second = in_processes(losses_of, 2, tmp_path / "group", raw)
+    assert first == second
+    assert first == pytest.approx(alone, rel=2e-5)
 
 
 def test_options_that_do_not_fit_the_model_name_their_place(recipe_of: Any) -> None:
