@@ -30,7 +30,7 @@ SECTIONS: dict[str, list[type]] = {
     "data": [r.DataSection],
     "data.train[], data.eval[]": [r.Source],
     "base": [r.FullBase],
-    "adapter": [r.NoAdapter, r.LoraAdapter],
+    "adapter": [r.NoAdapter, r.LoraAdapter, r.MoRAMOptions],
     "activations": [r.NoActivationSaving, r.Checkpointing, r.LoRActOptions],
     "optimizer": [r.AdamW, r.MLorcAdamWOptions, r.MLorcLionOptions],
     "train": [r.TrainSection],

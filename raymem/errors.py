@@ -21,6 +21,10 @@ class ModelError(RaymemError):
     """A model, tokenizer or adapter that cannot be found, built or loaded."""
 
 
+class AdapterError(RaymemError, ValueError):
+    """An adapter that cannot be attached, given its connections, loaded, merged or exported."""
+
+
 class CheckpointError(RaymemError):
     """A checkpoint that is damaged, or belongs to another recipe."""
 

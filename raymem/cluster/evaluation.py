@@ -11,13 +11,13 @@ import torch
 from raymem.cluster import data, demo
 from raymem.cluster.artifacts import local_copy
 from raymem.errors import DataError, ModelError, RaymemError
-from raymem.training.adapter import read_config
+from raymem.training.adapter import continuing
 from raymem.training.data.dataset import PackedRows
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.export import FACTS, artifact_name
 from raymem.training.layout import Layout
 from raymem.training.model import build_model
-from raymem.training.recipe import LoraAdapter, NoAdapter, Recipe
+from raymem.training.recipe import NoAdapter, Recipe
 from raymem.training.storage import Storage
 
 
@@ -114,13 +114,7 @@ def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
     if artifact == "base":
         update["adapter"] = NoAdapter()
     elif (directory / "adapter_config.json").is_file():
-        config = read_config(directory)
-        update["adapter"] = LoraAdapter(
-            rank=config["r"],
-            alpha=float(config["lora_alpha"]),
-            targets=config["target_modules"],
-            init_from=str(directory),
-        )
+        update["adapter"] = continuing(directory)
     elif (directory / "config.json").is_file():
         update["model"] = recipe.model.model_copy(update={"name": str(directory), "config": None, "revision": None})
         update["adapter"] = NoAdapter()

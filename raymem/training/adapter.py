@@ -1,4 +1,4 @@
-"""Adapters: attaching, initial values, continuing and saving. LoRA is PEFT's."""
+"""Adapters: attaching, initial values, what is stored, and continuing. Both LoRA and MoRAM are methods of PEFT."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from raymem.errors import ModelError, RecipeError
+from raymem.errors import AdapterError, ModelError, RecipeError
+from raymem.methods.moram.config import MoRAMOptions
 from raymem.seeds import generator
-from raymem.training.recipe import LoraAdapter, Recipe
+from raymem.training.recipe import LoraAdapter, NoAdapter, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -28,27 +29,63 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
         dtype: of the adapter's weights. PEFT would use fp32 and save an fp32 copy of every layer input.
 
     Raises:
-        RecipeError: a target pattern that matches nothing.
+        RecipeError: a target pattern that matches nothing, or an option that a layer cannot have.
     """
     adapter = recipe.adapter
-    if not isinstance(adapter, LoraAdapter):
+    if isinstance(adapter, NoAdapter):
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=_peft_targets(model, adapter.targets),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=recipe.model.name,
-        revision=recipe.model.revision,
-    )
-    wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    config = _peft_config(model, adapter)
+    config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
+    try:
+        wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    except AdapterError as error:
+        raise RecipeError(f"adapter.{error}") from None
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return wrapped
+
+
+def _peft_config(model: nn.Module, adapter: LoraAdapter | MoRAMOptions) -> Any:
+    """The recipe's adapter in PEFT's terms."""
+    targets = _peft_targets(model, adapter.targets)
+    if isinstance(adapter, LoraAdapter):
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+    from raymem.methods.moram import MoRAMConfig
+
+    return MoRAMConfig(
+        r=adapter.rank,
+        k=adapter.k,
+        density=adapter.density,
+        alpha=adapter.alpha,
+        formulation=adapter.formulation,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def stored_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the adapter: a checkpoint and the exported adapter hold them beside what is trained."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {}
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            own = {f"{prefix}.{name}": buffer for name, buffer in layer.named_buffers()}
+            found.update({name: b for name, b in own.items() if not name.startswith(f"{prefix}.base_layer.")})
+    return found
 
 
 def _peft_targets(model: nn.Module, targets: str | list[str]) -> str | list[str]:
@@ -84,26 +121,31 @@ def _peft_targets(model: nn.Module, targets: str | list[str]) -> str | list[str]
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """fp32 start of one LoRA matrix, the same on every rank and in every layout.
+    """fp32 start of one matrix of an adapter, the same on every rank and in every layout.
 
     PEFT's own distributions: A uniform in +-1/sqrt(fan_in) (Kaiming with a = sqrt(5)), B zero; embedding A zero.
     """
-    if ".lora_A." in name:
+    if ".lora_A." in name or ".moram_A." in name:
         bound = 1 / math.sqrt(shape[1])
         return torch.empty(shape).uniform_(-bound, bound, generator=generator(seed, "adapter", name))
-    if ".lora_B." in name or ".lora_embedding_A." in name:
+    if ".lora_B." in name or ".moram_B." in name or ".lora_embedding_A." in name:
         return torch.zeros(shape)
     if ".lora_embedding_B." in name:
         return torch.empty(shape).normal_(generator=generator(seed, "adapter", name))
     raise AssertionError(f"no initial value is known for adapter tensor {name}")
 
 
-MEANING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias")
-"""Options of a PEFT LoRA that decide what its tensors mean."""
+MEANING = {
+    "LORA": ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias"),
+    "MORAM": ("r", "k", "density", "alpha"),
+}
+"""Options of a PEFT adapter that decide what its tensors mean."""
+
+_RECIPE_KEYS = {"r": "rank", "lora_alpha": "alpha", "alpha": "alpha", "k": "k", "density": "density"}
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The adapter_config.json of a PEFT LoRA.
+    """The adapter_config.json of a PEFT LoRA or MoRAM.
 
     Raises:
         ModelError: there is none, or it is another kind of adapter.
@@ -113,27 +155,47 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"adapter.init_from: {path} cannot be read ({error}); give a PEFT directory") from None
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"adapter.init_from: {path} is a {config.get('peft_type')} adapter; only LORA is continued")
+    if config.get("peft_type") not in MEANING:
+        raise ModelError(
+            f"adapter.init_from: {path} is a {config.get('peft_type')} adapter; only {' and '.join(MEANING)} are "
+            "continued"
+        )
     return config
 
 
-def read_adapter(directory: str, ours: dict[str, Any], expected: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Tensors of a PEFT directory under the parameter names of a wrapped model.
+def continuing(directory: str | Path) -> LoraAdapter | MoRAMOptions:
+    """The recipe's adapter section that continues the adapter in a PEFT directory.
 
-    Args:
-        ours: PEFT configuration of the wrapped model.
-        expected: parameter name -> shape of the trainable tensors.
+    Raises:
+        ModelError: see :func:`read_config`.
+    """
+    config = read_config(directory)
+    targets, source = config["target_modules"], str(directory)
+    if config["peft_type"] == "LORA":
+        return LoraAdapter(rank=config["r"], alpha=float(config["lora_alpha"]), targets=targets, init_from=source)
+    sizes = {"rank": config["r"], "k": config["k"], "density": config["density"], "alpha": float(config["alpha"])}
+    return MoRAMOptions(**sizes, targets=targets, init_from=source)
+
+
+def read_adapter(directory: str, model: Any) -> dict[str, torch.Tensor]:
+    """Tensors of a PEFT directory under the names of a wrapped model whose base is filled. Collective if it is sharded.
 
     Raises:
         ModelError: no such directory, or an adapter of other targets, another rank, alpha or variant.
     """
     config = read_config(directory)
-    for option in MEANING:
+    ours: dict[str, Any] = model.peft_config["default"].to_dict()
+    if config["peft_type"] != ours["peft_type"]:
+        kinds = {"LORA": "lora", "MORAM": "moram"}
+        raise ModelError(
+            f"adapter.init_from: {directory} is a {config['peft_type']} adapter; set adapter.kind: "
+            f"{kinds[config['peft_type']]}"
+        )
+    for option in MEANING[config["peft_type"]]:
         theirs, wanted = config.get(option) or None, ours.get(option) or None
         if theirs != wanted:
-            key = {"r": "adapter.rank", "lora_alpha": "adapter.alpha"}.get(option)
-            cure = f"set {key}: {theirs}" if key else "only plain LoRA is continued"
+            key = _RECIPE_KEYS.get(option)
+            cure = f"set adapter.{key}: {theirs}" if key else "only plain LoRA is continued"
             raise ModelError(
                 f"adapter.init_from: {directory} was trained with {option}={theirs} but this recipe has {wanted}, "
                 f"which would change what it does; {cure}"
@@ -146,13 +208,22 @@ def read_adapter(directory: str, ours: dict[str, Any], expected: dict[str, torch
             saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ModelError(f"adapter.init_from: {path}: not a complete safetensors file ({error})") from None
-    by_file_name = {name.replace(".default.", "."): name for name in expected}
+    expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    expected |= {name: buffer.shape for name, buffer in stored_buffers(model).items()}
+    by_file_name = {name.removesuffix(".default").replace(".default.", "."): name for name in expected}
     if set(by_file_name) != set(saved):
         odd = sorted(set(by_file_name) ^ set(saved))[0]
         raise ModelError(
             f"adapter.init_from: {path} was trained on other layers than adapter.targets selects "
             f"(first difference: {odd}); use the same targets"
         )
+    if config["peft_type"] == "MORAM":
+        from raymem.methods.moram import model_state
+
+        try:
+            return model_state(model, saved)
+        except AdapterError as error:
+            raise ModelError(f"adapter.init_from: {path}: {error}") from None
     for key, tensor in saved.items():
         if tensor.shape != expected[by_file_name[key]]:
             raise ModelError(

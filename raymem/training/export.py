@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from raymem import __version__
 from raymem.errors import StorageError
+from raymem.training.adapter import stored_buffers
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.layout import Layout
 from raymem.training.model import tokenizer_path
@@ -43,8 +44,8 @@ def export_final(model: nn.Module, recipe: Recipe, layout: Layout, run: Storage,
     Raises:
         StorageError: it cannot be written; an earlier export stays.
     """
-    trained = None if isinstance(recipe.adapter, NoAdapter) else _trainable(model)
-    state = _gather(model, layout, trained)
+    kept = None if isinstance(recipe.adapter, NoAdapter) else _trainable(model) | set(stored_buffers(model))
+    state = _gather(model, layout, kept)
     return layout.on_main(lambda: _write(model, state, recipe, run, facts))
 
 

@@ -23,6 +23,8 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
+    import raymem.methods.moram  # noqa: F401 - makes PEFT know the method
+
     path = Path(directory)
     if not (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(

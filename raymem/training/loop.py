@@ -15,7 +15,7 @@ import torch
 from raymem.errors import NonFiniteError, OutOfMemory
 from raymem.memory.meter import PeakMeter, resident_tensors
 from raymem.seeds import derive
-from raymem.training import activations
+from raymem.training import activations, selection
 from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
@@ -100,11 +100,15 @@ class _Session:
         self.bare = build_model(self.recipe, self.layout)
         self.updater = build_updater(self.bare, self.recipe)
         start = self._resume()
-        self.ranks = activations.settle(self.bare, self.ranks, lambda: self._forward(start))
         self.total_steps = max(start, self.total_steps)  # a run that is longer already stays what it is
         self.model = self.bare if self.layout.sharded else replicate(self.bare, self.layout)
         row: Row = {}
         for step in range(start, self.total_steps):
+            activations.begin_step(self.bare, step)
+            if selection.is_due(self.recipe, step):
+                selection.by_gradient(self.bare, self.recipe, self.layout, self.rows, self.sampler, step)
+            if step == start:
+                self.ranks = activations.settle(self.bare, self.ranks, lambda: self._forward(start))
             row = self._step(step, first=start)
             done = step + 1
             if self._is_evaluated(done):
@@ -135,6 +139,7 @@ class _Session:
         check_identity(manifest.identity, self.identity, place)
         self.updater.allocate_state()
         self.checkpoints.load(manifest, self.updater.state())
+        selection.resumed(self.bare, self.recipe)
         self.eval_loss = manifest.eval_loss
         self.ranks = manifest.ranks
         log.info("resuming from step %d (%s)", manifest.step, place)

@@ -12,7 +12,7 @@ from torch import nn
 
 from raymem.errors import ModelError, RecipeError
 from raymem.seeds import derive
-from raymem.training import activations, adapter, weights
+from raymem.training import activations, adapter, selection, weights
 from raymem.training.layout import Layout, shard
 from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
 
@@ -66,6 +66,7 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
         bare.tie_weights()
         weights.fill(places, source, layout, tied)
         _fill_adapter(model, recipe, layout)
+        selection.without_training_data(model, recipe)
         _restore_computed_buffers(bare)
     activations.compress(model, recipe)
     return model
@@ -243,11 +244,10 @@ def _fill_adapter(model: nn.Module, recipe: Recipe, layout: Layout) -> None:
     if isinstance(recipe.adapter, NoAdapter):
         return
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    given = {}
-    if recipe.adapter.init_from is not None:
-        ours: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
-        shapes = {name: p.shape for name, p in trainable.items()}
-        given = adapter.read_adapter(recipe.adapter.init_from, ours, shapes)
+    given = {} if recipe.adapter.init_from is None else adapter.read_adapter(recipe.adapter.init_from, model)
+    for name, buffer in adapter.stored_buffers(model).items():
+        if name in given:
+            buffer.copy_(given[name])
     places = weights.slots(model)
     for name, parameter in trainable.items():
         full = given.get(name)

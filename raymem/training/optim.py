@@ -15,9 +15,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from raymem.errors import RecipeError
 from raymem.linalg import stochastic_round
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.seeds import generator
+from raymem.training.adapter import stored_buffers
 from raymem.training.recipe import AdamW, Recipe
 
 
@@ -38,6 +40,7 @@ class Updater:
         parameters: name -> trainable parameter.
         make_optimizer: called with the named tensors that the optimizer is to update.
         masters: keep fp32 copies, update those and round them into the parameters.
+        buffers: name -> what a checkpoint must hold besides.
     """
 
     def __init__(
@@ -46,10 +49,12 @@ class Updater:
         make_optimizer: Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer],
         *,
         masters: bool,
+        buffers: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.masters = {n: nn.Parameter(p.detach().float()) for n, p in parameters.items()} if masters else {}
         self.updated = self.masters or self.parameters
+        self.buffers = dict(buffers or {})
         self.optimizer = make_optimizer(self.updated)
 
     def gradients(self) -> list[torch.Tensor]:
@@ -97,9 +102,10 @@ class Updater:
         self.step()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor that a checkpoint needs, under stable names: weights, masters, optimizer state."""
+        """Every tensor that a checkpoint needs, under stable names: weights, masters, buffers, optimizer state."""
         tensors = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"master.{name}": p.detach() for name, p in self.masters.items()}
+        tensors |= {f"buffers.{name}": buffer for name, buffer in self.buffers.items()}
         for name, parameter in self.updated.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 assert isinstance(value, torch.Tensor), f"optimizer state {key} of {name} is no tensor"
@@ -120,7 +126,8 @@ def build_updater(model: nn.Module, recipe: Recipe) -> Updater:
             return _build_adamw(named, options, recipe.seed, stochastic_rounding=rounding)
         return _build_mlorc(named, options, recipe.seed, embeddings, stochastic_rounding=rounding)
 
-    return Updater(parameters, make, masters=low_precision and recipe.train.master == "fp32")
+    masters = low_precision and recipe.train.master == "fp32"
+    return Updater(parameters, make, masters=masters, buffers=stored_buffers(model))
 
 
 def _build_adamw(
@@ -153,6 +160,14 @@ def _build_mlorc(
     in_backward = arguments.pop("step_in_backward")
     optimizer = MLorcAdamW if arguments.pop("kind") == "mlorc_adamw" else MLorcLion
     whole = set() if arguments.pop("compress_embeddings") else embeddings
+    for name, parameter in named.items():
+        shorter = min(parameter.shape) if parameter.ndim == 2 and name not in whole else 0
+        if options.min_dim <= shorter <= options.rank:
+            raise RecipeError(
+                f"optimizer.rank: {options.rank} is not below min(m, n) = {shorter} of {name} {list(parameter.shape)}, "
+                f"so nothing would be saved there; lower it, or set optimizer.min_dim above {shorter} to leave such "
+                "matrices uncompressed"
+            )
     groups: list[dict[str, Any]] = [
         {"params": [(name, p) for name, p in named.items() if name not in whole]},
         {"params": [(name, p) for name, p in named.items() if name in whole], "rank": None},

@@ -26,6 +26,7 @@ from typing_extensions import TypeAliasType
 
 from raymem.methods.loract.config import LoRActOptions
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
+from raymem.methods.moram.config import MoRAMOptions
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -216,7 +217,14 @@ def _pairs(value: Any) -> Any:
 
 # Named aliases become named definitions in the JSON schema. A method adds its kinds here and nowhere else in this file.
 Base = TypeAliasType("Base", Annotated[FullBase, _shorthand("full")])
-Adapter = TypeAliasType("Adapter", Annotated[NoAdapter | LoraAdapter, Field(discriminator="kind"), _shorthand("lora")])
+Adapter = TypeAliasType(
+    "Adapter",
+    Annotated[
+        NoAdapter | LoraAdapter | Annotated[MoRAMOptions, _FromMapping()],
+        Field(discriminator="kind"),
+        _shorthand("lora"),
+    ],
+)
 Activations = TypeAliasType(
     "Activations",
     Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from support import assert_same, make_recipe, snapshot
 from torch import nn
 
+from raymem.errors import RecipeError
 from raymem.linalg import stochastic_round
 from raymem.seeds import generator
+from raymem.training.model import build_model
 from raymem.training.optim import StochasticRoundingAdamW, Updater, build_updater, lr_factor
 
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -202,3 +205,22 @@ def test_half_way_is_half_the_peak(schedule: str) -> None:
 def test_a_run_may_be_all_warmup() -> None:
     assert lr_factor(0, 1, "cosine", 0.03) == 1.0
     assert [lr_factor(step, 4, "linear", 8) for step in range(4)] == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8])
+
+
+@pytest.mark.parametrize("rank", [32, 40])
+def test_a_rank_that_saves_nothing_is_refused_by_the_recipe(llama: Path, rank: int) -> None:
+    fragment = {"adapter": "none", "optimizer": {"kind": "mlorc_adamw", "rank": rank, "min_dim": 8}}
+    recipe = make_recipe(fragment, model=llama)
+    message = rf"optimizer\.rank: {rank} is not below min\(m, n\) = \d+ of model\.\S+ .* set optimizer.min_dim above"
+    with pytest.raises(RecipeError, match=message):
+        build_updater(build_model(recipe, meta=True), recipe)
+
+
+def test_embeddings_can_be_left_uncompressed(llama: Path) -> None:
+    for compressed in (True, False):
+        options = {"kind": "mlorc_adamw", "min_dim": 8, "compress_embeddings": compressed}
+        recipe = make_recipe({"adapter": "none", "optimizer": options}, model=llama)
+        updater = build_updater(build_model(recipe, meta=True), recipe)
+        group = updater.optimizer.param_groups[-1]
+        assert (group["rank"] is None) is not compressed
+        assert compressed or group["param_names"] == ["model.embed_tokens.weight"]

@@ -68,12 +68,8 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
             self._group_of[id(parameter)] = index
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        fields = {field.name for field in dataclasses.fields(self.options_class)} - {
-            "kind",
-            "compress_embeddings",
-            "step_in_backward",
-        }
-        options = {name: group[name] for name in fields}
+        names = {field.name for field in dataclasses.fields(self.options_class)}
+        options = {name: value for name, value in group.items() if name in names}
         options["lr"], options["betas"] = float(group["lr"]), tuple(group["betas"])
         if group["rank"] is None:
             del options["rank"]

@@ -58,6 +58,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe_of: Any, acti
     assert column(straight) != column(train(recipe_of("exact", {"kind": "none"}))[1])
 
 
+def test_connections_are_selected_before_ranks_are_chosen(recipe_of: Any) -> None:
+    recipe = recipe_of("both", AUTO, adapter={"kind": "moram", "rank": 2})
+    _, straight = train(recipe)
+    again = recipe_of("both-again", AUTO, adapter={"kind": "moram", "rank": 2})
+    _, first = train(again, stop_after=3)
+    assert column(first + train(again)[1]) == column(straight)
+
+
 def test_automatic_ranks_are_kept_with_the_checkpoints(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of("auto", AUTO)
     _, rows = train(recipe, stop_after=3)
