@@ -29,6 +29,10 @@ class CheckpointError(RaymemError):
     """A checkpoint that is damaged, or belongs to another recipe."""
 
 
+class RecoveryMismatch(RaymemError):
+    """An adapter, a pruned model and a full model of which two do not belong together."""
+
+
 class StorageError(RaymemError):
     """A storage path that cannot be read or written (permissions, space, not shared between nodes)."""
 

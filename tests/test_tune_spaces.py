@@ -14,7 +14,9 @@ from raymem.training.model import build_model
 from raymem.training.optim import build_updater
 
 METHODS: dict[str, dict[str, Any]] = {
-    "mlorc": {"adapter": "none", "optimizer": {"kind": "mlorc_adamw", "min_dim": 32}},
+    "loract": {"activations": {"kind": "loract"}},
+    "mlorc": {"adapter": "none", "optimizer": {"kind": "mlorc_adamw", "min_dim": 40}},
+    "moram": {"adapter": {"kind": "moram"}},
 }
 SPACES = {name: importlib.import_module(f"tune_spaces.{name}").SPACE for name in METHODS}
 KEYS = {"float": {"type", "low", "high", "log"}, "int": {"type", "low", "high"}, "choice": {"type", "choices"}}

@@ -22,7 +22,7 @@ from raymem.cluster.local_checks import (
 from raymem.errors import ClusterError, RaymemError, StorageError
 from raymem.tracking import check_tracking
 from raymem.training.recipe import Recipe
-from raymem.training.storage import Storage, resolve_path
+from raymem.training.storage import Storage
 
 __all__ = ["Check", "check_storage_shared", "run_doctor"]
 
@@ -40,7 +40,7 @@ def run_doctor(recipe: Recipe | None = None, *, address: str | None = None) -> l
             by default RAY_ADDRESS and RAY_API_SERVER_ADDRESS.
     """
     checks = [*check_versions(), *check_devices(recipe is not None and recipe.scaling.use_gpu), check_home()]
-    storage_path = resolve_path(recipe.storage.path) if recipe else None
+    storage_path = recipe.storage.path if recipe else None
     if storage_path:
         checks += check_storage_here(storage_path)
     dashboard = address if address and ("://" in address or is_dashboard(address)) else None

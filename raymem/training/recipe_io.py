@@ -17,6 +17,7 @@ from typing_extensions import TypeAliasType
 
 from raymem.errors import RecipeError
 from raymem.training import compat
+from raymem.training.places import absolute, is_local
 from raymem.training.recipe import Recipe, fields_of, is_section, kind_of
 
 DEMO_PREFIX = "demo"
@@ -175,11 +176,9 @@ def _absolute(recipe: Recipe, base_dir: Path) -> Recipe:
     """Make every local path absolute; ids of the Hugging Face hub and URIs stay as they are."""
 
     def local(value: str | None) -> str | None:
-        if value is None or "://" in value or value.startswith(f"{DEMO_PREFIX}:"):
+        if value is None or value.startswith(f"{DEMO_PREFIX}:") or not is_local(value, base_dir):
             return value
-        candidate = base_dir / Path(value).expanduser()
-        looks_local = value.startswith((".", "/", "~")) or candidate.exists() or Path(value).suffix in DATA_SUFFIXES
-        return str(candidate.resolve()) if looks_local else value
+        return absolute(value, base_dir)
 
     def sources(items: Any) -> Any:
         return items and [{**item, "path": local(item["path"])} for item in items]
@@ -188,13 +187,9 @@ def _absolute(recipe: Recipe, base_dir: Path) -> Recipe:
     raw["model"].update({key: local(raw["model"][key]) for key in ("name", "tokenizer")})
     raw["data"].update({key: sources(raw["data"][key]) for key in ("train", "eval")})
     if raw["adapter"].get("init_from"):
-        raw["adapter"]["init_from"] = str((base_dir / Path(raw["adapter"]["init_from"]).expanduser()).resolve())
-    if "://" not in raw["storage"]["path"]:
-        raw["storage"]["path"] = str((base_dir / Path(raw["storage"]["path"]).expanduser()).resolve())
+        raw["adapter"]["init_from"] = absolute(raw["adapter"]["init_from"], base_dir)
+    raw["storage"]["path"] = absolute(raw["storage"]["path"], base_dir)
     return Recipe.model_validate(raw)
-
-
-DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet"}
 
 
 def _problems(error: ValidationError) -> Iterable[str]:

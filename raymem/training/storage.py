@@ -27,16 +27,6 @@ MARKER = "manifest.json"
 _CHUNK_BYTES = 8 << 20
 
 
-def resolve_path(path: str, base: str | Path | None = None) -> str:
-    """Make a local storage path absolute (``~`` expanded, relative to ``base`` or the cwd); URIs pass unchanged.
-
-    Ray gives each worker a working directory of its own, so this must happen once, where the command is started.
-    """
-    if "://" in path:
-        return path
-    return os.path.normpath(Path(base or os.getcwd()) / Path(path).expanduser())
-
-
 class Storage:
     """A storage root. Pickles as its path, so that it can travel to any process that sees the same storage."""
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from raymem.errors import DataError
 from raymem.training.data.directories import file_sha256
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+from raymem.training.places import DATA_SUFFIXES
 
 Row = dict[str, Any]
 
@@ -115,7 +114,7 @@ def load_hub(path: str, subset: str | None, split: str, revision: str | None) ->
         raise DataError(
             f"Hugging Face data set {path} (subset {subset}, split {split}, revision {revision}) cannot be loaded "
             f"({type(error).__name__}: {reason[0]}): check the names and the network, or pass a local "
-            f"{', '.join(SUFFIXES)} file or directory as the path."
+            f"{', '.join(DATA_SUFFIXES)} file or directory as the path."
         ) from error
 
 

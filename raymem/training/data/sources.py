@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raymem.errors import DataError
-from raymem.training.data.readers import SUFFIXES, Block, Row, index_file, index_hub, read_block
+from raymem.training.data.readers import Block, Row, index_file, index_hub, read_block
+from raymem.training.places import DATA_SUFFIXES, is_local
 from raymem.training.recipe import Source
 
 
@@ -32,7 +33,7 @@ def open_source(source: Source, place: str, cache_dir: Path, block_rows: int) ->
     """
     identity: list[str]
     blocks: list[Block]
-    if not source.path.startswith("demo:") and not looks_local(source.path):
+    if not (source.path.startswith("demo:") or "://" in source.path or is_local(source.path)):
         fingerprint, hub_blocks = index_hub(source.path, source.subset, source.split, source.revision, block_rows)
         identity = ["hub", source.path, source.subset or "", source.split, source.revision or "", fingerprint]
         blocks = [*hub_blocks]
@@ -46,11 +47,6 @@ def open_source(source: Source, place: str, cache_dir: Path, block_rows: int) ->
     return OpenedSource(place, identity, blocks, first_place, first_row)
 
 
-def looks_local(path: str) -> bool:
-    """Whether a path means files of this machine rather than a Hugging Face id."""
-    return path.startswith(("/", ".", "~")) or path.endswith(SUFFIXES) or "://" in path or Path(path).exists()
-
-
 def _files(source: Source, place: str, cache_dir: Path) -> list[Path]:
     if source.path.startswith("demo:"):
         return [_demo_file(source, place, cache_dir)]
@@ -61,8 +57,10 @@ def _files(source: Source, place: str, cache_dir: Path) -> list[Path]:
         raise DataError(f"{place}.path={source.path!r} does not exist{_hint(path)}")
     if path.is_dir():
         return _files_in(path, f"{place}.path={source.path!r}")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{place}.path={source.path!r} is no known kind of file: use one of {', '.join(SUFFIXES)}.")
+    if path.suffix not in DATA_SUFFIXES:
+        raise DataError(
+            f"{place}.path={source.path!r} is no known kind of file: use one of {', '.join(DATA_SUFFIXES)}."
+        )
     return [path]
 
 
@@ -71,9 +69,11 @@ def _files_in(directory: Path, place: str) -> list[Path]:
         entries = sorted(directory.iterdir())
     except OSError as error:
         raise DataError(f"{place} cannot be read ({error.strerror}): check that this process may read it.") from error
-    files = [path for path in entries if path.is_file() and path.suffix in SUFFIXES and not path.name.startswith(".")]
+    files = [
+        path for path in entries if path.is_file() and path.suffix in DATA_SUFFIXES and not path.name.startswith(".")
+    ]
     if not files:
-        raise DataError(f"{place} has no data files: put {', '.join(SUFFIXES)} files directly into it.")
+        raise DataError(f"{place} has no data files: put {', '.join(DATA_SUFFIXES)} files directly into it.")
     return files
 
 

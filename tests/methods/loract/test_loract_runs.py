@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from raymem.training import loop
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.model import build_model
 from raymem.training.recipe import Recipe
-from tune_spaces.loract import SPACE
 
 LOSSY: dict[str, Any] = {"kind": "loract", "rank": 4, "first_input": "compressed"}
 AUTO: dict[str, Any] = {"kind": "loract", "rank": "auto", "max_rank": 16, "tolerance": 0.3, "report_every": 2}
@@ -126,20 +124,6 @@ def test_options_that_do_not_fit_the_model_name_their_place(recipe_of: Any) -> N
 def test_bad_options_are_errors_of_the_recipe(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         make_recipe({"activations": {"kind": "loract", **options}})
-
-
-def test_every_corner_of_the_search_space_builds(llama: Path) -> None:
-    ends = [
-        choice["choices"] if choice["type"] == "choice" else [choice["low"], choice["high"]]
-        for choice in SPACE.values()
-    ]
-    for values in itertools.product(*ends):
-        raw: dict[str, Any] = {"activations": {"kind": "loract"}}
-        for path, value in zip(SPACE, values, strict=True):
-            section, key = path.split(".")
-            raw.setdefault(section, {})[key] = value
-        model = build_model(make_recipe(raw, model=llama), meta=True)
-        assert next(model.parameters()).is_meta
 
 
 def test_what_is_exported_bears_no_trace(recipe_of: Any) -> None:

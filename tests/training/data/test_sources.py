@@ -9,7 +9,7 @@ import pytest
 from raymem.errors import DataError
 from raymem.training import demo
 from raymem.training.data.readers import read_block
-from raymem.training.data.sources import OpenedSource, looks_local, open_source
+from raymem.training.data.sources import OpenedSource, open_source
 from raymem.training.recipe import Source
 
 
@@ -48,28 +48,6 @@ def test_relative_and_home_paths(
     assert rows_of(opened("x.jsonl")) == rows_of(opened("~/x.jsonl")) == rows_of(opened(".")) == [{"n": 1}]
     # The block goes to processes that run elsewhere.
     assert Path(opened("x.jsonl").blocks[0].path).is_absolute()
-
-
-@pytest.mark.parametrize(
-    ("path", "local"),
-    [
-        ("/data/x", True),
-        ("./x", True),
-        ("~/x", True),
-        ("x.csv", True),
-        ("s3://bucket/x", True),
-        ("org/name", False),
-        ("squad", False),
-    ],
-)
-def test_what_looks_local(path: str, local: bool) -> None:
-    assert looks_local(path) is local
-
-
-def test_an_existing_directory_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert looks_local("org/name")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""The options of LoRAM's pruning: the very class that a recipe validates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, Literal, get_args
+
+from raymem.errors import RecipeError
+from raymem.methods import OPTIONS_RULES
+
+Criterion = Literal["random", "magnitude", "taylor", "wanda", "sparsegpt"]
+Structure = Literal["units", "2:4", "4:8", "unstructured"]
+
+CRITERIA: dict[str, tuple[Criterion, ...]] = {
+    "units": ("random", "magnitude", "taylor", "wanda"),
+    "2:4": ("magnitude", "wanda", "sparsegpt"),
+    "4:8": ("magnitude", "wanda", "sparsegpt"),
+    "unstructured": ("magnitude", "wanda", "sparsegpt"),
+}
+"""What may choose the weights of each structure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """How a model is pruned (LoRAM, arXiv 2502.13533, section 3).
+
+    Raises:
+        ValueError: a value out of range, or options that do not go together; the message starts with the field's name.
+    """
+
+    __pydantic_config__: ClassVar = OPTIONS_RULES
+
+    structure: Structure = "units"
+    """``units`` removes whole KV groups and neurons, which is what saves memory. ``2:4``, ``4:8`` and ``unstructured``
+    write zeros into dense weights: research modes that save no memory at all."""
+    criterion: Criterion = "random"
+    """How units (or weights) are ranked: by chance, size, first-order Taylor, Wanda; SparseGPT for zeros only."""
+    ratio: float = 0.5
+    """Share of units (or weights) that goes from every pruned layer."""
+    keep_first: int = 4
+    """Layers at the start that stay whole."""
+    keep_last: int = 2
+    """Layers at the end that stay whole."""
+    layer_ratios: tuple[float, ...] | None = None
+    """One ratio for every layer, instead of ``ratio``, ``keep_first`` and ``keep_last``."""
+    round_to: int = 1
+    """Kept neurons are rounded down to a multiple of this (64 or 128 suit tensor cores)."""
+    seed: int = 0
+    """Of the criterion ``random``."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("structure", get_args(Structure)), ("criterion", get_args(Criterion))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        if self.criterion not in CRITERIA[self.structure]:
+            raise ValueError(
+                f"criterion: {self.criterion} cannot choose what goes under structure: {self.structure}; "
+                f"choose one of {', '.join(CRITERIA[self.structure])}"
+            )
+        for place, ratio in [("ratio", self.ratio), *_named(self.layer_ratios)]:
+            if not 0 <= ratio < 1:
+                raise ValueError(f"{place}: {ratio} is outside [0, 1); it is the share that is pruned away")
+            if ":" in self.structure and ratio not in (0, 0.5):
+                raise ValueError(
+                    f"{place}: {ratio} contradicts structure: {self.structure}, which removes 0.5; set 0.5"
+                )
+        for name, least in (("keep_first", 0), ("keep_last", 0), ("round_to", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} is too small; it is at least {least}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the criterion looks at data."""
+        return self.criterion in ("taylor", "wanda", "sparsegpt")
+
+    def ratio_of(self, layer: int, num_layers: int) -> Fraction:
+        """The exact ratio of one layer: decimals mean what they say (0.9 is nine tenths, not the nearest float).
+
+        Raises:
+            RecipeError: ``layer_ratios`` is for a model of another depth.
+        """
+        if self.layer_ratios is not None:
+            if len(self.layer_ratios) != num_layers:
+                raise RecipeError(
+                    f"layer_ratios: {len(self.layer_ratios)} values for a model of {num_layers} layers; give one each"
+                )
+            return Fraction(str(self.layer_ratios[layer]))
+        if self.keep_first <= layer < num_layers - self.keep_last:
+            return Fraction(str(self.ratio))
+        return Fraction(0)
+
+
+def _named(ratios: tuple[float, ...] | None) -> list[tuple[str, float]]:
+    return [(f"layer_ratios[{index}]", ratio) for index, ratio in enumerate(ratios or ())]

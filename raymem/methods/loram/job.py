@@ -1,0 +1,249 @@
+"""One pruning job: from which model to which directory, where its files lie meanwhile, and how it is committed.
+
+While it runs, everything is in a hidden directory beside the result, named by the job's key: shards of the result at
+the top, calibration state in ``work/``. :func:`commit` adds config, index and manifest and renames it. So the result
+exists only as a whole, a killed job goes on, and another job (other options, another model) never finds its files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raymem.errors import DataError, ModelError, StorageError
+from raymem.methods.loram.config import PruneOptions
+from raymem.methods.loram.coupling import Coupling
+from raymem.methods.loram.manifest import MANIFEST, Manifest, read_manifest
+from raymem.methods.loram.nonuniform import Counts, counts_of, with_counts
+from raymem.methods.loram.plan import plan_pruning
+from raymem.methods.loram.source import Source, open_source
+from raymem.methods.loram.tensorfiles import (
+    Entry,
+    Spec,
+    digest,
+    read_header,
+    save_tensors,
+    sync_directory,
+    write_json,
+    write_tensors,
+)
+from raymem.methods.loram.validate import validate_coupling
+
+_TAG = "raymem"
+"""Metadata entry of a shard: its job and the units it kept."""
+_FORMAT = 1
+"""Raised when the same options would choose other units or write other bytes."""
+CALIBRATION = "calibration.safetensors"
+_COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
+"""What else belongs to a model: files whose names start so."""
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """Plain values only, so that a job travels between processes."""
+
+    source: Source
+    coupling: Coupling
+    options: PruneOptions
+    counts: Counts
+    pruned_layers: tuple[int, ...]
+    out: str
+    """Directory of the result."""
+    key: str
+    calibration: str | None
+    """SHA-256 of the calibration tokens."""
+
+    @property
+    def workspace(self) -> Path:
+        """Where the job's files lie until it is committed."""
+        out = Path(self.out)
+        return out.with_name(f".{out.name}.{self.key[:16]}.partial")
+
+    @property
+    def work(self) -> Path:
+        """Where state lies that is not part of the result."""
+        return self.workspace / "work"
+
+
+def open_job(
+    model: str | Path,
+    out: str | Path,
+    options: PruneOptions,
+    calibration: torch.Tensor | None = None,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+) -> PruneJob:
+    """Check everything that can be checked before work starts, and make the job's workspace.
+
+    Args:
+        model: directory of the full model.
+        out: directory to be made; one that holds the result of the same job is fine.
+        calibration: token ids [N, T] (int64, no padding) for the criteria that look at data.
+        name: Hugging Face id, if ``model`` is a download.
+        revision: commit of that id.
+
+    Raises:
+        ModelError: unknown architecture, damaged or pruned source, coupling that does not hold, ``out`` is taken.
+        RecipeError: options that leave nothing of a layer.
+        DataError: calibration missing, superfluous or out of the vocabulary.
+        StorageError: the workspace cannot be made.
+    """
+    source = open_source(model, name, revision)
+    config = source.config()
+    if counts_of(config):
+        raise ModelError(f"model.name: {model} is pruned already; prune the full model")
+    plan = plan_pruning(config, options)
+    _check_calibration(calibration, options, config)
+    tokens = None if calibration is None else hashlib.sha256(calibration.contiguous().numpy().tobytes()).hexdigest()
+    shape = None if calibration is None else list(calibration.shape)
+    key = digest([_FORMAT, dataclasses.asdict(options), source.identity, tokens, shape])
+    job = PruneJob(
+        source, plan.coupling, options, plan.counts, tuple(plan.pruned_layers), str(Path(out).absolute()), key, tokens
+    )
+    if is_committed(job):
+        return job
+    validate_coupling(config)
+    try:
+        job.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{job.work} cannot be made ({error}); give a directory that can be written") from None
+    if calibration is not None and not (job.work / CALIBRATION).is_file():
+        save_tensors(job.work / CALIBRATION, {"ids": calibration})
+    return job
+
+
+def is_committed(job: PruneJob) -> bool:
+    """Whether the result is there.
+
+    Raises:
+        ModelError: something else is there.
+    """
+    out = Path(job.out)
+    if not out.exists():
+        return False
+    if not (out / MANIFEST).is_file():
+        found = f"it holds no {MANIFEST}"
+    elif (manifest := read_manifest(out)).key != job.key:
+        found = f"it was pruned from {manifest.source['name']} with {dict(manifest.options)}"
+    else:
+        return True
+    raise ModelError(f"{out} is not the result of this job: {found}; give another directory or remove it")
+
+
+def _check_calibration(calibration: torch.Tensor | None, options: PruneOptions, config: Any) -> None:
+    if not options.needs_calibration:
+        if calibration is not None:
+            raise DataError(f"calibration: criterion {options.criterion} looks at no data; leave it out")
+        return
+    if calibration is None:
+        raise DataError(f"calibration: criterion {options.criterion} needs token ids; give some, such as 10 x 64")
+    if calibration.dtype != torch.int64 or calibration.dim() != 2 or min(calibration.shape) < 1:
+        raise DataError(
+            f"calibration: {calibration.dtype} {list(calibration.shape)} is not a matrix of int64 token ids; "
+            "give one row for each text"
+        )
+    if calibration.shape[1] < 2:
+        raise DataError("calibration: texts of one token have no next token to predict; give at least two")
+    vocabulary = config.vocab_size
+    if int(calibration.min()) < 0 or int(calibration.max()) >= vocabulary:
+        raise DataError(f"calibration: it holds ids outside [0, {vocabulary}); use the tokenizer of the model")
+
+
+def shard_name(job: PruneJob, layer: int | None) -> str:
+    """File of one layer of the result, or (None) of what is outside the layers."""
+    last = job.coupling.num_layers + 1
+    return f"model-{last if layer is None else layer + 1:05d}-of-{last:05d}.safetensors"
+
+
+def write_shard(
+    job: PruneJob,
+    file: str,
+    entries: Mapping[str, Entry],
+    specs: Mapping[str, Spec],
+    make: Callable[[str], torch.Tensor],
+    kept: Mapping[str, list[int]] | None,
+) -> None:
+    """Write one shard of the result, under the tensor names of the source's files.
+
+    Args:
+        entries: name in the model -> place in the source.
+        specs: name in the model -> what ``make`` returns for it.
+        kept: group -> kept units, stored in the shard so that it needs no other record.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    names = {entry.key: name for name, entry in entries.items()}
+    tag = json.dumps({"key": job.key, "kept": kept}, separators=(",", ":"))
+    by_key = {key: specs[name] for key, name in names.items()}
+    write_tensors(job.workspace / file, by_key, lambda key: make(names[key]), {_TAG: tag})
+
+
+def read_shard(job: PruneJob, file: str) -> tuple[dict[str, list[int]] | None, dict[str, Entry]] | None:
+    """Kept units (None of a whole layer) and tensors of a shard that this job wrote; None if it has not."""
+    if not (job.workspace / file).is_file():
+        return None
+    metadata, entries = read_header(job.workspace, file)
+    tag = json.loads(metadata.get(_TAG, "{}"))
+    return (tag["kept"], entries) if tag.get("key") == job.key else None
+
+
+def commit(job: PruneJob) -> Manifest:
+    """Make the result of a job whose steps are all done appear.
+
+    Raises:
+        ModelError: a shard is missing.
+        StorageError: the result cannot be written.
+    """
+    if is_committed(job):
+        return read_manifest(job.out)
+    kept, weight_map, files, total_bytes = {}, {}, {}, 0
+    for layer in [*range(job.coupling.num_layers), None]:
+        file = shard_name(job, layer)
+        shard = read_shard(job, file)
+        if shard is None:
+            raise ModelError(f"{job.workspace / file} is missing: run the steps of this job before it is committed")
+        if layer is not None and shard[0] is not None:
+            kept[layer] = shard[0]
+        weight_map.update(dict.fromkeys(shard[1], file))
+        files[file] = (job.workspace / file).stat().st_size
+        total_bytes += sum(entry.num_bytes for entry in shard[1].values())
+    source = {"name": job.source.name, "revision": job.source.revision, "identity": dict(job.source.identity)}
+    manifest = Manifest(
+        job.key, dataclasses.asdict(job.options), job.coupling.model_type, source, job.calibration, kept, files
+    )
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    write_json(job.workspace / "model.safetensors.index.json", index)
+    try:
+        config = job.source.config()
+        (with_counts(config, job.counts) if job.counts else config).save_pretrained(job.workspace)
+        for path in sorted(Path(job.source.directory).iterdir()):
+            if path.is_file() and path.name.startswith(_COPIED):
+                shutil.copyfile(path, job.workspace / path.name)
+        manifest.write(job.workspace)
+        shutil.rmtree(job.work, ignore_errors=True)
+        _appear(job)
+    except OSError as error:
+        raise StorageError(
+            f"{job.out} cannot be written ({error}); free some space or check permissions, then run the same command "
+            "again: finished layers are not repeated"
+        ) from None
+    return read_manifest(job.out)
+
+
+def _appear(job: PruneJob) -> None:
+    try:
+        job.workspace.rename(job.out)
+        sync_directory(Path(job.out).parent)
+    except OSError:
+        if not Path(job.out).exists() or not is_committed(job):  # else another process finished the same job first
+            raise

@@ -1,0 +1,135 @@
+"""``loram_manifest.json``: what a pruned model is, beside it and beside every adapter that was trained on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raymem.errors import ModelError
+from raymem.methods.loram.coupling import Coupling
+from raymem.methods.loram.nonuniform import counts_of, read_config
+from raymem.methods.loram.placement import Kept
+from raymem.methods.loram.source import Source, open_source
+from raymem.methods.loram.tensorfiles import digest, write_json
+
+MANIFEST = "loram_manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A pruned model: from what, how, and which units are left."""
+
+    key: str
+    """Of source, options and calibration: two prunings of equal key are the same work."""
+    options: Mapping[str, Any]
+    model_type: str
+    source: Mapping[str, Any]
+    """``name`` and ``revision`` of the full model, and its ``identity``."""
+    calibration: str | None
+    """SHA-256 of the calibration tokens."""
+    kept: Kept
+    """Layer -> group -> kept units of the full model; empty where only zeros were written."""
+    files: Mapping[str, int]
+    """Weight file -> bytes."""
+    aligned: Mapping[str, Any] | None = None
+    """Facts of the training that changed the pruned weights, if any did."""
+
+    @property
+    def digest(self) -> str:
+        """Equal for manifests of the same pruned weights, wherever they lie: an adapter belongs to one digest."""
+        return digest([self.key, _kept_json(self.kept), self.aligned])
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest into a directory, whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        write_json(directory / MANIFEST, {"format": _FORMAT, **values, "kept": _kept_json(self.kept)})
+
+
+def read_manifest(directory: str | Path, *, with_weights: bool = True) -> Manifest:
+    """The manifest of a pruned model, or (``with_weights=False``) of an adapter.
+
+    Raises:
+        ModelError: there is none, it is unreadable, of another format, or weight files are missing or cut short.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        if values.pop("format") != _FORMAT:
+            raise ValueError(f"it is not of format {_FORMAT}")
+        kept = {int(layer): groups for layer, groups in values.pop("kept").items()}
+        manifest = Manifest(**values, kept=kept)
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist: {directory} is not of LoRAM; give what was pruned with it") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: not a manifest of LoRAM ({error}); prune again") from None
+    if with_weights:
+        for file, size in manifest.files.items():
+            found = Path(directory) / file
+            if not found.is_file() or found.stat().st_size != size:
+                raise ModelError(f"{found} is missing or not of {size} bytes, as {MANIFEST} says; copy or prune again")
+    return manifest
+
+
+def mark_aligned(aligned: str | Path, pruned: str | Path, facts: Mapping[str, Any]) -> Manifest:
+    """Give a pruned model whose weights were trained further (LoRAM's alignment) its manifest.
+
+    Args:
+        aligned: what was saved after the training of ``pruned``.
+        facts: about the training, plain JSON values that tell it from others (a key of it, steps, data).
+
+    Raises:
+        ModelError: ``aligned`` has other sizes than ``pruned``, or is no complete model.
+        StorageError: the manifest cannot be written.
+    """
+    directory, manifest = Path(aligned), read_manifest(pruned)
+    if counts_of(read_config(directory)) != counts_of(read_config(pruned)):
+        raise ModelError(f"{aligned} is not of the sizes of {pruned}; give what was trained from it")
+    files = {file: (directory / file).stat().st_size for file in open_source(directory).identity["files"]}
+    manifest = dataclasses.replace(manifest, files=files, aligned=dict(facts))
+    manifest.write(directory)
+    return manifest
+
+
+def check_base(manifest: Manifest, full: Source) -> None:
+    """Refuse a full model other than the one that was pruned.
+
+    Raises:
+        ModelError: names the first file that differs.
+    """
+    expected, found = manifest.source["identity"], full.identity
+    if expected == found:
+        return
+    differing = [file for file, value in expected["files"].items() if found["files"].get(file) != value]
+    place = differing[0] if differing else "config.json"
+    raise ModelError(
+        f"model.name: {full.directory} is not the base that was pruned ({place} differs from the manifest's "
+        f"fingerprint); give {manifest.source['name']} at revision {manifest.source['revision']}"
+    )
+
+
+def check_kept(manifest: Manifest, coupling: Coupling) -> None:
+    """Refuse a manifest whose units do not exist in a model of this coupling.
+
+    Raises:
+        ModelError: another architecture, depth or size.
+    """
+    sizes = {group.name: group.num_units for group in coupling.groups}
+    fits = manifest.model_type == coupling.model_type
+    for layer, groups in manifest.kept.items():
+        fits = fits and layer < coupling.num_layers and groups.keys() == sizes.keys()
+        fits = fits and all(units and units[-1] < sizes[group] for group, units in groups.items())
+    if not fits:
+        raise ModelError(f"{MANIFEST}: its units do not exist in a {coupling.model_type} of this size; prune again")
+
+
+def _kept_json(kept: Kept) -> dict[str, dict[str, list[int]]]:
+    return {str(layer): {group: list(units) for group, units in groups.items()} for layer, groups in kept.items()}

@@ -1,0 +1,152 @@
+"""Models whose decoder layers have sizes of their own, on the stock model code of transformers.
+
+``config.json`` of a pruned model keeps every value of the full model and adds
+``"raymem_pruning": {"4": {"attn": 2, "mlp": 4300}, ...}``: kept units of the layers that were pruned. A layer is built
+with the full config and then its coupled linear layers are replaced by smaller ones, so nothing that derives from the
+config (head size, rotary embedding, caches, validation) changes.
+
+transformers has a registry for such replacements (``monkey_patching``); it is global, outlives its use and stays in
+force after an error, and ``output_hidden_states`` of models built earlier no longer finds their layers. So the class is
+exchanged in its module only while a model is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raymem.errors import ModelError
+from raymem.methods.loram.coupling import couple, family_of
+
+PRUNING_KEY = "raymem_pruning"
+"""Of ``config.json``: layer -> group -> number of kept units."""
+
+Counts = Mapping[int, Mapping[str, int]]
+"""Layer -> group -> number of kept units, of the layers that are pruned."""
+
+
+def with_counts(config: Any, counts: Counts) -> Any:
+    """A copy of a full model's config that describes the pruned model."""
+    pruned = copy.deepcopy(config)
+    setattr(pruned, PRUNING_KEY, {str(layer): dict(kept) for layer, kept in sorted(counts.items())})
+    return pruned
+
+
+def without_counts(config: Any) -> Any:
+    """A copy of a pruned model's config that describes the full model."""
+    full = copy.deepcopy(config)
+    if hasattr(full, PRUNING_KEY):
+        delattr(full, PRUNING_KEY)
+    return full
+
+
+def counts_of(config: Any) -> dict[int, dict[str, int]]:
+    """What :func:`with_counts` wrote; empty for a model that is not pruned."""
+    return {int(layer): dict(kept) for layer, kept in (getattr(config, PRUNING_KEY, None) or {}).items()}
+
+
+@contextlib.contextmanager
+def pruned_layers(config: Any) -> Iterator[None]:
+    """Inside, transformers builds the layers that ``config`` says are pruned with their own sizes.
+
+    Around ``from_config``, ``from_pretrained`` or a bare constructor, on any device. A config of an unpruned model
+    needs nothing and changes nothing.
+
+    Raises:
+        ModelError: a pruned config of an unknown architecture.
+    """
+    if not counts_of(config):
+        yield
+        return
+    family = family_of(config)
+    module: Any = importlib.import_module(f"transformers.models.{family.package}.modeling_{family.package}")
+    original = getattr(module, family.layer_class)
+    setattr(module, family.layer_class, _resizing(original))
+    try:
+        yield
+    finally:
+        setattr(module, family.layer_class, original)
+
+
+def from_config(config: Any, **options: Any) -> Any:
+    """``AutoModelForCausalLM.from_config`` for pruned and full configs alike."""
+    from transformers import AutoModelForCausalLM
+
+    with pruned_layers(config):
+        return AutoModelForCausalLM.from_config(config, **options)
+
+
+def load_pruned(directory: str | Path, **options: Any) -> Any:
+    """``AutoModelForCausalLM.from_pretrained`` for a pruned model.
+
+    Args:
+        directory: what :func:`raymem.methods.loram.prune_model` wrote, or such a model saved again.
+        options: as of ``from_pretrained`` (``dtype``, ``device_map``, ``quantization_config``, ...).
+
+    Raises:
+        ModelError: the directory holds no config of transformers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(directory)
+    with pruned_layers(config):
+        return AutoModelForCausalLM.from_pretrained(directory, config=config, local_files_only=True, **options)
+
+
+def read_config(directory: str | Path) -> Any:
+    """The transformers config of a model directory.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    if not (Path(directory) / "config.json").is_file():
+        raise ModelError(f"model.name: {directory} has no config.json; give a directory that save_pretrained wrote")
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.name: {directory}/config.json cannot be used: {error}") from None
+
+
+def meta_model(config: Any) -> Any:
+    """The model on the meta device: names and shapes, no weights."""
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        return from_config(config)
+
+
+def _resizing(layer_class: Any) -> Any:
+    """A subclass that shrinks itself. The name stays: device maps and FSDP policies match layers by class name."""
+
+    def __init__(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+        layer_class.__init__(self, config, layer_idx, *args, **kwargs)
+        kept = counts_of(config).get(layer_idx)
+        if kept is not None:
+            _resize(self, config, kept)
+
+    members = {"__init__": __init__, "__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__}
+    return type(layer_class.__name__, (layer_class,), members)
+
+
+def _resize(layer: nn.Module, config: Any, kept: Mapping[str, int]) -> None:
+    for group in couple(config).groups:
+        for member in group.members:
+            linear = layer.get_submodule(member.module)
+            assert isinstance(linear, nn.Linear), member.module
+            size = kept[group.name] * member.width
+            inputs, outputs = linear.in_features, linear.out_features
+            inputs, outputs = (inputs, size) if member.side == "out" else (size, outputs)
+            weight = linear.weight
+            smaller = nn.Linear(inputs, outputs, linear.bias is not None, device=weight.device, dtype=weight.dtype)
+            layer.set_submodule(member.module, smaller)
+    if (adjust := family_of(config).adjust) is not None:
+        adjust(layer, config, kept["attn"])

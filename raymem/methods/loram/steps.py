@@ -1,0 +1,214 @@
+"""Pruning as a list of small steps, each a function from files to files.
+
+A step may run in any process that sees the same directories, may run twice, and is skipped where its result is there:
+so a job goes on where it was killed, and its files come out bit for bit the same. ``after`` names the steps whose
+results a step reads; all else may run at once. What no step ever holds is more than one decoder layer.
+
+| structure and criterion | steps |
+|---|---|
+| any | ``rest``: what is outside the layers; ``layer-i``: one layer, pruned or whole; then :func:`commit` |
+| units: taylor | ``embed``, ``forward-0..``, ``loss``, ``..backward-i`` (scores), ``layer-i`` |
+| units: wanda | ``embed``, ``forward-0..`` (scores), ``layer-i`` |
+| zeros: wanda, sparsegpt | ``embed``, ``forward-0..``, then ``mask-i``: layer i sees what pruned layers give |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from raymem.errors import ModelError
+from raymem.methods.loram import sweeps
+from raymem.methods.loram.job import PruneJob, is_committed, read_shard, shard_name, write_shard
+from raymem.methods.loram.layerwise import LayerwiseModel
+from raymem.methods.loram.masks import magnitude_mask
+from raymem.methods.loram.placement import take
+from raymem.methods.loram.scores import best, magnitude_scores, random_scores
+from raymem.methods.loram.tensorfiles import DTYPES, Entry, Spec, write_json
+
+Kind = Literal["rest", "layer", "embed", "forward", "loss", "backward", "mask"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work of a job."""
+
+    kind: Kind
+    layer: int = 0
+    after: tuple[str, ...] = ()
+    """Names of the steps that must be done before."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.layer}" if self.kind in ("layer", "forward", "backward", "mask") else self.kind
+
+
+def steps(job: PruneJob) -> list[Step]:
+    """All steps of a job in an order that respects ``after``."""
+    pruned, options = job.pruned_layers, job.options
+    found = [Step("rest")]
+    if options.needs_calibration and pruned:
+        found.append(Step("embed"))
+        found += _taylor_steps(job) if options.criterion == "taylor" else _forward_steps(job)
+    by_name = {step.name for step in found}
+    for layer in range(job.coupling.num_layers):
+        if f"mask-{layer}" not in by_name:
+            scored = f"{'backward' if options.criterion == 'taylor' else 'forward'}-{layer}"
+            needs_scores = options.needs_calibration and layer in pruned
+            found.append(Step("layer", layer, (scored,) if needs_scores else ()))
+    return found
+
+
+def _taylor_steps(job: PruneJob) -> list[Step]:
+    layers, first = job.coupling.num_layers, job.pruned_layers[0]
+    found = [Step("forward", i, ("embed" if i == 0 else f"forward-{i - 1}",)) for i in range(layers)]
+    found.append(Step("loss", after=(f"forward-{layers - 1}",)))
+    for i in range(layers - 1, first - 1, -1):
+        found.append(Step("backward", i, ("loss" if i == layers - 1 else f"backward-{i + 1}",)))
+    return found
+
+
+def _forward_steps(job: PruneJob) -> list[Step]:
+    found: list[Step] = []
+    previous = "embed"
+    for i in range(job.pruned_layers[-1] + 1):
+        kind: Kind = "mask" if job.options.structure != "units" and i in job.pruned_layers else "forward"
+        found.append(Step(kind, i, (previous,)))
+        previous = found[-1].name
+    return found
+
+
+def run_step(job: PruneJob, step: Step, model: LayerwiseModel | None = None) -> None:
+    """Do one step, or nothing if it is done.
+
+    Args:
+        model: :func:`layerwise_model` of the job, to be shared by the steps of one process; by default a new one where
+            the step needs it.
+
+    Raises:
+        ModelError: a shard of the source is damaged.
+        StorageError: a result cannot be written.
+    """
+    if is_done(job, step):
+        return
+    if step.kind == "rest":
+        entries = job.source.rest(job.coupling)
+        write_shard(job, shard_name(job, None), entries, _as_stored(entries), job.source.read, None)
+    elif step.kind == "layer":
+        _write_layer(job, step.layer)
+    else:
+        _sweep(job, step, model or layerwise_model(job))
+        write_json(_marker(job, step), step.name)
+        sweeps.remove_used(job, step.kind, step.layer)
+    _return_freed_memory()
+
+
+def _sweep(job: PruneJob, step: Step, model: LayerwiseModel) -> None:
+    match step.kind:
+        case "embed":
+            sweeps.embed(job, model)
+        case "forward":
+            sweeps.forward(job, model, step.layer)
+        case "loss":
+            sweeps.loss(job, model)
+        case "backward":
+            sweeps.backward(job, model, step.layer)
+        case "mask":
+            sweeps.mask(job, model, step.layer)
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what was freed in blocks below 32 MB, in pieces: after twenty layers a worker held ten of them."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_done(job: PruneJob, step: Step) -> bool:
+    """Whether the results of a step are there, whole: in the workspace, or in the committed result."""
+    if not job.workspace.is_dir() and is_committed(job):
+        return True
+    if step.kind in ("rest", "layer"):
+        return read_shard(job, shard_name(job, step.layer if step.kind == "layer" else None)) is not None
+    return _marker(job, step).is_file()
+
+
+def layerwise_model(job: PruneJob, device: torch.device | str = "cpu") -> LayerwiseModel:
+    """What the steps of a calibrated criterion compute with.
+
+    Raises:
+        ModelError: the calibration file of the job is missing.
+    """
+    return LayerwiseModel(job.source, sweeps.calibration(job).shape[1], device)
+
+
+def _marker(job: PruneJob, step: Step) -> Path:
+    return job.work / f"done-{step.name}.json"
+
+
+def _write_layer(job: PruneJob, layer: int) -> None:
+    """Prune or copy one layer: it is read once, and beside it only one tensor of the result exists at a time."""
+    entries = job.source.layer(job.coupling, layer)
+    if job.options.structure != "units":
+        _write_zeroed(job, layer, entries)
+        return
+    held: dict[str, torch.Tensor] = {}
+    kept: dict[str, list[int]] | None = None
+    if layer in job.counts:
+        if job.options.criterion == "magnitude":
+            held = {name: job.source.read(name) for name in entries}
+        kept = _choose(job, layer, held)
+    specs = _as_stored(entries)
+    if kept is not None:
+        for name, spec in specs.items():
+            hollow = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            specs[name] = Spec(tuple(take(job.coupling, {layer: kept}, name, hollow).shape), spec.dtype)
+
+    def make(name: str) -> torch.Tensor:
+        tensor = held.pop(name) if name in held else job.source.read(name)
+        return tensor if kept is None else take(job.coupling, {layer: kept}, name, tensor)
+
+    write_shard(job, shard_name(job, layer), entries, specs, make, kept)
+
+
+def _choose(job: PruneJob, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """The units that stay, by the criterion."""
+    prefix = job.coupling.prefix(layer)
+    stored = sweeps.scores(job, layer) if job.options.needs_calibration else {}
+    kept = {}
+    for group in job.coupling.groups:
+        match job.options.criterion:
+            case "random":
+                found = random_scores(group, layer, job.options.seed)
+            case "magnitude":
+                weights = {path: tensors[f"{prefix}{path}.weight"] for path in job.coupling.linears}
+                found = magnitude_scores(group, weights)
+            case _:
+                found = stored[group.name]
+        if not bool(torch.isfinite(found).all()):
+            raise ModelError(
+                f"layer {layer}: its {group.name} scores are not finite; the weights or the calibration texts hold "
+                "NaN or infinity: check the model"
+            )
+        kept[group.name] = best(found, job.counts[layer][group.name])
+    return kept
+
+
+def _write_zeroed(job: PruneJob, layer: int, entries: dict[str, Entry]) -> None:
+    """Write one layer with zeros by magnitude, or as it is."""
+    ratio = job.options.ratio_of(layer, job.coupling.num_layers)
+    masked = {f"{job.coupling.prefix(layer)}{path}.weight" for path in job.coupling.linears} if ratio else set()
+
+    def make(name: str) -> torch.Tensor:
+        tensor = job.source.read(name)
+        return tensor * magnitude_mask(tensor, job.options.structure, ratio) if name in masked else tensor
+
+    write_shard(job, shard_name(job, layer), entries, _as_stored(entries), make, None)
+
+
+def _as_stored(entries: dict[str, Entry]) -> dict[str, Spec]:
+    return {name: Spec(entry.shape, DTYPES[entry.dtype]) for name, entry in entries.items()}

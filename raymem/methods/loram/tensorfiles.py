@@ -1,0 +1,261 @@
+"""safetensors files, one tensor at a time.
+
+The library of the format maps whole files into memory (every page touched counts as resident) and writes only complete
+dicts. Here a tensor is read with one allocation of its own size and written as soon as it exists, so a shard of 70B
+parameters passes through a worker that never holds more than one layer. Files are byte-stable: the same tensors give
+the same bytes, and they appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from raymem.errors import ModelError, StorageError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_LIMIT_BYTES = 100_000_000
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies."""
+
+    file: str
+    """Relative to the directory."""
+    key: str
+    """Its name in the file."""
+    dtype: str
+    """As the format spells it, for example ``BF16``."""
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, from the start of the file."""
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_header(directory: Path, file: str) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Metadata, and the tensors of a safetensors file by key.
+
+    Raises:
+        ModelError: missing, truncated, malformed, or a dtype that raymem does not slice.
+    """
+    path = directory / file
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= _HEADER_LIMIT_BYTES:
+                raise ValueError("the header has no sensible length")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        metadata = header.pop("__metadata__", {})
+        start = 8 + length
+        found = {}
+        for key, value in header.items():
+            begin, end = value["data_offsets"]
+            found[key] = Entry(file, key, value["dtype"], tuple(value["shape"]), start + begin, start + end)
+        size, needed = path.stat().st_size, max([start, *(entry.end for entry in found.values())])
+        if size < needed:
+            raise ValueError(f"it has {size} bytes of {needed}")
+        for entry in found.values():
+            if entry.dtype not in DTYPES:
+                raise ValueError(f"tensor {entry.key} has dtype {entry.dtype}, which cannot be sliced")
+            if entry.num_bytes != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
+                raise ValueError(f"tensor {entry.key} has {entry.num_bytes} bytes for shape {list(entry.shape)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
+    return metadata, found
+
+
+def read_tensor(directory: Path, entry: Entry) -> torch.Tensor:
+    """One tensor on the CPU; its own bytes are all that is allocated.
+
+    Raises:
+        ModelError: the file is gone or shorter than its header said.
+    """
+    path = directory / entry.file
+    raw = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    view = raw.numpy().data  # shares the memory of raw
+    try:
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(entry.begin)
+            filled = 0
+            while filled < len(view):
+                count = stream.readinto(view[filled:])
+                if not count:
+                    raise ModelError(f"{path}: tensor {entry.key} ends early; fetch the file again")
+                filled += count
+    except OSError as error:
+        raise ModelError(f"{path}: tensor {entry.key} cannot be read ({error}); fetch the file again") from None
+    return raw.view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def fingerprint(directory: Path, file: str) -> dict[str, Any]:
+    """Size and a digest of the header and of two pages of every tensor: {"bytes": int, "sample_sha256": str}.
+
+    Names and shapes alone would not tell two trainings of one architecture apart; all bytes would take as long as the
+    pruning itself.
+
+    Raises:
+        ModelError: not a complete safetensors file.
+    """
+    _, entries = read_header(directory, file)
+    path = directory / file
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
+            for entry in sorted(entries.values(), key=lambda entry: entry.begin):
+                for position in (entry.begin, entry.begin + entry.num_bytes // 2):
+                    stream.seek(position)
+                    digest.update(stream.read(min(_SAMPLE_BYTES, entry.end - position)))
+        return {"bytes": path.stat().st_size, "sample_sha256": digest.hexdigest()}
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error}); fetch it again") from None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of a tensor that will be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def write_tensors(
+    path: Path,
+    specs: Mapping[str, Spec],
+    make: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file tensor by tensor; it appears under ``path`` when whole and on the disk.
+
+    Args:
+        specs: key -> what ``make(key)`` will return.
+        make: called once per key, in the order of the file; the tensor is dropped before the next call.
+        metadata: strings stored in the header, ``format`` and others.
+
+    Raises:
+        StorageError: it cannot be written (space, permissions).
+    """
+    order = sorted(specs, key=lambda key: (-specs[key].dtype.itemsize, key))  # keeps every tensor aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    position = 0
+    for key in order:
+        size = math.prod(specs[key].shape) * specs[key].dtype.itemsize
+        header[key] = {
+            "dtype": _NAMES[specs[key].dtype],
+            "shape": list(specs[key].shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            tensor = make(key).contiguous()
+            assert (tuple(tensor.shape), tensor.dtype) == (specs[key].shape, specs[key].dtype), key
+            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            del tensor
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """:func:`write_tensors` for tensors that exist already."""
+    specs = {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    write_tensors(path, specs, lambda key: tensors[key].detach().cpu(), metadata or {})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that appears whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with atomic_file(path) as stream:
+        stream.write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose contents appear under ``path`` at the end of the block, after they reached the disk.
+
+    Raises:
+        StorageError: the file system refuses; nothing appears and nothing is left.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error}); free some space or check permissions, then run the same command "
+            "again: finished layers are not repeated"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring renames inside a directory to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(value: Any) -> str:
+    """Hex SHA-256 of a value of plain JSON types; equal values give equal digests on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def shard_files(directory: Path) -> list[str]:
+    """The safetensors files of a model directory.
+
+    Raises:
+        ModelError: there is none, or the index is malformed.
+    """
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.is_file():
+        try:
+            names: Iterable[str] = json.loads(index.read_bytes())["weight_map"].values()
+            return sorted(set(names))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index}: not an index of safetensors files ({error}); fetch it again") from None
+    if single.is_file():
+        return [single.name]
+    raise ModelError(
+        f"model.name: {directory} holds no model.safetensors and no index of such files; raymem reads no pickled "
+        "weights: convert them with transformers' save_pretrained"
+    )

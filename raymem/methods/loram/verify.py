@@ -1,0 +1,141 @@
+"""Proof that a recovered adapter does to the full model what the trained one did to the pruned model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raymem.errors import RecoveryMismatch
+from raymem.methods.loram.coupling import Coupling, couple
+from raymem.methods.loram.manifest import Manifest, check_base, read_manifest
+from raymem.methods.loram.nonuniform import from_config, load_pruned, without_counts
+from raymem.methods.loram.placement import place, put, take
+from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, check_belongs, read_adapter_config
+from raymem.methods.loram.source import Source, open_source
+from raymem.methods.loram.tensorfiles import read_header, read_tensor
+from raymem.seeds import generator
+
+_TOLERANCE = 1e-4
+"""Largest difference of logits relative to the largest logit, in fp32."""
+_TEXTS, _LENGTH = 2, 32
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found equal."""
+
+    num_factors: int
+    """LoRA tensors that are bitwise the trained ones where kept and zero elsewhere."""
+    num_weights: int | None
+    """Pruned weights that are bitwise the full model's; None if no full model was given or the weights were trained."""
+    logit_difference: float | None
+    """Of zeroed full + recovered against pruned + trained, relative to the largest logit; None if not run."""
+
+
+def verify_recovery(
+    adapter: str | Path,
+    pruned: str | Path,
+    recovered: str | Path,
+    *,
+    full: str | Path | None = None,
+    forward: bool = True,
+) -> Verification:
+    """Check a recovery from outside: factors, base weights, and what the two models compute.
+
+    Args:
+        adapter: what was trained on ``pruned``.
+        recovered: what :func:`raymem.methods.loram.recover_adapter` made of it.
+        full: the full model; its identity is then compared with the manifest and its weights with the pruned ones, one
+            tensor in memory at a time.
+        forward: also run both models in fp32 on random tokens, which takes the memory of both.
+
+    Raises:
+        RecoveryMismatch: names what differs.
+        ModelError: something cannot be read, or ``full`` is another model.
+    """
+    adapter, pruned, recovered = Path(adapter), Path(pruned), Path(recovered)
+    manifest, source = read_manifest(pruned), open_source(pruned)
+    coupling = couple(source.config())
+    for directory in (adapter, recovered):
+        config = read_adapter_config(directory)
+        check_belongs(directory, config, pruned, manifest)
+    if config["base_model_name_or_path"] != manifest.source["name"]:
+        raise RecoveryMismatch(f"{recovered} names {config['base_model_name_or_path']!r} as its base; recover it again")
+    num_factors = _compare_factors(adapter, recovered, coupling, manifest)
+    num_weights = None
+    if full is not None:
+        whole = open_source(full)
+        check_base(manifest, whole)
+        num_weights = _compare_weights(source, whole, coupling, manifest)
+    difference = _compare_logits(adapter, pruned, recovered, coupling, manifest) if forward else None
+    return Verification(num_factors, num_weights, difference)
+
+
+def _compare_factors(adapter: Path, recovered: Path, coupling: Coupling, manifest: Manifest) -> int:
+    _, trained = read_header(adapter, WEIGHTS)
+    _, found = read_header(recovered, WEIGHTS)
+    missing = {key for key in trained if FACTOR_KEY.fullmatch(key)} ^ found.keys()
+    if missing:
+        raise RecoveryMismatch(
+            f"{recovered / WEIGHTS}: {min(missing)} is only in one of the adapters; recover it again"
+        )
+    for key, entry in found.items():
+        match = FACTOR_KEY.fullmatch(key)
+        assert match is not None
+        small, large = read_tensor(adapter, trained[key]), read_tensor(recovered, entry)
+        placement = place(coupling, manifest.kept, match["module"])
+        axis, dim = (placement.columns, 1) if match["factor"] == "A" else (placement.rows, 0)
+        inside, outside = large, torch.zeros(())
+        if axis is not None and large.shape[dim] == axis.size:
+            inside = axis.take(large, dim)
+            outside = large.index_fill(dim, axis.indices_K, 0)
+        if inside.dtype != small.dtype or not _same_bits(inside, small) or bool(outside.count_nonzero()):
+            raise RecoveryMismatch(f"{recovered / WEIGHTS}: {key} is not the trained factor in zeros; recover it again")
+    return len(found)
+
+
+def _compare_weights(source: Source, full: Source, coupling: Coupling, manifest: Manifest) -> int | None:
+    """Every pruned weight is a slice of the full model's, or (zeros in dense weights) it with zeros."""
+    if manifest.aligned is not None or manifest.options["criterion"] == "sparsegpt":
+        return None  # both change weights that stay
+    for name in source.tensors:
+        small, large = source.read(name), take(coupling, manifest.kept, name, full.read(name))
+        if manifest.options["structure"] != "units":
+            large = torch.where(small == 0, small, large)
+        if small.dtype != large.dtype or not _same_bits(small, large):
+            raise RecoveryMismatch(f"{source.directory}: {name} is not what was kept of {full.directory}; prune again")
+    return len(source.tensors)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(
+        one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
+    )
+
+
+@torch.no_grad()
+def _compare_logits(adapter: Path, pruned: Path, recovered: Path, coupling: Coupling, manifest: Manifest) -> float:
+    from peft import PeftModel
+
+    small = load_pruned(pruned, dtype=torch.float32)
+    state = {name: put(coupling, manifest.kept, name, value) for name, value in small.state_dict().items()}
+    zeroed = from_config(without_counts(small.config), dtype=torch.float32)
+    zeroed.load_state_dict(state)
+    ids = torch.randint(small.config.vocab_size, (_TEXTS, _LENGTH), generator=generator(0, "loram", "verify"))
+
+    def logits(model: Any, directory: Path) -> torch.Tensor:
+        adapted = PeftModel.from_pretrained(model.eval(), directory)
+        found: torch.Tensor = adapted.eval()(input_ids=ids, use_cache=False).logits
+        return found
+
+    expected, found = logits(small, adapter), logits(zeroed, recovered)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= _TOLERANCE:
+        raise RecoveryMismatch(
+            f"{recovered}: the full model without pruned units and the pruned model differ by {difference:.1e} of the "
+            f"largest logit with their adapters (at most {_TOLERANCE:.0e} is right); report this"
+        )
+    return difference

@@ -1,0 +1,27 @@
+"""What a path in a recipe means: a file of this machine, a URI, or an id of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def is_local(path: str, base: str | Path = ".") -> bool:
+    """Whether a path means a file or directory of this machine, existing or not, rather than an id or a URI."""
+    if "://" in path:
+        return False
+    return path.startswith(("/", ".", "~")) or path.endswith(DATA_SUFFIXES) or _joined(path, base).exists()
+
+
+def absolute(path: str, base: str | Path = ".") -> str:
+    """A local path made absolute, ``~`` expanded; a URI unchanged.
+
+    Ray gives each worker a working directory of its own, so this must happen once, where the command is started.
+    """
+    return path if "://" in path else os.path.realpath(_joined(path, base))
+
+
+def _joined(path: str, base: str | Path) -> Path:
+    return Path(base) / Path(path).expanduser()
