@@ -31,7 +31,7 @@ SECTIONS: dict[str, list[type]] = {
     "data.train[], data.eval[]": [r.Source],
     "base": [r.FullBase],
     "adapter": [r.NoAdapter, r.LoraAdapter, r.MoRAMOptions],
-    "activations": [r.NoActivationSaving, r.Checkpointing],
+    "activations": [r.NoActivationSaving, r.Checkpointing, r.LoRActOptions],
     "optimizer": [r.AdamW, r.MLorcAdamWOptions, r.MLorcLionOptions],
     "train": [r.TrainSection],
     "scaling": [r.ScalingSection],

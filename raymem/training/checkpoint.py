@@ -48,6 +48,8 @@ class Manifest:
     """Evaluation loss at this step, if there is evaluation data."""
     rows: list[Row] = field(default_factory=list)
     """Metrics since the checkpoint before: a crash may swallow a report, and a resumed run then sends it again."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """What was decided by looking at data before the first step (``activations.rank: auto``): site -> rank."""
 
     def to_dict(self) -> dict[str, Any]:
         cursor = {"step": self.step, "global_batch": self.identity.get("train.global_batch")}
@@ -63,6 +65,7 @@ class Manifest:
             "recipe": self.recipe,
             "eval_loss": self.eval_loss,
             "rows": self.rows,
+            "ranks": self.ranks,
         }
 
 
@@ -218,7 +221,7 @@ def _read_manifest(run: Storage, step: int) -> Manifest:
             raise CheckpointError(
                 f"{run.join(place, name)}: missing or truncated; delete {run.join(place)} to resume from an older one"
             )
-    return Manifest(raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"], raw["rows"])
+    return Manifest(raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"], raw["rows"], raw["ranks"])
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:

@@ -102,6 +102,12 @@ RULES: tuple[Rule, ...] = (
         lambda r: _in_backward(r) and r.train.precision == "bf16" and r.train.master == "fp32",
     ),
     Rule(
+        ("activations.side_stream: true", "scaling.use_gpu: false"),
+        "streams run side by side on GPUs only",
+        "set scaling.use_gpu: true, or leave activations.side_stream out",
+        lambda r: getattr(r.activations, "side_stream", False) and not r.scaling.use_gpu,
+    ),
+    Rule(
         ("scaling.strategy: fsdp2", "scaling.num_workers: 0"),
         "sharding needs worker processes",
         "set scaling.num_workers to 1 or more, or scaling.strategy: ddp",

@@ -15,9 +15,9 @@ import torch
 from raymem.errors import NonFiniteError, OutOfMemory
 from raymem.memory.meter import PeakMeter, resident_tensors
 from raymem.seeds import derive
-from raymem.training import selection
+from raymem.training import activations, selection
 from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
-from raymem.training.data.batches import global_targets, rank_batches
+from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
 from raymem.training.data.shards import Prepared
@@ -29,7 +29,7 @@ from raymem.training.model import build_model
 from raymem.training.optim import build_updater, lr_factor
 from raymem.training.recipe import Recipe
 from raymem.training.reporter import Reporter, Row
-from raymem.training.step import finite_guard, train_step
+from raymem.training.step import finite_guard, forward_loss_sum, train_step
 from raymem.training.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class _Session:
         self.peak_bytes: int | None = None
         self.eval_loss: float | None = None
         self.recent: list[Row] = []
+        self.ranks: dict[str, int] = {}
         self.began = time.perf_counter()
 
     def run(self) -> Outcome:
@@ -103,8 +104,11 @@ class _Session:
         self.model = self.bare if self.layout.sharded else replicate(self.bare, self.layout)
         row: Row = {}
         for step in range(start, self.total_steps):
+            activations.begin_step(self.bare, step)
             if selection.is_due(self.recipe, step):
                 selection.by_gradient(self.bare, self.recipe, self.layout, self.rows, self.sampler, step)
+            if step == start:
+                self.ranks = activations.settle(self.bare, self.ranks, lambda: self._forward(start))
             row = self._step(step, first=start)
             done = step + 1
             if self._is_evaluated(done):
@@ -137,6 +141,7 @@ class _Session:
         self.checkpoints.load(manifest, self.updater.state())
         selection.resumed(self.bare, self.recipe)
         self.eval_loss = manifest.eval_loss
+        self.ranks = manifest.ranks
         log.info("resuming from step %d (%s)", manifest.step, place)
         for row in manifest.rows:
             self.reporter.log(row)
@@ -158,13 +163,12 @@ class _Session:
         self._seed(step)
         train = self.recipe.train
         ids = self.sampler.ids(step)
-        batches = rank_batches(self.rows, ids, self.layout.rank, self.layout.world_size, train.micro_batch)
         lr = self.recipe.optimizer.lr * lr_factor(step, self.total_steps, train.schedule, train.warmup)
         try:
             with self._metered(step - first + 1):
                 result = train_step(
                     self.model,
-                    [batch.to(self.layout.device) for batch in batches],
+                    [batch.to(self.layout.device) for batch in self._batches(step)],
                     global_targets(self.rows, ids),
                     self.updater,
                     step,
@@ -199,7 +203,17 @@ class _Session:
         }
         if self.peak_bytes is not None and step - first + 1 in METERED_STEPS:
             row["peak_bytes"] = float(self.peak_bytes)
-        return row
+        return row | activations.metrics(self.bare, step)
+
+    def _forward(self, step: int) -> None:
+        """Only the forward pass of a step."""
+        for batch in self._batches(step):
+            forward_loss_sum(self.bare, batch.to(self.layout.device), mixed=self.mixed)
+
+    def _batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        ids, micro_batch = self.sampler.ids(step), self.recipe.train.micro_batch
+        return rank_batches(self.rows, ids, self.layout.rank, self.layout.world_size, micro_batch)
 
     def _evaluate(self) -> Row:
         assert self.eval_rows is not None
@@ -212,7 +226,7 @@ class _Session:
         eval_loss = self.eval_loss if self._is_evaluated(done) else None
         # Delivered before the checkpoint is: whatever the last report did not carry is in the manifest.
         self.reporter.flush()
-        manifest = Manifest(done, self.identity, self.recipe.to_dict(), eval_loss, self.recent)
+        manifest = Manifest(done, self.identity, self.recipe.to_dict(), eval_loss, self.recent, self.ranks)
         storage = self.recipe.storage
         self.checkpoints.save(manifest, self.updater.state(), storage.keep, storage.num_to_keep)
         self.recent = []

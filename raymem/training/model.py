@@ -12,7 +12,7 @@ from torch import nn
 
 from raymem.errors import ModelError, RecipeError
 from raymem.seeds import derive
-from raymem.training import adapter, selection, weights
+from raymem.training import activations, adapter, selection, weights
 from raymem.training.layout import Layout, shard
 from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
 
@@ -59,17 +59,16 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
         bare.activation_checkpointing_enable({"use_reentrant": False})
     model: nn.Module = adapter.attach(bare, recipe, trainable_dtype(recipe))
     model.train()
-    if source is None:
-        return model
-
-    if layout.sharded:
-        shard(model, blocks, layout)
-    weights.materialise(model, layout)
-    bare.tie_weights()
-    weights.fill(places, source, layout, tied)
-    _fill_adapter(model, recipe, layout)
-    selection.without_training_data(model, recipe)
-    _restore_computed_buffers(bare)
+    if source is not None:
+        if layout.sharded:
+            shard(model, blocks, layout)
+        weights.materialise(model, layout)
+        bare.tie_weights()
+        weights.fill(places, source, layout, tied)
+        _fill_adapter(model, recipe, layout)
+        selection.without_training_data(model, recipe)
+        _restore_computed_buffers(bare)
+    activations.compress(model, recipe)
     return model
 
 

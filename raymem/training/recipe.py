@@ -24,6 +24,7 @@ from pydantic import (
 )
 from typing_extensions import TypeAliasType
 
+from raymem.methods.loract.config import LoRActOptions
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.methods.moram.config import MoRAMOptions
 
@@ -225,7 +226,12 @@ Adapter = TypeAliasType(
     ],
 )
 Activations = TypeAliasType(
-    "Activations", Annotated[NoActivationSaving | Checkpointing, Field(discriminator="kind"), _shorthand("none")]
+    "Activations",
+    Annotated[
+        NoActivationSaving | Checkpointing | Annotated[LoRActOptions, _FromMapping()],
+        Field(discriminator="kind"),
+        _shorthand("none"),
+    ],
 )
 Optimizer = TypeAliasType(
     "Optimizer",

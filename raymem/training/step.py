@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from raymem.errors import NonFiniteError
+from raymem.training.activations import begin_step
 from raymem.training.data.batches import Batch
 from raymem.training.optim import Updater
 
@@ -87,12 +88,13 @@ def train_step(
     Args:
         micro_batches: this rank's share of the global batch; every rank has equally many.
         global_targets: target tokens of the global batch over all ranks; the loss is their mean.
-        step: number of this step in the run, from 0; seeds what the optimizer draws.
+        step: number of this step in the run, from 0; seeds what optimizer and activations draw.
         lr: learning rate of this step.
         clip_norm: limit of the global gradient norm.
         guard: sees loss and gradient norm before the optimizer writes anything.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
+    begin_step(model, step)
     updater.begin(step, lr)
     loss = torch.zeros((), device=micro_batches[0].input_ids.device)
     for index, batch in enumerate(micro_batches):

@@ -84,9 +84,20 @@ def test_more_work_comes_closer_to_the_best_rank(shape: tuple[int, int]) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_rank_is_exact_up_to_the_dtype(dtype: torch.dtype) -> None:
     matrix = decaying(24, 16).to(dtype)
-    for found in (gaussian_qb(matrix, 16, generator(1)), row_sampled_qb(matrix, 16, generator(1))):
-        assert relative_error(matrix.float(), found) < 20 * torch.finfo(dtype).eps
-        assert found.left_MR.dtype == found.right_RN.dtype == torch.float32
+    found = gaussian_qb(matrix, 16, generator(1))
+    assert relative_error(matrix.float(), found) < 20 * torch.finfo(dtype).eps
+    assert found.left_MR.dtype == found.right_RN.dtype == torch.float32
+    for one in (matrix, matrix.mT):
+        found = row_sampled_qb(one, 16, generator(1))
+        assert relative_error(one.float(), found) < 20 * torch.finfo(dtype).eps
+        assert found.left_MR.dtype == found.right_RN.dtype == dtype
+
+
+@pytest.mark.parametrize("power_iterations", [0, 1])
+def test_half_precision_comes_as_close_as_full_precision(power_iterations: int) -> None:
+    matrix = decaying(256, 128)
+    exact, half = (row_sampled_qb(a, 16, generator(1), power_iterations) for a in (matrix, matrix.bfloat16()))
+    assert relative_error(matrix, half) < 1.05 * relative_error(matrix, exact)
 
 
 def test_leading_directions_give_the_best_truncation() -> None:

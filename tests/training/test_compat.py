@@ -40,6 +40,9 @@ CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
             "train": {"clip_norm": None, "global_batch": 4, "micro_batch": 4, "precision": "bf16", "master": "fp32"},
         },
     ],
+    ("activations.side_stream: true", "scaling.use_gpu: false"): [
+        {"activations": {"kind": "loract", "side_stream": True}},
+    ],
     ("scaling.strategy: fsdp2", "scaling.num_workers: 0"): [{"scaling": {"strategy": "fsdp2", "num_workers": 0}}],
     ("train.master: stochastic_rounding", "train.precision: fp32 or bf16_mixed"): [
         {"train": {"master": "stochastic_rounding"}},
