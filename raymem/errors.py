@@ -50,4 +50,4 @@ class OutOfMemory(RaymemError):
 
 
 class NonFiniteError(RaymemError):
-    """Loss or gradient norm became NaN or infinite; nothing was written by that step."""
+    """Loss or gradient became NaN or infinite; nothing of that step is saved."""

@@ -189,7 +189,7 @@ class _Session:
             saved = self.checkpoints.latest()
             kept = f"the checkpoint of step {saved.step} is kept" if saved else "there is no checkpoint yet"
             raise NonFiniteError(
-                f"{error} at step {step + 1}; nothing was written by that step and {kept}: lower optimizer.lr, "
+                f"{error} at step {step + 1}; nothing of that step was saved and {kept}: lower optimizer.lr, "
                 "raise train.warmup or look at the data, then run again"
             ) from None
         row = {

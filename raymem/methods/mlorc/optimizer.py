@@ -87,7 +87,7 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_bad_gradients([p for _, p in self._walk() if p.grad is not None])
+        self._refuse_bad_gradients([p for _, p in self._walk() if p.grad is not None], "nothing was updated")
         for group, parameter in self._walk():
             if parameter.grad is not None:
                 self._update(parameter, group)
@@ -126,7 +126,7 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
                 "accumulated in this mode: call step() after every backward pass"
             )
         assert gradient is not None
-        self._refuse_bad_gradients([parameter])
+        self._refuse_bad_gradients([parameter], "its parameter was left alone, others may have been updated")
         self._squared_norms[id(parameter)] = sharding.squared_norm(gradient)
         self._update(parameter, self.param_groups[self._group_of[id(parameter)]])
         parameter.grad = None
@@ -155,7 +155,7 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
             for parameter in group["params"]:
                 yield group, parameter
 
-    def _refuse_bad_gradients(self, parameters: list[torch.Tensor]) -> None:
+    def _refuse_bad_gradients(self, parameters: list[torch.Tensor], consequence: str) -> None:
         for parameter in parameters:
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(
@@ -168,7 +168,7 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
             return
         bad = [self._names[id(p)] for p in parameters if p.grad is not None and not sharding.is_finite([p.grad])]
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise NonFiniteError(f"the gradient of {bad[0]}{more} has NaN or infinity; nothing was updated")
+        raise NonFiniteError(f"the gradient of {bad[0]}{more} has NaN or infinity; {consequence}")
 
     def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         name, state = self._names[id(parameter)], self.state[parameter]
