@@ -135,7 +135,7 @@ def compare(folder: str, steps: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     overrides = [
         "data.eval=null", "train.eval_every=null", f"train.steps={steps + WARM_UP}", "train.save_every=50",
-        f"storage.path={folder}", f"name=threads-{threads}",
+        f"storage.path={folder}", f"name=overhead-{threads}-{os.getpid()}",
         "scaling.num_workers=1", f"scaling.resources_per_worker={{CPU: {threads}}}",
     ]  # fmt: skip
     recipe = load_recipe(packaged_recipe("quickstart"), overrides)
@@ -158,12 +158,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count()])
     parser.add_argument("--under-ray", nargs="+", metavar="PATH=VALUE", help=argparse.SUPPRESS)
+    parser.add_argument("--storage", help="where the demo model is kept; by default it is built anew")
     arguments = parser.parse_args()
     hush_libraries()
     if arguments.under_ray:
         train_under_ray(arguments.under_ray)
         return
-    with tempfile.TemporaryDirectory(prefix="raymem-overhead-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = arguments.storage or stack.enter_context(tempfile.TemporaryDirectory(prefix="raymem-overhead-"))
         rows = [compare(folder, arguments.steps, threads) for threads in arguments.threads]
     model = "demo (6.3M parameters), LoRA r16, 4 rows of 256 tokens, fp32"
     provenance.save("ray_overhead", {"rows": rows, "model": model})
