@@ -3,7 +3,7 @@
 The two take turns of a few seconds: while the bare loop works, every process of the Ray run is stopped (SIGSTOP), so
 the machine's drift falls on both sides alike. Start-up is excluded and reported.
 
-    python benchmarks/ray_overhead.py [--steps 200] [--threads 1]
+    python benchmarks/ray_overhead.py [--steps 240] [--threads 1]
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def compare(folder: str, steps: int, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count()])
     parser.add_argument("--under-ray", nargs="+", metavar="PATH=VALUE", help=argparse.SUPPRESS)
     parser.add_argument("--storage", help="where the demo model is kept; by default it is built anew")
