@@ -134,8 +134,6 @@ def adamw_step(
     first_sketch = first.sketch(matrix, lambda grad_CN: grad_CN, cold=cold)
     second_sketch = second.sketch(matrix, torch.abs if root else torch.square, cold=cold)
     right_first_RN, right_second_RN = first.factors.right_RN.float(), second.factors.right_RN.float()
-    if cold:
-        right_first_RN, right_second_RN = torch.zeros_like(right_first_RN), torch.zeros_like(right_second_RN)
     moment_buffer, square_buffer = matrix.buffer(), matrix.buffer()
     cut = torch.ones_like(step) if root or cold else mean_of_cut(matrix, second.factors, square_buffer)
     kept = beta2 * cut
@@ -182,8 +180,6 @@ def lion_step(
     beta1, beta2 = betas
     sketch = momentum.sketch(matrix, lambda grad_CN: grad_CN, cold=cold)
     right_RN = momentum.factors.right_RN.float()
-    if cold:
-        right_RN = torch.zeros_like(right_RN)
     buffer, direction_buffer = matrix.buffer(), matrix.buffer()
     for rows in matrix.blocks():
         weight_CN, grad_CN = matrix.weight_MN[rows].float(), matrix.grad_MN[rows].float()
