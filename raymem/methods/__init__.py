@@ -1,4 +1,27 @@
 """The memory methods, one folder each; pure torch, usable without Ray, MLflow or a recipe."""
 
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
 OPTIONS_RULES = {"extra": "forbid", "strict": True, "allow_inf_nan": False, "use_attribute_docstrings": True}
 """``__pydantic_config__`` of every option dataclass, so that the recipe reads it as strictly as its own sections."""
+
+
+def lazy_exports(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a method's package, which imports what it exports on first use.
+
+    Reading a recipe needs a method's options only, and must not load torch.
+
+    Args:
+        home: exported name -> module of the package that defines it.
+    """
+
+    def getattr_(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+
+    return getattr_

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from raymem.methods import lazy_exports
 
 if TYPE_CHECKING:
     from raymem.methods.mlorc.optimizer import MLorcAdamW, MLorcLion
 
 __all__ = ["MLorcAdamW", "MLorcLion"]
 
-
-def __getattr__(name: str) -> Any:
-    """The optimizers on first use: reading a recipe needs the options only, and must not load torch."""
-    if name in __all__:
-        return getattr(importlib.import_module("raymem.methods.mlorc.optimizer"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, dict.fromkeys(__all__, "optimizer"))

@@ -190,6 +190,7 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
             sharding.local(parameter.grad),
             sharding.sum_over_ranks(parameter),
             self._rounding(name, group["step"], parameter.device),
+            sketch_width=len(self.moments) * (group["rank"] + group["oversampling"]) if compressed else 0,
         )
         if compressed:
             self._compressed_step(matrix, [self._momentum(moment, name, state, group) for moment in self.moments],

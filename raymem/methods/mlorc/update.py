@@ -20,6 +20,8 @@ BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}
 """At most: on CPU the buffers of a block stay in a core's cache, on GPU a kernel's launch must not count."""
 COLD_PASSES = 2
 """Power iterations before the first step."""
+TRANSIENT_SHARE = 0.235
+"""Of the matrix's bytes: what sketches and blocks together should stay below."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -34,15 +36,18 @@ class Matrix:
     """Adds a tensor up, in place, over the ranks that hold other rows; None if this one has all."""
     round_into: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
     """``round_into(weights, values)`` writes fp32 values into weights of lower precision."""
+    sketch_width: int = 0
+    """Columns of all sketches of a step together."""
 
     def blocks(self) -> Iterator[slice]:
-        """Row ranges to work through; the buffers of a block together hold an eighth of the matrix's bytes or less."""
+        """Row ranges to work through, of which the buffers take the room that the sketches leave."""
         rows, columns = self.weight_MN.shape
-        share = self.weight_MN.numel() * self.weight_MN.element_size() // 16
-        if self.weight_MN.dtype != torch.float32:
-            share //= 2  # four buffers instead of two
-        most = BLOCK_BYTES.get(self.weight_MN.device.type, BLOCK_BYTES["cuda"])
-        return row_chunks(rows, 4 * columns, min(most, share))
+        matrix_bytes = self.weight_MN.numel() * self.weight_MN.element_size()
+        left_bytes = int(TRANSIENT_SHARE * matrix_bytes) - 4 * self.sketch_width * (rows + 2 * columns)
+        # Of lower precision, weights and gradient need fp32 buffers too.
+        buffer_bytes = max(left_bytes, matrix_bytes // 32) // (2 if self.weight_MN.dtype == torch.float32 else 4)
+        most_bytes = BLOCK_BYTES.get(self.weight_MN.device.type, BLOCK_BYTES["cuda"])
+        return row_chunks(rows, 4 * columns, min(most_bytes, buffer_bytes))
 
     def buffer(self) -> torch.Tensor:
         """Room for the values of any block, fp32."""

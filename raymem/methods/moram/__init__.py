@@ -12,9 +12,9 @@ left with Python's import system; recipes read their options from :mod:`raymem.m
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from raymem.methods import lazy_exports
 from raymem.methods.moram._on_import import after_import
 
 if TYPE_CHECKING:
@@ -22,18 +22,6 @@ if TYPE_CHECKING:
     from raymem.methods.moram.ops import choose_formulation, moram_linear
     from raymem.methods.moram.selection import check_base, mark_selected, select_indices
     from raymem.methods.moram.tuner import MoRAMConfig, model_state
-
-_WHERE = {
-    "MoRAMConfig": "tuner",
-    "check_base": "selection",
-    "choose_formulation": "ops",
-    "export_lora": "export",
-    "export_shira": "export",
-    "mark_selected": "selection",
-    "model_state": "tuner",
-    "moram_linear": "ops",
-    "select_indices": "selection",
-}
 
 __all__ = [
     "MoRAMConfig",
@@ -47,11 +35,19 @@ __all__ = [
     "select_indices",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "MoRAMConfig": "tuner",
+        "check_base": "selection",
+        "choose_formulation": "ops",
+        "export_lora": "export",
+        "export_shira": "export",
+        "mark_selected": "selection",
+        "model_state": "tuner",
+        "moram_linear": "ops",
+        "select_indices": "selection",
+    },
+)
 
 after_import("peft", f"{__name__}.tuner")

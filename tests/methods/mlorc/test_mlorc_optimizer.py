@@ -241,6 +241,8 @@ def test_state_bytes(optimizer_class: Any, rank: int, itemsize: int, dtype: str)
         (MLorcAdamW, {}, torch.float32),
         (MLorcAdamW, {"second_moment": "sqrt"}, torch.float32),
         (MLorcAdamW, {"rank": 16}, torch.float32),
+        (MLorcAdamW, {"rank": 32}, torch.float32),
+        (MLorcLion, {"rank": 32}, torch.bfloat16),
         (MLorcAdamW, {}, torch.bfloat16),
         (MLorcLion, {}, torch.float32),
     ],
