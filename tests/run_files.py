@@ -13,5 +13,8 @@ def losses(run: Path) -> list[float]:
     return [loss for _, loss in sorted(rows.items())]
 
 
-def adapter_bytes(run: Path) -> bytes:
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+def result_bytes(run: Path) -> bytes:
+    """All tensors of the adapter that a run made, or of the model if it made a model."""
+    found = [*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")]
+    assert found, f"{run} has no result"
+    return b"".join(file.read_bytes() for file in sorted(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ import pytest
 import ray
 import torch
 from ray_processes import RayHead
-from run_files import adapter_bytes, losses
+from run_files import losses, result_bytes
 from runs import ray_recipe, train_here
 from support import in_processes
 
@@ -26,7 +27,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp-2": {"num_workers": 2},
     "fsdp2-2": {"num_workers": 2, "strategy": "fsdp2"},
 }
-Interrupted = Callable[[str], tuple[list[float], bytes]]
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mlorc": {"adapter": {"kind": "none"}, "optimizer": {"kind": "mlorc_adamw", "rank": 4, "min_dim": 16}},
+    "loract": {"activations": {"kind": "loract", "rank": 8}},
+    "moram": {"adapter": {"kind": "moram", "rank": 4, "density": 0.25}},
+}
+Untouched = Callable[..., tuple[list[float], bytes]]
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +61,16 @@ def cluster(ray_head: RayHead) -> Iterator[RayHead]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(llama: Path, examples: Path, storage: Path) -> Interrupted:
+def uninterrupted(llama: Path, examples: Path, storage: Path) -> Untouched:
     """Losses and adapter of a layout's run that nobody touched: the same loop in a plain gloo group, without Ray."""
-    found: dict[str, tuple[list[float], bytes]] = {}
 
-    def run(layout: str) -> tuple[list[float], bytes]:
-        if layout not in found:
-            name = f"untouched-{layout}"
-            recipe = ray_recipe(llama, examples, storage, name, scaling=LAYOUTS[layout])
-            world_size = 0 if layout == "ddp-1" else 2
-            ranks = in_processes(train_here, world_size, storage / "meet", recipe)
-            found[layout] = ranks[0], adapter_bytes(storage / name)
-        return found[layout]
+    @functools.cache
+    def run(layout: str, method: str = "plain") -> tuple[list[float], bytes]:
+        name = f"untouched-{layout}-{method}"
+        recipe = ray_recipe(llama, examples, storage, name, scaling=LAYOUTS[layout], **METHODS[method])
+        world_size = 0 if layout == "ddp-1" else 2
+        ranks = in_processes(train_here, world_size, storage / "meet", recipe)
+        return ranks[0], result_bytes(storage / name)
 
     return run
 
@@ -97,23 +102,32 @@ class KillOnce(threading.Thread):
 SLOW = pytest.mark.slow  # a start of Ray Train takes some 20 s of CPU time; the default tier has the hardest death
 
 
-@pytest.mark.parametrize("layout", [pytest.param("ddp-1", marks=SLOW), pytest.param("ddp-2", marks=SLOW), "fsdp2-2"])
+@pytest.mark.parametrize(
+    ("layout", "method"),
+    [
+        ("fsdp2-2", "plain"),
+        pytest.param("ddp-1", "plain", marks=SLOW),
+        pytest.param("ddp-2", "plain", marks=SLOW),
+        pytest.param("ddp-1", "mlorc", marks=SLOW),
+        *(pytest.param("fsdp2-2", method, marks=SLOW) for method in METHODS if method != "plain"),
+    ],
+)
 def test_sigkill_of_a_worker_changes_nothing(
-    layout: str, cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Interrupted
+    layout: str, method: str, cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Untouched
 ) -> None:
-    name = f"killed-{layout}"
+    name = f"killed-{layout}-{method}"
     killer = KillOnce(cluster, storage / name)
     killer.start()
-    finished = launch(ray_recipe(llama, examples, storage, name, scaling=LAYOUTS[layout]))
+    finished = launch(ray_recipe(llama, examples, storage, name, scaling=LAYOUTS[layout], **METHODS[method]))
     assert killer.killed is not None
     assert finished.outcome.started_at > 0, "the last session went on from a checkpoint"
-    assert (losses(storage / name), adapter_bytes(storage / name)) == uninterrupted(layout)
+    assert (losses(storage / name), result_bytes(storage / name)) == uninterrupted(layout, method)
 
 
 @SLOW
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_exit_in_the_middle_of_a_step_changes_nothing(
-    layout: str, cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Interrupted,
+    layout: str, cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Untouched,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """``os._exit`` of the last rank in step 8, once."""
@@ -139,7 +153,7 @@ def test_exit_in_the_middle_of_a_step_changes_nothing(
     monkeypatch.setattr("raymem.cluster.ray_train.train_worker", exiting_worker)
     launch(ray_recipe(llama, examples, storage, name, scaling=LAYOUTS[layout]))
     assert marker.exists()
-    assert (losses(storage / name), adapter_bytes(storage / name)) == uninterrupted(layout)
+    assert (losses(storage / name), result_bytes(storage / name)) == uninterrupted(layout)
 
 
 @SLOW
@@ -157,7 +171,7 @@ def test_layouts_can_be_switched(cluster: RayHead, llama: Path, examples: Path, 
 
 @SLOW
 def test_elastic_group_goes_on_with_what_is_there(
-    cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Interrupted
+    cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Untouched
 ) -> None:
     """Whatever number of workers each session gets, every step is taken once, on the same rows."""
     killer = KillOnce(cluster, storage / "elastic")
