@@ -9,7 +9,6 @@ in every layer at rank n/8. Writes the figures as JSON and the course over train
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 from typing import Any
@@ -84,10 +83,7 @@ def plot(course: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo-long")
-    parser.add_argument("--storage", type=Path, default=Path("raymem-runs"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser = provenance.parser(__doc__, base="demo-long", steps=200)
     parser.add_argument("--every", type=int, default=20)
     arguments = parser.parse_args()
     hush_libraries()

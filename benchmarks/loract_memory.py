@@ -8,7 +8,6 @@ peak of a step with head and loss (the meter) stands beside them, and the bytes 
 
 from __future__ import annotations
 
-import argparse
 import gc
 from typing import Any
 
@@ -70,7 +69,7 @@ def table(bytes_of: dict[str, int]) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = provenance.parser(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--length", type=int, default=512)

@@ -5,13 +5,14 @@ goal is that mean(eval loss - uncompressed) is at most 5 % of what uncompressed 
 less than that of the negative control, rank n/32 with every input compressed.
 
     python benchmarks/make_base.py --model demo-long --storage raymem-runs   # once
-    python benchmarks/loract_quality.py [--steps 200] [--seeds 3]
+    python benchmarks/loract_quality.py [--steps 200] [--seeds 3] [--part 0/2]
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ VARIANTS: dict[str, str] = {
 }  # fmt: skip
 
 
-def recipe_for(variant: str, seed: int, model: str, steps: int, storage: Path, extra: list[str]) -> Recipe:
+def recipe_for(variant: str, seed: int, model: str, steps: int, storage: Path, extra: Sequence[str]) -> Recipe:
     return load_recipe(
         packaged_recipe("quickstart"),
         [
@@ -53,27 +54,24 @@ def eval_loss(recipe: Recipe) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo-long")
-    parser.add_argument("--storage", type=Path, default=Path("raymem-runs"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser = provenance.parser(__doc__, base="demo-long", steps=200, shared=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--set", nargs="+", default=[], metavar="PATH=VALUE", help="further overrides of every recipe")
     arguments = parser.parse_args()
     hush_libraries()
     variants = ["exact", *(name for name in arguments.variants if name != "exact")]
 
     def recipe(variant: str, seed: int, *extra: str, steps: int = arguments.steps) -> Recipe:
-        return recipe_for(variant, seed, arguments.model, steps, arguments.storage, [*arguments.set, *extra])
+        return recipe_for(variant, seed, arguments.model, steps, arguments.storage, extra)
 
     # One step of a vanishing rate: the loss of the untrained model, by the same evaluation.
-    start = eval_loss(recipe("exact", 0, "optimizer.lr=1e-12", steps=1))
-    losses: dict[str, list[float]] = {name: [] for name in variants}
-    for seed in range(arguments.seeds):
-        for name in variants:
-            losses[name].append(eval_loss(recipe(name, seed)))
-            print(f"seed {seed}, {name}: {losses[name][-1]:.4f} (untrained {start:.4f})", flush=True)
+    untrained = recipe("exact", 0, "optimizer.lr=1e-12", steps=1)
+    start = provenance.kept(untrained.name, lambda: eval_loss(untrained))
+    runs = [recipe(name, seed) for seed in range(arguments.seeds) for name in variants]
+    found = {run.name: provenance.kept(run.name, functools.partial(eval_loss, run)) for run in runs[arguments.part]}
+    if len(found) < len(runs):
+        return
+    losses = {name: [found[recipe(name, seed).name] for seed in range(arguments.seeds)] for name in variants}
     decrease = start - statistics.mean(losses["exact"])
     rows: dict[str, dict[str, Any]] = {}
     for name in variants:

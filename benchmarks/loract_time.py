@@ -9,7 +9,6 @@ what compressing takes of the step.
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
@@ -47,7 +46,7 @@ class Share:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = provenance.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=512)

@@ -1,16 +1,15 @@
 """Pre-training the demo model: AdamW, MLorc and the paper's algorithm line by line, after equal steps.
 
 Every run starts from the same weights per seed, sees the same rows and has the same learning rates. Resumable: a run
-that stands in the result file is not repeated. Several processes may share the work.
+that was done before is not repeated. Several processes may share the work.
 
     python benchmarks/mlorc_quality.py [--steps 100] [--seeds 0 1 2] [--part 0/2]
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -43,7 +42,6 @@ CONFIGURATIONS = (
     "adamw", "mlorc r4", "mlorc r32", "mlorc r1", "paper r4", "paper r32", "mlorc sqrt r4", "mlorc sqrt r32",
 )  # fmt: skip
 EVAL_BATCHES = 24
-PARTS = provenance.RESULTS / "parts"
 OPTIONS: dict[str, Any] = {"lr": 1.5e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -130,32 +128,25 @@ def summary(runs: Mapping[str, Mapping[str, Any]], seeds: list[int]) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100)
+    parser = provenance.parser(__doc__, steps=100, shared=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--part", default="0/1", help="I/N: this process takes every N-th run, from the I-th on")
     parser.add_argument("--storage", default="raymem-runs")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     hush_libraries()
     torch.set_num_threads(arguments.threads)
-    PARTS.mkdir(parents=True, exist_ok=True)
     jobs = [(configuration, seed) for seed in arguments.seeds for configuration in CONFIGURATIONS[:6]]
     jobs += [(configuration, seed) for seed in arguments.seeds for configuration in CONFIGURATIONS[6:]]
-    index, count = map(int, arguments.part.split("/"))
-    for configuration, seed in jobs[index::count]:
-        part = PARTS / f"mlorc_quality-{arguments.steps}-{configuration.replace(' ', '_')}-{seed}.json"
-        if not part.exists():
-            overrides = [f"seed={seed}", f"train.steps={arguments.steps}", "data.eval={path: demo:text, split: eval}",
-                         f"storage.path={arguments.storage}", "scaling.num_workers=0"]  # fmt: skip
-            found = run(load_recipe(packaged_recipe("pretrain"), overrides), configuration)
-            part.write_text(json.dumps(found))
-            print(configuration, seed, found, flush=True)
     runs = {}
-    for configuration, seed in jobs:
-        part = PARTS / f"mlorc_quality-{arguments.steps}-{configuration.replace(' ', '_')}-{seed}.json"
-        if part.exists():
-            runs[f"{configuration}/{seed}"] = json.loads(part.read_text())
+    for configuration, seed in jobs[arguments.part]:
+        overrides = [f"seed={seed}", f"train.steps={arguments.steps}", "data.eval={path: demo:text, split: eval}",
+                     f"storage.path={arguments.storage}", "scaling.num_workers=0"]  # fmt: skip
+        recipe = load_recipe(packaged_recipe("pretrain"), overrides)
+        runs[f"{configuration}/{seed}"] = provenance.kept(
+            f"mlorc_quality-{arguments.steps}-{configuration}-{seed}", functools.partial(run, recipe, configuration)
+        )
+    if len(runs) < len(jobs):
+        return
     provenance.save("mlorc_quality", {"steps": arguments.steps, "table": summary(runs, arguments.seeds), "runs": runs})
 
 

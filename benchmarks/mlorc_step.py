@@ -7,7 +7,6 @@ All of them take turns in one process; process CPU time on one thread, and wall 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -126,7 +125,7 @@ def share_of_a_training_step(rounds: int, tokens: int = 4096) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = provenance.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     rows = [measure(name, rank, 1, rounds) for name in SETS for rank in (4, 32)]

@@ -9,7 +9,6 @@ that take turns with this one). Peaks include the output and the gradient of the
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -82,7 +81,7 @@ def _peft(weight: torch.Tensor, x: torch.Tensor, timed: Callable[..., Step], kin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = provenance.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")

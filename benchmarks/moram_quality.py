@@ -1,25 +1,26 @@
 """Quality of MoRAM on the demo task, against LoRA, SHiRA and randomly chosen connections, at equal trainable state.
 
 Every method trains r (m + n) values per matrix. Each gets the same learning rates to choose from, judged on one seed by
-half of the evaluation rows; the best one then runs on three other seeds, judged by the other half.
+half of the evaluation rows; the best one then runs on three other seeds, judged by the other half. Runs that were done
+before are not repeated; several processes may share the methods.
 
     python benchmarks/make_base.py --model demo-long --storage raymem-runs   # once
-    python benchmarks/moram_quality.py [--model demo-long] [--steps 200] [--rank 8] [--density 0.03 0.125]
+    python benchmarks/moram_quality.py [--model demo-long] [--steps 200] [--rank 8] [--density 0.03 0.125] [--part 0/2]
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import moram_demo
 import provenance
 
 from raymem.console import hush_libraries
+from raymem.training.data.dataset import PackedRows
 
 LEARNING_RATES = (5e-4, 1.5e-3, 4e-3, 1e-2, 2.5e-2)
+TUNING_SEED = 100
 
 
 def methods(rank: int, densities: list[float]) -> dict[str, tuple[list[str], bool]]:
@@ -37,10 +38,7 @@ def methods(rank: int, densities: list[float]) -> dict[str, tuple[list[str], boo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo-long")
-    parser.add_argument("--storage", type=Path, default=Path("raymem-runs"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser = provenance.parser(__doc__, base="demo-long", steps=200, shared=True)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--density", type=float, nargs="+", default=[0.03, 0.125])
     parser.add_argument("--seeds", type=int, default=3)
@@ -52,22 +50,28 @@ def main() -> None:
         run = [f"optimizer.lr={lr}", f"seed={seed}", f"train.steps={arguments.steps}"]
         return moram_demo.recipe_for(arguments.model, arguments.storage, *overrides, *run)
 
+    contestants = methods(arguments.rank, arguments.density)
+    any_recipe = recipe([], arguments.lrs[0], 0)
+    rows, eval_rows = moram_demo.rows_of(any_recipe, "train"), moram_demo.rows_of(any_recipe, "eval")
+    tuning, judging = (moram_demo.EverySecond(eval_rows, first) for first in (0, 1))
+
+    def loss(name: str, lr: float, seed: int, judged_by: PackedRows) -> float:
+        overrides, as_shira = contestants[name]
+        half = "tuning" if judged_by is tuning else "judging"
+        return provenance.kept(
+            f"moram_quality-{arguments.model}-{arguments.steps}-r{arguments.rank}-{name}-{lr}-{seed}-{half}",
+            lambda: moram_demo.finetuned_loss(recipe(overrides, lr, seed), rows, judged_by, as_shira=as_shira),
+        )
+
     figures: dict[str, Any] = {}
-    for name, (overrides, as_shira) in methods(arguments.rank, arguments.density).items():
-        any_recipe = recipe(overrides, arguments.lrs[0], 0)
-        rows, eval_rows = moram_demo.rows_of(any_recipe, "train"), moram_demo.rows_of(any_recipe, "eval")
-        tuning, judging = (moram_demo.EverySecond(eval_rows, first) for first in (0, 1))
-        tuned = {
-            lr: moram_demo.finetuned_loss(recipe(overrides, lr, 100), rows, tuning, as_shira=as_shira)
-            for lr in arguments.lrs
-        }
+    for name in list(contestants)[arguments.part]:
+        tuned = {lr: loss(name, lr, TUNING_SEED, tuning) for lr in arguments.lrs}
         best = min(tuned, key=tuned.__getitem__)
-        losses = [
-            moram_demo.finetuned_loss(recipe(overrides, best, seed), rows, judging, as_shira=as_shira)
-            for seed in range(arguments.seeds)
-        ]
+        losses = [loss(name, best, seed, judging) for seed in range(arguments.seeds)]
         figures[name] = {"tuning": tuned, "lr": best, "losses": losses, "mean": statistics.mean(losses)}
         print(name, figures[name], flush=True)
+    if len(figures) < len(contestants):
+        return
     gradient = [figures[f"moram gradient {density}"]["mean"] for density in arguments.density]
     at_random = [figures[f"moram random {density}"]["mean"] for density in arguments.density]
     provenance.save(

@@ -8,9 +8,7 @@ two references from disjoint batches have in common, which is given too.
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import moram_demo
@@ -40,9 +38,7 @@ def recall(found: Chosen, reference: Chosen, inputs: dict[str, int]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo-long")
-    parser.add_argument("--storage", type=Path, default=Path("raymem-runs"))
+    parser = provenance.parser(__doc__, base="demo-long")
     parser.add_argument("--reference", type=int, default=64)
     parser.add_argument("--density", type=float, default=0.03)
     arguments = parser.parse_args()

@@ -5,7 +5,6 @@ python benchmarks/moram_step.py [--steps 20] [--density 0.03] [--rows 4]
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from typing import Any
@@ -35,8 +34,7 @@ def candidates(density: float) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
+    parser = provenance.parser(__doc__, steps=20)
     parser.add_argument("--density", type=float, default=0.03)
     parser.add_argument("--rows", type=int, default=4)
     arguments = parser.parse_args()

@@ -1,18 +1,67 @@
-"""What every result file says about where it came from."""
+"""What the benchmarks share: arguments, single runs that are kept, and result files that say where they came from."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 RESULTS = Path(__file__).parent / "results"
+PARTS = RESULTS / "parts"
 PACKAGES = ("torch", "ray", "transformers", "peft", "mlflow")
+
+Found = TypeVar("Found")
+
+
+def parser(
+    doc: str | None, *, base: str | None = None, steps: int | None = None, shared: bool = False
+) -> argparse.ArgumentParser:
+    """Of a benchmark's command line; with ``base`` it has the options of those that train a demo model.
+
+    Args:
+        base: demo model that is fine-tuned unless told otherwise.
+        steps: of training, unless told otherwise.
+        shared: several processes can share the runs, each with its ``--part``.
+    """
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if base is not None:
+        found.add_argument("--model", default=base, help="demo model (make_base.py); default: %(default)s")
+        found.add_argument("--storage", type=Path, default=Path("raymem-runs"), help="where it was built")
+    if steps is not None:
+        found.add_argument("--steps", type=int, default=steps, help="of every training; default: %(default)s")
+    if shared:
+        found.add_argument("--part", default="0/1", type=_slice, help="I/N: do every N-th run, from the I-th on")
+    return found
+
+
+def _slice(part: str) -> slice:
+    first, _, count = part.partition("/")
+    return slice(int(first), None, int(count))
+
+
+def kept(key: str, work: Callable[[], Found]) -> Found:
+    """What ``work`` gives, as JSON keeps it: read from ``results/parts/`` if it was done before, and kept there.
+
+    Args:
+        key: all that the result depends on.
+    """
+    path = PARTS / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', key)}.json"
+    if not path.exists():
+        found = work()
+        PARTS.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(found))
+        unfinished.replace(path)
+        print(key, found, flush=True)
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
 def save(name: str, figures: dict[str, Any]) -> Path:
