@@ -1,15 +1,42 @@
-"""LoRAM: train LoRA on a pruned model, recover it for the full one (arXiv 2502.13533)."""
+"""LoRAM: train LoRA on a pruned model, recover it for the full one (arXiv 2502.13533).
 
-from raymem.methods.loram.config import PruneOptions
-from raymem.methods.loram.manifest import Manifest, mark_aligned, read_manifest
-from raymem.methods.loram.nonuniform import load_pruned, pruned_layers
-from raymem.methods.loram.plan import Plan, plan_pruning
-from raymem.methods.loram.prune import prune_model
-from raymem.methods.loram.recover import recover_adapter, stamp_adapter
-from raymem.methods.loram.validate import validate_coupling
-from raymem.methods.loram.verify import Verification, verify_recovery
+Reading a recipe needs the options only, and must not load torch; the rest is loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from raymem.methods.loram.config import LoRAMOptions, PruneOptions
+
+if TYPE_CHECKING:
+    from raymem.methods.loram.manifest import Manifest, mark_aligned, read_manifest
+    from raymem.methods.loram.nonuniform import load_pruned, pruned_layers
+    from raymem.methods.loram.plan import Plan, plan_pruning
+    from raymem.methods.loram.prune import prune_model
+    from raymem.methods.loram.recover import recover_adapter, stamp_adapter
+    from raymem.methods.loram.validate import validate_coupling
+    from raymem.methods.loram.verify import Verification, verify_recovery
+
+_WHERE = {
+    "Manifest": "manifest",
+    "Plan": "plan",
+    "Verification": "verify",
+    "load_pruned": "nonuniform",
+    "mark_aligned": "manifest",
+    "plan_pruning": "plan",
+    "prune_model": "prune",
+    "pruned_layers": "nonuniform",
+    "read_manifest": "manifest",
+    "recover_adapter": "recover",
+    "stamp_adapter": "recover",
+    "validate_coupling": "validate",
+    "verify_recovery": "verify",
+}
 
 __all__ = [
+    "LoRAMOptions",
     "Manifest",
     "Plan",
     "PruneOptions",
@@ -25,3 +52,9 @@ __all__ = [
     "validate_coupling",
     "verify_recovery",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -243,6 +243,11 @@ def _check_is_copy(key: str, tensor: torch.Tensor, source: Source, model: Any, a
     )
 
 
+def is_recovered(directory: str | Path) -> bool:
+    """Whether an adapter is of the full model, made by :func:`recover_adapter`."""
+    return _loram_facts(Path(directory)) is not None
+
+
 def _loram_facts(directory: Path) -> Any:
     try:
         return json.loads((directory / FACTS).read_bytes())["loram"]
