@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from raymem.errors import RecipeError
 from raymem.methods.loram.config import LoRAMOptions
-from raymem.training.recipe import NoAdapter, Recipe
+from raymem.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

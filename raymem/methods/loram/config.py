@@ -125,8 +125,8 @@ class LoRAMOptions(PruneOptions):
             given = [f.name for f in fields(self) if f.name not in free and getattr(self, f.name) != f.default]
             if given:
                 raise ValueError(
-                    f"artifact: {self.artifact} is pruned already, so {given[0]} would have no effect; leave it out, or "
-                    "leave artifact out and prune anew"
+                    f"artifact: {self.artifact} is pruned already, so {given[0]} would have no effect; leave it out, "
+                    "or leave artifact out and prune anew"
                 )
 
     @property

@@ -85,8 +85,8 @@ def recover_adapter(
     Neither model is loaded; memory is the adapter's.
 
     Args:
-        adapter: PEFT LoRA or MoRAM trained on ``pruned``: it carries the manifest (:func:`stamp_adapter`), or its configuration
-            names the directory of the pruned model as its base.
+        adapter: PEFT LoRA or MoRAM trained on ``pruned``: it carries the manifest (:func:`stamp_adapter`), or its
+            configuration names the directory of the pruned model as its base.
         pruned: what :func:`raymem.methods.loram.prune_model` wrote (or its aligned successor).
         out: directory to be made; one that holds this very recovery is fine.
         full: directory of the full model, by default where the manifest says. Only MoRAM looks at it: its adapters
@@ -107,11 +107,9 @@ def recover_adapter(
     config = read_adapter_config(adapter)
     check_belongs(adapter, config, pruned, manifest)
     check_recoverable(config, adapter)
-    facts = {
-        "manifest": manifest.digest,
-        "adapter_sha256": hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest(),
-        **{name: manifest.options[name] for name in ("structure", "criterion", "ratio", "layer_ratios", "seed")},
-    }
+    if not (adapter / WEIGHTS).is_file():
+        raise ModelError(f"{adapter} holds no {WEIGHTS}; give the directory of a PEFT adapter")
+    facts = _facts(adapter, manifest)
     if out.exists():
         if _loram_facts(out) == facts:
             return out
@@ -258,6 +256,19 @@ def _check_is_copy(key: str, tensor: torch.Tensor, source: Source, model: Any, a
         f"{adapter / WEIGHTS}: {key} is no LoRA factor of a linear layer but {what}, which would overwrite the full "
         "model's; train LoRA on linear layers only and save with save_embedding_layers=False"
     )
+
+
+def _facts(adapter: Path, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "manifest": manifest.digest,
+        "adapter_sha256": hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest(),
+        **{name: manifest.options[name] for name in ("structure", "criterion", "ratio", "layer_ratios", "seed")},
+    }
+
+
+def is_recovery_of(directory: str | Path, adapter: str | Path, manifest: Manifest) -> bool:
+    """Whether a directory holds what :func:`recover_adapter` makes of an adapter."""
+    return bool(_loram_facts(Path(directory)) == _facts(Path(adapter), manifest))
 
 
 def is_recovered(directory: str | Path) -> bool:

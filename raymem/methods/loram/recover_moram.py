@@ -66,7 +66,7 @@ def recover_moram(
     Raises:
         RecoveryMismatch: the adapter belongs to another model.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for module, layer in sorted(read_layers(file).items()):
         shape = shapes.get(f"{module}.weight")
         if shape is None or [len(layer["B"]), layer["A"].shape[1]] != shape:
@@ -96,8 +96,12 @@ def compare_moram(
     for module, small in trained.items():
         expected = _recover_layer(small, configs[0], place(coupling, manifest.kept, module), module)
         for part in ("A", "B", "index"):
-            if found[module][part].dtype != expected[part].dtype or not torch.equal(found[module][part], expected[part]):
-                raise RecoveryMismatch(f"{recovered}: moram_{part} of {module} is not the trained one; recover it again")
+            if found[module][part].dtype != expected[part].dtype or not torch.equal(
+                found[module][part], expected[part]
+            ):
+                raise RecoveryMismatch(
+                    f"{recovered}: moram_{part} of {module} is not the trained one; recover it again"
+                )
     for option in ("r", "k", "density", "alpha"):
         if configs[0].get(option) != configs[1].get(option):
             raise RecoveryMismatch(f"{recovered}: its {option} is not that of {adapter}; recover it again")
@@ -108,9 +112,9 @@ def rebased(adapter: Path, model: nn.Module, target: Path) -> Path:
     """A copy of a MoRAM adapter that names the weights of ``model`` as its base, to be loaded on a stand-in."""
     shutil.copytree(adapter, target)
     file = target / "adapter_model.safetensors"
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for module, layer in read_layers(file).items():
-        layer["base"] = base_fingerprint(model.get_submodule(module).weight.detach())  # type: ignore[union-attr, operator]
+        layer["base"] = base_fingerprint(model.get_submodule(module).weight.detach())  # type: ignore[operator]
         tensors |= {f"base_model.model.{module}.moram_{part}": value for part, value in layer.items()}
     save_tensors(file, tensors, {})
     return target

@@ -1,4 +1,4 @@
-"""MoRAM adapters of a pruned model: every connection comes back at its place in the full layer, and nothing else does."""
+"""MoRAM adapters of a pruned model: every connection comes back at its place in the full layer, nothing else does."""
 
 from __future__ import annotations
 
