@@ -174,6 +174,30 @@ def merge(
 
 
 @app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="PEFT directory of a run.")],
+    check: Annotated[str, typer.Option(help="Server whose rules are checked: vllm.")] = "vllm",
+    allow_lm_head: Annotated[bool, typer.Option("--allow-lm-head", help="The server adapts output heads.")] = False,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also copy it to this directory.")] = None,  # noqa: UP045
+) -> None:
+    """Check that a server takes an adapter, and print the command that serves it."""
+    log_to_stderr(False)
+    from raymem.cluster.artifacts import local_copy
+    from raymem.errors import ModelError, RecipeError
+    from raymem.training import serving
+
+    if check != "vllm":
+        raise RecipeError(f"--check {check}: its rules are not known; vllm is")
+    with local_copy(adapter) as directory:
+        found = serving.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=output)
+        if found.problems:
+            raise ModelError("\n".join(f"{adapter}: {problem}" for problem in found.problems))
+        if output is not None:
+            serving.copy_adapter(directory, output)
+    console.out.print(f"vLLM takes it:\n{found.command}")
+
+
+@app.command()
 def doctor(
     recipe: Annotated[Optional[Path], typer.Argument(metavar="[RECIPE]", help="Also check what it needs.")] = None,  # noqa: UP045
     set_: Overrides = [],  # noqa: B006

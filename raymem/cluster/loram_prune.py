@@ -42,7 +42,7 @@ def prune_on_ray(job: PruneJob, progress: Callable[[int, int], None] = lambda do
     running: dict[Any, Step] = {}
     shared = ray.put(job)
     window, most_memory = _window()
-    remote = ray.remote(run_task).options(num_cpus=1, max_retries=MAX_RETRIES, retry_exceptions=[OSError])
+    remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, retry_exceptions=[OSError])(run_task)
     try:
         while missing:
             ready = [step for step in waiting if missing.isdisjoint(step.after)]
