@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +173,8 @@ class Pipeline:
                 number += 1
             out.rename(aside)
             self.status(f"the earlier recovery is now {aside}")
+        for left in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         recover_adapter(adapter, base.directory, out, base.source.directory)
         self.status(f"recovered: {out}")
         return out

@@ -245,6 +245,8 @@ def commit(job: PruneJob) -> Manifest:
                 shutil.copyfile(path, job.workspace / path.name)
         manifest.write(job.workspace)
         shutil.rmtree(job.work, ignore_errors=True)
+        for left in job.workspace.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         _appear(job)
     except OSError as error:
         raise StorageError(
