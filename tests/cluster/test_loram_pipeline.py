@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_the_driver_dies_at_every_moment_of_a_stage(
 def check_death(recipe: Recipe, storage: Path, stage: str, rename: int) -> None:
     storage.mkdir(exist_ok=True)
     before = identities(storage)
-    with pytest.raises(AssertionError, match=r"a process died: exit codes \[-9\]"):
+    with pytest.raises(AssertionError, match="a process died"):
         in_processes(dying_run, 0, storage / "meet", recipe, stage, rename)
     assert_nothing_is_half_written(storage)
     after = identities(storage)
@@ -210,7 +211,7 @@ def test_sigkill_of_the_driver_while_tasks_run(
 ) -> None:
     recipe = on_ray(llama, examples, tmp_path)
     environment = {name: os.environ[name] for name in cluster.client_env() if name.startswith("RAY_") or name == "HOME"}
-    with pytest.raises(AssertionError, match=r"a process died: exit codes \[-9\]"):
+    with pytest.raises(AssertionError, match="a process died"):
         in_processes(driver_that_dies, 0, tmp_path / "meet", recipe, environment)
     assert not pruned_files(tmp_path) or not list((tmp_path / "cache" / "loram").glob(f"[!.]*/{MANIFEST}"))
     shards = {path.name: path.stat().st_ino for path in (tmp_path / "cache" / "loram").glob(".*/model-*.safetensors")}
@@ -327,7 +328,8 @@ def test_a_full_disk(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("raymem.methods.loram.tensorfiles.os.fsync", full)
+        others = {name: getattr(os, name) for name in ("open", "close", "O_RDONLY")}
+        patch.setattr("raymem.methods.loram.tensorfiles.os", SimpleNamespace(fsync=full, **others))
         line = refused(capsys, "prune", recipe_file)
     assert "No space left on device" in line and "free some space" in line
     assert not list((tmp_path / "runs" / "cache" / "loram").glob("[!.]*"))
