@@ -189,7 +189,7 @@ def export(
     if check != "vllm":
         raise RecipeError(f"--check {check}: its rules are not known; vllm is")
     with local_copy(adapter) as directory:
-        found = serving.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=output)
+        found = serving.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=str(output or adapter))
         if found.problems:
             raise ModelError("\n".join(f"{adapter}: {problem}" for problem in found.problems))
         if output is not None:

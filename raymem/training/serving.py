@@ -43,7 +43,7 @@ class Linted:
     """Starts the server with it."""
 
 
-def lint_vllm(adapter: str | Path, *, allow_lm_head: bool = False, served_as: Path | None = None) -> Linted:
+def lint_vllm(adapter: str | Path, *, allow_lm_head: bool = False, served_as: str | None = None) -> Linted:
     """Check a PEFT directory against what vLLM takes.
 
     Args:
@@ -75,7 +75,7 @@ def lint_vllm(adapter: str | Path, *, allow_lm_head: bool = False, served_as: Pa
     if (directory / MANIFEST).is_file() and not is_recovered(directory):
         problems.append("it is of a pruned model, which is not served; recover it first: raymem loram recover RECIPE")
     problems += _odd_modules(shapes, config, allow_lm_head)
-    return Linted(tuple(problems), _command(served_as or directory, config, rank))
+    return Linted(tuple(problems), _command(served_as or str(directory), config, rank))
 
 
 def copy_adapter(adapter: str | Path, output: Path) -> None:
@@ -125,14 +125,15 @@ def _odd_modules(shapes: dict[str, list[int]], config: dict[str, Any], allow_lm_
     return list(found.values())
 
 
-def _command(directory: Path, config: dict[str, Any], rank: int) -> str:
+def _command(place: str, config: dict[str, Any], rank: int) -> str:
     base = config.get("base_model_name_or_path") or "BASE"
     least = next((allowed for allowed in RANKS if allowed >= rank), RANKS[-1])
     parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(least)]
     if config.get("revision"):
         parts += ["--revision", str(config["revision"])]
-    name = directory.parent.name if directory.name in ("adapter", "recovered") else directory.name
-    return shlex.join([*parts, "--lora-modules", f"{name or 'adapter'}={directory}"])
+    *_, above, name = ["", *place.partition("?")[0].rstrip("/").split("/")]
+    served = above if name in ("adapter", "recovered") else name
+    return shlex.join([*parts, "--lora-modules", f"{served or 'adapter'}={place}"])
 
 
 def _model_type(base: str | None) -> str | None:

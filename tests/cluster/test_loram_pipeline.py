@@ -74,6 +74,7 @@ def test_the_result_is_an_adapter_of_the_full_model(
     assert run_app("export", recovered, "-o", tmp_path / "copy") == 0
     shown = capsys.readouterr().out
     assert f"vllm serve {llama} --enable-lora --max-lora-rank 8 --lora-modules copy={tmp_path / 'copy'}" in shown
+    assert run_app("generate", adapter, "--prompt", "w1 w3", "--max-new-tokens", "2") == 0, "on the pruned model"
     assert run_app("export", adapter) == 1
     assert "raymem loram recover" in capsys.readouterr().err
     assert run_app("merge", adapter, "-o", tmp_path / "no") == 1
@@ -118,6 +119,16 @@ def test_train_uses_what_was_pruned_and_says_what_is_missing(llama: Path, exampl
     Pipeline(longer).train()
     Pipeline(longer).recover()
     assert (tmp_path / "small" / "recovered.old-1").is_dir()
+
+
+def test_moram_recovers_too(llama: Path, examples: Path, tmp_path: Path) -> None:
+    adapter = {"kind": "moram", "rank": 4, "density": 0.25, "selection_batches": 1}
+    pipeline = Pipeline(loram_recipe(llama, examples, tmp_path, align=False, adapter=adapter))
+    run_stages(pipeline)
+    checked = pipeline.verify()
+    assert checked.num_weights and checked.logit_difference is not None
+    rows = pipeline.evaluate()
+    assert rows["full + recovered"]["loss"] != rows["full"]["loss"]
 
 
 # ---- deaths
