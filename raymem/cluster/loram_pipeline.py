@@ -99,6 +99,7 @@ class Pipeline:
         self.on_ray = recipe.scaling.num_workers != 0
         self.run_storage = self.storage.child(recipe.name)
         self._place: loram_base.Place | None = None
+        self._connected = False
 
     def prune(self) -> Pruned:
         """Write the pruned model, step by step, on the cluster or in this process.
@@ -156,6 +157,9 @@ class Pipeline:
         Raises:
             RaymemError: not pruned or aligned yet, or see :func:`raymem.cluster.trainer.launch`.
         """
+        if self.base.artifact is not None:  # the full weights need not be on this machine
+            recipe = demo.resolve(self.recipe, self.storage)
+            return self._trained(recipe, loram_base.check_artifact(recipe, self.base.artifact).digest, fresh=fresh)
         base = self.ready()
         return self._trained(base.recipe, base.manifest.digest, fresh=fresh)
 
@@ -270,12 +274,13 @@ class Pipeline:
         return self._place
 
     def _connect(self) -> None:
-        if self.on_ray:
+        if self.on_ray and not self._connected:
             from raymem.cluster import connection, preflight
 
             self.status("starting Ray")
             connection.connect(self.recipe)
             preflight.check_storage_shared(self.storage.path)
+            self._connected = True
 
     def _alignment(self) -> Recipe | None:
         if self.base.align is None:
@@ -306,6 +311,7 @@ class Pipeline:
 
     def _trained(self, recipe: Recipe, pruned: str | None, *, fresh: bool = False) -> dict[str, Any]:
         """The outcome of a run, which is trained unless that very work is recorded as done."""
+        self._connect()
         tokenizer = data.shared_tokenizer(recipe, self.storage)
         train_data = data.prepare_split(recipe, "train", tokenizer, self.storage, on_ray=self.on_ray)
         values = recipe.to_dict()

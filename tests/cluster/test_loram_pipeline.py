@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ from raymem.methods.loram.recover import is_recovered
 from raymem.methods.loram.steps import Step
 from raymem.training.recipe import Recipe
 
+ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
 
 
@@ -233,7 +236,11 @@ def test_sigkill_of_the_driver_while_tasks_run(
 
 
 def driver_that_dies(recipe: Recipe, environment: dict[str, str]) -> None:
+    from ray._raylet import AuthenticationTokenLoader, Config
+
     os.environ.update(environment)
+    Config.initialize("")  # Ray read its environment when it was imported
+    AuthenticationTokenLoader.instance().reset_cache()
     pipeline = Pipeline(recipe)
 
     def die(done: int, total: int) -> None:
@@ -315,6 +322,9 @@ def test_bad_options_and_models(recipe_file: Path, tmp_path: Path, capsys: pytes
     assert "does not know how the layers of model_type 'gpt2' are coupled" in line
     assert "base.kind: full is not pruned" in refused(capsys, "run", recipe_file, "-s", "base={kind: full}")
     assert "base.align.model: not a section" in refused(capsys, "run", recipe_file, "-s", "base.align.model={name: x}")
+    job = [sys.executable, ROOT / "jobs" / "loram.py", recipe_file, "-s", "base.ratio=2"]
+    done = subprocess.run(job, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert not list((tmp_path / "runs").rglob("*.safetensors"))
 
 
