@@ -259,6 +259,7 @@ def nodes(tmp_path: Path) -> Iterator[Any]:
     ray.shutdown()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_enable_metrics_collection", "0")  # a node waits 15 s for its collector, then gives up
         size = {"object_store_memory": 100 << 20, "memory": 4 << 30}
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **size})
         patch.setenv("RAY_ADDRESS", made.address)
