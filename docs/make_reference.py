@@ -5,6 +5,7 @@ A test asserts that the committed page is what this prints.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -29,7 +30,7 @@ SECTIONS: dict[str, list[type]] = {
     "model": [r.ModelSection],
     "data": [r.DataSection],
     "data.train[], data.eval[]": [r.Source],
-    "base": [r.FullBase],
+    "base": [r.FullBase, r.LoRAMOptions],
     "adapter": [r.NoAdapter, r.LoraAdapter, r.MoRAMOptions],
     "activations": [r.NoActivationSaving, r.Checkpointing, r.LoRActOptions],
     "optimizer": [r.AdamW, r.MLorcAdamWOptions, r.MLorcLionOptions],
@@ -61,6 +62,7 @@ def _table(model: type) -> str:
     for name, facts in properties.items():
         if name == "kind":
             continue
+        facts = _inherited(model, name) | facts
         default = "required" if name in required else f"`{json.dumps(facts.get('default'))}`"
         if "$ref" in facts or (isinstance(facts.get("default"), dict) and facts["default"]):
             default = "see below" if name not in required else "required"
@@ -68,6 +70,16 @@ def _table(model: type) -> str:
     if not rows:
         return text
     return text + "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _inherited(model: type, name: str) -> dict[str, object]:
+    """The description of a field that stands in the class that a dataclass extends; pydantic reads its own only."""
+    for parent in model.__mro__[1:]:
+        if dataclasses.is_dataclass(parent) and name in parent.__dataclass_fields__:
+            facts = TypeAdapter(parent).json_schema()["properties"][name]
+            if "description" in facts:
+                return {"description": facts["description"]}
+    return {}
 
 
 def _sentence(model: type) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from raymem import __version__, console
+from raymem import __version__, cli_loram, console
 from raymem.errors import RaymemError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(cli_loram.app, name="loram")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -72,7 +74,7 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Train a recipe; a run of the same name on the same storage is resumed."""
-    _log_to_stderr(verbose)
+    log_to_stderr(verbose)
     from raymem.training.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, set_)  # before the slow imports: a typo is answered at once
@@ -119,7 +121,7 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Loss and perplexity on the recipe's evaluation data."""
-    _log_to_stderr(verbose)
+    log_to_stderr(verbose)
     from raymem.training.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, set_)
@@ -146,7 +148,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Continue a text with what a run left."""
-    _log_to_stderr(False)
+    log_to_stderr(False)
     from raymem.cluster.artifacts import local_copy
     from raymem.training import inference
 
@@ -163,12 +165,36 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Model directory to write.")],
 ) -> None:
     """Fold an adapter into its base and write the full model."""
-    _log_to_stderr(False)
+    log_to_stderr(False)
     from raymem.cluster.artifacts import local_copy
     from raymem.training import inference
 
     with local_copy(adapter) as directory:
         console.out.print(f"wrote {inference.merge(directory, output)}")
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="PEFT directory of a run.")],
+    check: Annotated[str, typer.Option(help="Server whose rules are checked: vllm.")] = "vllm",
+    allow_lm_head: Annotated[bool, typer.Option("--allow-lm-head", help="The server adapts output heads.")] = False,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also copy it to this directory.")] = None,  # noqa: UP045
+) -> None:
+    """Check that a server takes an adapter, and print the command that serves it."""
+    log_to_stderr(False)
+    from raymem.cluster.artifacts import local_copy
+    from raymem.errors import ModelError, RecipeError
+    from raymem.training import serving
+
+    if check != "vllm":
+        raise RecipeError(f"--check {check}: its rules are not known; vllm is")
+    with local_copy(adapter) as directory:
+        found = serving.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=str(output or adapter))
+        if found.problems:
+            raise ModelError("\n".join(f"{adapter}: {problem}" for problem in found.problems))
+        if output is not None:
+            serving.copy_adapter(directory, output)
+    console.out.print(f"vLLM takes it:\n{found.command}")
 
 
 @app.command()
@@ -178,7 +204,7 @@ def doctor(
     address: Annotated[Optional[str], typer.Option(help="Ray cluster to look at.")] = None,  # noqa: UP045
 ) -> None:
     """Check versions, devices, storage, Ray and MLflow, and say how to mend what is wrong."""
-    _log_to_stderr(False)
+    log_to_stderr(False)
     from raymem.cluster.preflight import run_doctor
     from raymem.training.recipe_io import load_recipe
 
@@ -193,7 +219,7 @@ def demo_data(
     storage: Annotated[Path, typer.Option(help="Storage path of the recipes that will use it.")] = Path("raymem-runs"),
 ) -> None:
     """Build the demo corpus and tokenizer from this Python's standard library (recipes do so on their own)."""
-    _log_to_stderr(False)
+    log_to_stderr(False)
     from raymem.training.demo import ensure_demo
 
     paths = ensure_demo(storage.resolve() / "cache")
@@ -220,7 +246,7 @@ def submit(
     follow: Annotated[bool, typer.Option(help="Print the job's output until it ends.")] = True,
 ) -> None:
     """Send a recipe to a Ray cluster as a job; the same run is never started twice."""
-    _log_to_stderr(False)
+    log_to_stderr(False)
     from raymem.cluster.submit import submit as send
 
     sent = send(recipe, overrides=set_, address=address, working_dir=working_dir, follow=follow)
@@ -231,7 +257,8 @@ def submit(
         raise typer.Exit(sent.exit_code)
 
 
-def _log_to_stderr(verbose: bool) -> None:
+def log_to_stderr(verbose: bool) -> None:
+    """Show warnings, or with ``verbose`` everything; call it before libraries are imported."""
     if not verbose:
         console.hush_libraries()
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)

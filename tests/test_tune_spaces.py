@@ -14,6 +14,7 @@ from raymem.training.model import build_model
 from raymem.training.optim import build_updater
 
 METHODS: dict[str, dict[str, Any]] = {
+    "loram": {"base": {"kind": "loram", "keep_first": 0, "keep_last": 1}, "adapter": {"kind": "lora"}},
     "loract": {"activations": {"kind": "loract"}},
     "mlorc": {"adapter": "none", "optimizer": {"kind": "mlorc_adamw", "min_dim": 40}},
     "moram": {"adapter": {"kind": "moram"}},

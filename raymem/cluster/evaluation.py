@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from raymem.cluster import data, demo
+from raymem.cluster import data, demo, loram_base
 from raymem.cluster.artifacts import local_copy
 from raymem.errors import DataError, ModelError, RaymemError
+from raymem.methods.loram.recover import is_recovered
 from raymem.training.adapter import continuing
 from raymem.training.data.dataset import PackedRows
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.export import FACTS, artifact_name
 from raymem.training.layout import Layout
 from raymem.training.model import build_model
-from raymem.training.recipe import NoAdapter, Recipe
+from raymem.training.recipe import Base, FullBase, NoAdapter, Recipe
 from raymem.training.storage import Storage
 
 
@@ -49,6 +50,8 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> Evaluated:
         from raymem.cluster.connection import connect
 
         connect(recipe)
+    if not is_recovered(place):
+        recipe = loram_base.settled(recipe, storage, on_ray=on_ray)
     tokenizer = data.shared_tokenizer(recipe, storage)
     prepared = data.prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray)
     config = {"recipe": recipe.to_dict(), "artifact": place, "data": data.to_dict(prepared)}
@@ -115,9 +118,15 @@ def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
         update["adapter"] = NoAdapter()
     elif (directory / "adapter_config.json").is_file():
         update["adapter"] = continuing(directory)
+        update["base"] = _unpruned(recipe) if is_recovered(directory) else recipe.base
     elif (directory / "config.json").is_file():
         update["model"] = recipe.model.model_copy(update={"name": str(directory), "config": None, "revision": None})
-        update["adapter"] = NoAdapter()
+        update |= {"adapter": NoAdapter(), "base": _unpruned(recipe)}
     else:
         raise ModelError(f"--artifact: {artifact} holds neither adapter_config.json nor config.json")
     return recipe.model_copy(update=update)
+
+
+def _unpruned(recipe: Recipe) -> Base:
+    """A model directory or a recovered adapter does not sit on the pruned model that the recipe trains on."""
+    return FullBase() if recipe.base.kind == "loram" else recipe.base

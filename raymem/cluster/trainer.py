@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raymem.cluster import data, demo
+from raymem.cluster import data, demo, loram_base
 from raymem.cluster.artifacts import local_copy
 from raymem.cluster.job import Job
 from raymem.errors import StorageError
@@ -97,7 +97,7 @@ def _settle(recipe: Recipe, storage: Storage, *, on_ray: bool, fresh: bool, stat
     """Check the model and prepare the data, so that mistakes show before workers start."""
     recipe = demo.resolve(recipe, storage, build=lambda r: _build_demo(r, status))
     status("checking the model")
-    recipe = pin_revision(recipe)
+    recipe = loram_base.settled(pin_revision(recipe), storage, on_ray=on_ray)
     model = build_model(recipe, meta=True)
     tokenizer = data.shared_tokenizer(recipe, storage)
     check_fit(model, load_tokenizer(tokenizer), recipe)

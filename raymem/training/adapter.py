@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from raymem.errors import AdapterError, ModelError, RecipeError
+from raymem.methods.loram.config import LoRAMOptions
 from raymem.methods.moram.config import MoRAMOptions
 from raymem.seeds import generator
+from raymem.training.base import base_name
 from raymem.training.recipe import LoraAdapter, NoAdapter, Recipe
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     """Wrap a model (usually on the meta device) with the recipe's adapter; the base is frozen.
+
+    Without an adapter everything is trained but what ``adapter.freeze`` names.
 
     Args:
         dtype: of the adapter's weights. PEFT would use fp32 and save an fp32 copy of every layer input.
@@ -33,11 +37,13 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     """
     adapter = recipe.adapter
     if isinstance(adapter, NoAdapter):
+        _freeze(model, adapter.freeze)
         return model
     from peft import get_peft_model
 
     config = _peft_config(model, adapter)
-    config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
+    planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
+    config.base_model_name_or_path, config.revision = (None, None) if planned else base_name(recipe)
     try:
         wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
     except AdapterError as error:
@@ -46,6 +52,20 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return wrapped
+
+
+def _freeze(model: nn.Module, names: list[str]) -> None:
+    modules = dict(model.named_modules())
+    for name in names:
+        found = [path for path in modules if path == name or path.endswith(f".{name}")]
+        if not found:
+            near = difflib.get_close_matches(name, sorted({path.rpartition(".")[2] for path in modules}), n=3)
+            raise RecipeError(
+                f"adapter.freeze: {name!r} is no module of {type(model).__name__}"
+                f"{'; near names: ' + ', '.join(near) if near else ''}"
+            )
+        for path in found:
+            modules[path].requires_grad_(False)
 
 
 def _peft_config(model: nn.Module, adapter: LoraAdapter | MoRAMOptions) -> Any:

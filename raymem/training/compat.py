@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from raymem.errors import RecipeError
+from raymem.methods.loram.config import LoRAMOptions
 from raymem.training.recipe import Recipe
 
 
@@ -24,6 +25,14 @@ class Rule:
 
 def _nf4(recipe: Recipe) -> bool:
     return recipe.base.quantize == "nf4"
+
+
+def _loram(recipe: Recipe) -> bool:
+    return recipe.base.kind == "loram"
+
+
+def _prunes(recipe: Recipe) -> bool:
+    return isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
 
 
 def _full_training(recipe: Recipe) -> bool:
@@ -70,6 +79,24 @@ RULES: tuple[Rule, ...] = (
         "random weights are not worth quantising, and this is not tested",
         "give model.name",
         lambda r: _nf4(r) and r.model.config is not None,
+    ),
+    Rule(
+        ("base.kind: loram", "adapter: none"),
+        "only an adapter can be recovered for the full model",
+        "use adapter: lora or moram; the pruned model itself is trained by base.align",
+        lambda r: _loram(r) and _full_training(r),
+    ),
+    Rule(
+        ("base.kind: loram", "model.config"),
+        "random weights are not worth pruning",
+        "give model.name",
+        lambda r: _loram(r) and r.model.config is not None,
+    ),
+    Rule(
+        ("base.kind: loram", "storage.path on an object store"),
+        "the pruned model is written and read layer by layer, as plain files",
+        "use a shared directory, or prune into one and give it as base.artifact",
+        lambda r: _prunes(r) and "://" in r.storage.path,
     ),
     Rule(
         ("optimizer: mlorc_adamw or mlorc_lion", "an adapter"),

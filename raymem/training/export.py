@@ -15,7 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from raymem import __version__
 from raymem.errors import StorageError
+from raymem.methods.loram import stamp_adapter
 from raymem.training.adapter import stored_buffers
+from raymem.training.base import pruned_directory
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.layout import Layout
 from raymem.training.model import tokenizer_path
@@ -73,8 +75,12 @@ def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Stor
     try:
         staging = Path(tempfile.mkdtemp(prefix=".export-", dir=run.root if run.is_local else None))
         staging.chmod(0o755)  # mkdtemp's 0700 would follow the directory to its place
-        model.save_pretrained(staging, state_dict=state)
+        # PEFT would save the base's head beside the adapter of a head, to overwrite another model's with.
+        options = {} if isinstance(recipe.adapter, NoAdapter) else {"save_embedding_layers": False}
+        model.save_pretrained(staging, state_dict=state, **options)
         load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
+        if (pruned := pruned_directory(recipe)) is not None:
+            stamp_adapter(staging, pruned)
         contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
         (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
         if run.is_local:

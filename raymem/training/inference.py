@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from raymem.errors import ModelError, StorageError
+from raymem.methods.loram.manifest import MANIFEST
+from raymem.methods.loram.recover import is_recovered
 from raymem.training.data.tokenizer import load_tokenizer
 
 
@@ -21,7 +23,6 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
         ModelError: it is neither, or the base that the adapter names cannot be loaded.
     """
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
 
     import raymem.methods.moram  # noqa: F401 - makes PEFT know the method
 
@@ -34,16 +35,24 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     try:
         if (path / "adapter_config.json").is_file():
             config = PeftConfig.from_pretrained(str(path))
-            base = AutoModelForCausalLM.from_pretrained(
-                config.base_model_name_or_path, revision=config.revision, dtype="auto"
-            )
-            model = PeftModel.from_pretrained(base, str(path))
+            model = PeftModel.from_pretrained(_load(config.base_model_name_or_path, config.revision), str(path))
         else:
-            model = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto")
+            model = _load(str(path), None)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} cannot be loaded: {reason}; check the base model that it names") from None
     return model.eval(), load_tokenizer(str(path))
+
+
+def _load(name: str, revision: str | None) -> Any:
+    """A full or pruned model in its stored dtype."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from raymem.methods.loram import pruned_layers
+
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    with pruned_layers(config):
+        return AutoModelForCausalLM.from_pretrained(name, revision=revision, config=config, dtype="auto")
 
 
 @torch.no_grad()
@@ -74,6 +83,11 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     source, target = Path(adapter), Path(output)
     if not (source / "adapter_config.json").is_file():
         raise ModelError(f"{source} holds no adapter_config.json; only adapters are merged")
+    if (source / MANIFEST).is_file() and not is_recovered(source):
+        raise ModelError(
+            f"{source} was trained on a pruned model, and the full one is what is wanted; recover it first: "
+            "raymem loram recover RECIPE"
+        )
     if target.exists():
         raise StorageError(f"--output: {target} already exists; choose another directory or remove it")
     model, tokenizer = load_artifact(source)

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from raymem.errors import ModelError, RecipeError
+from raymem.methods.loram.config import LoRAMOptions
 from raymem.seeds import derive
 from raymem.training import activations, adapter, selection, weights
+from raymem.training.base import base_name
 from raymem.training.layout import Layout, shard
 from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
 
@@ -43,7 +45,7 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
 
     Raises:
         ModelError: no such model, no config, missing or odd weights.
-        RecipeError: an adapter pattern that matches nothing.
+        RecipeError: a pattern of the adapter that matches nothing.
     """
     layout = layout or Layout()
     config = load_config(recipe, layout)
@@ -73,9 +75,10 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
 
 
 def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
-    """transformers config of the recipe's model; no weights are downloaded for it.
+    """transformers config of the recipe's model, pruned or full; no weights are downloaded for it.
 
     Raises:
+        RecipeError: pruning options that leave nothing of a layer.
         ModelError: unknown model type, no config at the path, hub not reachable.
     """
     from transformers import AutoConfig
@@ -94,11 +97,20 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
             return AutoConfig.for_model(kind, **options)
         except Exception as error:  # configs raise types of their own
             raise ModelError(f"model.config: transformers refuses it: {_reason(error)}") from None
-    directory = fetch(recipe.model.name or "", recipe.model.revision, layout or Layout(), weights_too=False)
+    base = recipe.base
+    planned = isinstance(base, LoRAMOptions) and base.artifact is None
+    name, revision = (recipe.model.name, recipe.model.revision) if planned else base_name(recipe)
+    directory = fetch(name or "", revision, layout or Layout(), weights_too=False)
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # configs raise types of their own
         raise ModelError(f"model.name: {directory}/config.json cannot be used: {_reason(error)}") from None
+    if isinstance(base, LoRAMOptions) and base.artifact is None:  # what pruning will make, for planning
+        from raymem.methods.loram.nonuniform import with_counts
+        from raymem.methods.loram.plan import plan_pruning
+
+        return with_counts(config, plan_pruning(config, base.pruning).counts)
+    return config
 
 
 def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool) -> Path:
@@ -138,8 +150,8 @@ def pin_revision(recipe: Recipe) -> Recipe:
     Raises:
         ModelError: the model cannot be had.
     """
-    if recipe.model.name is None:
-        return recipe
+    if recipe.model.name is None or getattr(recipe.base, "artifact", None) is not None:
+        return recipe  # the manifest of a pruned model names the commit
     directory = fetch(recipe.model.name, recipe.model.revision, Layout(), weights_too=False)
     if Path(recipe.model.name).is_dir():
         return recipe
@@ -190,15 +202,19 @@ def tokenizer_path(recipe: Recipe, layout: Layout | None = None) -> str:
     """
     if recipe.model.tokenizer is not None:
         return recipe.model.tokenizer
-    return str(fetch(recipe.model.name or "", recipe.model.revision, layout or Layout(), weights_too=False))
+    planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
+    name, revision = (recipe.model.name, recipe.model.revision) if planned else base_name(recipe)
+    return str(fetch(name or "", revision, layout or Layout(), weights_too=False))
 
 
 def _on_meta(config: Any, recipe: Recipe) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    from raymem.methods.loram import pruned_layers
+
     try:
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"), no_init_weights(), pruned_layers(config):
             return AutoModelForCausalLM.from_config(
                 config,
                 dtype=base_dtype(recipe),
@@ -210,8 +226,9 @@ def _on_meta(config: Any, recipe: Recipe) -> Any:
 
 def _source(bare: Any, config: Any, recipe: Recipe, layout: Layout) -> weights.TensorSource:
     """Where the base weights come from: opened before anything is allocated, so that a bad one is an error at once."""
-    if recipe.model.name is not None:
-        directory = fetch(recipe.model.name, recipe.model.revision, layout, weights_too=True)
+    name, revision = base_name(recipe)
+    if name is not None:
+        directory = fetch(name, revision, layout, weights_too=True)
         return weights.checkpoint_source(bare, directory)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, "init"))

@@ -25,6 +25,7 @@ from pydantic import (
 from typing_extensions import TypeAliasType
 
 from raymem.methods.loract.config import LoRActOptions
+from raymem.methods.loram.config import LoRAMOptions
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.methods.moram.config import MoRAMOptions
 
@@ -160,6 +161,8 @@ class NoAdapter(Section):
     """Full-parameter training."""
 
     kind: Literal["none"] = "none"
+    freeze: list[str] = []
+    """Modules whose weights stay as they are, for example ``[lm_head]``; what is tied to them stays too."""
 
 
 class LoraAdapter(Section):
@@ -209,14 +212,26 @@ class _FromMapping:
         return schema
 
 
-def _pairs(value: Any) -> Any:
-    """YAML has lists only; betas are a pair."""
-    betas = value.get("betas") if isinstance(value, dict) else None
-    return {**value, "betas": tuple(betas)} if isinstance(betas, list) else value
+def _tuple(name: str) -> BeforeValidator:
+    """YAML has lists only; some options are tuples."""
+
+    def convert(value: Any) -> Any:
+        given = value.get(name) if isinstance(value, dict) else None
+        return {**value, name: tuple(given)} if isinstance(given, list) else value
+
+    return BeforeValidator(convert)
 
 
 # Named aliases become named definitions in the JSON schema. A method adds its kinds here and nowhere else in this file.
-Base = TypeAliasType("Base", Annotated[FullBase, _shorthand("full")])
+Base = TypeAliasType(
+    "Base",
+    Annotated[
+        FullBase | Annotated[LoRAMOptions, _FromMapping()],
+        Field(discriminator="kind"),
+        _tuple("layer_ratios"),
+        _shorthand("full"),
+    ],
+)
 Adapter = TypeAliasType(
     "Adapter",
     Annotated[
@@ -238,7 +253,7 @@ Optimizer = TypeAliasType(
     Annotated[
         AdamW | Annotated[MLorcAdamWOptions, _FromMapping()] | Annotated[MLorcLionOptions, _FromMapping()],
         Field(discriminator="kind"),
-        BeforeValidator(_pairs),
+        _tuple("betas"),
         _shorthand("adamw"),
     ],
 )

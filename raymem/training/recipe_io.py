@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import types
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from typing_extensions import TypeAliasType
 
 from raymem.errors import RecipeError
+from raymem.methods.loram.config import LoRAMOptions
 from raymem.training import compat
 from raymem.training.places import absolute, is_local
 from raymem.training.recipe import Recipe, fields_of, is_section, kind_of
@@ -96,7 +98,39 @@ def parse_recipe(raw: dict[str, Any], place: str = "recipe", base_dir: Path | No
     if base_dir is not None:
         recipe = _absolute(recipe, base_dir)
     compat.check(recipe, place)
-    return recipe
+    return _with_alignment(recipe, place, base_dir)
+
+
+def alignment(recipe: Recipe, **changes: Any) -> Recipe | None:
+    """The recipe that trains the pruned model before its adapter; None if ``base.align`` does not ask for it.
+
+    Args:
+        changes: what the caller knows better, such as ``model`` and ``storage``.
+
+    Raises:
+        RecipeError: its sections are no recipe.
+    """
+    if not isinstance(recipe.base, LoRAMOptions) or recipe.base.align is None:
+        return None
+    plain = {"base": "full", "adapter": {"kind": "none", "freeze": ["lm_head"]}, "tracking": "none"}
+    return parse_recipe({**recipe.to_dict(), **plain, **recipe.base.align, **changes}, "base.align")
+
+
+def _with_alignment(recipe: Recipe, place: str, base_dir: Path | None) -> Recipe:
+    """The recipe with ``base.align`` validated, complete and its paths made absolute."""
+    if not isinstance(recipe.base, LoRAMOptions) or recipe.base.align is None:
+        return recipe
+    if odd := sorted(set(recipe.base.align) - set(ALIGNED)):
+        raise RecipeError(f"{place}: base.align.{odd[0]}: not a section of it; known here: {', '.join(ALIGNED)}")
+    aligned = alignment(recipe)
+    assert aligned is not None
+    values = (_absolute(aligned, base_dir) if base_dir else aligned).to_dict()
+    base = dataclasses.replace(recipe.base, align={name: values[name] for name in recipe.base.align})
+    return recipe.model_copy(update={"base": base})
+
+
+ALIGNED = ("data", "activations", "optimizer", "train", "scaling", "seed", "tracking")
+"""Sections that ``base.align`` may hold."""
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -188,6 +222,9 @@ def _absolute(recipe: Recipe, base_dir: Path) -> Recipe:
     raw["data"].update({key: sources(raw["data"][key]) for key in ("train", "eval")})
     if raw["adapter"].get("init_from"):
         raw["adapter"]["init_from"] = absolute(raw["adapter"]["init_from"], base_dir)
+    for key in ("artifact", "calibration"):
+        if raw["base"].get(key):
+            raw["base"][key] = local(raw["base"][key]) if key == "calibration" else absolute(raw["base"][key], base_dir)
     raw["storage"]["path"] = absolute(raw["storage"]["path"], base_dir)
     return Recipe.model_validate(raw)
 

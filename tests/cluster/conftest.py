@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 from ray_processes import RayHead, end_session, free_ports, wait_until_up
 
 
@@ -63,3 +65,22 @@ def login(ray_head: RayHead) -> Iterator[Callable[..., None]]:
 
         yield login
     read_again()
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_head: RayHead) -> Iterator[RayHead]:
+    """This process as a driver of the session's cluster."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what a worker with one CPU has
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ray_head.client_env().items():
+            patch.setenv(name, value)
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        ray.init(address=ray_head.gcs, log_to_driver=False, logging_level="ERROR")
+        yield ray_head
+        ray.shutdown()
+    torch.set_num_threads(threads)

@@ -7,13 +7,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray
 import torch
 from ray_processes import RayHead
 from run_files import losses, result_bytes
@@ -39,25 +38,6 @@ Untouched = Callable[..., tuple[list[float], bytes]]
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("storage")
-
-
-@pytest.fixture(scope="module")
-def cluster(ray_head: RayHead) -> Iterator[RayHead]:
-    """This process as a driver of the session's cluster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what a worker with one CPU has
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ray_head.client_env().items():
-            patch.setenv(name, value)
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        from ray._raylet import AuthenticationTokenLoader, Config
-
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-        ray.init(address=ray_head.gcs, log_to_driver=False, logging_level="ERROR")
-        yield ray_head
-        ray.shutdown()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

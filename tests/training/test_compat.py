@@ -11,6 +11,7 @@ from raymem.errors import RecipeError
 from raymem.training import compat
 
 NF4 = {"base": {"quantize": "nf4"}}
+LORAM = {"base": {"kind": "loram"}}
 IN_BACKWARD = {"adapter": "none", "optimizer": {"kind": "mlorc_adamw", "step_in_backward": True}}
 
 # The two settings of a rule -> recipes that break that rule and no other.
@@ -20,6 +21,11 @@ CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
     ("base.quantize: nf4", "model.config"): [
         {**NF4, "model": {"name": None, "config": {"model_type": "llama"}, "tokenizer": "demo"}}
     ],
+    ("base.kind: loram", "adapter: none"): [{**LORAM, "adapter": "none"}],
+    ("base.kind: loram", "model.config"): [
+        {**LORAM, "model": {"name": None, "config": {"model_type": "llama"}, "tokenizer": "demo"}}
+    ],
+    ("base.kind: loram", "storage.path on an object store"): [{**LORAM, "storage": {"path": "s3://bucket/runs"}}],
     ("optimizer: mlorc_adamw or mlorc_lion", "an adapter"): [{"optimizer": "mlorc_adamw"}, {"optimizer": "mlorc_lion"}],
     ("optimizer.step_in_backward: true", "train.clip_norm"): [
         {**IN_BACKWARD, "train": {"clip_norm": 1.0, "global_batch": 4, "micro_batch": 4}},
@@ -85,6 +91,8 @@ def test_several_clashes_are_said_at_once() -> None:
     [
         {},
         {**NF4, "train": {"precision": "bf16"}},
+        {"base": {"kind": "loram", "quantize": "nf4"}},
+        {"base": {"kind": "loram", "artifact": "/pruned"}, "storage": {"path": "s3://bucket/runs"}},
         {"scaling": {"strategy": "fsdp2", "num_workers": 1}},
         {"train": {"precision": "bf16", "master": "stochastic_rounding"}},
         {"train": {"precision": "bf16"}, "model": {"dtype": "bf16"}},

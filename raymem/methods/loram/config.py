@@ -1,10 +1,10 @@
-"""The options of LoRAM's pruning: the very class that a recipe validates."""
+"""The options of LoRAM: the very classes that a recipe validates."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from raymem.errors import RecipeError
 from raymem.methods import OPTIONS_RULES
@@ -89,6 +89,50 @@ class PruneOptions:
         if self.keep_first <= layer < num_layers - self.keep_last:
             return Fraction(str(self.ratio))
         return Fraction(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAMOptions(PruneOptions):
+    """A pruned model that carries the training of adapters for the full one (LoRAM, arXiv 2502.13533).
+
+    Raises:
+        ValueError: a value out of range, or options that do not go together; the message starts with the field's name.
+    """
+
+    kind: Literal["loram"] = "loram"
+    quantize: Literal["none", "nf4"] = "none"
+    """``nf4`` holds the linear layers of the pruned model in 4 bits (QLoRAM)."""
+    calibration: str | None = None
+    """File, directory or Hugging Face id of the texts that taylor, wanda and sparsegpt look at; by default the training
+    data."""
+    calibration_texts: int = 10
+    """Texts of it that are drawn."""
+    calibration_length: int = 64
+    """Tokens of each."""
+    align: dict[str, Any] | None = None
+    """Sections (``data``, ``train``, ``optimizer``, ...) that replace this recipe's while the pruned model itself is
+    trained before its adapter, with the output head frozen; null leaves that out."""
+    artifact: str | None = None
+    """Directory of a model that was pruned before; all that says how to prune is then left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("calibration_texts", 1), ("calibration_length", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} is too small; it is at least {least}")
+        if self.artifact is not None:
+            free = ("kind", "quantize", "artifact")
+            given = [f.name for f in fields(self) if f.name not in free and getattr(self, f.name) != f.default]
+            if given:
+                raise ValueError(
+                    f"artifact: {self.artifact} is pruned already, so {given[0]} would have no effect; leave it out, "
+                    "or leave artifact out and prune anew"
+                )
+
+    @property
+    def pruning(self) -> PruneOptions:
+        """The part that decides what is pruned."""
+        return PruneOptions(**{field.name: getattr(self, field.name) for field in fields(PruneOptions)})
 
 
 def _named(ratios: tuple[float, ...] | None) -> list[tuple[str, float]]:

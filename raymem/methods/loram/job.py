@@ -73,8 +73,18 @@ class PruneJob:
         return self.workspace / "work"
 
 
+def job_key(source: Source, options: PruneOptions, calibration: torch.Tensor | None) -> str:
+    """Equal for jobs that write the same bytes: of the source's content, the options and the calibration tokens."""
+    shape = None if calibration is None else list(calibration.shape)
+    return digest([_FORMAT, dataclasses.asdict(options), source.identity, _sha256(calibration), shape])
+
+
+def _sha256(calibration: torch.Tensor | None) -> str | None:
+    return None if calibration is None else hashlib.sha256(calibration.contiguous().numpy().tobytes()).hexdigest()
+
+
 def open_job(
-    model: str | Path,
+    model: str | Path | Source,
     out: str | Path,
     options: PruneOptions,
     calibration: torch.Tensor | None = None,
@@ -85,7 +95,7 @@ def open_job(
     """Check everything that can be checked before work starts, and make the job's workspace.
 
     Args:
-        model: directory of the full model.
+        model: directory of the full model, or what was opened of it.
         out: directory to be made; one that holds the result of the same job is fine.
         calibration: token ids [N, T] (int64, no padding) for the criteria that look at data.
         name: Hugging Face id, if ``model`` is a download.
@@ -97,17 +107,21 @@ def open_job(
         DataError: calibration missing, superfluous or out of the vocabulary.
         StorageError: the workspace cannot be made.
     """
-    source = open_source(model, name, revision)
+    source = model if isinstance(model, Source) else open_source(model, name, revision)
     config = source.config()
     if counts_of(config):
-        raise ModelError(f"model.name: {model} is pruned already; prune the full model")
+        raise ModelError(f"model.name: {source.directory} is pruned already; prune the full model")
     plan = plan_pruning(config, options)
     _check_calibration(calibration, options, config)
-    tokens = None if calibration is None else hashlib.sha256(calibration.contiguous().numpy().tobytes()).hexdigest()
-    shape = None if calibration is None else list(calibration.shape)
-    key = digest([_FORMAT, dataclasses.asdict(options), source.identity, tokens, shape])
     job = PruneJob(
-        source, plan.coupling, options, plan.counts, tuple(plan.pruned_layers), str(Path(out).absolute()), key, tokens
+        source,
+        plan.coupling,
+        options,
+        plan.counts,
+        tuple(plan.pruned_layers),
+        str(Path(out).absolute()),
+        job_key(source, options, calibration),
+        _sha256(calibration),
     )
     if is_committed(job):
         return job
@@ -231,6 +245,8 @@ def commit(job: PruneJob) -> Manifest:
                 shutil.copyfile(path, job.workspace / path.name)
         manifest.write(job.workspace)
         shutil.rmtree(job.work, ignore_errors=True)
+        for left in job.workspace.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         _appear(job)
     except OSError as error:
         raise StorageError(

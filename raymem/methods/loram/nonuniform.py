@@ -117,11 +117,13 @@ def read_config(directory: str | Path) -> Any:
 
 
 def meta_model(config: Any) -> Any:
-    """The model on the meta device: names and shapes, no weights."""
+    """The model on the meta device: names and shapes, no weights; tied parameters are one."""
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
-        return from_config(config)
+        model = from_config(config)
+    model.tie_weights()  # part of the initialisation that was left out
+    return model
 
 
 def _resizing(layer_class: Any) -> Any:

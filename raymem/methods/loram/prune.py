@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from raymem.methods.loram.config import PruneOptions
-from raymem.methods.loram.job import commit, is_committed, open_job
+from raymem.methods.loram.job import PruneJob, commit, is_committed, open_job
 from raymem.methods.loram.layerwise import LayerwiseModel
 from raymem.methods.loram.manifest import Manifest, read_manifest
 from raymem.methods.loram.steps import Step, is_done, layerwise_model, run_step, steps
@@ -42,7 +42,13 @@ def prune_model(
         DataError: calibration missing, superfluous or out of the vocabulary.
         StorageError: the result cannot be written.
     """
-    job = open_job(model, out, options, calibration, name=name, revision=revision)
+    return finish_job(open_job(model, out, options, calibration, name=name, revision=revision), device, progress)
+
+
+def finish_job(
+    job: PruneJob, device: torch.device | str = "cpu", progress: Callable[[Step], None] = lambda step: None
+) -> Manifest:
+    """Do what is not done of a job, step after step, and commit it; see :func:`prune_model`."""
     if is_committed(job):
         return read_manifest(job.out)
     layers: LayerwiseModel | None = None

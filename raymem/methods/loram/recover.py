@@ -19,9 +19,10 @@ import torch
 
 from raymem.errors import ModelError, RecoveryMismatch, StorageError
 from raymem.methods.loram.coupling import Coupling, couple
-from raymem.methods.loram.manifest import MANIFEST, Manifest, check_kept, read_manifest
+from raymem.methods.loram.manifest import MANIFEST, Manifest, check_base, check_kept, read_manifest
 from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.placement import Axis, place
+from raymem.methods.loram.recover_moram import recover_moram
 from raymem.methods.loram.source import Source, open_source
 from raymem.methods.loram.tensorfiles import Entry, read_header, read_tensor, save_tensors, write_json
 
@@ -76,16 +77,20 @@ def stamp_adapter(adapter: str | Path, pruned: str | Path) -> None:
     read_manifest(pruned).write(Path(adapter))
 
 
-def recover_adapter(adapter: str | Path, pruned: str | Path, out: str | Path) -> Path:
+def recover_adapter(
+    adapter: str | Path, pruned: str | Path, out: str | Path, full: str | Path | None = None
+) -> Path:  # fmt: skip
     """Write the adapter of the full model: a plain PEFT directory that names the full base and its revision.
 
     Neither model is loaded; memory is the adapter's.
 
     Args:
-        adapter: PEFT LoRA trained on ``pruned``: it carries the manifest (:func:`stamp_adapter`), or its configuration
-            names the directory of the pruned model as its base.
+        adapter: PEFT LoRA or MoRAM trained on ``pruned``: it carries the manifest (:func:`stamp_adapter`), or its
+            configuration names the directory of the pruned model as its base.
         pruned: what :func:`raymem.methods.loram.prune_model` wrote (or its aligned successor).
         out: directory to be made; one that holds this very recovery is fine.
+        full: directory of the full model, by default where the manifest says. Only MoRAM looks at it: its adapters
+            carry fingerprints of the weights that they are for.
 
     Returns:
         ``out``.
@@ -102,17 +107,20 @@ def recover_adapter(adapter: str | Path, pruned: str | Path, out: str | Path) ->
     config = read_adapter_config(adapter)
     check_belongs(adapter, config, pruned, manifest)
     check_recoverable(config, adapter)
-    _, entries = read_header(adapter, WEIGHTS)
-    facts = {
-        "manifest": manifest.digest,
-        "adapter_sha256": hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest(),
-        **{name: manifest.options[name] for name in ("structure", "criterion", "ratio", "layer_ratios", "seed")},
-    }
+    if not (adapter / WEIGHTS).is_file():
+        raise ModelError(f"{adapter} holds no {WEIGHTS}; give the directory of a PEFT adapter")
+    facts = _facts(adapter, manifest)
     if out.exists():
         if _loram_facts(out) == facts:
             return out
         raise ModelError(f"{out} exists and is not the recovery of {adapter}; give another directory or remove it")
-    recovered = _recovered(adapter, entries, source, coupling, manifest)
+    if config["peft_type"] == "MORAM":
+        shapes = {name: list(weight.shape) for name, weight in meta_model(source.config()).state_dict().items()}
+        whole = open_source(full or manifest.source["name"])
+        check_base(manifest, whole)
+        recovered = recover_moram(adapter / WEIGHTS, config, shapes, coupling, manifest, whole)
+    else:
+        recovered = _recovered(adapter, read_header(adapter, WEIGHTS)[1], source, coupling, manifest)
     config = {
         **config,
         "base_model_name_or_path": manifest.source["name"],
@@ -138,7 +146,7 @@ def recover_factor(tensor: torch.Tensor, factor: str, axis: Axis | None) -> torc
 
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
-    """``adapter_config.json`` of a PEFT LoRA.
+    """``adapter_config.json`` of a PEFT LoRA or MoRAM.
 
     Raises:
         ModelError: there is none.
@@ -150,8 +158,8 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
         kind = config.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path} cannot be read ({error}); give the directory of a PEFT adapter") from None
-    if kind != "LORA":
-        raise RecoveryMismatch(f"{path}: an adapter of kind {kind} is not recovered by this function; it takes LoRA")
+    if kind not in ("LORA", "MORAM"):
+        raise RecoveryMismatch(f"{path}: an adapter of kind {kind} cannot be recovered; train LoRA or MoRAM")
     return config
 
 
@@ -184,6 +192,13 @@ def check_recoverable(config: dict[str, Any], adapter: Path) -> None:
     Raises:
         RecoveryMismatch: names the option, its value and the reason.
     """
+    if config["peft_type"] == "MORAM":
+        if config.get("modules_to_save"):
+            raise RecoveryMismatch(
+                f"{adapter / CONFIG}: modules_to_save={config['modules_to_save']!r} cannot be recovered exactly: "
+                f"{_REASONS['modules_to_save']}; train with modules_to_save=None"
+            )
+        return
     from peft import LoraConfig
 
     plain = LoraConfig().to_dict()
@@ -241,6 +256,24 @@ def _check_is_copy(key: str, tensor: torch.Tensor, source: Source, model: Any, a
         f"{adapter / WEIGHTS}: {key} is no LoRA factor of a linear layer but {what}, which would overwrite the full "
         "model's; train LoRA on linear layers only and save with save_embedding_layers=False"
     )
+
+
+def _facts(adapter: Path, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "manifest": manifest.digest,
+        "adapter_sha256": hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest(),
+        **{name: manifest.options[name] for name in ("structure", "criterion", "ratio", "layer_ratios", "seed")},
+    }
+
+
+def is_recovery_of(directory: str | Path, adapter: str | Path, manifest: Manifest) -> bool:
+    """Whether a directory holds what :func:`recover_adapter` makes of an adapter."""
+    return bool(_loram_facts(Path(directory)) == _facts(Path(adapter), manifest))
+
+
+def is_recovered(directory: str | Path) -> bool:
+    """Whether an adapter is of the full model, made by :func:`recover_adapter`."""
+    return _loram_facts(Path(directory)) is not None
 
 
 def _loram_facts(directory: Path) -> Any:

@@ -137,6 +137,26 @@ def is_done(job: PruneJob, step: Step) -> bool:
     return _marker(job, step).is_file()
 
 
+def memory_bytes(job: PruneJob, step: Step) -> int:
+    """About what a step holds at most beside the libraries: for whoever decides how many run on one machine."""
+    prefix = job.coupling.prefix(step.layer)
+    stored = {name: entry.num_bytes for name, entry in job.source.tensors.items()}
+    rest = sum(size for name, size in stored.items() if job.coupling.locate(name) is None)
+    layer = sum(size for name, size in stored.items() if name.startswith(prefix))
+    widest = max(stored.values())
+    if step.kind == "rest":
+        return widest
+    if step.kind == "layer":
+        return int((1.4 if job.options.criterion == "magnitude" else 0.5) * layer) + widest
+    if step.kind in ("embed", "loss"):
+        return 2 * rest + widest  # fp32 of what is stored in bf16
+    gram_bytes = 0
+    if job.options.criterion == "sparsegpt":
+        inputs = [job.source.tensors[f"{prefix}{path}.weight"].shape[1] for path in job.coupling.linears]
+        gram_bytes = 4 * (sum(size**2 for size in inputs) + 3 * max(inputs) ** 2)
+    return int((4.4 if step.kind == "backward" else 2.4) * layer) + widest + gram_bytes
+
+
 def layerwise_model(job: PruneJob, device: torch.device | str = "cpu") -> LayerwiseModel:
     """What the steps of a calibrated criterion compute with.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from raymem.methods.loram.manifest import Manifest, check_base, read_manifest
 from raymem.methods.loram.nonuniform import from_config, load_pruned, without_counts
 from raymem.methods.loram.placement import place, put, take
 from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, check_belongs, read_adapter_config
+from raymem.methods.loram.recover_moram import compare_moram, rebased
 from raymem.methods.loram.source import Source, open_source
 from raymem.methods.loram.tensorfiles import read_header, read_tensor
 from raymem.seeds import generator
@@ -28,7 +30,7 @@ class Verification:
     """What was found equal."""
 
     num_factors: int
-    """LoRA tensors that are bitwise the trained ones where kept and zero elsewhere."""
+    """Tensors of the adapter that are bitwise the trained ones where kept and zero elsewhere."""
     num_weights: int | None
     """Pruned weights that are bitwise the full model's; None if no full model was given or the weights were trained."""
     logit_difference: float | None
@@ -59,12 +61,15 @@ def verify_recovery(
     adapter, pruned, recovered = Path(adapter), Path(pruned), Path(recovered)
     manifest, source = read_manifest(pruned), open_source(pruned)
     coupling = couple(source.config())
-    for directory in (adapter, recovered):
-        config = read_adapter_config(directory)
+    configs = read_adapter_config(adapter), read_adapter_config(recovered)
+    for directory, config in zip((adapter, recovered), configs, strict=True):
         check_belongs(directory, config, pruned, manifest)
     if config["base_model_name_or_path"] != manifest.source["name"]:
         raise RecoveryMismatch(f"{recovered} names {config['base_model_name_or_path']!r} as its base; recover it again")
-    num_factors = _compare_factors(adapter, recovered, coupling, manifest)
+    if configs[0]["peft_type"] == "MORAM":
+        num_factors = compare_moram(adapter / WEIGHTS, recovered / WEIGHTS, configs, coupling, manifest)
+    else:
+        num_factors = _compare_factors(adapter, recovered, coupling, manifest)
     num_weights = None
     if full is not None:
         whole = open_source(full)
@@ -127,7 +132,10 @@ def _compare_logits(adapter: Path, pruned: Path, recovered: Path, coupling: Coup
     ids = torch.randint(small.config.vocab_size, (_TEXTS, _LENGTH), generator=generator(0, "loram", "verify"))
 
     def logits(model: Any, directory: Path) -> torch.Tensor:
-        adapted = PeftModel.from_pretrained(model.eval(), directory)
+        with tempfile.TemporaryDirectory(prefix="raymem-verify-") as folder:
+            if read_adapter_config(directory)["peft_type"] == "MORAM":  # it loads on the weights that it names only
+                directory = rebased(directory, model, Path(folder) / "adapter")
+            adapted = PeftModel.from_pretrained(model.eval(), directory)
         found: torch.Tensor = adapted.eval()(input_ids=ids, use_cache=False).logits
         return found
 

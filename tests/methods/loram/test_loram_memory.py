@@ -22,7 +22,7 @@ from raymem.methods.loram import (
 from raymem.methods.loram.job import PruneJob, open_job
 from raymem.methods.loram.nonuniform import read_config
 from raymem.methods.loram.plan import nf4_weight_bytes
-from raymem.methods.loram.steps import layerwise_model, run_step, steps
+from raymem.methods.loram.steps import layerwise_model, memory_bytes, run_step, steps
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "head_dim": 32, "num_hidden_layers": 6}
 IDS = token_ids(2, 8)
@@ -61,6 +61,8 @@ def test_a_step_holds_one_layer(full: Path, criterion: Any, layers: float, tmp_p
     inside = {name: peak for name, peak in found.items() if name not in ("embed", "loss")}
     used = max(inside.values()) / layer_bytes(job)
     assert 0.5 * layers < used < layers, inside
+    said = {step.name: memory_bytes(job, step) for step in steps(job)}
+    assert {name: peak for name, peak in found.items() if peak > said[name]} == {}
 
 
 def test_nf4_trains_recovers_and_weighs_what_the_plan_says(tmp_path: Path) -> None:

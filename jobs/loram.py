@@ -1,0 +1,12 @@
+"""All stages of LoRAM: ``ray job submit --working-dir . -- python jobs/loram.py jobs/recipes/loram.yaml``.
+
+Takes what ``raymem loram run`` takes.
+"""
+
+import sys
+
+from raymem.cli import main
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["loram", "run"]
+    main()

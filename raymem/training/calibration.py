@@ -1,0 +1,28 @@
+"""Texts for methods that look at data before training: cut from prepared rows, alike on every machine."""
+
+from __future__ import annotations
+
+import torch
+
+from raymem.errors import DataError
+from raymem.seeds import generator
+from raymem.training.data.dataset import PackedRows
+
+
+def calibration_ids(rows: PackedRows, texts: int, length: int, seed: int) -> torch.Tensor:
+    """Token ids [texts, length], int64: rows in random order, joined without their padding and cut.
+
+    Raises:
+        DataError: there are not so many tokens.
+    """
+    order = torch.randperm(len(rows), generator=generator(seed, "calibration")).tolist()
+    found, wanted = torch.empty(0, dtype=torch.int64), texts * length
+    for index in order:
+        row = rows.row(index)
+        found = torch.cat([found, torch.tensor(row.input_ids[: row.length].astype("int64"))])
+        if len(found) >= wanted:
+            return found[:wanted].view(texts, length)
+    raise DataError(
+        f"base.calibration: the data has {len(found)} tokens, and calibration_texts: {texts} of calibration_length: "
+        f"{length} are {wanted}; give more data or ask for less"
+    )

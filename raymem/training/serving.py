@@ -1,0 +1,156 @@
+"""What a server of adapters would refuse, found before it is started: the rules of vLLM for LoRA directories.
+
+From vLLM's own checks (``vllm/lora/peft_helper.py``, ``vllm/config/lora.py``): the largest rank is one of a closed
+list; trained biases, DoRA and ``modules_to_save`` are refused, and so are modules that the model's class does not list.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from raymem.errors import ModelError, StorageError
+from raymem.methods.loram.manifest import MANIFEST
+from raymem.methods.loram.recover import is_recovered
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What ``--max-lora-rank`` may be."""
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_PLAIN = frozenset(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+_LAYERS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite"), _PLAIN),
+    "phi3": frozenset(["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "gpt_neox": frozenset(["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
+    "opt": frozenset(["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+}
+"""Linear layers of a decoder layer that vLLM adapts, by ``model_type``; of other types names are not checked."""
+
+
+@dataclass(frozen=True)
+class Linted:
+    """What was found."""
+
+    problems: tuple[str, ...]
+    """One sentence each: what is refused, and the cure. Empty if the adapter can be served."""
+    command: str
+    """Starts the server with it."""
+
+
+def lint_vllm(adapter: str | Path, *, allow_lm_head: bool = False, served_as: str | None = None) -> Linted:
+    """Check a PEFT directory against what vLLM takes.
+
+    Args:
+        allow_lm_head: the server is known to adapt the output head of this architecture.
+        served_as: directory that the command names, if not this one.
+
+    Raises:
+        ModelError: no PEFT directory, or its tensors cannot be read.
+    """
+    directory = Path(adapter)
+    config, shapes = _read(directory)
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(
+            f"peft_type: {config.get('peft_type')} is not served; merge the adapter and serve the merged model: "
+            f"raymem merge {directory} -o MERGED"
+        )
+    for option, wanted, cure in (
+        ("modules_to_save", (None, []), "train without it"),
+        ("use_dora", (None, False), "train plain LoRA"),
+        ("bias", (None, "none"), "train with bias: none"),
+        ("lora_bias", (None, False), "train with lora_bias: false"),
+    ):
+        if config.get(option) not in wanted:
+            problems.append(f"{option}: {config[option]!r} is refused; {cure}, or merge the adapter")
+    rank = max([int(config.get("r") or 1), *(config.get("rank_pattern") or {}).values()])
+    if rank > RANKS[-1]:
+        problems.append(f"r: {rank} is above {RANKS[-1]}, the largest that is served; train a lower rank or merge")
+    if (directory / MANIFEST).is_file() and not is_recovered(directory):
+        problems.append("it is of a pruned model, which is not served; recover it first: raymem loram recover RECIPE")
+    problems += _odd_modules(shapes, config, allow_lm_head)
+    return Linted(tuple(problems), _command(served_as or str(directory), config, rank))
+
+
+def copy_adapter(adapter: str | Path, output: Path) -> None:
+    """Copy a PEFT directory; the copy appears when it is whole.
+
+    Raises:
+        StorageError: ``output`` exists or cannot be written.
+    """
+    if output.exists():
+        raise StorageError(f"--output: {output} already exists; choose another directory or remove it")
+    staging = output.parent / f".{output.name}.part"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.copytree(adapter, staging)
+        staging.rename(output)
+    except (OSError, shutil.Error) as error:
+        raise StorageError(
+            f"--output: {output} cannot be written: {error}; free some space or choose another"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _odd_modules(shapes: dict[str, list[int]], config: dict[str, Any], allow_lm_head: bool) -> list[str]:
+    known = _LAYERS.get(_model_type(config.get("base_model_name_or_path")) or "")
+    found: dict[str, str] = {}
+    for key in sorted(shapes):
+        match = _FACTOR.fullmatch(key)
+        leaf = match["module"].rpartition(".")[2] if match else ""
+        if match is None:
+            if config.get("peft_type") == "LORA":
+                found.setdefault(
+                    "other", f"{key} is no LoRA factor, which is refused; train LoRA on linear layers only"
+                )
+        elif leaf in ("lm_head", "embed_out", "embed_tokens", "embed_in"):
+            if not (allow_lm_head and leaf in ("lm_head", "embed_out")):
+                found.setdefault(
+                    leaf,
+                    f"{match['module']} is adapted, which not every model class serves; train without it, merge the "
+                    "adapter, or check again with --allow-lm-head if yours does",
+                )
+        elif known is not None and leaf not in known:
+            names = ", ".join(sorted(known))
+            found.setdefault(
+                leaf, f"{match['module']} is not among what is adapted of this model ({names}); train on those"
+            )
+    return list(found.values())
+
+
+def _command(place: str, config: dict[str, Any], rank: int) -> str:
+    base = config.get("base_model_name_or_path") or "BASE"
+    least = next((allowed for allowed in RANKS if allowed >= rank), RANKS[-1])
+    parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(least)]
+    if config.get("revision"):
+        parts += ["--revision", str(config["revision"])]
+    *_, above, name = ["", *place.partition("?")[0].rstrip("/").split("/")]
+    served = above if name in ("adapter", "recovered") else name
+    return shlex.join([*parts, "--lora-modules", f"{served or 'adapter'}={place}"])
+
+
+def _model_type(base: str | None) -> str | None:
+    """Of a local base; hub ids are not looked up."""
+    try:
+        return str(json.loads((Path(base or "") / "config.json").read_bytes())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    path = directory / "adapter_model.safetensors"
+    try:
+        config: dict[str, Any] = json.loads((directory / "adapter_config.json").read_bytes())
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{directory} is no PEFT directory ({reason}); give the adapter of a run") from None
+    return config, shapes
