@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from raymem import __version__, console
+from raymem import __version__, cli_plan, console
 from raymem.errors import RaymemError
 
 app = typer.Typer(
@@ -105,6 +105,9 @@ def train(
     say(f"next: raymem generate {outcome.artifact} --prompt '...'   or   raymem evaluate {recipe}")
     if tracking.uri and tracking.uri.startswith("sqlite"):
         say(f"look at the curves: mlflow ui --backend-store-uri {tracking.uri}")
+
+
+cli_plan.register(app)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from raymem.linalg import LowRank, StreamingSketch, orthonormalize, row_chunks
+from raymem.memory.target import device_kind
 
 # M rows, N columns, C rows of a block, R rank, K = R + P columns of a sketch, P of them fresh
 
@@ -41,7 +42,7 @@ class Matrix:
         share = self.weight_MN.numel() * self.weight_MN.element_size() // 16
         if self.weight_MN.dtype != torch.float32:
             share //= 2  # four buffers instead of two
-        most = BLOCK_BYTES.get(self.weight_MN.device.type, BLOCK_BYTES["cuda"])
+        most = BLOCK_BYTES.get(device_kind(self.weight_MN.device), BLOCK_BYTES["cuda"])
         return row_chunks(rows, 4 * columns, min(most, share))
 
     def buffer(self) -> torch.Tensor:
