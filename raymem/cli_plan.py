@@ -127,7 +127,7 @@ def _print(
     say = console.out.print
     if not found.traced:
         say(f"[bold]rough figure by formulas[/bold]: the model's code could not be traced ({found.note})")
-    say(console.plan_table(found.terms, found.phases))
+    say(console.plan_table(found.terms, found.phases), crop=False, overflow="ignore")
     say(f"peak of what is allocated: {bytes_text(found.peak_bytes)}")
     if found.device == "cuda":
         say(

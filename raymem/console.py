@@ -107,9 +107,9 @@ class TrainingDisplay:
 def plan_table(terms: Mapping[str, int], phases: Mapping[str, Mapping[str, int]]) -> Table:
     """``raymem plan``: one row per memory term; its bytes at the peak, and at the peak of every phase."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("at the peak", *phases):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for term, size in terms.items():
         table.add_row(term, bytes_text(size), *(bytes_text(phase[term]) for phase in phases.values()))
     sums = (bytes_text(phase["peak_bytes"]) for phase in phases.values())

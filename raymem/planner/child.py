@@ -23,6 +23,9 @@ def main(input_file: str, output_file: str) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
     jobs = json.loads(Path(input_file).read_text())
+    if not any(job["recipe"]["base"].get("quantize") == "nf4" for job in jobs):
+        # PEFT imports bitsandbytes wherever it is installed, and that the whole compiler: seconds for nothing.
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     answers: list[dict[str, Any]] = []
     for job in jobs:
         answers.append(answer(job))
