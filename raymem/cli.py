@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from raymem import __version__, cli_loram, console
+from raymem import __version__, cli_loram, cli_plan, console
 from raymem.errors import RaymemError
 
 app = typer.Typer(
@@ -71,6 +71,7 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an earlier run of this name aside and start over.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train even if it is predicted not to fit.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a recipe; a run of the same name on the same storage is resumed."""
@@ -82,7 +83,7 @@ def train(
 
     try:
         with console.TrainingDisplay(loaded.train.steps) as display:
-            finished = launch(loaded, fresh=fresh, listeners=[display.show], status=display.status)
+            finished = launch(loaded, fresh=fresh, force=force, listeners=[display.show], status=display.status)
     except KeyboardInterrupt:
         console.err.print("interrupted; the same command resumes from the last checkpoint")
         raise typer.Exit(130) from None
@@ -96,7 +97,9 @@ def train(
     if outcome.eval_loss is not None:
         say(f"evaluation: loss {outcome.eval_loss:.4f}, perplexity {outcome.eval_perplexity:.2f}")
     if outcome.peak_bytes is not None:
-        say(f"peak memory of a worker: {console.bytes_text(outcome.peak_bytes)}")
+        predicted = finished.predicted_peak_bytes
+        beside = "" if predicted is None else f" (predicted: {console.bytes_text(predicted)})"
+        say(f"peak memory of a worker: {console.bytes_text(outcome.peak_bytes)}{beside}")
     say(f"result: {outcome.artifact}")
     if tracking.run_id:
         say(f"MLflow run {tracking.run_id} at {tracking.uri}")
@@ -107,6 +110,9 @@ def train(
     say(f"next: raymem generate {outcome.artifact} --prompt '...'   or   raymem evaluate {recipe}")
     if tracking.uri and tracking.uri.startswith("sqlite"):
         say(f"look at the curves: mlflow ui --backend-store-uri {tracking.uri}")
+
+
+cli_plan.register(app)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -102,6 +102,30 @@ class TrainingDisplay:
         if self._peak_bytes:
             parts.append(f"peak {bytes_text(self._peak_bytes)}")
         return "  ".join(parts)
+
+
+def plan_table(terms: Mapping[str, int], phases: Mapping[str, Mapping[str, int]]) -> Table:
+    """``raymem plan``: one row per memory term; its bytes at the peak, and at the peak of every phase."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("at the peak", *phases):
+        table.add_column(name, justify="right", no_wrap=True)
+    for term, size in terms.items():
+        table.add_row(term, bytes_text(size), *(bytes_text(phase[term]) for phase in phases.values()))
+    sums = (bytes_text(phase["peak_bytes"]) for phase in phases.values())
+    table.add_row("[bold]sum[/bold]", f"[bold]{bytes_text(sum(terms.values()))}[/bold]", *sums)
+    return table
+
+
+def holders_table(rows: Sequence[tuple[str, str, str, int, int]]) -> Table:
+    """The largest holders at the peak: name, category, operation, bytes, how many tensors."""
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("held at the peak", "left"), ("term", "left"), ("by", "left"), ("tensors", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("bytes", justify="right")
+    for name, category, operation, size, count in rows:
+        table.add_row(name or "(outside the layers)", category, operation, str(count), bytes_text(size))
+    return table
 
 
 def checks_table(rows: Sequence[tuple[str, bool | None, str, str]]) -> Table:

@@ -45,6 +45,18 @@ class ClusterError(RaymemError):
     """A Ray cluster that cannot be reached, cannot hold the job, or lost it."""
 
 
+class BudgetError(RaymemError):
+    """A memory budget or device that cannot be read or is unknown."""
+
+
+class BudgetExceeded(RaymemError):
+    """A recipe whose predicted peak is above its budget; no worker was started."""
+
+
+class PlanError(RaymemError):
+    """A recipe that cannot be planned: its model code cannot be traced, or planning took too long."""
+
+
 class OutOfMemory(RaymemError):
     """A worker's device cannot hold a step; trying again would fail the same way."""
 

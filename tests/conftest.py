@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +12,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Plans and calibration of the person who runs the tests are neither read nor written.
+os.environ["RAYMEM_CACHE"] = os.path.join(tempfile.gettempdir(), f"raymem-tests-{os.getpid()}")
 
 import pytest
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["RAYMEM_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ LAYERS = {
     "raymem.console": 4,
     "raymem.cli": 4,
     "raymem.cli_loram": 4,
+    "raymem.cli_plan": 4,
     "jobs": 4,
     "tune_spaces": 4,
 }

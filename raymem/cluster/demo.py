@@ -12,11 +12,8 @@ from raymem.training.data.directories import digest
 from raymem.training.demo import ensure_demo
 from raymem.training.export import FACTS
 from raymem.training.recipe import Recipe
-from raymem.training.recipe_io import packaged_recipe, parse_recipe, read_yaml
+from raymem.training.recipe_io import MODELS, packaged_recipe, parse_recipe, read_yaml
 from raymem.training.storage import Storage
-
-MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
-"""Name in a recipe -> packaged recipe that pre-trains it."""
 
 
 def demo_tokenizer(storage: Storage) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 from raymem.cluster import data, demo, loram_base
 from raymem.cluster.artifacts import local_copy
 from raymem.cluster.job import Job
-from raymem.errors import StorageError
+from raymem.errors import BudgetExceeded, RaymemError, StorageError
+from raymem.memory.budget import Exceeds, bytes_text, parse_bytes
+from raymem.planner import Plan, calibration, known_plan, plan_recipe
 from raymem.tracking.sink import TrackingSink, TrackingSummary
 from raymem.tracking.start import start_tracking
 from raymem.training.checkpoint import latest_manifest
@@ -43,15 +45,23 @@ class Finished:
     tracking: TrackingSummary
     recipe: Recipe
     """As it was trained: demo names replaced by directories."""
+    predicted_peak_bytes: int | None = None
+    """Of a step, where the recipe was planned; beside ``outcome.peak_bytes``."""
 
 
 def launch(
-    recipe: Recipe, *, fresh: bool = False, listeners: Sequence[Listener] = (), status: Status = log.info
+    recipe: Recipe,
+    *,
+    fresh: bool = False,
+    force: bool = False,
+    listeners: Sequence[Listener] = (),
+    status: Status = log.info,
 ) -> Finished:
     """Train a recipe from its data to its artefact; a run of the same name on the same storage is resumed.
 
     Args:
         fresh: set an existing run of this name aside and start over.
+        force: train even if the predicted peak is above the recipe's budget.
         listeners: get every metric row, in this process.
         status: progress in words before the first step.
 
@@ -71,6 +81,7 @@ def launch(
             connection.connect(recipe)
             preflight.check_storage_shared(storage.path)
         job = _settle(recipe, storage, on_ray=on_ray, fresh=fresh, status=status)
+        plan = _predict(recipe, force=force, status=status)
         if fresh:  # only now: a recipe that was refused above leaves the earlier run where it is
             _set_aside(storage, recipe.name)
         manifest = latest_manifest(job.run)
@@ -84,13 +95,43 @@ def launch(
         try:
             outcome = _train(job, sink, [rows.extend, *listeners, _history_file(job.run)])
             sink.log_history(rows)  # mends what an outage swallowed; what is there already is left out
+            if plan is not None and outcome.peak_bytes is not None:
+                sink.log_history([{"step": outcome.steps, "predicted_peak_bytes": plan.step_peak_bytes}])
+                calibration.record(recipe, plan.step_peak_bytes, outcome.peak_bytes)
             with local_copy(outcome.artifact) as artifact:
                 summary = sink.finish("FINISHED", {artifact_name(recipe): artifact}, **_registration(recipe))
         except BaseException as error:
             sink.log_history(rows)
             sink.finish("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
-        return Finished(outcome, summary, job.recipe)
+        return Finished(outcome, summary, job.recipe, None if plan is None else plan.step_peak_bytes)
+
+
+def _predict(recipe: Recipe, *, force: bool, status: Status) -> Plan | None:
+    """What a run with a budget will need; without one, what was predicted before, if anything was.
+
+    Raises:
+        BudgetExceeded: more than the budget.
+        RaymemError: the recipe has a budget, but cannot be planned.
+    """
+    if recipe.budget is None:
+        return known_plan(recipe)
+    status("predicting the memory")
+    try:
+        plan = plan_recipe(recipe)
+    except RaymemError as error:
+        if not force:
+            raise
+        log.warning("the memory could not be predicted: %s", error)
+        return None
+    judged = plan.verdict(parse_bytes(recipe.budget))
+    if isinstance(judged, Exceeds) and not force:
+        raise BudgetExceeded(
+            f"budget: {recipe.budget} is less than the {bytes_text(plan.capacity_bytes)} that a worker is predicted to "
+            f"need, by {bytes_text(judged.by_bytes)}; the largest term is {judged.largest_term}: try "
+            f"{' or '.join(judged.would_help[:3])} (`raymem plan --advise` works it out), or train anyway with --force"
+        )
+    return plan
 
 
 def _settle(recipe: Recipe, storage: Storage, *, on_ray: bool, fresh: bool, status: Status) -> Job:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from raymem.memory.target import device_kind
+
 # M rows (many), K columns (few)
 
 _SHIFT = 1e-6
@@ -19,7 +21,7 @@ def orthonormalize(tall_MK: torch.Tensor) -> torch.Tensor:
     filling on CPU and vectors of norm up to one elsewhere; neither adds anything to a projection on the basis.
     """
     tall_MK = tall_MK.float()
-    if tall_MK.device.type == "cpu":
+    if device_kind(tall_MK.device) == "cpu":
         basis_MK: torch.Tensor = torch.linalg.qr(tall_MK).Q
         return basis_MK
     return cholesky_qr(tall_MK, passes=2)

@@ -61,9 +61,9 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
         bare.activation_checkpointing_enable({"use_reentrant": False})
     model: nn.Module = adapter.attach(bare, recipe, trainable_dtype(recipe))
     model.train()
+    if layout.sharded:
+        shard(model, blocks, layout)
     if source is not None:
-        if layout.sharded:
-            shard(model, blocks, layout)
         weights.materialise(model, layout)
         bare.tie_weights()
         weights.fill(places, source, layout, tied)

@@ -24,6 +24,7 @@ from pydantic import (
 )
 from typing_extensions import TypeAliasType
 
+from raymem.memory.budget import parse_bytes
 from raymem.methods.loract.config import LoRActOptions
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
@@ -354,6 +355,11 @@ def _not_reserved(name: str) -> str:
     return name
 
 
+def _amount(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
 class Recipe(Section):
     """One run, complete."""
 
@@ -377,6 +383,9 @@ class Recipe(Section):
     """How long, how large and how precise."""
     scaling: ScalingSection = ScalingSection()
     """How many workers and what each one gets."""
+    budget: Annotated[str, AfterValidator(_amount)] | None = None
+    """Memory of one worker's device, such as ``24GiB``; ``raymem train`` refuses a recipe that is predicted to need
+    more."""
     storage: StorageSection = StorageSection()
     """Where runs, prepared data and caches live."""
     tracking: Tracking = MlflowTracking()

@@ -23,6 +23,8 @@ from raymem.training.places import absolute, is_local
 from raymem.training.recipe import Recipe, fields_of, is_section, kind_of
 
 DEMO_PREFIX = "demo"
+MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
+"""Name of a demo model in a recipe -> packaged recipe that pre-trains it."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from raymem.linalg import LowRank, StreamingSketch, orthonormalize, row_chunks
+from raymem.memory.target import device_kind
 
 # M rows, N columns, C rows of a block, R rank, K = R + P columns of a sketch, P of them fresh
 
@@ -46,7 +47,7 @@ class Matrix:
         left_bytes = int(TRANSIENT_SHARE * matrix_bytes) - 4 * self.sketch_width * (rows + 2 * columns)
         # Of lower precision, weights and gradient need fp32 buffers too.
         buffer_bytes = max(left_bytes, matrix_bytes // 32) // (2 if self.weight_MN.dtype == torch.float32 else 4)
-        most_bytes = BLOCK_BYTES.get(self.weight_MN.device.type, BLOCK_BYTES["cuda"])
+        most_bytes = BLOCK_BYTES.get(device_kind(self.weight_MN.device), BLOCK_BYTES["cuda"])
         return row_chunks(rows, 4 * columns, min(most_bytes, buffer_bytes))
 
     def buffer(self) -> torch.Tensor:

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from raymem.errors import AdapterError
+from raymem.memory.target import device_kind
 from raymem.methods.moram.base import BaseWeight, base_weight, compute_dtype, fan, fingerprint, patch, restore
 from raymem.methods.moram.config import connections
 from raymem.methods.moram.ops import Chosen, choose_formulation, moram_linear, selected_delta
@@ -185,7 +186,7 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     ) -> torch.Tensor:  # fmt: skip
         index_OK = self.moram_index[name]
         density = index_OK.shape[1] / self.in_features
-        formulation = self.formulation[name] or choose_formulation(density, x.dtype, x.device.type)
+        formulation = self.formulation[name] or choose_formulation(density, x.dtype, device_kind(x.device))
         return moram_linear(
             x, index_OK, self.moram_A[name], self.moram_B[name],
             scale=self.scaling[name], base=base, bias_O=bias_O, formulation=formulation,

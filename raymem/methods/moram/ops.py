@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
+from raymem.memory.target import device_kind
 from raymem.methods.moram.base import BaseWeight
 
 # T tokens, O outputs, I inputs, R rank, K connections per row, C rows of a chunk
@@ -121,7 +122,7 @@ class _Chunks:
     def index(self, rows: slice) -> torch.Tensor:
         """The selected columns of these rows [C, K], as gathers want them: CPUs take int32."""
         index_CK = self._index_OK[rows]
-        return index_CK if index_CK.device.type == "cpu" else index_CK.long()
+        return index_CK if device_kind(index_CK.device) == "cpu" else index_CK.long()
 
     def factor_B(self, rows: slice) -> torch.Tensor:
         return self._B_OR[rows].to(self.work_dtype)

@@ -1,0 +1,30 @@
+"""Which kind of device the memory of a step is for: the one it runs on, or the one that it is being planned for.
+
+The planner runs steps on fake CPU tensors, whatever the device of the recipe. Code whose temporaries depend on the
+device asks here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+_planned: str | None = None
+
+
+def device_kind(device: torch.device) -> str:
+    """``cpu``, ``cuda``, ...: of ``device``, or of what is being planned for."""
+    return _planned or device.type
+
+
+@contextlib.contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """Inside, steps take the decisions that they would take on a device of this kind."""
+    global _planned
+    before, _planned = _planned, kind
+    try:
+        yield
+    finally:
+        _planned = before

@@ -1,0 +1,272 @@
+"""Every storage that a program allocates and frees, recorded below autograd; for fake tensors and real ones alike.
+
+A dispatch mode sees the outputs of every operation; their storages are followed until Python lets go of them. What an
+operation allocates and frees within its kernel is invisible here: a table given by the caller says how much that is
+(:mod:`raymem.memory.devices`).
+
+Categories are kept with the storage, not with the event, so that what turns out to be a gradient or optimizer state
+counts as that from its birth.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle
+
+Category = Literal["weights", "trainable", "gradients", "optimizer", "activations", "workspace"]
+CATEGORIES: tuple[Category, ...] = ("weights", "trainable", "gradients", "optimizer", "activations", "workspace")
+"""Frozen weights and buffers; trained weights and their fp32 masters; gradients; optimizer state; what a forward pass
+(or its repetition in backward) makes; and temporaries of backward and update."""
+
+Phase = Literal["load", "selection", "forward", "backward", "step", "evaluation", "save"]
+PHASES: tuple[Phase, ...] = ("load", "selection", "forward", "backward", "step", "evaluation", "save")
+
+Workspace = Callable[[Any, tuple[Any, ...], Any], int]
+"""Given an operation, its positional arguments and its result: bytes that its kernel allocates and frees inside."""
+
+
+Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+"""Runs an operation."""
+
+
+@dataclass(eq=False, slots=True)
+class Record:
+    """One storage."""
+
+    key: int
+    num_bytes: int
+    category: Category
+    name: str
+    """Parameter or state it belongs to, or the module that was running when it was made."""
+    operation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A storage that appeared (+bytes) or went (-bytes)."""
+
+    record: Record
+    num_bytes: int
+    phase: Phase
+    step: int
+
+
+class Tracer(TorchDispatchMode):
+    """Context manager that records what runs inside it.
+
+    Args:
+        workspace: what operations use inside their kernels; by default nothing.
+        call: runs an operation; by default it is simply called.
+
+    ``phase`` and ``step`` are set by the caller; within a backward pass the phase is always ``backward``.
+    """
+
+    def __init__(self, workspace: Workspace | None = None, call: Call | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._call = call or _plain_call
+        self.changes: list[Change] = []
+        self.operations: Counter[str] = Counter()
+        self.phase: Phase = "load"
+        self.step = 0
+        self._workspace = workspace
+        self._live: dict[int, tuple[Record, weakref.ref[Any]]] = {}
+        self._next_key = 0
+        self._modules: list[str] = []
+        self._fake_mode: Any = None
+        self._resize: Any = None
+
+    def __enter__(self) -> Tracer:
+        from torch._guards import active_fake_mode
+
+        self._fake_mode = active_fake_mode()
+        # FSDP2 frees and restores gathered weights by resizing their storage, which no dispatch mode sees.
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def resized(storage: Any, size: int) -> None:
+            resize(storage, size)
+            self._resized(storage)
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # its local operations come by on their own
+        result = self._call(func, args, kwargs or {})
+        if func is torch.ops.prim.device.default or self._is_shape_arithmetic():
+            return result
+        operation = func._schema.name
+        self.operations[operation] += 1
+        for tensor in _tensors(result):
+            self._see(tensor, operation)
+        if self._workspace is not None:
+            used = self._workspace(func, args, result)
+            if used > 0:
+                self.passing(used, operation)
+        return result
+
+    def adopt(self, tensor: torch.Tensor | None, category: Category, name: str) -> None:
+        """Say what a tensor is; one that was never seen counts from now on."""
+        if tensor is None:
+            return
+        for storage in _storages(tensor):
+            found = self._live.get(storage._cdata)
+            if found is None:
+                self._add(storage, category, name, "")
+            else:
+                found[0].category, found[0].name = category, name
+
+    def watch(self, model: nn.Module) -> list[RemovableHandle]:
+        """Name storages by the module of ``model`` that is running when they are made; undone by the handles."""
+        names = {id(module): name for name, module in model.named_modules()}
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self._modules.append(names.get(id(module), ""))
+
+        def leave(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            self._modules.pop()
+
+        return [
+            torch.nn.modules.module.register_module_forward_pre_hook(enter),
+            torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        ]
+
+    def _is_shape_arithmetic(self) -> bool:
+        """Whether a distributed tensor is working out shapes, on fake tensors of its own that stand for no memory."""
+        from torch._guards import active_fake_mode
+
+        return active_fake_mode() is not self._fake_mode
+
+    def _now(self) -> Phase:
+        in_backward = torch._C._current_graph_task_id() != -1
+        return "backward" if in_backward and self.phase == "forward" else self.phase
+
+    def _category(self, phase: Phase) -> Category:
+        if phase in ("forward", "evaluation", "selection"):
+            return "activations"
+        # What checkpointing computes again within backward runs with gradients on, backward itself never does.
+        return "activations" if phase == "backward" and torch.is_grad_enabled() else "workspace"
+
+    def _see(self, tensor: torch.Tensor, operation: str) -> None:
+        for storage in _storages(tensor):
+            if storage._cdata not in self._live:
+                category = self._category(self._now())
+                self._add(storage, category, self._modules[-1] if self._modules else "", operation)
+
+    def _add(self, storage: Any, category: Category, name: str, operation: str) -> None:
+        key = storage._cdata
+        record = Record(self._next_key, storage.nbytes(), category, name, operation)
+        self._next_key += 1
+        self._live[key] = (record, weakref.ref(storage, lambda _: self._gone(key, record)))
+        self._note(record, record.num_bytes)
+
+    def _gone(self, key: int, record: Record) -> None:
+        found = self._live.get(key)
+        if found is not None and found[0] is record:
+            del self._live[key]
+        self._note(record, -record.num_bytes)
+
+    def _resized(self, storage: Any) -> None:
+        found = self._live.get(storage._cdata)
+        if found is None or found[0].num_bytes == storage.nbytes():
+            return
+        record = found[0]
+        self._note(record, -record.num_bytes)
+        record.num_bytes = storage.nbytes()
+        self._note(record, record.num_bytes)
+
+    def passing(self, num_bytes: int, operation: str) -> None:
+        """Note memory that is allocated and freed at once, and that no operation shows."""
+        record = Record(self._next_key, num_bytes, "workspace", self._modules[-1] if self._modules else "", operation)
+        self._next_key += 1
+        self._note(record, num_bytes)
+        self._note(record, -num_bytes)
+
+    def _note(self, record: Record, num_bytes: int) -> None:
+        if num_bytes:
+            self.changes.append(Change(record, num_bytes, self._now(), self.step))
+
+
+def _plain_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _storages(tensor: torch.Tensor) -> Iterator[Any]:
+    """Storages behind a tensor; those of its parts, if it is made of others."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _storages(getattr(tensor, name))
+        return
+    try:
+        yield tensor.untyped_storage()
+    except NotImplementedError:  # sparse layouts have none
+        return
+
+
+@dataclass(frozen=True)
+class Live:
+    """One storage that is alive at a peak."""
+
+    name: str
+    category: Category
+    operation: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class PeakOf:
+    """The highest sum within some changes, and what it consists of."""
+
+    num_bytes: int
+    by_category: dict[Category, int]
+    phase: Phase
+    at: int
+    """Index of the change that reaches it."""
+
+
+def peak_of(changes: Iterable[Change], *, wanted: Callable[[Change], bool]) -> PeakOf:
+    """The peak over those changes that are ``wanted``; all others count for what is alive."""
+    sums: Counter[Category] = Counter()
+    total, best = 0, PeakOf(0, {}, "load", -1)
+    for index, change in enumerate(changes):
+        sums[change.record.category] += change.num_bytes
+        total += change.num_bytes
+        if total > best.num_bytes and wanted(change):
+            best = PeakOf(total, dict(sums), change.phase, index)
+    return best
+
+
+def live_at(changes: list[Change], at: int) -> list[Live]:
+    """Everything that is alive after the change with index ``at``, largest first."""
+    alive: dict[int, tuple[Record, int]] = {}
+    for change in changes[: at + 1]:
+        if change.num_bytes > 0:
+            alive[change.record.key] = (change.record, change.num_bytes)
+        else:
+            alive.pop(change.record.key, None)
+    found = [Live(r.name, r.category, r.operation, size) for r, size in alive.values()]
+    return sorted(found, key=lambda live: (-live.num_bytes, live.name))

@@ -1,0 +1,92 @@
+"""Which single changes of a recipe, and if need be which few together, make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from raymem.errors import RecipeError
+from raymem.memory.budget import Fits
+from raymem.planner.process import plan_many
+from raymem.planner.values import Plan
+from raymem.training.recipe import Recipe
+
+_MOST_TOGETHER = 3
+
+Load = Callable[[Sequence[str]], Recipe]
+"""Reads the recipe with further overrides.
+
+Raises:
+    RecipeError: they do not go together.
+"""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Overrides that make a recipe fit, as ``--set`` takes them."""
+
+    overrides: tuple[str, ...]
+    plan: Plan
+
+
+def advise(load: Load, budget_bytes: int, gpu: str | None = None) -> list[Advice]:
+    """Changes after which the recipe fits: the fewest together, of equally many those with the lowest peak first.
+
+    The result of training stays the same under the changes of batch split, checkpointing and kernels, and close to it
+    under the others; no change of data or model is proposed but the row length, as the last resort.
+
+    Args:
+        load: reads the recipe.
+        budget_bytes: per worker device.
+        gpu: as for :func:`raymem.planner.plan_recipe`.
+    """
+    chosen: tuple[str, ...] = ()
+    for _ in range(_MOST_TOGETHER):
+        tried = _try_each(load, chosen, gpu)
+        fitting = [a for a in tried if isinstance(a.plan.verdict(budget_bytes), Fits)]
+        if fitting:
+            return sorted(fitting, key=lambda a: a.plan.capacity_bytes)
+        if not tried:
+            return []
+        chosen = min(tried, key=lambda a: a.plan.capacity_bytes).overrides
+    return []
+
+
+def _try_each(load: Load, chosen: tuple[str, ...], gpu: str | None) -> list[Advice]:
+    recipe = load(chosen)
+    combined: list[tuple[tuple[str, ...], Recipe]] = []
+    for override in candidates(recipe):
+        try:
+            combined.append(((*chosen, override), load((*chosen, override))))
+        except RecipeError:
+            continue
+    plans = plan_many([changed for _, changed in combined], gpu=gpu)
+    return [Advice(o, plan) for (o, _), plan in zip(combined, plans, strict=True) if isinstance(plan, Plan)]
+
+
+def candidates(recipe: Recipe) -> list[str]:
+    """Overrides that may lower the peak of a recipe, the cheapest in time and quality first."""
+    found = []
+    train = recipe.train
+    if getattr(recipe.optimizer, "implementation", "fused") != "fused":
+        found.append("optimizer.implementation=fused")
+    smaller = train.micro_batch // 2
+    while smaller >= 1:
+        found.append(f"train.micro_batch={smaller}")
+        smaller = 1 if smaller > 3 else smaller - 1 if smaller == 2 else 0
+    if recipe.activations.kind == "none":
+        found += ["activations=checkpoint", "activations=loract"]
+    if recipe.adapter.kind == "none" and recipe.optimizer.kind == "adamw":
+        found.append("optimizer=mlorc_adamw")
+    if recipe.adapter.kind != "none" and getattr(recipe.base, "quantize", "") == "none":
+        found.append("base.quantize=nf4")
+    workers = recipe.scaling.num_workers
+    if recipe.scaling.strategy == "ddp" and (workers if isinstance(workers, int) else workers[0]) > 1:
+        found.append("scaling.strategy=fsdp2")
+    if recipe.adapter.kind == "none":
+        found.append("adapter=lora")
+    if train.precision == "fp32":
+        found.append("train.precision=bf16")
+    if recipe.data.sequence_length >= 512:
+        found.append(f"data.sequence_length={recipe.data.sequence_length // 2}")
+    return found

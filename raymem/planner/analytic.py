@@ -1,0 +1,115 @@
+"""The terms that have a closed form, worked out from shapes and the recipe alone: the cross-check of the trace.
+
+Nothing here runs a step. Weights, trainable weights with their masters, gradients and optimizer state must come out as
+the trace has them, byte for byte; the figure for activations is a rough one, for models that cannot be traced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from raymem.methods.loram.plan import nf4_weight_bytes
+from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
+from raymem.methods.moram.config import MoRAMOptions, connections
+from raymem.planner.session import planned_model
+from raymem.planner.values import Target
+from raymem.training.model import trainable_dtype
+from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
+
+_NF4_TABLES_BYTES = 4 * (16 + 256 + 1)
+"""Per 4-bit weight: the code of NF4, the code of the scales, and their offset, fp32."""
+_COUNTER_BYTES = 4
+"""Every optimizer keeps a step count per tensor, fp32."""
+
+
+def closed_form(recipe: Recipe, target: Target) -> dict[str, int]:
+    """Bytes of weights, trainable, gradients and optimizer of worker 0.
+
+    Raises:
+        RaymemError: as building the model does.
+    """
+    model = planned_model(recipe)
+    share = target.num_workers if recipe.scaling.strategy == "fsdp2" else 1
+    tuned = dict(_tuned_layers(model))
+    weights = trainable = 0
+    shapes: dict[str, tuple[int, ...]] = {}
+    if isinstance(recipe.adapter, NoAdapter):
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    else:
+        weights += sum(_frozen_bytes(name, p, share) for name, p in model.named_parameters() if not p.requires_grad)
+        for name, (outputs, inputs) in tuned.items():
+            rank = recipe.adapter.rank
+            shapes |= {f"{name}.A": (rank, inputs), f"{name}.B": (outputs, rank)}
+            if isinstance(recipe.adapter, MoRAMOptions):
+                kept = connections(recipe.adapter.k, recipe.adapter.density, inputs, name)
+                weights += 4 * outputs * kept + 8 * 3  # int32 indices, and what identifies the base
+    weights += sum(b.numel() * b.element_size() for name, b in model.named_buffers() if ".moram_" not in name)
+    width = trainable_dtype(recipe).itemsize
+    masters = recipe.train.precision == "bf16" and recipe.train.master == "fp32"
+    local = {name: _rows(shape, share) for name, shape in shapes.items()}
+    trained = sum(math.prod(shape) for shape in local.values())
+    trainable = trained * (width + (4 if masters else 0))
+    gradients = 0 if getattr(recipe.optimizer, "step_in_backward", False) else trained * (4 if masters else width)
+    optimizer = sum(_state_bytes(recipe, model, name, shapes[name], local[name]) for name in shapes)
+    return {"weights": weights, "trainable": trainable, "gradients": gradients, "optimizer": optimizer}
+
+
+def _rows(shape: tuple[int, ...], share: int) -> tuple[int, ...]:
+    """What worker 0 has of a tensor that is sharded by rows."""
+    return (-(-shape[0] // share), *shape[1:]) if shape else shape
+
+
+def _frozen_bytes(name: str, parameter: Any, share: int) -> int:
+    if type(parameter).__name__ == "Params4bit":
+        return int(_NF4_TABLES_BYTES + nf4_weight_bytes(parameter.numel()))
+    return int(math.prod(_rows(tuple(parameter.shape), share)) * parameter.element_size())
+
+
+def _tuned_layers(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name -> (outputs, inputs) of every layer with an adapter."""
+    if not hasattr(model, "peft_config"):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from raymem.methods.moram.base import fan
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            yield name, fan(layer.get_base_layer())
+
+
+def _state_bytes(recipe: Recipe, model: nn.Module, name: str, shape: tuple[int, ...], local: tuple[int, ...]) -> int:
+    options, numel = recipe.optimizer, math.prod(local)
+    if not isinstance(options, MLorcAdamWOptions | MLorcLionOptions):
+        rounding = recipe.train.precision == "bf16" and recipe.train.master == "stochastic_rounding"
+        masters = recipe.train.precision == "bf16" and recipe.train.master == "fp32"
+        width = 4 if rounding or masters else trainable_dtype(recipe).itemsize
+        return 2 * numel * width + _COUNTER_BYTES
+    moments = 2 if isinstance(options, MLorcAdamWOptions) else 1
+    embedding = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+    if len(shape) != 2 or min(shape) < options.min_dim or (embedding and not options.compress_embeddings):
+        return moments * numel * 4 + _COUNTER_BYTES
+    width = 4 if options.factor_dtype == "fp32" else 2
+    # Rows of the left factor lie with the rows of the weight, the right one is whole everywhere.
+    return moments * options.rank * (local[0] + shape[1]) * width + _COUNTER_BYTES
+
+
+def rough_activations(recipe: Recipe, config: Any) -> int:
+    """What one micro-batch keeps for backward, by a formula: within a factor of two, for models nobody could trace.
+
+    Per layer and token 16 hidden sizes and 3 intermediate ones; with checkpointing one hidden size, and one layer
+    whole. The loss holds logits three times in fp32.
+    """
+    text = config.get_text_config()
+    hidden = getattr(text, "hidden_size", 1024)
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    layers = getattr(text, "num_hidden_layers", 12)
+    width = 4 if recipe.train.precision == "fp32" else 2
+    tokens = recipe.train.micro_batch * recipe.data.sequence_length
+    layer = tokens * (16 * hidden + 3 * inner) * width
+    kept = layers * tokens * hidden * width + layer if isinstance(recipe.activations, Checkpointing) else layers * layer
+    return int(kept + 3 * 4 * tokens * text.vocab_size)

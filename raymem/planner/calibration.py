@@ -1,0 +1,52 @@
+"""What runs measured beside what was predicted for them, per kind of device and method."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from raymem.planner.process import cache_root
+from raymem.training.recipe import Recipe
+
+
+def method_of(recipe: Recipe) -> str:
+    """The four axes in a word, such as ``full+lora+checkpoint+adamw``."""
+    base = "nf4" if getattr(recipe.base, "quantize", "none") == "nf4" else recipe.base.kind
+    return "+".join((base, recipe.adapter.kind, recipe.activations.kind, recipe.optimizer.kind))
+
+
+def record(recipe: Recipe, predicted_bytes: int, measured_bytes: int) -> None:
+    """Take in one run; a file that cannot be written is no reason to lose a run."""
+    found, key = _read(), _key(recipe)
+    before = found.get(key, {"runs": 0, "sum": 0.0})
+    found[key] = {"runs": before["runs"] + 1, "sum": before["sum"] + measured_bytes / predicted_bytes}
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        part = _file().with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(found, indent=1, sort_keys=True))
+        part.replace(_file())
+    except OSError:
+        return
+
+
+def ratio(recipe: Recipe) -> tuple[float, int] | None:
+    """Mean of measured over predicted peak, and the number of runs; None before the first one."""
+    found = _read().get(_key(recipe))
+    return None if found is None else (found["sum"] / found["runs"], found["runs"])
+
+
+def _key(recipe: Recipe) -> str:
+    return f"{'cuda' if recipe.scaling.use_gpu else 'cpu'}/{method_of(recipe)}"
+
+
+def _file() -> Path:
+    return cache_root() / "calibration.json"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        return json.loads(_file().read_text())  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,92 @@
+"""The process that plans: it patches libraries, and some model code ends a process that traces it. One JSON in and out.
+
+Run as ``python -m raymem.planner.child INPUT OUTPUT``; started by :mod:`raymem.planner.process` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from raymem.errors import RaymemError
+from raymem.planner.values import Plan, Target
+from raymem.training.recipe import Recipe
+
+
+def main(input_file: str, output_file: str) -> None:
+    """Answer every job of the input; the output is written after each one, so that it survives an abort."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.ERROR)
+    jobs = json.loads(Path(input_file).read_text())
+    if not any(job["recipe"]["base"].get("quantize") == "nf4" for job in jobs):
+        # PEFT imports bitsandbytes wherever it is installed, and that the whole compiler: seconds for nothing.
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+    answers: list[dict[str, Any]] = []
+    for job in jobs:
+        answers.append(answer(job))
+        Path(output_file).write_text(json.dumps(answers))
+
+
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """``{"plan": ...}``, or ``{"error": [type, text]}`` of an error for the user.
+
+    Args:
+        job: ``recipe``, ``gpu``, and ``problem``, if tracing has failed before.
+    """
+    began = time.perf_counter()
+    recipe = Recipe.model_validate(job["recipe"])
+    target = Target.of(recipe)
+    try:
+        plan = _rough(recipe, target, job) if job["problem"] else _traced(recipe, target, job)
+    except RaymemError as error:
+        return {"error": [type(error).__name__, str(error)]}
+    return {"plan": {**plan.to_dict(), "seconds": round(time.perf_counter() - began, 2)}}
+
+
+def _traced(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
+    from raymem.planner.plan import make_plan
+    from raymem.planner.session import trace_session
+
+    try:
+        return make_plan(trace_session(recipe, target), target, job["gpu"])
+    except RaymemError:
+        raise
+    except Exception as error:  # model code may raise anything
+        return _rough(recipe, target, {**job, "problem": describe(error)})
+
+
+def describe(error: Exception) -> str:
+    """The operation that cannot be traced, if that is what went wrong, else the error."""
+    operation = getattr(error, "func", None)
+    if operation is not None:
+        return f"{operation} decides by values, which a planned step has not"
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {text}"
+
+
+def _rough(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
+    """Closed forms, and a formula for activations."""
+    from raymem.memory import devices
+    from raymem.memory.trace import CATEGORIES
+    from raymem.planner.analytic import closed_form, rough_activations
+    from raymem.training.model import load_config
+
+    state = closed_form(recipe, target)
+    terms = dict.fromkeys(CATEGORIES, 0) | state | {"activations": rough_activations(recipe, load_config(recipe))}
+    peak = sum(terms.values())
+    facts = devices.UNKNOWN_GPU if job["gpu"] is None else devices.gpu_named(job["gpu"])
+    outside = facts.context_bytes + 2 * facts.cublas_bytes if target.kind == "cuda" else 0
+    return Plan(
+        device=target.kind, gpu=job["gpu"], num_workers=target.num_workers, traced=False, note=job["problem"],
+        peak_bytes=peak, step_peak_bytes=peak, terms=terms, phases={}, state=state, reserved_bytes=peak,
+        capacity_bytes=peak + outside, expandable_bytes=peak, outside_bytes=outside, top=[], timeline=[],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,175 @@
+"""Fake tensors in the place of a model's: what has to be arranged so that the real step runs on them as on a device.
+
+Three libraries take another path when they meet fake tensors, or decide by values that are not there. Each of the
+shims here undoes one such difference; tests/planner/test_fake.py shows what each is needed for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+
+from raymem.errors import PlanError
+from raymem.memory.trace import Tracer
+
+_BLOCK, _NESTED_BLOCK = 64, 256
+"""Weights per NF4 scale, and scales per scale of scales (bitsandbytes' double quantisation)."""
+
+
+@contextlib.contextmanager
+def shims(*, one_segment_per_row: bool) -> Iterator[None]:
+    """Patches of other libraries while a step is traced.
+
+    Args:
+        one_segment_per_row: no row of a batch holds several examples. transformers sees that in the position ids, but
+            of fake ones it must assume the opposite, and then makes masks [B, 1, S, S] that a real run has not.
+
+    Raises:
+        PlanError: another release of a library, without what is patched.
+    """
+    import torch.distributed.tensor._sharding_prop as propagation
+    from transformers import masking_utils
+
+    patches: list[tuple[Any, str, Any]] = [
+        # Otherwise the shape arithmetic of distributed tensors takes place in our mode, with tensors of global shape.
+        (propagation, "detect_fake_mode", lambda *args, **kwargs: None),
+    ]
+    if one_segment_per_row:
+        patches.append((masking_utils, "find_packed_sequence_indices", lambda *args, **kwargs: None))
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in patches:
+            stack.enter_context(_replaced(owner, name, replacement))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    if not hasattr(owner, name):
+        raise PlanError(f"{owner.__name__} of this release has no {name}; install the versions in constraints.txt")
+    before = getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def fakeify(model: nn.Module, tracer: Tracer | None = None) -> None:
+    """Put fake CPU tensors of the same geometry in the place of meta ones; call inside fake mode.
+
+    Tied parameters stay tied, distributed ones get a fake local part, 4-bit placeholders become what bitsandbytes
+    makes of them. The tracer, if any, is told what is weights and what is trained.
+    """
+    fresh: dict[int, nn.Parameter] = {}
+    replaced = list(model.parameters())  # alive, or another one might get its id
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in fresh:
+                fresh[id(parameter)] = _fake_parameter(parameter, module)
+            made = module._parameters[name] = fresh[id(parameter)]
+            if tracer is not None:
+                full = f"{prefix}.{name}" if prefix else name
+                tracer.adopt(_local(made), "trainable" if made.requires_grad else "weights", full)
+                for tensor in quantisation_tensors(made):
+                    tracer.adopt(tensor, "weights", f"{full} (scales)")
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                made_buffer = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype)
+                module._buffers[name] = made_buffer
+                if tracer is not None:
+                    tracer.adopt(made_buffer, "weights", f"{prefix}.{name}")
+    del replaced
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _fake_parameter(parameter: nn.Parameter, module: nn.Module) -> nn.Parameter:
+    if isinstance(parameter, DTensor):
+        local = parameter._local_tensor
+        fake = DTensor.from_local(
+            torch.empty_strided(local.shape, local.stride(), dtype=local.dtype),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        return nn.Parameter(fake, requires_grad=parameter.requires_grad)
+    if type(parameter).__name__ == "Params4bit":
+        return _fake_nf4(parameter, module)
+    fake_parameter = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype)
+    return nn.Parameter(fake_parameter, requires_grad=parameter.requires_grad)
+
+
+def _fake_nf4(parameter: Any, module: nn.Module) -> nn.Parameter:
+    """What bitsandbytes holds for a 4-bit weight, on a plain parameter: its own class cannot hold a fake tensor."""
+    import bitsandbytes.functional as bnb
+
+    numel = parameter.numel()
+    blocks = -(-numel // _BLOCK)
+    nested = bnb.QuantState(
+        absmax=torch.empty(-(-blocks // _NESTED_BLOCK)),
+        blocksize=_NESTED_BLOCK,
+        code=torch.empty(256),
+        dtype=torch.float32,
+    )
+    state = bnb.QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        shape=parameter.shape,
+        dtype=parameter.dtype,
+        blocksize=_BLOCK,
+        code=torch.empty(16),
+        quant_type="nf4",
+        offset=torch.empty(()),
+        state2=nested,
+    )
+    fake: Any = nn.Parameter(torch.empty((numel + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+    fake.quant_state = state
+    module.quant_state = state
+    return fake  # type: ignore[no-any-return]
+
+
+def quantisation_tensors(parameter: Any) -> Iterator[torch.Tensor]:
+    """Scales and tables that belong to a quantised weight."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))
+        state = state.state2
+
+
+# fmt: off
+FP32_IN_CUDA_AUTOCAST = frozenset({
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
+    "tan", "pow", "softplus", "layer_norm", "group_norm", "norm", "nuclear_norm", "cosine_similarity",
+    "poisson_nll_loss", "cosine_embedding_loss", "nll_loss", "hinge_embedding_loss", "kl_div", "l1_loss",
+    "smooth_l1_loss", "mse_loss", "margin_ranking_loss", "multilabel_margin_loss", "soft_margin_loss",
+    "triplet_margin_loss", "multi_margin_loss", "cdist", "dist", "renorm", "logsumexp", "softmax", "log_softmax",
+    "cumprod", "cumsum", "prod", "sum", "cross_entropy",
+})
+# fmt: on
+"""Operations that CUDA's autocast runs in fp32 (PyTorch's documented list); that of CPUs lacks most of them."""
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Makes autocast of CPU tensors cast where that of CUDA does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_")
+        if name in FP32_IN_CUDA_AUTOCAST and torch.is_autocast_enabled("cpu"):
+            args = tuple(_to_fp32(value) for value in args)
+        return func(*args, **kwargs)
+
+
+def _to_fp32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value

@@ -1,0 +1,146 @@
+"""Results of operations on fake tensors, remembered by geometry.
+
+FakeTensorMode has such a cache itself; of the quarter of a millisecond that an operation costs there, most goes into
+its keys. A step repeats the same few hundred geometries in every layer, so a narrow key pays: what is not plain (values
+behind a tensor, changes of geometry, outputs that are neither fresh nor a view of one input nor one of the inputs
+itself) is left to FakeTensorMode.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+
+
+class _Output(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    view_of: int | None
+    """Position among the tensors of the arguments."""
+    same_as: int | None = None
+    """Position of the argument that it is, as in a write in place."""
+
+
+class _Known(NamedTuple):
+    kind: type
+    """Of the result: one tensor, a tuple or list of them, or None."""
+    outputs: tuple[_Output, ...]
+
+
+_CHANGES_GEOMETRY = ("set_", "resize", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "detach_")
+_PLAIN = (int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+
+
+class OutputCache:
+    """Runs operations on the fake tensors of one mode.
+
+    Args:
+        mode: where operations go whose result is not known.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self._known: dict[Any, _Known | None] = {}
+        self._plain: dict[Any, bool] = {}
+        self.hits = 0
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of ``func``, as FakeTensorMode would give it."""
+        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+            return args[0].fake_device
+        plain = self._plain.get(func)
+        if plain is None:
+            plain = self._plain[func] = _is_plain(func)
+        if not plain:
+            return func(*args, **kwargs)
+        tensors: list[FakeTensor] = []
+        try:
+            key = (func, _key(args, tensors), _key(tuple(kwargs.items()), tensors) if kwargs else None)
+        except _NotPlain:
+            return func(*args, **kwargs)
+        if not tensors:
+            return func(*args, **kwargs)
+        if key not in self._known:
+            result = func(*args, **kwargs)
+            self._known[key] = _describe(result, tensors)
+            return result
+        known = self._known[key]
+        if known is None:
+            return func(*args, **kwargs)
+        self.hits += 1
+        made = [self._make(output, tensors) for output in known.outputs]
+        if known.kind is FakeTensor:
+            return made[0]
+        return None if known.kind is type(None) else known.kind(made)
+
+    def _make(self, output: _Output, tensors: list[FakeTensor]) -> FakeTensor:
+        if output.same_as is not None:
+            return tensors[output.same_as]
+        with torch._C._DisableTorchDispatch():
+            if output.view_of is None:
+                made = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
+            else:
+                made = torch.empty((), dtype=output.dtype, device="meta")
+                storage = tensors[output.view_of].untyped_storage()
+                with in_kernel_invocation_manager(self._mode):
+                    made.set_(storage, output.offset, output.shape, output.stride)
+            return FakeTensor(self._mode, made, torch.device("cpu"))
+
+
+class _NotPlain(Exception):
+    pass
+
+
+def _key(value: Any, tensors: list[FakeTensor]) -> Any:
+    kind = type(value)
+    if kind is FakeTensor:
+        if value.constant is not None or value.layout is not torch.strided:
+            raise _NotPlain
+        tensors.append(value)
+        return (value.shape, value.stride(), value.dtype, value.storage_offset())
+    if kind is tuple or kind is list or kind is torch.Size:
+        return (kind, *[_key(part, tensors) for part in value])
+    if isinstance(value, _PLAIN):
+        return (kind, value)
+    raise _NotPlain
+
+
+def _is_plain(func: Any) -> bool:
+    """Whether an operation returns tensors (or nothing) and leaves the geometry of its arguments alone."""
+    schema = func._schema
+    name = schema.name.removeprefix("aten::")
+    returned = all(str(r.type) in ("Tensor", "Tensor[]") for r in schema.returns)
+    return returned and name != schema.name and not name.startswith(_CHANGES_GEOMETRY)
+
+
+def _describe(result: Any, tensors: list[FakeTensor]) -> _Known | None:
+    """What is to be remembered of a result; None if it is not plain."""
+    parts: list[Any] = [] if result is None else list(result) if isinstance(result, tuple | list) else [result]
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    outputs, fresh = [], []
+    for part in parts:
+        if type(part) is not FakeTensor or part.constant is not None:
+            return None
+        storage, offset = part.untyped_storage(), int(part.storage_offset())
+        same_as = next((index for index, tensor in enumerate(tensors) if tensor is part), None)
+        view_of = storages.index(storage._cdata) if storage._cdata in storages else None
+        if view_of is None:
+            fresh.append(storage._cdata)
+            if offset or storage.nbytes() != _extent(part):
+                return None
+        outputs.append(_Output(part.shape, part.stride(), part.dtype, offset, view_of, same_as))
+    if len(set(fresh)) != len(fresh):  # outputs that share a new storage
+        return None
+    return _Known(type(result), tuple(outputs))
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last element."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

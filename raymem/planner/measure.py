@@ -1,0 +1,75 @@
+"""The truth beside a plan: the recipe's own step on random tokens, on this machine's device, with the meter around it.
+
+It allocates the model, so it is for models that fit; tests and benchmarks/planner_accuracy.py use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from raymem.memory.meter import Peak, PeakMeter, resident_tensors
+from raymem.methods.moram.config import MoRAMOptions
+from raymem.training import activations
+from raymem.training.data.batches import Batch
+from raymem.training.layout import Layout
+from raymem.training.model import build_model
+from raymem.training.optim import build_updater
+from raymem.training.recipe import Recipe
+from raymem.training.step import train_step
+
+
+def measure_step(recipe: Recipe, *, rank: int = 0) -> Peak:
+    """Peak of the second optimizer step of one worker.
+
+    Raises:
+        RaymemError: as training does.
+    """
+    layout = Layout.current(recipe)
+    model: Any = build_model(recipe, layout)
+    updater = build_updater(model, recipe)
+    batches = _batches(recipe, int(model.config.get_text_config().vocab_size), layout)
+    if isinstance(recipe.adapter, MoRAMOptions) and recipe.adapter.needs_data:
+        from raymem.methods.moram import select_indices
+
+        select_indices(model, criterion="random", seed=recipe.seed)  # which ones does not matter here
+    activations.begin_step(model, 0)
+
+    def resident() -> Iterator[torch.Tensor]:
+        tokens = (t for b in batches for t in (b.input_ids, b.labels, b.position_ids, b.attention_mask))
+        return resident_tensors(model, [*updater.state().values(), *(t for t in tokens if t is not None)])
+
+    def step(position: int) -> None:
+        train_step(
+            model, batches, 1000, updater, position, 1e-3,
+            clip_norm=recipe.train.clip_norm, mixed=recipe.train.precision == "bf16_mixed",
+        )  # fmt: skip
+
+    step(0)
+    every = getattr(recipe.activations, "report_every", 0)
+    with PeakMeter(layout.device, resident) as meter:
+        step(every or 1)
+    assert meter.peak is not None
+    return meter.peak
+
+
+def _batches(recipe: Recipe, vocabulary: int, layout: Layout) -> list[Batch]:
+    train, length = recipe.train, recipe.data.sequence_length
+    per_rank = -(-train.global_batch // layout.world_size)
+    count = -(-per_rank // train.micro_batch)
+    rows = -(-per_rank // count)
+    source = torch.Generator().manual_seed(layout.rank)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(vocabulary, (rows, length), generator=source)
+        positions = mask = None
+        if recipe.data.packing == "bfd":
+            positions = torch.arange(length).expand(rows, -1).clone()
+            positions[:, length // 2 :] -= length // 2
+        elif recipe.data.packing == "none":
+            mask = torch.ones(rows, length, dtype=torch.int64)
+            mask[:, length - length // 8 :] = 0
+        made.append(Batch(ids, ids.clone(), positions, mask).to(layout.device))
+    return made

@@ -1,0 +1,192 @@
+"""Planning as a user meets it: in a process of its own, remembered, and with errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import CHECKPOINT, FULL, MORAM, case
+from support import make_recipe
+
+from raymem.errors import BudgetError, ModelError, PlanError
+from raymem.memory.budget import Exceeds
+from raymem.planner import advise, calibration, known_plan, plan_recipe, process
+from raymem.planner.child import answer, describe
+from raymem.planner.values import Plan
+from raymem.training.recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path / "cache"))
+
+
+def planned(recipe: Recipe, gpu: str | None = None) -> Plan:
+    """Planned in this process."""
+    return Plan(**answer({"recipe": recipe.to_dict(), "gpu": gpu, "problem": None})["plan"])
+
+
+def test_a_plan_is_made_in_a_process_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = case("lora")
+    made = plan_recipe(recipe)
+    assert made.traced and made.peak_bytes == sum(made.terms.values())
+    assert {"load", "forward", "backward", "step", "save"} == set(made.phases)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a remembered plan needs no process")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert plan_recipe(recipe) == made == known_plan(recipe)
+    assert json.loads(json.dumps(made.to_dict())) == made.to_dict()
+    with pytest.raises(AssertionError, match="no process"):
+        plan_recipe(case("lora checkpoint"))
+
+
+def test_a_model_id_without_a_network_says_what_to_pass() -> None:
+    found = answer({"recipe": make_recipe(model="nobody/nothing").to_dict(), "gpu": None, "problem": None})
+    with pytest.raises(
+        ModelError, match=r"'nobody/nothing' is no local directory .*give a path that holds config.json"
+    ):
+        raise process._result(found)  # type: ignore[misc]
+
+
+def test_an_unknown_gpu_is_refused_before_anything_runs() -> None:
+    with pytest.raises(BudgetError, match="known are"):
+        plan_recipe(case("lora"), gpu="H1000")
+
+
+def test_model_code_that_decides_by_values_gives_a_rough_figure_and_the_operation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+
+    def deciding(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) if x.sum().item() > 0 else x
+
+    monkeypatch.setattr(LlamaMLP, "forward", deciding)
+    recipe = case("lora")
+    rough = planned(recipe)
+    assert not rough.traced
+    assert rough.note is not None and "_local_scalar_dense" in rough.note
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    exact = planned(recipe)
+    assert rough.state == exact.state
+    assert 0.4 < rough.peak_bytes / exact.peak_bytes < 2.5
+
+
+def test_other_errors_are_named() -> None:
+    assert describe(TypeError("no such thing\nmore")) == "TypeError: no such thing"
+
+
+def test_a_process_that_dies_leaves_a_rough_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str | None] = []
+
+    def dying(jobs: list[dict[str, Any]], timeout_s: float) -> tuple[list[dict[str, Any]], int]:
+        given.append(jobs[0]["problem"])
+        return ([answer(jobs[0])], 0) if jobs[0]["problem"] else ([], -6)
+
+    monkeypatch.setattr(process, "_run_child", dying)
+    plan = plan_recipe(case("lora"))
+    assert given == [None, "the model's code ended the planning process (SIGABRT)"]
+    assert not plan.traced and plan.note == given[1]
+
+
+def test_planning_that_takes_too_long_is_stopped() -> None:
+    with pytest.raises(PlanError, match="took more than 0 s"):
+        plan_recipe(case("lora"), timeout_s=0.01)
+
+
+def test_on_a_gpu_the_allocator_and_what_lies_outside_are_counted() -> None:
+    cpu = planned(case("lora bf16 checkpoint"))
+    assert cpu.capacity_bytes == cpu.peak_bytes
+    gpu = make_recipe(case("lora bf16 checkpoint").to_dict(), {"scaling": {"use_gpu": True}})
+    plan = planned(gpu, "A100-80GB")
+    assert plan.device == "cuda"
+    assert plan.reserved_bytes >= plan.peak_bytes and plan.traced
+    assert plan.peak_bytes < plan.capacity_bytes <= plan.reserved_bytes + plan.outside_bytes
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_replicas_keep_buckets_and_shards_share(strategy: str) -> None:
+    alone = planned(case("full"))
+    several = {"scaling": {"num_workers": 4, "strategy": strategy}, "train": {"global_batch": 8}}
+    plan = planned(make_recipe(case("full").to_dict(), several))
+    if strategy == "ddp":
+        assert plan.state == alone.state
+        assert plan.phases["forward"]["gradients"] == alone.state["gradients"], "buckets stay"
+    else:
+        for term in ("trainable", "gradients", "optimizer"):
+            assert plan.state[term] == pytest.approx(alone.state[term] / 4, rel=0.01)
+
+
+def test_evaluation_and_selection_are_phases_of_their_own() -> None:
+    gradient = {**MORAM["adapter"], "criterion": "gradient"}
+    raw = {"adapter": gradient, "data": {"eval": "eval.jsonl"}}
+    recipe = make_recipe(case("lora").to_dict(), raw)
+    phases = planned(recipe).phases
+    assert phases["evaluation"]["peak_bytes"] < phases["forward"]["peak_bytes"]
+    assert phases["selection"]["peak_bytes"] > phases["load"]["peak_bytes"]
+
+
+def test_advice_is_a_list_of_overrides_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = case("full")
+    monkeypatch.setattr(advise, "plan_many", lambda recipes, gpu: [planned(recipe) for recipe in recipes])
+    monkeypatch.setattr(advise, "candidates", lambda recipe: ["activations=checkpoint", "train.micro_batch=1"])
+    fragments = {"activations=checkpoint": CHECKPOINT, "train.micro_batch=1": {"train": {"micro_batch": 1}}}
+
+    def load(more: Any) -> Recipe:
+        return make_recipe(base.to_dict(), *(fragments[one] for one in more))
+
+    needed = {one: planned(load([one])).capacity_bytes for one in fragments}
+    found = advise.advise(load, max(needed.values()))
+    assert [a.overrides for a in found] == [(one,) for one in sorted(needed, key=lambda o: needed[o])]
+    both = advise.advise(load, min(needed.values()) - 1)
+    assert {frozenset(a.overrides) for a in both} == {frozenset(fragments)}
+    assert advise.advise(load, 1) == []
+    assert isinstance(found[0].plan.verdict(1), Exceeds)
+
+
+def test_every_candidate_is_a_valid_override() -> None:
+    assert "activations=checkpoint" in advise.candidates(case("full"))
+    assert "optimizer=mlorc_adamw" in advise.candidates(make_recipe(FULL))
+    assert "optimizer.implementation=fused" in advise.candidates(case("full foreach"))
+    assert not any("adapter" in one for one in advise.candidates(case("lora")))
+
+
+def test_calibration_is_the_mean_ratio_of_a_method() -> None:
+    recipe = case("lora checkpoint")
+    assert calibration.ratio(recipe) is None
+    calibration.record(recipe, 100, 104)
+    calibration.record(recipe, 100, 100)
+    assert calibration.ratio(recipe) == (pytest.approx(1.02), 2)
+    assert calibration.ratio(case("lora")) is None
+
+
+def test_published_loram_counts_come_out_of_the_planner() -> None:
+    """Llama-2-13B at ratio 0.65 (LoRAM, table 1): 6,005,662,720 parameters are left."""
+    from transformers import LlamaConfig
+
+    from raymem.methods.loram.config import PruneOptions
+    from raymem.methods.loram.nonuniform import with_counts
+    from raymem.methods.loram.plan import plan_pruning
+    from raymem.planner.analytic import closed_form
+    from raymem.planner.values import Target
+
+    config = LlamaConfig(
+        hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40,
+        intermediate_size=13824, vocab_size=32000, tie_word_embeddings=False,
+    )  # fmt: skip
+    pruning = plan_pruning(config, PruneOptions(ratio=0.65))
+    pruned = with_counts(config, pruning.counts)
+    raw = {key: value for key, value in pruned.to_diff_dict().items() if key != "architectures"}
+    model = {"name": None, "config": {"model_type": "llama", **raw}, "tokenizer": "demo"}
+    recipe = make_recipe({"model": model, "train": {"precision": "bf16"}})
+    assert pruning.pruned.parameters == 6_005_662_720
+    buffers = 4 * 64 * 2  # rotary frequencies, twice
+    assert closed_form(recipe, Target("cpu", 1))["weights"] == pruning.pruned.bf16_bytes + buffers
