@@ -31,6 +31,7 @@ LAYERS = {
     "raymem.tracking": 3,
     "raymem.console": 4,
     "raymem.cli": 4,
+    "raymem.cli_k8s": 4,
     "jobs": 4,
     "tune_spaces": 4,
 }
