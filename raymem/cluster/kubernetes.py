@@ -149,7 +149,7 @@ def render(
             {
                 "target": {"kind": "RayJob", "name": _JOB},
                 "options": {"allowNameChange": True},
-                "patch": json.dumps(_patch(job, recipe, counts, kind, script, request)),
+                "patch": json.dumps(_patch(job, recipe, counts, kind, script, cpus, request)),
             }
         ],
     }
@@ -218,9 +218,13 @@ def _scaled(
             "--overlay gpu-spot-elastic"
         )
     wanted = dict(recipe.scaling.resources_per_worker or {})
-    cores = float(cpus or math.ceil(wanted.get("CPU", 0)) or (4 if shape.gpu else 2))
     # Said in the recipe, so that exactly one worker goes into a Pod, whatever nodes there are when the driver looks.
-    share = {**wanted, "CPU": wanted.get("CPU", 1.0), "GPU": wanted.get("GPU", 1.0)} if shape.gpu else {"CPU": cores}
+    share = {"CPU": 1.0, "GPU": 1.0, **wanted} if shape.gpu else {"CPU": wanted.get("CPU", float(cpus or 2))}
+    if cpus is not None and share["CPU"] > cpus:
+        raise ClusterError(
+            f"--cpus {cpus}: scaling.resources_per_worker gives each worker {share['CPU']:g} CPU; raise one or lower "
+            "the other"
+        )
     count = str(least) if least == most else f"[{least}, {most}]"
     scaling = [
         f"scaling.num_workers={count}",
@@ -294,21 +298,25 @@ def _quantity(text: str, option: str) -> int:
 
 
 def _patch(
-    job: str, recipe: Recipe, counts: tuple[int, int], kind: str | None, script: str, request_bytes: int
+    job: str,
+    recipe: Recipe,
+    counts: tuple[int, int],
+    kind: str | None,
+    script: str,
+    cpus: int | None,
+    request_bytes: int,
 ) -> list[dict[str, Any]]:
     """JSON patch that makes the overlay's RayJob that of the recipe."""
     share = recipe.scaling.resources_per_worker or {}
-    amounts = {"cpu": str(math.ceil(share["CPU"]) if kind is None else max(4, math.ceil(share["CPU"])))}
-    amounts["memory"] = f"{request_bytes // _GIB}Gi"
+    cores = cpus or max(math.ceil(share["CPU"]), 1 if kind is None else 4)
+    amounts = {"cpu": str(cores), "memory": f"{request_bytes // _GIB}Gi"}
     if kind is not None:
         amounts["nvidia.com/gpu"] = str(math.ceil(share["GPU"]))
-    labels = [
-        ("/metadata/labels", job),
-        (f"{_HEAD}/metadata/labels", job),
-        (f"{_WORKERS}/template/metadata/labels", job),
+    labelled = ("", _HEAD, f"{_WORKERS}/template", "/spec/submitterPodTemplate")
+    patch: list[dict[str, Any]] = [
+        {"op": "add", "path": f"{place}/metadata/labels/raymem.io~1run", "value": job} for place in labelled
     ]
-    patch = [{"op": "add", "path": f"{path}/raymem.io~1run", "value": value} for path, value in labels]
-    values = {
+    values: dict[str, Any] = {
         "/metadata/name": job,
         "/spec/entrypoint": f"python {script} {RECIPE_FILE}",
         f"{_WORKERS}/replicas": counts[0],
