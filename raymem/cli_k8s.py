@@ -31,7 +31,10 @@ def render(
     ] = None,
     image: Annotated[Optional[str], typer.Option(help="Your image, with its tag.")] = None,  # noqa: UP045
     name: Annotated[Optional[str], typer.Option(help="Of the RayJob. Default: the recipe's.")] = None,  # noqa: UP045
-    script: Annotated[str, typer.Option(help="Entry point in the image.")] = "jobs/finetune.py",
+    script: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Entry point in the image. Default: jobs/loram.py for base: loram, else jobs/finetune.py."),
+    ] = None,
     cpus: Annotated[Optional[int], typer.Option(min=1, help="CPU cores of a worker.")] = None,  # noqa: UP045
     worker_memory: Annotated[
         Optional[str],  # noqa: UP045

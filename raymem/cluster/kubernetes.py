@@ -102,7 +102,7 @@ def render(
     gpu: str | None = None,
     image: str | None = None,
     name: str | None = None,
-    script: str = "jobs/finetune.py",
+    script: str | None = None,
     cpus: int | None = None,
     worker_memory: str | None = None,
     node_memory: str | None = None,
@@ -117,7 +117,7 @@ def render(
         gpu: A key of :data:`GPUS` or :data:`ALIASES`; by default ``H100-80GB`` in the overlays with GPUs.
         image: Image with its tag; by default the overlay's placeholder.
         name: Of the RayJob; by default the recipe's name, with ``-`` where Kubernetes allows neither ``.`` nor ``_``.
-        script: Entry point in the image.
+        script: Entry point in the image; by default ``jobs/loram.py`` for ``base: loram``, else ``jobs/finetune.py``.
         cpus: CPU cores of one worker.
         worker_memory: Memory that one worker needs (``40Gi``), where it cannot be worked out here.
         node_memory: Memory of the nodes (``64Gi``), against which the request is checked.
@@ -131,6 +131,7 @@ def render(
     kind = _gpu(gpu, shape, overlay)
     recipe, counts = _scaled(recipe_path, overrides, workers, shape, overlay, cpus)
     job = _job_name(name, recipe)
+    script = script or ("jobs/loram.py" if str(recipe.base.kind) == "loram" else "jobs/finetune.py")
     _check_paths(recipe)
     figure = _quantity(worker_memory, "--worker-memory") if worker_memory else worker_memory_bytes(recipe, counts[0])
     request = memory_request_bytes(figure)

@@ -99,12 +99,12 @@ def test_recipes_of_the_entrypoints_are_valid(overlay: list[Document]) -> None:
 
     for where, job in job_specs(overlay):
         _, script, recipe, *options = shlex.split(job["entrypoint"])
-        if script == "jobs/loram.py":
+        if script == "jobs/loram.py" and not (ROOT / script).exists():
             continue
         loaded = load_recipe(ROOT / recipe, [o for o in options if "=" in o])
         assert loaded.storage.path == "/shared/runs"
         (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
-        if script == "jobs/finetune.py":
+        if script != "jobs/evaluate.py":  # which is one task
             number = loaded.scaling.num_workers
             least, most = number if isinstance(number, tuple) else (number, number)
             assert (group["minReplicas"], group["maxReplicas"]) == (least, most), where
