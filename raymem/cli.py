@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from raymem import __version__, cli_loram, cli_plan, console
+from raymem import __version__, cli_k8s, cli_loram, cli_plan, console
 from raymem.errors import RaymemError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
+app.add_typer(cli_k8s.app, name="k8s")
 app.add_typer(cli_loram.app, name="loram")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
@@ -250,15 +250,42 @@ def submit(
     ] = None,
     working_dir: Annotated[Path, typer.Option(help="Directory to upload; the recipe lies in it.")] = Path(),
     follow: Annotated[bool, typer.Option(help="Print the job's output until it ends.")] = True,
+    status: Annotated[bool, typer.Option("--status", help="Only say how the run's last job is doing.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Only stop the run's job; submitting again resumes.")] = False,
+    submission_id: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--id", help="Submission id. Default: raymem-<name of the run>."),
+    ] = None,
+    env: Annotated[list[str], typer.Option(help="Variable that the job gets too; no secrets. Repeatable.")] = [],  # noqa: B006
 ) -> None:
     """Send a recipe to a Ray cluster as a job; the same run is never started twice."""
     log_to_stderr(False)
-    from raymem.cluster.submit import submit as send
+    from raymem.cluster import submit as jobs
 
-    sent = send(recipe, overrides=set_, address=address, working_dir=working_dir, follow=follow)
+    if status and stop:
+        raise typer.BadParameter("give one of --status and --stop")
+    if status or stop:
+        from raymem.training.recipe_io import load_recipe
+
+        job = submission_id or jobs.last_job(load_recipe(recipe, set_).name, address)
+        state = jobs.stop(job, address) if stop else jobs.status(job, address)
+        console.out.print(f"{state.submission_id}: {state.status}", markup=False)
+        if state.status == "FAILED":
+            console.err.print(state.message, markup=False)
+            raise typer.Exit(1)
+        return
+    sent = jobs.submit(
+        recipe,
+        overrides=set_,
+        address=address,
+        working_dir=working_dir,
+        submission_id=submission_id,
+        follow=follow,
+        env_passthrough=env,
+    )
     if not follow:
         word = "already running as" if sent.attached else "submitted as"
-        console.out.print(f"{word} {sent.submission_id}\nnext: ray job logs --follow {sent.submission_id}")
+        console.out.print(f"{word} {sent.submission_id}\nnext: raymem submit {recipe} --status (or --stop)")
     if sent.exit_code:
         raise typer.Exit(sent.exit_code)
 

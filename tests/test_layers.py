@@ -33,6 +33,7 @@ LAYERS = {
     "raymem.cli": 4,
     "raymem.cli_loram": 4,
     "raymem.cli_plan": 4,
+    "raymem.cli_k8s": 4,
     "jobs": 4,
     "tune_spaces": 4,
 }

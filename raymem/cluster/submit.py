@@ -168,6 +168,21 @@ def status(submission_id: str, address: str | None = None) -> JobState:
     return JobState(submission_id, str(info.status), info.message or "")
 
 
+def last_job(run: str, address: str | None = None) -> str:
+    """Submission id of the newest job of a run. Raises ClusterError if the cluster has none, or is not there."""
+    client = connect_jobs(address)
+    with explained(client.get_address()):
+        ours = [
+            job for job in client.list_jobs() if job.submission_id and (job.metadata or {}).get(RUN_METADATA) == run
+        ]
+    if not ours:
+        raise ClusterError(
+            f"no job of run {run!r} at {client.get_address()}; submit it first, or name a job with --id "
+            "(`ray job list` shows them)"
+        )
+    return str(max(ours, key=lambda job: job.start_time or 0).submission_id)
+
+
 def stop(submission_id: str, address: str | None = None, timeout_s: float = 30.0) -> JobState:
     """Stop a job and wait until it has ended; one that has ended already is left as it is.
 

@@ -285,6 +285,51 @@ def test_names_of_jobs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sent(Client(rival=job("raymem-a", "PENDING", "b")), overrides=a) == ("raymem-a-2", False)
 
 
+def test_command_line(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """--status and --stop look at the newest job of the run, and --id at any."""
+    from raymem.cli import run_app
+
+    def job(submission_id: str, state: str, start: int, run: str = "run1") -> Any:
+        return SimpleNamespace(
+            submission_id=submission_id, status=state, metadata={RUN_METADATA: run}, start_time=start, message="why"
+        )
+
+    jobs = {
+        j.submission_id: j
+        for j in (job("raymem-run1", "FAILED", 1), job("raymem-run1-2", "RUNNING", 3), job("other", "FAILED", 9, "x"))
+    }
+
+    class Client:
+        def get_address(self) -> str:
+            return "http://head"
+
+        def list_jobs(self) -> list[Any]:
+            return list(jobs.values())
+
+        def get_job_info(self, submission_id: str) -> Any:
+            return jobs[submission_id]
+
+        def stop_job(self, submission_id: str) -> None:
+            jobs[submission_id].status = "STOPPED"
+
+    monkeypatch.setattr("raymem.cluster.submit.connect_jobs", lambda address: Client())
+
+    def run(*arguments: str) -> tuple[int, str]:
+        code = run_app("submit", project / "my recipe.yaml", "--set", "name=run1", *arguments)
+        return code, "".join(capsys.readouterr())
+
+    assert run("--status") == (0, "raymem-run1-2: RUNNING\n")
+    assert run("--status", "--id", "raymem-run1") == (1, "raymem-run1: FAILED\nwhy\n")
+    assert run("--stop") == (0, "raymem-run1-2: STOPPED\n")
+    code, shown = run("--status", "--set", "name=none")
+    assert (code, shown.startswith("error: no job of run 'none' at http://head; submit it first, or name a")) == (
+        1,
+        True,
+    )
+    code, shown = run("--status", "--stop")
+    assert (code, "give one of --status and --stop" in shown) == (2, True)
+
+
 # ---- a real head
 
 

@@ -1,0 +1,76 @@
+"""``raymem k8s``: manifests for Kubernetes. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from raymem import console
+
+app = typer.Typer(help="Kubernetes manifests (KubeRay) for a recipe.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Kubernetes manifests (KubeRay) for a recipe."""
+
+
+@app.command()
+def render(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)],
+    overlay: Annotated[str, typer.Option(help="cpu-demo, gpu, gpu-spot-elastic or kueue.")] = "gpu",
+    workers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Number of workers, or min-max for gpu-spot-elastic. Default: the recipe's."),
+    ] = None,
+    gpu: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="H100, A100, A100-40GB, L4, T4 or H200; checked against what a worker needs."),
+    ] = None,
+    image: Annotated[Optional[str], typer.Option(help="Your image, with its tag.")] = None,  # noqa: UP045
+    name: Annotated[Optional[str], typer.Option(help="Of the RayJob. Default: the recipe's.")] = None,  # noqa: UP045
+    script: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Entry point in the image. Default: jobs/loram.py for base: loram, else jobs/finetune.py."),
+    ] = None,
+    cpus: Annotated[Optional[int], typer.Option(min=1, help="CPU cores of a worker.")] = None,  # noqa: UP045
+    worker_memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What a worker needs, e.g. 40Gi. Default: worked out from the recipe."),
+    ] = None,
+    node_memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Memory of your nodes, e.g. 64Gi: a request that cannot fit is refused."),
+    ] = None,
+    only_job: Annotated[
+        bool, typer.Option("--only-job", help="Without storage, tracking and network policies.")
+    ] = False,
+    set_: Annotated[
+        list[str], typer.Option("--set", "-s", metavar="PATH=VALUE", help="Override a key of the recipe. Repeatable.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Print manifests that train a recipe; nothing is applied."""
+    console.hush_libraries()
+    from raymem.cluster.kubernetes import render as make
+
+    made = make(
+        recipe,
+        overlay=overlay,
+        overrides=set_,
+        workers=workers,
+        gpu=gpu,
+        image=image,
+        name=name,
+        script=script,
+        cpus=cpus,
+        worker_memory=worker_memory,
+        node_memory=node_memory,
+        only_job=only_job,
+    )
+    typer.echo(made.manifests, nl=False)
+    console.err.print(
+        f"RayJob {made.name}: a worker needs about {console.bytes_text(made.figure_bytes)}, its Pod asks for "
+        f"{console.bytes_text(made.request_bytes)}; next: kubectl apply -f - (docs/kubernetes.md)"
+    )

@@ -1,0 +1,236 @@
+"""``raymem k8s render``: what it fills in, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from manifests import cluster_specs, documents, needs_kubectl, of_kind, quantity, validate
+
+from raymem.cluster import kubernetes
+from raymem.cluster.kubernetes import GPUS, MARGIN, MAX_NAME, RUNTIME_BYTES, memory_request_bytes, render
+from raymem.cluster.worker_memory import worker_memory_bytes
+from raymem.errors import ClusterError, RecipeError
+from raymem.training.recipe_io import load_recipe
+
+RECIPE: dict[str, Any] = {
+    "model": {"name": "some/model"},
+    "data": {"train": "some/data"},
+    "train": {"steps": 2},
+    "storage": {"path": "/shared/runs"},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write(tmp_path / "my_Run.v1.yaml")
+
+
+def write(path: Path, **sections: Any) -> Path:
+    path.write_text(yaml.safe_dump({**RECIPE, **sections}))
+    return path
+
+
+def made(recipe: Path, **arguments: Any) -> Any:
+    """Render with a figure, for which no model is needed."""
+    return render(recipe, **{"overlay": "gpu", "worker_memory": "10Gi", **arguments})
+
+
+# ---- what is filled in
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", kubernetes.OVERLAYS)
+def test_every_overlay(recipe: Path, overlay: str) -> None:
+    workers = "2-8" if overlay == "gpu-spot-elastic" else "4"
+    found = documents(made(recipe, overlay=overlay, workers=workers, image="reg.io:5000/me/raymem:1.2").manifests)
+    for document in found:
+        validate(document)
+    (job,) = of_kind(found, "RayJob")
+    assert job["metadata"]["name"] == "my-run-v1"
+    assert job["spec"]["entrypoint"] == "python jobs/finetune.py /etc/raymem/recipe.yaml"
+    assert job["metadata"]["labels"]["raymem.io/run"] == "my-run-v1"
+    assert "registry.example.com" not in yaml.safe_dump(found)
+
+    ((_, cluster),) = cluster_specs(found)
+    head, (group,) = cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert container["image"] == "reg.io:5000/me/raymem:1.2"
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert quantity(container["resources"]["requests"]["memory"]) == memory_request_bytes(10 << 30) == 15 << 30
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (overlay != "cpu-demo")
+    assert (group["minReplicas"], group["maxReplicas"]) == ((2, 8) if overlay == "gpu-spot-elastic" else (4, 4))
+    for template in (head, group["template"]):
+        assert template["metadata"]["labels"]["raymem.io/run"] == "my-run-v1"
+
+    (settings,) = [c for c in of_kind(found, "ConfigMap") if c["metadata"]["name"] == "my-run-v1-recipe"]
+    assert {"name": "recipe", "configMap": {"name": "my-run-v1-recipe"}} in head["spec"]["volumes"]
+    mounts = head["spec"]["containers"][0]["volumeMounts"]
+    assert {"name": "recipe", "mountPath": "/etc/raymem", "readOnly": True} in mounts
+    inside = recipe.parent / "inside.yaml"
+    inside.write_text(settings["data"]["recipe.yaml"])
+    loaded = load_recipe(inside)
+    assert loaded.name == "my_Run.v1"  # the run keeps its name, and so its checkpoints
+    assert loaded.scaling.num_workers == ((2, 8) if overlay == "gpu-spot-elastic" else 4)
+    assert loaded.scaling.use_gpu == (overlay != "cpu-demo")
+    assert loaded.scaling.resources_per_worker is not None
+    assert loaded.scaling.resources_per_worker["CPU"] <= float(container["resources"]["limits"]["cpu"])
+
+
+@needs_kubectl
+def test_gpu_kind_and_options(recipe: Path) -> None:
+    (job, *others) = documents(
+        made(recipe, gpu="L4", name="other", only_job=True, script="jobs/loram.py", cpus=7, workers="1").manifests
+    )[::-1]
+    assert [d["metadata"]["name"] for d in others] == ["other-recipe"]
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert group["template"]["spec"]["nodeSelector"] == {"nvidia.com/gpu.product": GPUS["L4-24GB"].product}
+    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "7"
+    assert job["spec"]["entrypoint"].startswith("python jobs/loram.py ")
+
+
+@needs_kubectl
+def test_runs_on_an_object_store_have_no_shared_volume(tmp_path: Path) -> None:
+    found = documents(made(write(tmp_path / "a.yaml", storage={"path": "s3://bucket/runs"})).manifests)
+    for document in found:
+        validate(document)
+    assert "raymem-shared" not in yaml.safe_dump(found)
+    ((_, cluster),) = cluster_specs(found)
+    volumes = {v["name"] for v in cluster["headGroupSpec"]["template"]["spec"]["volumes"]}
+    assert volumes == {"shm", "tmp", "home", "recipe"}
+
+
+@needs_kubectl
+def test_the_memory_request_is_the_figure_with_its_margin() -> None:
+    overrides = ["storage.path=/shared/runs", "scaling.num_workers=2"]
+    path = Path(kubernetes.__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
+    done = render(path, overlay="cpu-demo", overrides=overrides)
+    assert done.figure_bytes == worker_memory_bytes(load_recipe(path, overrides), 2)
+    assert done.request_bytes >= done.figure_bytes * MARGIN + RUNTIME_BYTES
+    assert done.request_bytes - (done.figure_bytes * MARGIN + RUNTIME_BYTES) < 1 << 30
+    ((_, cluster),) = cluster_specs(documents(done.manifests))
+    (container,) = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    assert quantity(container["resources"]["requests"]["memory"]) == done.request_bytes
+
+
+# ---- what a worker needs
+
+
+def llama(tmp_path: Path, **sections: Any) -> int:
+    """Figure of a full fine-tuning of a Llama of 6 layers."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    config = {"model_type": "llama", "vocab_size": 1000, **shape}
+    workers = sections.get("scaling", {}).get("num_workers", 1)
+    whole = {"model": {"config": config, "tokenizer": "demo"}, "adapter": "none", **sections}
+    return worker_memory_bytes(load_recipe(write(tmp_path / "m.yaml", **whole)), workers)
+
+
+def test_figure_follows_the_recipe(tmp_path: Path) -> None:
+    parameters = 2 * 1000 * 256 + 256 + 6 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256)
+    small = {"train": {"steps": 1, "micro_batch": 1}, "data": {"train": "some/data", "sequence_length": 8}}
+    state = llama(tmp_path, **small)
+    assert 16 * parameters < state < 16.5 * parameters + 3_000_000  # fp32: weight, gradient and two moments
+    assert llama(tmp_path, **small, adapter={"kind": "lora", "rank": 1}) < state / 2
+    large = {"train": {"steps": 1, "micro_batch": 8}}
+    assert llama(tmp_path, **large, activations="checkpoint") < llama(tmp_path, **large)
+    fsdp = {"scaling": {"num_workers": 4, "strategy": "fsdp2", "use_gpu": True}}
+    assert state / 4 < llama(tmp_path, **small, **fsdp) < state * 0.7
+
+
+def test_a_model_that_is_not_here_needs_a_figure(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", model={"name": "/shared/models/big"})
+    with pytest.raises(ClusterError, match=r"cannot be worked out here .*big does not exist.*--worker-memory, for"):
+        render(path, overlay="gpu")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"overlay": "gppu"}, r"--overlay gppu: is not one of cpu-demo, gpu, gpu-spot-elastic, kueue; choose"),
+        ({"gpu": "B300"}, r"--gpu B300: is not in the table \(H100-80GB, .*short: H100"),
+        ({"overlay": "cpu-demo", "gpu": "H100"}, r"--gpu H100: overlay cpu-demo has no GPUs; leave it out"),
+        ({"workers": "0"}, r"--workers 0: write a number from 1, or min-max"),
+        ({"workers": "8-2"}, r"--workers 8-2: write a number"),
+        ({"workers": "2-8"}, r"--workers 2-8: overlay gpu has a fixed number of workers.*gpu-spot-elastic"),
+        ({"name": "x" * (MAX_NAME + 1)}, rf"--name x+ has 48 characters, KubeRay allows {MAX_NAME}; give another"),
+        ({"name": "Upper"}, r"--name Upper is not a name for Kubernetes .*give another one with --name"),
+        ({"name": "1st"}, r"--name 1st is not a name for Kubernetes"),
+        ({"image": "raymem"}, r"--image raymem: needs a tag that stays"),
+        ({"image": "host:5000/raymem"}, r"--image host:5000/raymem: needs a tag"),
+        ({"image": "raymem:latest"}, r"--image raymem:latest: needs a tag that stays \(not latest\)"),
+        ({"worker_memory": "much"}, r"--worker-memory much: is no amount of memory; write for example 64Gi"),
+        ({"worker_memory": "90Gi"}, r"--gpu: a worker needs 99\.0 GiB and a H100-80GB has 79\.6 GiB; lower train"),
+        ({"worker_memory": "20Gi", "gpu": "T4"}, r"a T4-16GB has 15\.0 GiB"),
+        ({"node_memory": "14Gi"}, r"--node-memory: a worker needs 15\.0 GiB and a node has 14\.0 GiB; lower"),
+        (
+            {"overlay": "cpu-demo", "cpus": 1, "overrides": ["scaling.resources_per_worker={CPU: 2}"]},
+            r"--cpus 1: scaling\.resources_per_worker gives each worker 2 CPU; raise one",
+        ),
+    ],
+)
+def test_bad_options(recipe: Path, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ClusterError, match=words):
+        made(recipe, **arguments)
+
+
+def test_names_of_recipes(tmp_path: Path) -> None:
+    for name, words in [
+        ("r" * 48, rf"name: r+ gives the RayJob name r+, which has 48 characters, KubeRay allows {MAX_NAME}"),
+        ("7b-run", r"name: 7b-run gives the RayJob name 7b-run, which is not a name"),
+    ]:
+        with pytest.raises(ClusterError, match=words):
+            made(write(tmp_path / "a.yaml", name=name))
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            {"storage": {"path": "raymem-runs"}},
+            r"storage\.path: .*/raymem-runs is a directory of one machine, and the run",
+        ),
+        ({"storage": {"path": "/sharedruns"}}, r"storage\.path: /sharedruns is a directory of one machine"),
+        ({"data": {"train": ["/shared/a.jsonl", "b.jsonl"]}}, r"data\.train\[1\]\.path: .*/b\.jsonl is a path of this"),
+        ({"data": {"train": "x/y", "eval": "e.csv"}}, r"data\.eval\[0\]\.path: .*e\.csv is a path of this machine"),
+        ({"model": {"name": "/models/llama"}}, r"model\.name: /models/llama is a path of this machine, which the Pods"),
+        ({"adapter": {"init_from": "old/adapter"}}, r"adapter\.init_from: .*/old/adapter is a path of this machine"),
+        (
+            {"model": {"name": "demo"}, "storage": {"path": "s3://b/runs"}},
+            r"model: demo is built in the storage path and needs a directory, not s3://b/runs; set",
+        ),
+    ],
+)
+def test_what_the_pods_would_not_see(tmp_path: Path, sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(ClusterError, match=words):
+        made(write(tmp_path / "a.yaml", **sections))
+
+
+def test_invalid_recipe(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.stepps"):
+        made(recipe, overrides=["train.stepps=3"])
+
+
+def test_no_kubectl(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ClusterError, match=r"neither kubectl nor kustomize is on the PATH.*; install kubectl"):
+        made(recipe)
+
+
+@needs_kubectl
+def test_command_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from raymem.cli import run_app
+
+    assert run_app("k8s", "render", recipe, "--worker-memory", "10Gi", "--workers", "3", "-s", "seed=5") == 0
+    shown = capsys.readouterr()
+    assert len(documents(shown.out)) == 16
+    assert re.search(r"RayJob my-run-v1: .* 10\.00 GiB.* 15\.00 GiB", " ".join(shown.err.split()))
+    assert run_app("k8s", "render", recipe, "--overlay", "none") == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: --overlay none: is not one of")
