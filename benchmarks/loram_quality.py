@@ -35,7 +35,7 @@ from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, recover_factor
 from raymem.methods.loram.tensorfiles import read_header, read_tensor, save_tensors
 from raymem.seeds import generator
 from raymem.training.recipe import FullBase, Recipe
-from raymem.training.recipe_io import load_recipe, packaged_recipe, parse_recipe
+from raymem.training.recipe_io import MODELS, load_recipe, packaged_recipe, parse_recipe
 from raymem.training.storage import Storage
 
 RATIOS = (0.25, 0.5, 0.65, 0.85)
@@ -204,7 +204,7 @@ def jobs_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo-long", choices=sorted(demo.MODELS))
+    parser.add_argument("--model", default="demo-long", choices=sorted(MODELS))
     parser.add_argument("--storage", type=Path, default=Path("raymem-runs"))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=4e-3)

@@ -11,12 +11,13 @@ from pathlib import Path
 from raymem.cluster import demo
 from raymem.cluster.trainer import launch
 from raymem.console import TrainingDisplay, hush_libraries
+from raymem.training.recipe_io import MODELS
 from raymem.training.storage import Storage
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=sorted(demo.MODELS), default="demo-long")
+    parser.add_argument("--model", choices=sorted(MODELS), default="demo-long")
     parser.add_argument("--storage", default="raymem-runs", help="storage.path of the recipes that will use it")
     arguments = parser.parse_args()
     hush_libraries()
