@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
-from raymem.cluster.worker_memory import worker_memory_bytes
-from raymem.errors import ClusterError
+from raymem.errors import ClusterError, RaymemError
+from raymem.memory.devices import ALIASES, GPUS
+from raymem.planner import plan_recipe
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import MODELS, load_recipe
 
@@ -43,25 +44,20 @@ _WORKERS = "/spec/rayClusterSpec/workerGroupSpecs/0"
 _HEAD = "/spec/rayClusterSpec/headGroupSpec/template"
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU that a node can have."""
-
-    memory_bytes: int
-    """As nvidia-smi reports it."""
-    product: str
-    """Value of the node label ``nvidia.com/gpu.product``, which NVIDIA's feature discovery sets."""
-
-
-GPUS = {
-    "H100-80GB": Gpu(81559 * _MIB, "NVIDIA-H100-80GB-HBM3"),
-    "A100-80GB": Gpu(81920 * _MIB, "NVIDIA-A100-SXM4-80GB"),
-    "A100-40GB": Gpu(40960 * _MIB, "NVIDIA-A100-SXM4-40GB"),
-    "L4-24GB": Gpu(23034 * _MIB, "NVIDIA-L4"),
-    "T4-16GB": Gpu(15360 * _MIB, "Tesla-T4"),
-    "H200-141GB": Gpu(143771 * _MIB, "NVIDIA-H200"),
+GPU_PRODUCTS = {
+    "T4": "Tesla-T4",
+    "V100-16GB": "Tesla-V100-SXM2-16GB",
+    "V100-32GB": "Tesla-V100-SXM2-32GB",
+    "A10G": "NVIDIA-A10G",
+    "L4": "NVIDIA-L4",
+    "L40S": "NVIDIA-L40S",
+    "A100-40GB": "NVIDIA-A100-SXM4-40GB",
+    "A100-80GB": "NVIDIA-A100-SXM4-80GB",
+    "H100-80GB": "NVIDIA-H100-80GB-HBM3",
+    "H200": "NVIDIA-H200",
 }
-ALIASES = {"H100": "H100-80GB", "A100": "A100-80GB", "L4": "L4-24GB", "T4": "T4-16GB", "H200": "H200-141GB"}
+"""Name in :data:`raymem.memory.devices.GPUS` -> value of the node label ``nvidia.com/gpu.product``, which NVIDIA's
+feature discovery sets."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def render(
         overlay: A key of :data:`OVERLAYS`.
         overrides: ``a.b=value``, laid over the recipe.
         workers: ``4``, or ``2-8`` for the elastic overlay; by default the recipe's.
-        gpu: A key of :data:`GPUS` or :data:`ALIASES`; by default ``H100-80GB`` in the overlays with GPUs.
+        gpu: A key of :data:`GPU_PRODUCTS`, or ``A100`` or ``H100``; by default ``H100-80GB`` in the overlays with GPUs.
         image: Image with its tag; by default the overlay's placeholder.
         name: Of the RayJob; by default the recipe's name, with ``-`` where Kubernetes allows neither ``.`` nor ``_``.
         script: Entry point in the image; by default ``jobs/loram.py`` for ``base: loram``, else ``jobs/finetune.py``.
@@ -132,10 +128,10 @@ def render(
     job = _job_name(name, recipe)
     script = script or ("jobs/loram.py" if str(recipe.base.kind) == "loram" else "jobs/finetune.py")
     _check_paths(recipe)
-    figure = _quantity(worker_memory, "--worker-memory") if worker_memory else worker_memory_bytes(recipe, counts[0])
+    figure = _quantity(worker_memory, "--worker-memory") if worker_memory else worker_memory_bytes(recipe, kind)
     request = memory_request_bytes(figure)
     if kind is not None:
-        _check_room(math.ceil(figure * MARGIN), GPUS[kind].memory_bytes, f"a {kind}", "--gpu")
+        _check_room(figure, GPUS[kind].capacity_bytes, f"a {kind}", "--gpu")
     if node_memory is not None:
         _check_room(request, _quantity(node_memory, "--node-memory"), "a node", "--node-memory")
     remote = "://" in recipe.storage.path
@@ -168,6 +164,20 @@ def render(
     return Rendered(text, job, figure, request)
 
 
+def worker_memory_bytes(recipe: Recipe, gpu: str | None) -> int:
+    """Memory that one worker's device must have, by the planner.
+
+    Raises:
+        ClusterError: it cannot be planned on this machine.
+    """
+    try:
+        return plan_recipe(recipe, gpu=gpu).capacity_bytes
+    except RaymemError as error:
+        raise ClusterError(
+            f"the memory of a worker cannot be planned here ({error}); say it with --worker-memory, for example 40Gi"
+        ) from error
+
+
 def memory_request_bytes(figure_bytes: int) -> int:
     """What a worker's Pod asks for: the figure with its margin, in whole GiB."""
     return math.ceil((figure_bytes * MARGIN + RUNTIME_BYTES) / _GIB) * _GIB
@@ -191,10 +201,10 @@ def _gpu(gpu: str | None, shape: Overlay, overlay: str) -> str | None:
             raise ClusterError(f"--gpu {gpu}: overlay {overlay} has no GPUs; leave it out, or use --overlay gpu")
         return None
     kind = ALIASES.get(gpu or "H100", gpu or "")
-    if kind not in GPUS:
+    if kind not in GPU_PRODUCTS:
         raise ClusterError(
-            f"--gpu {gpu}: is not in the table ({', '.join(GPUS)}; short: {', '.join(ALIASES)}); choose the one with "
-            "the same memory and edit nodeSelector in the result"
+            f"--gpu {gpu}: is not in the table ({', '.join(GPU_PRODUCTS)}; short: {', '.join(ALIASES)}); choose the "
+            "one with the same memory and edit nodeSelector in the result"
         )
     return kind
 
@@ -325,7 +335,7 @@ def _patch(
         f"{_WORKERS}/template/spec/containers/0/resources": {"requests": amounts, "limits": amounts},
     }
     if kind is not None:
-        values[f"{_WORKERS}/template/spec/nodeSelector/nvidia.com~1gpu.product"] = GPUS[kind].product
+        values[f"{_WORKERS}/template/spec/nodeSelector/nvidia.com~1gpu.product"] = GPU_PRODUCTS[kind]
     patch += [{"op": "replace", "path": path, "value": value} for path, value in values.items()]
     volume = {"name": "recipe", "configMap": {"name": f"{job}-recipe"}}
     mount = {"name": "recipe", "mountPath": str(Path(RECIPE_FILE).parent), "readOnly": True}

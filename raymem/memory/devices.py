@@ -48,6 +48,9 @@ GPUS: dict[str, Gpu] = {
     "B200": Gpu(int(178.0 * GIB), _HOPPER),
 }
 
+ALIASES = {"A100": "A100-80GB", "H100": "H100-80GB"}
+"""What people say -> the GPU that they mean."""
+
 UNKNOWN_GPU = Gpu(0, _HOPPER)
 """For a budget in bytes on an unnamed GPU: the larger constants."""
 
@@ -56,7 +59,7 @@ NCCL_BYTES = 400 * MIB
 
 
 def gpu_named(name: str) -> Gpu:
-    """A GPU of the table; case and separators do not matter.
+    """A GPU of the table by its name or an alias; case and separators do not matter.
 
     Raises:
         BudgetError: it is not in the table; lists the known ones.
@@ -66,6 +69,7 @@ def gpu_named(name: str) -> Gpu:
         return "".join(c for c in text.lower() if c.isalnum())
 
     by_plain = {plain(known): gpu for known, gpu in GPUS.items()}
+    by_plain |= {plain(alias): GPUS[name] for alias, name in ALIASES.items()}
     if plain(name) not in by_plain:
         near = difflib.get_close_matches(name.upper(), GPUS, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -11,9 +11,9 @@ import yaml
 from manifests import cluster_specs, documents, needs_kubectl, of_kind, quantity, validate
 
 from raymem.cluster import kubernetes
-from raymem.cluster.kubernetes import GPUS, MARGIN, MAX_NAME, RUNTIME_BYTES, memory_request_bytes, render
-from raymem.cluster.worker_memory import worker_memory_bytes
+from raymem.cluster.kubernetes import GPU_PRODUCTS, MARGIN, MAX_NAME, RUNTIME_BYTES, memory_request_bytes, render
 from raymem.errors import ClusterError, RecipeError
+from raymem.planner import plan_recipe
 from raymem.training.recipe_io import load_recipe
 
 RECIPE: dict[str, Any] = {
@@ -87,7 +87,7 @@ def test_gpu_kind_and_options(recipe: Path) -> None:
     )[::-1]
     assert [d["metadata"]["name"] for d in others] == ["other-recipe"]
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert group["template"]["spec"]["nodeSelector"] == {"nvidia.com/gpu.product": GPUS["L4-24GB"].product}
+    assert group["template"]["spec"]["nodeSelector"] == {"nvidia.com/gpu.product": GPU_PRODUCTS["L4"]}
     assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "7"
     assert job["spec"]["entrypoint"].startswith("python jobs/loram.py ")
 
@@ -108,7 +108,7 @@ def test_the_memory_request_is_the_figure_with_its_margin() -> None:
     overrides = ["storage.path=/shared/runs", "scaling.num_workers=2"]
     path = Path(kubernetes.__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
     done = render(path, overlay="cpu-demo", overrides=overrides)
-    assert done.figure_bytes == worker_memory_bytes(load_recipe(path, overrides), 2)
+    assert done.figure_bytes == plan_recipe(load_recipe(path, overrides)).capacity_bytes
     assert done.request_bytes >= done.figure_bytes * MARGIN + RUNTIME_BYTES
     assert done.request_bytes - (done.figure_bytes * MARGIN + RUNTIME_BYTES) < 1 << 30
     ((_, cluster),) = cluster_specs(documents(done.manifests))
@@ -116,33 +116,9 @@ def test_the_memory_request_is_the_figure_with_its_margin() -> None:
     assert quantity(container["resources"]["requests"]["memory"]) == done.request_bytes
 
 
-# ---- what a worker needs
-
-
-def llama(tmp_path: Path, **sections: Any) -> int:
-    """Figure of a full fine-tuning of a Llama of 6 layers."""
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
-    config = {"model_type": "llama", "vocab_size": 1000, **shape}
-    workers = sections.get("scaling", {}).get("num_workers", 1)
-    whole = {"model": {"config": config, "tokenizer": "demo"}, "adapter": "none", **sections}
-    return worker_memory_bytes(load_recipe(write(tmp_path / "m.yaml", **whole)), workers)
-
-
-def test_figure_follows_the_recipe(tmp_path: Path) -> None:
-    parameters = 2 * 1000 * 256 + 256 + 6 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256)
-    small = {"train": {"steps": 1, "micro_batch": 1}, "data": {"train": "some/data", "sequence_length": 8}}
-    state = llama(tmp_path, **small)
-    assert 16 * parameters < state < 16.5 * parameters + 3_000_000  # fp32: weight, gradient and two moments
-    assert llama(tmp_path, **small, adapter={"kind": "lora", "rank": 1}) < state / 2
-    large = {"train": {"steps": 1, "micro_batch": 8}}
-    assert llama(tmp_path, **large, activations="checkpoint") < llama(tmp_path, **large)
-    fsdp = {"scaling": {"num_workers": 4, "strategy": "fsdp2", "use_gpu": True}}
-    assert state / 4 < llama(tmp_path, **small, **fsdp) < state * 0.7
-
-
 def test_a_model_that_is_not_here_needs_a_figure(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", model={"name": "/shared/models/big"})
-    with pytest.raises(ClusterError, match=r"cannot be worked out here .*big does not exist.*--worker-memory, for"):
+    with pytest.raises(ClusterError, match=r"cannot be planned here .*big does not exist.*--worker-memory, for"):
         render(path, overlay="gpu")
 
 
@@ -153,7 +129,7 @@ def test_a_model_that_is_not_here_needs_a_figure(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ({"overlay": "gppu"}, r"--overlay gppu: is not one of cpu-demo, gpu, gpu-spot-elastic, kueue; choose"),
-        ({"gpu": "B300"}, r"--gpu B300: is not in the table \(H100-80GB, .*short: H100"),
+        ({"gpu": "B300"}, r"--gpu B300: is not in the table \(T4, .*short: A100, H100"),
         ({"overlay": "cpu-demo", "gpu": "H100"}, r"--gpu H100: overlay cpu-demo has no GPUs; leave it out"),
         ({"workers": "0"}, r"--workers 0: write a number from 1, or min-max"),
         ({"workers": "8-2"}, r"--workers 8-2: write a number"),
@@ -165,8 +141,8 @@ def test_a_model_that_is_not_here_needs_a_figure(tmp_path: Path) -> None:
         ({"image": "host:5000/raymem"}, r"--image host:5000/raymem: needs a tag"),
         ({"image": "raymem:latest"}, r"--image raymem:latest: needs a tag that stays \(not latest\)"),
         ({"worker_memory": "much"}, r"--worker-memory much: is no amount of memory; write for example 64Gi"),
-        ({"worker_memory": "90Gi"}, r"--gpu: a worker needs 99\.0 GiB and a H100-80GB has 79\.6 GiB; lower train"),
-        ({"worker_memory": "20Gi", "gpu": "T4"}, r"a T4-16GB has 15\.0 GiB"),
+        ({"worker_memory": "90Gi"}, r"--gpu: a worker needs 90\.0 GiB and a H100-80GB has 79\.1 GiB; lower train"),
+        ({"worker_memory": "20Gi", "gpu": "T4"}, r"a T4 has 14\.6 GiB"),
         ({"node_memory": "14Gi"}, r"--node-memory: a worker needs 15\.0 GiB and a node has 14\.0 GiB; lower"),
         (
             {"overlay": "cpu-demo", "cpus": 1, "overrides": ["scaling.resources_per_worker={CPU: 2}"]},
