@@ -14,6 +14,8 @@ Nothing is kept for backward but x.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,9 +31,11 @@ Chosen = Literal["fast", "frugal"]
 
 FAST_UP_TO = {torch.float32: 0.06, torch.float64: 0.06, torch.bfloat16: 0.02, torch.float16: 0.02}
 """Highest density at which ``fast`` wins on a CPU (benchmarks/moram_linear.py); low precision has faster products."""
-_FRUGAL_SHARE, _FAST_SHARE = 8, 4
+_FRUGAL_SHARE, _FAST_SHARE = 4.8, 2.0
 _FRUGAL_BYTES, _FAST_BYTES = (1 << 16, 1 << 22), (1 << 20, 1 << 25)
 """A chunk is this share of the weight, within these bytes, and never the whole of it."""
+_ROWS_TOGETHER = 64
+"""CPU kernels take a tenth longer for other multiples of rows."""
 
 
 def choose_formulation(
@@ -100,6 +104,8 @@ class _Chunks:
         base = BaseWeight(weight, call.transposed, call.quant_state)
         self.work_dtype = torch.promote_types(A_RI.dtype, torch.float32)
         self._index_OK, self._A_RI, self._B_OR, self._scale = index_OK, A_RI.to(self.work_dtype), B_OR, call.scale
+        # Dot products of rank length where they are cheaper than all of B A.
+        self._A_IR = self._A_RI.mT.contiguous() if call.formulation == "fast" else None
         self._reader = base.rows()
         outputs, inputs = B_OR.shape[0], A_RI.shape[1]
         row_bytes = inputs * self.work_dtype.itemsize
@@ -108,12 +114,19 @@ class _Chunks:
         )
         stored_bytes = 2 if call.quant_state is not None else (A_RI if weight is None else weight).element_size()
         share *= max(1, self.work_dtype.itemsize // stored_bytes)  # beside the buffer there are copies in its dtype
-        wanted = max(least, min(most, outputs * inputs * stored_bytes // share))
+        wanted = max(least, min(most, int(outputs * inputs * stored_bytes / share)))
         count = max(1, min(wanted // row_bytes, -(-outputs // 2)))
         multiple = base.row_multiple
         count = -(-count // multiple) * multiple
+        together = math.lcm(multiple, _ROWS_TOGETHER)
+        if count > together and device_kind(A_RI.device) == "cpu":
+            count -= count % together
         self.rows = [slice(start, min(outputs, start + count)) for start in range(0, outputs, count)]
-        self._buffer_CI = torch.empty(min(count, outputs), inputs, dtype=self.work_dtype, device=A_RI.device)
+        self._buffer_shape = min(count, outputs), inputs
+
+    @functools.cached_property
+    def _buffer_CI(self) -> torch.Tensor:
+        return torch.empty(self._buffer_shape, dtype=self.work_dtype, device=self._A_RI.device)
 
     def buffer(self, rows: slice) -> torch.Tensor:
         """The buffer's part for these rows; whatever it held is overwritten."""
@@ -129,11 +142,17 @@ class _Chunks:
 
     def weight(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Rows of W + s M * (B A) [C, I]; valid until the buffer is used again."""
-        buffer_CI, index_CK = self.buffer(rows), self.index(rows)
-        torch.mm(self.factor_B(rows), self._A_RI, out=buffer_CI)
-        delta_CK = buffer_CI.gather(1, index_CK).mul_(self._scale)
-        self._reader.read(rows, buffer_CI)
-        return buffer_CI.scatter_add_(1, index_CK, delta_CK).to(dtype)
+        delta_CK = self.delta(rows)
+        self._reader.read(rows, self.buffer(rows))
+        return self.buffer(rows).scatter_add_(1, self.index(rows), delta_CK).to(dtype)
+
+    def delta(self, rows: slice) -> torch.Tensor:
+        """Rows of the update at the selected places, d [C, K]; may overwrite the buffer."""
+        index_CK = self.index(rows)
+        if self._A_IR is not None:
+            return row_dots(self.factor_B(rows), self._A_IR, index_CK).mul_(self._scale)
+        dense_CI = torch.mm(self.factor_B(rows), self._A_RI, out=self.buffer(rows))
+        return dense_CI.gather(1, index_CK).mul_(self._scale)
 
     def sampled(self, rows: slice, grad_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
         """Rows of the sampled gradient S [C, K], picked from a chunk of the dense weight gradient."""
@@ -215,23 +234,33 @@ _TOKENS_AT_ONCE = 256
 
 
 def sampled_dots(grad_TO: torch.Tensor, x_TI: torch.Tensor, index_OK: torch.Tensor) -> torch.Tensor:
-    """S_ik = <gy[:, i], x[:, J_ik]> [O, K] by dot products, in the dtype of ``x``: a sampled dense-dense product.
+    """S_ik = <gy[:, i], x[:, J_ik]> [O, K] by dot products, in fp32 at least: a sampled dense-dense product."""
+    total = torch.zeros(index_OK.shape, dtype=torch.promote_types(x_TI.dtype, torch.float32), device=x_TI.device)
+    tokens = min(_TOKENS_AT_ONCE, x_TI.shape[0])
+    grad_buffer, x_buffer = grad_TO.new_empty(grad_TO.shape[1] * tokens), x_TI.new_empty(x_TI.shape[1] * tokens)
+    for start in range(0, x_TI.shape[0], _TOKENS_AT_ONCE):
+        blocks = (grad_TO[start : start + _TOKENS_AT_ONCE].mT, x_TI[start : start + _TOKENS_AT_ONCE].mT)
+        grad_OB, x_IB = (
+            buffer[: block.numel()].view(block.shape).copy_(block)
+            for buffer, block in zip((grad_buffer, x_buffer), blocks, strict=True)
+        )
+        total += row_dots(grad_OB, x_IB, index_OK)
+    return total
+
+
+def row_dots(left_OT: torch.Tensor, right_IT: torch.Tensor, index_OK: torch.Tensor) -> torch.Tensor:
+    """<left_i, right_{J_ik}> [O, K], in the dtype of both.
 
     The kernel is the one behind the gradient of ``F.embedding_bag``'s per-sample weights, with every row of
-    ``index_OK`` as a bag. It sums low-precision products in fp32, and so are the blocks of tokens.
+    ``index_OK`` as a bag. It sums low-precision products in fp32.
     """
     outputs, k = index_OK.shape
-    columns = index_OK.reshape(-1)
     offsets_O = torch.arange(0, outputs * k, k, dtype=index_OK.dtype, device=index_OK.device)
     bag_of = torch.arange(outputs, dtype=index_OK.dtype, device=index_OK.device).repeat_interleave(k)
-    total_dtype = torch.promote_types(x_TI.dtype, torch.float32)
-    total = torch.zeros(outputs * k, dtype=total_dtype, device=index_OK.device)
-    for start in range(0, x_TI.shape[0], _TOKENS_AT_ONCE):
-        grad_BO, x_BI = grad_TO[start : start + _TOKENS_AT_ONCE], x_TI[start : start + _TOKENS_AT_ONCE]
-        total += torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad_BO.mT.contiguous(), x_BI.mT.contiguous(), columns, offsets_O, bag_of, 0
-        )
-    return total.view(outputs, k)
+    dots: torch.Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        left_OT, right_IT, index_OK.reshape(-1), offsets_O, bag_of, 0
+    )
+    return dots.view(outputs, k)
 
 
 @torch.no_grad()
@@ -239,9 +268,10 @@ def selected_delta(
     index_OK: torch.Tensor, factor_A_RI: torch.Tensor, factor_B_OR: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """The update at the selected places, d_ik = s <B_i, A[:, J_ik]> [O, K], in fp32 at least."""
-    call = _Call(transposed=False, quant_state=None, scale=scale, formulation="frugal")
+    formulation = choose_formulation(0.0, torch.float32, device_kind(index_OK.device))
+    call = _Call(transposed=False, quant_state=None, scale=scale, formulation=formulation)
     chunks = _Chunks(None, index_OK, factor_A_RI, factor_B_OR, call)
     delta_OK = torch.empty(index_OK.shape, dtype=chunks.work_dtype, device=index_OK.device)
     for rows in chunks.rows:
-        delta_OK[rows] = chunks.weight(rows, chunks.work_dtype).gather(1, chunks.index(rows))
+        delta_OK[rows] = chunks.delta(rows)
     return delta_OK
