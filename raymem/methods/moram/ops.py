@@ -5,7 +5,7 @@ holds S at the selected places: grad B = D A^T, grad A = B^T D, grad x = gy (W +
 chunk of rows at a time; M, B A and the dense gradient never do. Two formulations differ in how they find S:
 
 * ``frugal``: a chunk of the dense weight gradient gy^T x, of which the selected entries are kept. One more matrix
-  product, on any device; its temporaries are an eighth of the weight.
+  product, on any device; its temporaries are a fifth of the weight.
 * ``fast``: dot products of rows of gy^T and x^T at the selected places only. Little arithmetic at low density; needs
   blocks of x^T and gy^T of some hundred tokens.
 
