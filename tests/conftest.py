@@ -18,13 +18,6 @@ os.environ["RAYMEM_CACHE"] = os.path.join(tempfile.gettempdir(), f"raymem-tests-
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes: a file's tests stay together, and so do all that share the one Ray head."""
-    for item in items:
-        group = "cluster" if "cluster" in item.path.parts else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["RAYMEM_CACHE"], ignore_errors=True)
 
