@@ -3,7 +3,7 @@
 Every run starts from the same weights per seed, sees the same rows and has the same learning rates. Resumable: a run
 that was done before is not repeated. Several processes may share the work.
 
-    python benchmarks/mlorc_quality.py [--steps 100] [--seeds 0 1 2] [--part 0/2]
+    python benchmarks/mlorc_quality.py [--steps 100] [--seeds 0 1 2] [--optimizers adamw "mlorc r32"] [--part 0/2]
 """
 
 from __future__ import annotations
@@ -132,11 +132,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--storage", default="raymem-runs")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--optimizers", nargs="+", choices=CONFIGURATIONS, default=CONFIGURATIONS, metavar="NAME")
+    parser.add_argument("--name", default="mlorc_quality", help="of the result file; default: %(default)s")
     arguments = parser.parse_args()
     hush_libraries()
     torch.set_num_threads(arguments.threads)
     jobs = [(configuration, seed) for seed in arguments.seeds for configuration in CONFIGURATIONS[:6]]
     jobs += [(configuration, seed) for seed in arguments.seeds for configuration in CONFIGURATIONS[6:]]
+    jobs = [job for job in jobs if job[0] in arguments.optimizers]
     runs = {}
     for configuration, seed in jobs[arguments.part]:
         overrides = [f"seed={seed}", f"train.steps={arguments.steps}", "data.eval={path: demo:text, split: eval}",
@@ -147,7 +150,8 @@ def main() -> None:
         )
     if len(runs) < len(jobs):
         return
-    provenance.save("mlorc_quality", {"steps": arguments.steps, "table": summary(runs, arguments.seeds), "runs": runs})
+    found = {"steps": arguments.steps, "table": summary(runs, arguments.seeds), "runs": runs}
+    provenance.save(arguments.name, found)
 
 
 if __name__ == "__main__":
