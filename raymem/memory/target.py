@@ -19,6 +19,11 @@ def device_kind(device: torch.device) -> str:
     return _planned or device.type
 
 
+def is_planned() -> bool:
+    """Whether steps are only planned: shapes count, values are never looked at."""
+    return _planned is not None
+
+
 @contextlib.contextmanager
 def planned_for(kind: str) -> Iterator[None]:
     """Inside, steps take the decisions that they would take on a device of this kind."""

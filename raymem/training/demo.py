@@ -9,6 +9,7 @@ gives the same bytes.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import io
 import json
@@ -71,14 +72,20 @@ def ensure_demo(cache_dir: Path) -> DemoPaths:
     Raises:
         StorageError: ``cache_dir`` cannot be written.
     """
+    key = digest([_SCHEMA_VERSION, _library_digest(), version("tokenizers"), version("transformers")])
+    paths = DemoPaths(cache_dir / "demo" / key)
+    publish(paths.directory, _build)
+    return paths
+
+
+@functools.cache
+def _library_digest() -> str:
+    """Of the standard library's source; reading it takes half a second, and a sweep asks for it in every trial."""
     content = hashlib.sha256()
     for module, source in _modules():
         content.update(f"{module}\0{len(source)}\0".encode())
         content.update(source)
-    key = digest([_SCHEMA_VERSION, content.hexdigest(), version("tokenizers"), version("transformers")])
-    paths = DemoPaths(cache_dir / "demo" / key)
-    publish(paths.directory, _build)
-    return paths
+    return content.hexdigest()
 
 
 def _build(directory: Path) -> dict[str, Any]:

@@ -84,6 +84,8 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    base = recipe.base
+    planned = isinstance(base, LoRAMOptions) and base.artifact is None
     if recipe.model.config is not None:
         options = dict(recipe.model.config)
         kind = options.pop("model_type")
@@ -94,21 +96,21 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
                 f"{'; near names: ' + ', '.join(near) if near else ''}"
             )
         try:
-            return AutoConfig.for_model(kind, **options)
+            config = AutoConfig.for_model(kind, **options)
         except Exception as error:  # configs raise types of their own
             raise ModelError(f"model.config: transformers refuses it: {_reason(error)}") from None
-    base = recipe.base
-    planned = isinstance(base, LoRAMOptions) and base.artifact is None
-    name, revision = (recipe.model.name, recipe.model.revision) if planned else base_name(recipe)
-    directory = fetch(name or "", revision, layout or Layout(), weights_too=False)
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # configs raise types of their own
-        raise ModelError(f"model.name: {directory}/config.json cannot be used: {_reason(error)}") from None
-    if isinstance(base, LoRAMOptions) and base.artifact is None:  # what pruning will make, for planning
+    else:
+        name, revision = (recipe.model.name, recipe.model.revision) if planned else base_name(recipe)
+        directory = fetch(name or "", revision, layout or Layout(), weights_too=False)
+        try:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # configs raise types of their own
+            raise ModelError(f"model.name: {directory}/config.json cannot be used: {_reason(error)}") from None
+    if planned:  # what pruning will make
         from raymem.methods.loram.nonuniform import with_counts
         from raymem.methods.loram.plan import plan_pruning
 
+        assert isinstance(base, LoRAMOptions)
         return with_counts(config, plan_pruning(config, base.pruning).counts)
     return config
 
