@@ -11,8 +11,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from raymem.training import compat
+from raymem.training import compat, space
 from raymem.training import recipe as r
+from raymem.training.section import kind_of
 
 PAGE = Path(__file__).with_name("recipe.md")
 HEAD = """# Recipe reference
@@ -38,6 +39,7 @@ SECTIONS: dict[str, list[type]] = {
     "scaling": [r.ScalingSection],
     "storage": [r.StorageSection],
     "tracking": [r.MlflowTracking, r.NoTracking],
+    "space.<path>": [space.FloatDimension, space.IntDimension, space.ChoiceDimension],
 }
 
 
@@ -56,7 +58,7 @@ def page() -> str:
 def _table(model: type) -> str:
     schema = TypeAdapter(model).json_schema()
     properties, required = schema["properties"], set(schema.get("required", ()))
-    kind = r.kind_of(model)
+    kind = kind_of(model)
     text = f"`kind: {kind}`: {_sentence(model)}\n\n" if kind is not None else f"{_sentence(model)}\n\n"
     rows = []
     for name, facts in properties.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -12,7 +11,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from raymem import __version__, cli_k8s, cli_loram, cli_plan, console
+from raymem import __version__, cli_k8s, cli_loram, cli_plan, cli_sweep, console
+from raymem.cli_options import Fresh, Overrides, RecipeFile, Verbose
 from raymem.errors import RaymemError
 
 app = typer.Typer(
@@ -25,13 +25,6 @@ app = typer.Typer(
 )
 app.add_typer(cli_k8s.app, name="k8s")
 app.add_typer(cli_loram.app, name="loram")
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", "-s", metavar="PATH=VALUE", help="Override a key, e.g. -s train.steps=100. Repeatable."),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what workers and libraries log.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -68,14 +61,12 @@ def init(
 def train(
     recipe: RecipeFile,
     set_: Overrides = [],  # noqa: B006
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Set an earlier run of this name aside and start over.")
-    ] = False,
+    fresh: Fresh = False,
     force: Annotated[bool, typer.Option("--force", help="Train even if it is predicted not to fit.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a recipe; a run of the same name on the same storage is resumed."""
-    log_to_stderr(verbose)
+    console.log_to_stderr(verbose)
     from raymem.training.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, set_)  # before the slow imports: a typo is answered at once
@@ -113,6 +104,7 @@ def train(
 
 
 cli_plan.register(app)
+cli_sweep.register(app)
 
 
 @app.command()
@@ -127,7 +119,7 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Loss and perplexity on the recipe's evaluation data."""
-    log_to_stderr(verbose)
+    console.log_to_stderr(verbose)
     from raymem.training.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, set_)
@@ -154,7 +146,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Continue a text with what a run left."""
-    log_to_stderr(False)
+    console.log_to_stderr(False)
     from raymem.cluster.artifacts import local_copy
     from raymem.training import inference
 
@@ -171,7 +163,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Model directory to write.")],
 ) -> None:
     """Fold an adapter into its base and write the full model."""
-    log_to_stderr(False)
+    console.log_to_stderr(False)
     from raymem.cluster.artifacts import local_copy
     from raymem.training import inference
 
@@ -187,7 +179,7 @@ def export(
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also copy it to this directory.")] = None,  # noqa: UP045
 ) -> None:
     """Check that a server takes an adapter, and print the command that serves it."""
-    log_to_stderr(False)
+    console.log_to_stderr(False)
     from raymem.cluster.artifacts import local_copy
     from raymem.errors import ModelError, RecipeError
     from raymem.training import serving
@@ -210,7 +202,7 @@ def doctor(
     address: Annotated[Optional[str], typer.Option(help="Ray cluster to look at.")] = None,  # noqa: UP045
 ) -> None:
     """Check versions, devices, storage, Ray and MLflow, and say how to mend what is wrong."""
-    log_to_stderr(False)
+    console.log_to_stderr(False)
     from raymem.cluster.preflight import run_doctor
     from raymem.training.recipe_io import load_recipe
 
@@ -225,7 +217,7 @@ def demo_data(
     storage: Annotated[Path, typer.Option(help="Storage path of the recipes that will use it.")] = Path("raymem-runs"),
 ) -> None:
     """Build the demo corpus and tokenizer from this Python's standard library (recipes do so on their own)."""
-    log_to_stderr(False)
+    console.log_to_stderr(False)
     from raymem.training.demo import ensure_demo
 
     paths = ensure_demo(storage.resolve() / "cache")
@@ -259,7 +251,7 @@ def submit(
     env: Annotated[list[str], typer.Option(help="Variable that the job gets too; no secrets. Repeatable.")] = [],  # noqa: B006
 ) -> None:
     """Send a recipe to a Ray cluster as a job; the same run is never started twice."""
-    log_to_stderr(False)
+    console.log_to_stderr(False)
     from raymem.cluster import submit as jobs
 
     if status and stop:
@@ -288,14 +280,6 @@ def submit(
         console.out.print(f"{word} {sent.submission_id}\nnext: raymem submit {recipe} --status (or --stop)")
     if sent.exit_code:
         raise typer.Exit(sent.exit_code)
-
-
-def log_to_stderr(verbose: bool) -> None:
-    """Show warnings, or with ``verbose`` everything; call it before libraries are imported."""
-    if not verbose:
-        console.hush_libraries()
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
-    logging.getLogger("raymem").setLevel(logging.DEBUG if verbose else logging.WARNING)
 
 
 def run_app(*arguments: Any) -> int:

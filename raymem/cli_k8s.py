@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from raymem import console
+from raymem.cli_options import Overrides, RecipeFile
 
 app = typer.Typer(help="Kubernetes manifests (KubeRay) for a recipe.", no_args_is_help=True)
 
@@ -19,7 +19,7 @@ def _group() -> None:
 
 @app.command()
 def render(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)],
+    recipe: RecipeFile,
     overlay: Annotated[str, typer.Option(help="cpu-demo, gpu, gpu-spot-elastic or kueue.")] = "gpu",
     workers: Annotated[
         Optional[str],  # noqa: UP045
@@ -47,9 +47,7 @@ def render(
     only_job: Annotated[
         bool, typer.Option("--only-job", help="Without storage, tracking and network policies.")
     ] = False,
-    set_: Annotated[
-        list[str], typer.Option("--set", "-s", metavar="PATH=VALUE", help="Override a key of the recipe. Repeatable.")
-    ] = [],  # noqa: B006
+    set_: Overrides = [],  # noqa: B006
 ) -> None:
     """Print manifests that train a recipe; nothing is applied."""
     console.hush_libraries()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from raymem import console
+from raymem.cli_options import Fresh, Overrides, RecipeFile, Verbose
 
 if TYPE_CHECKING:
     from raymem.cluster.loram_pipeline import Pipeline, Pruned
@@ -20,13 +21,6 @@ app = typer.Typer(
     help="LoRAM: prune a model, train an adapter on what is left, recover it for the full model.", no_args_is_help=True
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe with base.kind: loram.", show_default=False)]
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", "-s", metavar="PATH=VALUE", help="Override a key, e.g. -s base.ratio=0.65. Repeatable."),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what workers and libraries log.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Set an earlier run of this name aside and start over.")]
 Forward = Annotated[
     Optional[bool],  # noqa: UP045
     typer.Option(
@@ -102,10 +96,9 @@ def run(
 
 @contextmanager
 def _pipeline(path: Path, overrides: list[str], verbose: bool, *, quiet: bool = False) -> Iterator[Pipeline]:
-    from raymem.cli import log_to_stderr
     from raymem.training.recipe_io import load_recipe
 
-    log_to_stderr(verbose)
+    console.log_to_stderr(verbose)
     recipe = load_recipe(path, overrides)  # before the slow imports: a typo is answered at once
     from raymem.cluster.loram_pipeline import Pipeline
 

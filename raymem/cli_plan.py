@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from raymem import console
+from raymem.cli_options import Overrides, RecipeFile
 from raymem.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)],
-    set_: Annotated[
-        list[str], typer.Option("--set", "-s", metavar="PATH=VALUE", help="Override a key. Repeatable.")
-    ] = [],  # noqa: B006
+    recipe: RecipeFile,
+    set_: Overrides = [],  # noqa: B006
     budget: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Memory of one worker's device, e.g. 24GiB; by default the recipe's budget."),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -33,6 +35,14 @@ def hush_libraries() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Show warnings, or with ``verbose`` everything; call it before libraries are imported."""
+    if not verbose:
+        hush_libraries()
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
+    logging.getLogger("raymem").setLevel(logging.DEBUG if verbose else logging.WARNING)
 
 
 def bytes_text(num_bytes: float) -> str:

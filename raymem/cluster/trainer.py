@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,18 @@ class Finished:
     """As it was trained: demo names replaced by directories."""
     predicted_peak_bytes: int | None = None
     """Of a step, where the recipe was planned; beside ``outcome.peak_bytes``."""
+    train_s: float = 0.0
+    """From building the model to the artefact."""
+
+
+@dataclass(frozen=True)
+class InSweep:
+    """What a trial of a sweep has from it."""
+
+    parent_run_id: str | None
+    """MLflow run of the sweep."""
+    predicted_peak_bytes: int
+    """Of a step; the sweep has held it against the budget."""
 
 
 def launch(
@@ -56,6 +69,7 @@ def launch(
     force: bool = False,
     listeners: Sequence[Listener] = (),
     status: Status = log.info,
+    sweep: InSweep | None = None,
 ) -> Finished:
     """Train a recipe from its data to its artefact; a run of the same name on the same storage is resumed.
 
@@ -64,6 +78,7 @@ def launch(
         force: train even if the predicted peak is above the recipe's budget.
         listeners: get every metric row, in this process.
         status: progress in words before the first step.
+        sweep: given where the run is a trial; its artefact is then not copied to MLflow.
 
     Raises:
         RaymemError: anything that is the user's to mend; the last good checkpoint stays.
@@ -72,7 +87,7 @@ def launch(
     storage.check_writable()
     if "/_ray_pkg_" in storage.path:  # Ray unpacks a job's working directory under such a name
         status(f"warning: {storage.path} is the job's temporary copy and goes with the cluster; set storage.path")
-    with _only_one(storage, recipe.name):
+    with only_one(storage, recipe.name):
         on_ray = recipe.scaling.num_workers != 0
         if on_ray:
             from raymem.cluster import connection, preflight
@@ -81,30 +96,40 @@ def launch(
             connection.connect(recipe)
             preflight.check_storage_shared(storage.path)
         job = _settle(recipe, storage, on_ray=on_ray, fresh=fresh, status=status)
-        plan = _predict(recipe, force=force, status=status)
+        if sweep is not None:
+            predicted: int | None = sweep.predicted_peak_bytes
+        else:
+            plan = _predict(recipe, force=force, status=status)
+            predicted = None if plan is None else plan.step_peak_bytes
         if fresh:  # only now: a recipe that was refused above leaves the earlier run where it is
-            _set_aside(storage, recipe.name)
+            set_aside(storage, recipe.name)
         manifest = latest_manifest(job.run)
         sink = start_tracking(
             job.recipe.to_dict(),
             storage_path=storage.path,
             resume=manifest is not None,
             device="cuda" if recipe.scaling.use_gpu else "cpu",
+            parent_run_id=None if sweep is None else sweep.parent_run_id,
         )
         rows: list[Row] = []
         try:
+            began = time.perf_counter()
             outcome = _train(job, sink, [rows.extend, *listeners, _history_file(job.run)])
+            train_s = time.perf_counter() - began
             sink.log_history(rows)  # mends what an outage swallowed; what is there already is left out
-            if plan is not None and outcome.peak_bytes is not None:
-                sink.log_history([{"step": outcome.steps, "predicted_peak_bytes": plan.step_peak_bytes}])
-                calibration.record(recipe, plan.step_peak_bytes, outcome.peak_bytes)
+            if predicted is not None and outcome.peak_bytes is not None:
+                sink.log_history([{"step": outcome.steps, "predicted_peak_bytes": predicted}])
+            if sweep is not None:
+                return Finished(outcome, sink.finish("FINISHED", {}), job.recipe, predicted, train_s)
+            if predicted is not None and outcome.peak_bytes is not None:
+                calibration.record(recipe, predicted, outcome.peak_bytes)
             with local_copy(outcome.artifact) as artifact:
                 summary = sink.finish("FINISHED", {artifact_name(recipe): artifact}, **_registration(recipe))
         except BaseException as error:
             sink.log_history(rows)
             sink.finish("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
-        return Finished(outcome, summary, job.recipe, None if plan is None else plan.step_peak_bytes)
+        return Finished(outcome, summary, job.recipe, predicted, train_s)
 
 
 def _predict(recipe: Recipe, *, force: bool, status: Status) -> Plan | None:
@@ -136,7 +161,7 @@ def _predict(recipe: Recipe, *, force: bool, status: Status) -> Plan | None:
 
 def _settle(recipe: Recipe, storage: Storage, *, on_ray: bool, fresh: bool, status: Status) -> Job:
     """Check the model and prepare the data, so that mistakes show before workers start."""
-    recipe = demo.resolve(recipe, storage, build=lambda r: _build_demo(r, status))
+    recipe = demo.resolve(recipe, storage, build=lambda r: build_demo(r, status))
     status("checking the model")
     recipe = loram_base.settled(pin_revision(recipe), storage, on_ray=on_ray)
     model = build_model(recipe, meta=True)
@@ -154,7 +179,7 @@ def _settle(recipe: Recipe, storage: Storage, *, on_ray: bool, fresh: bool, stat
     return job
 
 
-def _build_demo(recipe: Recipe, status: Status) -> None:
+def build_demo(recipe: Recipe, status: Status) -> None:
     status("pre-training the demo model (once, about two minutes)")
 
     def progress(rows: Sequence[Row]) -> None:
@@ -196,7 +221,7 @@ def _history_file(run_storage: Storage) -> Listener:
     return write
 
 
-def _set_aside(storage: Storage, name: str) -> None:
+def set_aside(storage: Storage, name: str) -> None:
     """Rename an existing run to ``<name>.old-<n>``; nothing is deleted for the user.
 
     Raises:
@@ -217,7 +242,7 @@ def _set_aside(storage: Storage, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(storage: Storage, name: str) -> Iterator[None]:
+def only_one(storage: Storage, name: str) -> Iterator[None]:
     """Hold the run's lock; the system gives it back when the process ends, however it ends.
 
     Raises:

@@ -20,8 +20,12 @@ def method_of(recipe: Recipe) -> str:
 def record(recipe: Recipe, predicted_bytes: int, measured_bytes: int) -> None:
     """Take in one run; a file that cannot be written is no reason to lose a run."""
     found, key = _read(), _key(recipe)
-    before = found.get(key, {"runs": 0, "sum": 0.0})
-    found[key] = {"runs": before["runs"] + 1, "sum": before["sum"] + measured_bytes / predicted_bytes}
+    before, now = found.get(key, {}), measured_bytes / predicted_bytes
+    found[key] = {
+        "runs": before.get("runs", 0) + 1,
+        "sum": before.get("sum", 0.0) + now,
+        "highest": max(before.get("highest", 0.0), now),
+    }
     try:
         _file().parent.mkdir(parents=True, exist_ok=True)
         part = _file().with_suffix(f".{os.getpid()}.part")
@@ -35,6 +39,12 @@ def ratio(recipe: Recipe) -> tuple[float, int] | None:
     """Mean of measured over predicted peak, and the number of runs; None before the first one."""
     found = _read().get(_key(recipe))
     return None if found is None else (found["sum"] / found["runs"], found["runs"])
+
+
+def highest(recipe: Recipe) -> float | None:
+    """The largest measured over predicted peak of these methods; None before the first run."""
+    found: float | None = _read().get(_key(recipe), {}).get("highest")
+    return found
 
 
 def _key(recipe: Recipe) -> str:

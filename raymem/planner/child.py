@@ -1,16 +1,16 @@
-"""The process that plans: it patches libraries, and some model code ends a process that traces it. One JSON in and out.
+"""The process that plans: it patches libraries, and some model code ends a process that traces it.
 
-Run as ``python -m raymem.planner.child INPUT OUTPUT``; started by :mod:`raymem.planner.process` alone.
+Run as ``python -m raymem.planner.child FD [--quantized]``; started by :mod:`raymem.planner.process` alone.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 from raymem.errors import RaymemError
@@ -18,30 +18,37 @@ from raymem.planner.values import Plan, Target
 from raymem.training.recipe import Recipe
 
 
-def main(input_file: str, output_file: str) -> None:
-    """Answer every job of the input; the output is written after each one, so that it survives an abort."""
+def main(output: int, *, quantized: bool) -> None:
+    """Answer every job that comes in, a JSON line each, until the input ends.
+
+    Args:
+        output: file descriptor of the answers.
+        quantized: whether jobs have 4-bit weights; without them nothing imports what those need.
+    """
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
-    jobs = json.loads(Path(input_file).read_text())
-    if not any(job["recipe"]["base"].get("quantize") == "nf4" for job in jobs):
-        # PEFT imports bitsandbytes wherever it is installed, and that the whole compiler: seconds for nothing.
+    if not quantized:
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
-    answers: list[dict[str, Any]] = []
-    for job in jobs:
-        answers.append(answer(job))
-        Path(output_file).write_text(json.dumps(answers))
+    with os.fdopen(output, "w") as answers:
+        for line in sys.stdin:
+            answers.write(json.dumps(answer(json.loads(line))) + "\n")
+            answers.flush()
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """``{"plan": ...}``, or ``{"error": [type, text]}`` of an error for the user.
+    """``{"plan": ...}``, with ``least`` ``{"least_bytes": ...}``, or ``{"error": [type, text]}`` of a user's error.
 
     Args:
-        job: ``recipe``, ``gpu``, and ``problem``, if tracing has failed before.
+        job: ``recipe``, ``gpu``, ``problem`` if tracing has failed before, and ``least`` if closed forms will do.
     """
     began = time.perf_counter()
     recipe = Recipe.model_validate(job["recipe"])
     target = Target.of(recipe)
     try:
+        if job.get("least"):
+            from raymem.planner.analytic import closed_form
+
+            return {"least_bytes": sum(closed_form(recipe, target).values())}
         plan = _rough(recipe, target, job) if job["problem"] else _traced(recipe, target, job)
     except RaymemError as error:
         return {"error": [type(error).__name__, str(error)]}
@@ -89,4 +96,4 @@ def _rough(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(int(sys.argv[1]), quantized="--quantized" in sys.argv)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import MODELS, packaged_recipe, read_yaml
 
 TIMEOUT_S = 600.0
+FREE = {"optimizer": ("lr", "betas", "eps", "weight_decay"), "adapter": ("alpha", "selection_batches")}
+"""Section -> options that take no memory, so that plans are shared between their values."""
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _READ = ("memory", "planner", "methods", "linalg", "training")
 """Rooms whose code decides what a plan says."""
@@ -54,18 +60,84 @@ def plan_many(
         BudgetError: unknown GPU.
         PlanError: planning takes too long.
     """
-    if gpu is not None:
-        gpu_named(gpu)
-    jobs = [{"recipe": _plannable(recipe, gpu).to_dict(), "gpu": gpu, "problem": None} for recipe in recipes]
-    files = [_cache_dir() / f"{_key(job)}.json" for job in jobs]
-    answers = [_known(file) for file in files]
-    missing = [index for index, found in enumerate(answers) if found is None]
-    if missing:
-        for index, found in zip(missing, _ask([jobs[i] for i in missing], timeout_s), strict=True):
-            answers[index] = found
-            if "plan" in found:
-                _remember(files[index], found)
-    return [_result(found) for found in answers if found is not None]
+    with Planner(gpu=gpu, timeout_s=timeout_s) as planner:
+        return [planner.try_plan(recipe) for recipe in recipes]
+
+
+class Planner:
+    """Plans one recipe after the other, in a process that starts with the first one and stays; not for threads.
+
+    Args:
+        gpu: as of :func:`plan_recipe`.
+        timeout_s: for one recipe.
+
+    Raises:
+        BudgetError: unknown GPU.
+    """
+
+    def __init__(self, *, gpu: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        if gpu is not None:
+            gpu_named(gpu)
+        self._gpu, self._timeout_s = gpu, timeout_s
+        self._children: dict[bool, Child] = {}
+
+    def __enter__(self) -> Planner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children.values():
+            child.close()
+        self._children.clear()
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """As :func:`plan_recipe`."""
+        found = self.try_plan(recipe)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def try_plan(self, recipe: Recipe) -> Plan | Exception:
+        """A plan, or the error of a recipe that has none. Raises PlanError if it takes too long."""
+        job = self._job(recipe)
+        file = _cache_dir() / f"{_key(job)}.json"
+        answer = _known(file)
+        if answer is None:
+            answer = self._ask(job)
+            if "plan" in answer:
+                _remember(file, answer)
+        return _result(answer)
+
+    def least_bytes(self, recipe: Recipe) -> int:
+        """What a worker holds in every step, by closed forms: a lower bound of the peak, in a tenth of a plan's time.
+
+        Raises:
+            RaymemError: as :func:`plan_recipe`.
+        """
+        answer = self._ask({**self._job(recipe), "least": True})
+        if "error" in answer:
+            raise _error(answer)
+        return int(answer["least_bytes"])
+
+    def _job(self, recipe: Recipe) -> dict[str, Any]:
+        return {"recipe": _plannable(recipe, self._gpu).to_dict(), "gpu": self._gpu, "problem": None}
+
+    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The answer; where the process dies over a job, a rough plan from another one."""
+        # PEFT imports bitsandbytes wherever it is installed, and that the whole compiler: seconds for nothing.
+        quantized = job["recipe"]["base"].get("quantize") == "nf4"
+        child = self._children.get(quantized)
+        if child is None:
+            child = self._children[quantized] = Child(quantized=quantized)
+        answer = child.ask(job, self._timeout_s)
+        if answer is not None:
+            return answer
+        status = self._children.pop(quantized).close()
+        if status > 0:
+            raise PlanError(f"the planning process failed: {child.last_words()}")
+        if job["problem"]:
+            raise PlanError(f"planning ended with status {status} even without a trace; please report the recipe")
+        ended = signal.Signals(-status).name if status < 0 else "status 0"
+        return self._ask({**job, "problem": f"the model's code ended the planning process ({ended})"})
 
 
 def known_plan(recipe: Recipe) -> Plan | None:
@@ -85,69 +157,100 @@ def _plannable(recipe: Recipe, gpu: str | None) -> Recipe:
     return recipe
 
 
-def _ask(jobs: list[dict[str, Any]], timeout_s: float) -> list[dict[str, Any]]:
-    """Answers of a fresh process; where it dies over a job, a rough plan for that one and another process."""
-    answers: list[dict[str, Any]] = []
-    jobs = [dict(job) for job in jobs]
-    while len(answers) < len(jobs):
-        waiting = jobs[len(answers) :]
-        got, status = _run_child(waiting, timeout_s)
-        answers += got
-        if len(got) < len(waiting):
-            if waiting[len(got)]["problem"]:
-                raise PlanError(f"planning ended with status {status} even without a trace; please report the recipe")
-            ended = signal.Signals(-status).name if status < 0 else f"status {status}"
-            waiting[len(got)]["problem"] = f"the model's code ended the planning process ({ended})"
-    return answers
+class Child:
+    """The process: one JSON line in, one out, through pipes of its own, since libraries print what they like."""
 
+    def __init__(self, *, quantized: bool) -> None:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "KINETO_LOG_LEVEL": "6", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(raymem.__file__).parents[1]), *sys.path[1:]])
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process lives
+        read, write = os.pipe()
+        self._answers = os.fdopen(read, "rb", buffering=0)
+        self._unread = b""
+        command = [sys.executable, "-m", "raymem.planner.child", str(write), *(["--quantized"] if quantized else [])]
+        self._process = subprocess.Popen(  # noqa: S603 - our own module
+            command, env=environment, stdin=subprocess.PIPE, stdout=self._errors, stderr=self._errors, pass_fds=[write]
+        )
+        os.close(write)
 
-def _run_child(jobs: list[dict[str, Any]], timeout_s: float) -> tuple[list[dict[str, Any]], int]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "KINETO_LOG_LEVEL": "6", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(raymem.__file__).parents[1]), *sys.path[1:]])
-    with tempfile.TemporaryDirectory(prefix="raymem-plan-") as folder:
-        given, out = Path(folder) / "jobs.json", Path(folder) / "plans.json"
-        given.write_text(json.dumps(jobs))
-        command = [sys.executable, "-m", "raymem.planner.child", str(given), str(out)]
+    def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any] | None:
+        """The answer, or None if the process died.
+
+        Raises:
+            PlanError: it takes too long; the process is ended.
+        """
+        assert self._process.stdin is not None
         try:
-            done = subprocess.run(  # noqa: S603 - our own module
-                command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise PlanError(
-                f"planning took more than {timeout_s:.0f} s and was stopped; plan a recipe with fewer layers or "
-                "less accumulation, or train without a budget"
-            ) from None
-        try:
-            return json.loads(out.read_text()), done.returncode
-        except (OSError, ValueError):
-            if done.returncode > 0:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise PlanError(f"the planning process failed: {last}") from None
-            return [], done.returncode
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._process.kill()
+                raise PlanError(
+                    f"planning took more than {timeout_s:.0f} s and was stopped; plan a recipe with fewer layers or "
+                    "less accumulation, or train without a budget"
+                )
+            received = self._answers.read(1 << 16)
+            if not received:
+                return None
+            self._unread += received
+        line, _, self._unread = self._unread.partition(b"\n")
+        return json.loads(line)  # type: ignore[no-any-return]
+
+    def last_words(self) -> str:
+        """The last line that it printed."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no message"
+
+    def close(self) -> int:
+        """End it; returns its exit status."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
+        self._answers.close()
+        return self._process.returncode
 
 
 def _result(answer: dict[str, Any]) -> Plan | Exception:
     if "plan" in answer:
         return Plan(**answer["plan"])
+    return _error(answer)
+
+
+def _error(answer: dict[str, Any]) -> Exception:
     kind, text = answer["error"]
-    return getattr(errors, kind, PlanError)(text)
+    found: Exception = getattr(errors, kind, PlanError)(text)
+    return found
 
 
 def _key(job: dict[str, Any]) -> str:
     """Digest of everything that a plan depends on."""
     recipe = job["recipe"]
-    parts = {section: recipe[section] for section in ("model", "base", "adapter", "activations", "optimizer")}
-    parts["data"] = {key: recipe["data"][key] for key in ("sequence_length", "packing")}
-    parts["evaluated"] = recipe["data"]["eval"] is not None
-    parts["train"] = {
-        key: recipe["train"][key] for key in ("global_batch", "micro_batch", "precision", "master", "clip_norm")
-    }
-    parts["scaling"] = {key: recipe["scaling"][key] for key in ("num_workers", "strategy", "use_gpu")}
+    parts = without_free(recipe)
     config = Path(recipe["model"]["name"] or "") / "config.json"
     if recipe["model"]["name"] is not None and config.is_file():
         parts["config"] = config.read_text()
     facts = [parts, job["gpu"], {name: _version(name) for name in _LIBRARIES}, _source_digest()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def without_free(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe, as a plain dict, has to do with memory."""
+    parts = {section: dict(recipe[section]) for section in ("model", "base", "adapter", "activations", "optimizer")}
+    for section, options in FREE.items():
+        for option in options:
+            parts[section].pop(option, None)
+    parts["data"] = {key: recipe["data"][key] for key in ("sequence_length", "packing")}
+    parts["data"]["evaluated"] = recipe["data"]["eval"] is not None
+    parts["train"] = {
+        key: recipe["train"][key] for key in ("global_batch", "micro_batch", "precision", "master", "clip_norm")
+    }
+    parts["scaling"] = {key: recipe["scaling"][key] for key in ("num_workers", "strategy", "use_gpu")}
+    return parts
 
 
 def _version(name: str) -> str | None:
@@ -157,6 +260,7 @@ def _version(name: str) -> str | None:
         return None
 
 
+@functools.cache
 def _source_digest() -> str:
     """Of raymem's own code: a development version changes without a number."""
     content = hashlib.sha256()

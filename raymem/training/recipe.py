@@ -9,15 +9,11 @@ one place, :mod:`raymem.training.compat`.
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     GetCoreSchemaHandler,
     model_validator,
@@ -29,41 +25,11 @@ from raymem.methods.loract.config import LoRActOptions
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.methods.moram.config import MoRAMOptions
+from raymem.training.section import Section
+from raymem.training.space import Dimension
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
-
-
-def is_section(value: Any) -> bool:
-    """Whether this is a class that the recipe validates: a :class:`Section` or the options of a method."""
-    return isinstance(value, type) and (issubclass(value, Section) or dataclasses.is_dataclass(value))
-
-
-def fields_of(section: type) -> dict[str, Any]:
-    """Field name -> annotation."""
-    if issubclass(section, Section):
-        return {name: field.annotation for name, field in section.model_fields.items()}
-    hints = typing.get_type_hints(section, include_extras=True)
-    return {name: hints[name] for name in getattr(section, "__dataclass_fields__", {}) if name in hints}
-
-
-def kind_of(section: type) -> str | None:
-    """The ``kind`` that stands for a section on its axis."""
-    names = typing.get_args(fields_of(section).get("kind"))
-    return names[0] if names else None
 
 
 def _shorthand(default: str) -> BeforeValidator:
@@ -390,6 +356,8 @@ class Recipe(Section):
     """Where runs, prepared data and caches live."""
     tracking: Tracking = MlflowTracking()
     """Where runs are recorded."""
+    space: Annotated[dict[str, Dimension], Field(min_length=1)] | None = None
+    """Search space of ``raymem sweep``, over paths of this recipe; a single run leaves it aside."""
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON types; ``Recipe.model_validate(recipe.to_dict()) == recipe``."""

@@ -20,7 +20,8 @@ from raymem.errors import RecipeError
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.training import compat
 from raymem.training.places import absolute, is_local
-from raymem.training.recipe import Recipe, fields_of, is_section, kind_of
+from raymem.training.recipe import Recipe
+from raymem.training.section import fields_of, is_section, kind_of
 
 DEMO_PREFIX = "demo"
 MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
@@ -93,14 +94,23 @@ def parse_recipe(raw: dict[str, Any], place: str = "recipe", base_dir: Path | No
     Raises:
         RecipeError: one line per problem, each naming the YAML path, the value, the rule and the nearest valid name.
     """
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError("\n".join(f"{place}: {problem}" for problem in _problems(error))) from None
+    recipe = validated(raw, place)
     if base_dir is not None:
         recipe = _absolute(recipe, base_dir)
     compat.check(recipe, place)
     return _with_alignment(recipe, place, base_dir)
+
+
+def validated(raw: dict[str, Any], place: str) -> Recipe:
+    """A plain dict as a recipe of valid parts; whether they go together is not looked at.
+
+    Raises:
+        RecipeError: as :func:`parse_recipe`.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{place}: {problem}" for problem in _problems(error))) from None
 
 
 def alignment(recipe: Recipe, **changes: Any) -> Recipe | None:
@@ -169,7 +179,7 @@ def packaged_recipe(name: str) -> Path:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         names = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise RecipeError(f"no recipe named {name!r} ships with raymem{_nearest(name, names)}")
+        raise RecipeError(f"no recipe named {name!r} ships with raymem{nearest(name, names)}")
     return path
 
 
@@ -237,7 +247,7 @@ def _problems(error: ValidationError) -> Iterable[str]:
         path, fields = _resolve(item["loc"])
         kind, message, value = item["type"], item["msg"], item.get("input")
         if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-            text = f"unknown key{_nearest(path.rpartition('.')[2], fields)}"
+            text = f"unknown key{nearest(path.rpartition('.')[2], fields)}"
         elif kind == "missing":
             text = "is missing"
         elif kind in ("union_tag_invalid", "literal_error"):
@@ -245,8 +255,8 @@ def _problems(error: ValidationError) -> Iterable[str]:
             expected = [tag.strip("' ") for tag in str(context.get("expected_tags", context.get("expected"))).replace(
                 " or ", ",").split(",")]  # fmt: skip
             given = context.get("tag", value)
-            path = path if kind == "literal_error" else f"{path}.kind"
-            text = f"{given!r} is not one of {', '.join(expected)}{_nearest(str(given), expected)}"
+            path = path if kind == "literal_error" else f"{path}.{context['discriminator'].strip(chr(39))}"
+            text = f"{given!r} is not one of {', '.join(expected)}{nearest(str(given), expected)}"
         elif kind == "value_error":
             text = message.removeprefix("Value error, ")
             name, separator, rest = text.partition(": ")
@@ -269,8 +279,13 @@ def _resolve(location: Sequence[int | str]) -> tuple[str, list[str]]:
     parts: list[str] = []
     sections: list[type] = [Recipe]
     fields: list[str] = list(fields_of(Recipe))
+    keyed = False
     for index, part in enumerate(location):
         last = index == len(location) - 1
+        if keyed:  # the key of a mapping whose values are sections
+            parts.append(str(part))
+            keyed = False
+            continue
         if isinstance(part, int):
             if parts:
                 parts[-1] += f"[{part}]"
@@ -287,8 +302,16 @@ def _resolve(location: Sequence[int | str]) -> tuple[str, list[str]]:
             continue
         parts.append(part)
         fields = sorted({name for s in sections for name in fields_of(s)})
+        keyed = any(_is_mapping(fields_of(s)[part]) for s in owners)
         sections = [inner for s in owners for inner in _sections_in(fields_of(s)[part])]
     return ".".join(parts), fields
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether an annotation is a mapping to sections, perhaps an optional one."""
+    if typing.get_origin(annotation) is dict:
+        return bool(_sections_in(annotation))
+    return any(_is_mapping(argument) for argument in typing.get_args(annotation))
 
 
 def _sections_in(annotation: Any) -> list[type]:
@@ -302,7 +325,8 @@ def _sections_in(annotation: Any) -> list[type]:
     return []
 
 
-def _nearest(name: str, candidates: Iterable[str]) -> str:
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the one that was probably meant, or all that there are."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     listed = sorted(candidates)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(listed)}"

@@ -13,7 +13,7 @@ from support import make_recipe
 
 from raymem.errors import BudgetError, ModelError, PlanError
 from raymem.memory.budget import Exceeds
-from raymem.planner import advise, calibration, known_plan, plan_recipe, process
+from raymem.planner import Planner, advise, calibration, known_plan, plan_recipe, process
 from raymem.planner.child import answer, describe
 from raymem.planner.values import Plan
 from raymem.training.recipe import Recipe
@@ -38,7 +38,7 @@ def test_a_plan_is_made_in_a_process_and_remembered(monkeypatch: pytest.MonkeyPa
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a remembered plan needs no process")
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     assert plan_recipe(recipe) == made == known_plan(recipe)
     assert json.loads(json.dumps(made.to_dict())) == made.to_dict()
     with pytest.raises(AssertionError, match="no process"):
@@ -87,14 +87,33 @@ def test_other_errors_are_named() -> None:
 def test_a_process_that_dies_leaves_a_rough_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str | None] = []
 
-    def dying(jobs: list[dict[str, Any]], timeout_s: float) -> tuple[list[dict[str, Any]], int]:
-        given.append(jobs[0]["problem"])
-        return ([answer(jobs[0])], 0) if jobs[0]["problem"] else ([], -6)
+    class Dying:
+        def __init__(self, *, quantized: bool) -> None:
+            pass
 
-    monkeypatch.setattr(process, "_run_child", dying)
+        def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any] | None:
+            given.append(job["problem"])
+            return answer(job) if job["problem"] else None
+
+        def close(self) -> int:
+            return -6
+
+    monkeypatch.setattr(process, "Child", Dying)
     plan = plan_recipe(case("lora"))
     assert given == [None, "the model's code ended the planning process (SIGABRT)"]
     assert not plan.traced and plan.note == given[1]
+
+
+def test_one_process_plans_many_and_what_takes_no_memory_is_planned_once() -> None:
+    with Planner() as planner:
+        first = planner.plan(case("lora"))
+        pids = [child._process.pid for child in planner._children.values()]
+        other_lr = make_recipe(case("lora").to_dict(), {"optimizer": {"lr": 0.5}})
+        assert planner.plan(other_lr) == first == known_plan(other_lr)
+        assert planner.plan(case("lora checkpoint")).peak_bytes < first.peak_bytes
+        assert planner.least_bytes(case("lora")) < first.peak_bytes
+        assert [child._process.pid for child in planner._children.values()] == pids and len(pids) == 1
+    assert not planner._children
 
 
 def test_planning_that_takes_too_long_is_stopped() -> None:

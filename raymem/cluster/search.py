@@ -1,0 +1,254 @@
+"""The sampler of a sweep: Optuna proposes, the gate admits, Ray Tune runs.
+
+Every proposal, refusal and result is an Optuna trial in one journal file, which is all that a sweep knows: a killed one
+goes on from it. (Ray Tune's own snapshots are pickles, and lag behind; they are not read.)
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+
+from raymem.errors import RecipeError
+from raymem.planner.gate import Gate, Refused
+from raymem.seeds import derive
+from raymem.training.recipe import Recipe
+from raymem.training.space import Point, Space, grid, sample
+from raymem.training.space_io import recipe_at
+
+log = logging.getLogger(__name__)
+
+ALGORITHMS = ("tpe", "nsga2", "random", "grid")
+METRICS = {"eval_loss": "min", "loss": "min", "peak_bytes": "min", "train_s": "min", "tokens_per_s": "max"}
+"""What a trial reports and a sweep can look for, and which way is better."""
+PATIENCE = 200
+"""Proposals in a row that are refused before a search gives up."""
+TRIES_PER_CALL = 2
+"""Proposals that are judged at a time; in between Ray Tune listens to the trials that run."""
+
+Configure = Callable[[int, Recipe, int, int], dict[str, Any]]
+"""``(number, recipe, predicted step peak, needed bytes)`` -> what a trial's process is given."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is looked for."""
+
+    metrics: tuple[str, ...]
+    """Keys of :data:`METRICS`; the first one chooses among the best."""
+
+    @property
+    def directions(self) -> list[StudyDirection]:
+        """In Optuna's words."""
+        both = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
+        return [both[METRICS[name]] for name in self.metrics]
+
+
+def open_study(journal: Path, objective: Objective, name: str) -> optuna.Study:
+    """The study in a journal file, which is made if it is not there."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
+    return optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name=name,
+        directions=objective.directions,
+        load_if_exists=True,
+    )
+
+
+class BudgetedSearch(Searcher):  # type: ignore[misc]
+    """Proposes only what fits.
+
+    A refused proposal never becomes a trial: the sampler is told how far it is from feasible, and asked again. What was
+    under way when an earlier driver died comes first. A point that was trained before is not trained again.
+
+    Args:
+        samples: trials to start, those of earlier drivers included.
+        configure: makes the config of a trial.
+    """
+
+    def __init__(
+        self, study: optuna.Study, space: Space, recipe: Recipe, gate: Gate, objective: Objective, *,
+        algorithm: str, samples: int, configure: Configure,
+    ) -> None:  # fmt: skip
+        super().__init__(metric=list(objective.metrics), mode=[METRICS[name] for name in objective.metrics])
+        self.study, self.objective = study, objective
+        self.gave_up: str | None = None
+        """Why it ended before all samples."""
+        self._space, self._recipe, self._gate = space, recipe, gate
+        self._raw = recipe.to_dict()
+        self._algorithm, self._samples, self._configure = algorithm, samples, configure
+        self._running: dict[str, optuna.Trial] = {}
+        trials = study.get_trials(deepcopy=False)
+        # One that was asked for and not judged yet has no config, and is of no use.
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and not started(trial):
+                study.tell(trial.number, state=TrialState.FAIL)
+        trials = study.get_trials(deepcopy=False)
+        self._interrupted = [
+            optuna.Trial(study, trial._trial_id) for trial in trials if trial.state == TrialState.RUNNING
+        ]
+        self._started = sum(started(trial) for trial in trials) - len(self._interrupted)
+        self._in_a_row = 0
+        if algorithm == "grid" and not trials:
+            for point in grid(space, self._raw):
+                study.enqueue_trial(point)
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """The space is known already."""
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """A config, None to be asked again, or FINISHED."""
+        if self._started >= self._samples or self.gave_up:
+            return str(Searcher.FINISHED)
+        if self._interrupted:
+            return self._start(trial_id, self._interrupted.pop(0))
+        for _ in range(TRIES_PER_CALL):
+            if self._algorithm == "grid" and not self._study_waits():
+                self.gave_up = "every point of the grid was tried"
+                return str(Searcher.FINISHED)
+            if self._in_a_row >= PATIENCE:
+                self.gave_up = f"{PATIENCE} proposals in a row were refused, or had been trained before"
+                return str(Searcher.FINISHED)
+            trial = self._ask()
+            if self._admit(trial):
+                self._in_a_row = 0
+                return self._start(trial_id, trial)
+            self._in_a_row += 1
+        return None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A step on the way, which tells the sampler about trials that are stopped early."""
+        trial, value = self._running.get(trial_id), result.get(self.objective.metrics[0])
+        if trial is None or value is None or len(self.objective.metrics) > 1:
+            return
+        with warnings.catch_warnings(action="ignore"):  # a step that was reported before it was interrupted
+            trial.report(value, int(result["step"]))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The end of a trial, in whatever way."""
+        trial = self._running.pop(trial_id, None)
+        if trial is None:
+            return
+        result = result or {}
+        for name in (*METRICS, "overhead_s", "elapsed_s", "step"):
+            if result.get(name) is not None:
+                trial.set_user_attr(name, result[name])
+        status = "crashed" if error else result.get("status", "stopped")
+        trial.set_user_attr("status", status)
+        if status == "infeasible":
+            measured = result.get("measured_bytes") or 0
+            trial.set_user_attr("measured_bytes", measured)
+            trial.set_constraint("budget", max(1e-3, measured / self._gate.budget_bytes - 1))
+        if result.get("problem"):
+            trial.set_user_attr("problem", result["problem"])
+        values = [float(result[name]) for name in self.objective.metrics if result.get(name) is not None]
+        if status == "finished" and len(values) == len(self.objective.metrics):
+            self.study.tell(trial, values)
+        elif status in ("finished", "stopped", "infeasible"):
+            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self.study.tell(trial, state=TrialState.FAIL)
+
+    def close(self) -> None:
+        """Nothing is left running in the study; what Ray Tune never reported back counts as crashed."""
+        for trial_id in list(self._running):
+            self.on_trial_complete(trial_id, error=True)
+
+    def _ask(self) -> optuna.Trial:
+        # A sampler of its own for every proposal, so that a sweep that was interrupted draws as if it had not been.
+        self.study.sampler = sampler(
+            self._algorithm, derive(self._recipe.seed, "sweep", len(self.study.get_trials(deepcopy=False)))
+        )
+        return self.study.ask()
+
+    def _admit(self, trial: optuna.Trial) -> bool:
+        """Whether a proposal may start; else the study is told why not."""
+        point = sample(self._space, self._raw, lambda path, dimension: _draw(trial, path, dimension))
+        trial.set_user_attr("point", point)
+        if (known := self._trained_before(point)) is not None:
+            for name, value in known.user_attrs.items():
+                if name != "config":
+                    trial.set_user_attr(name, value)
+            trial.set_user_attr("same_as", known.number)
+            self.study.tell(trial, known.values)
+            return False
+        try:
+            recipe = recipe_at(self._recipe, point, f"point {trial.number}")
+        except RecipeError as error:
+            judged: Any = Refused(str(error), None, 1.0)
+        else:
+            judged = self._gate.judge(recipe)
+        if isinstance(judged, Refused):
+            trial.set_user_attr("status", "refused")
+            trial.set_user_attr("problem", judged.reason)
+            trial.set_user_attr("predicted_bytes", judged.needed_bytes)
+            trial.set_constraint("budget", judged.excess)
+            self.study.tell(trial, state=TrialState.PRUNED)
+            return False
+        trial.set_user_attr("predicted_bytes", judged.step_peak_bytes)
+        trial.set_user_attr("needed_bytes", judged.needed_bytes)
+        return True
+
+    def _start(self, trial_id: str, trial: optuna.Trial) -> dict[str, Any]:
+        attributes = trial.user_attrs
+        recipe = recipe_at(self._recipe, attributes["point"], f"point {trial.number}")
+        self._running[trial_id] = trial
+        self._started += 1
+        return self._configure(trial.number, recipe, attributes["predicted_bytes"], attributes["needed_bytes"])
+
+    def _trained_before(self, point: Point) -> FrozenTrial | None:
+        done = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        return next((trial for trial in done if trial.user_attrs.get("point") == point), None)
+
+    def _study_waits(self) -> bool:
+        return bool(self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to do: the journal has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See :meth:`save`."""
+
+    def get_state(self) -> dict[str, Any]:
+        """See :meth:`save`."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`save`."""
+
+
+def sampler(algorithm: str, seed: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler of a name in :data:`ALGORITHMS`."""
+    seed %= 2**32
+    with warnings.catch_warnings(action="ignore"):  # multivariate TPE is marked experimental
+        if algorithm == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+        if algorithm == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def started(trial: FrozenTrial) -> bool:
+    """Whether a proposal became a trial."""
+    attributes = trial.user_attrs
+    return "needed_bytes" in attributes and "same_as" not in attributes
+
+
+def _draw(trial: optuna.Trial, path: str, dimension: Any) -> Any:
+    if dimension.type == "choice":
+        return trial.suggest_categorical(path, dimension.choices)
+    if dimension.type == "int":
+        return trial.suggest_int(path, dimension.low, dimension.high, log=dimension.log)
+    return trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)

@@ -1,0 +1,192 @@
+"""What runs in a trial's process: one point of a sweep, trained, and told to Ray Tune as it goes.
+
+The process is used again by later trials; after an out-of-memory error or a crash Ray Tune replaces it. What a trial
+came to is also written beside its run, so that it is known even if nobody was there to hear it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raymem.errors import OutOfMemory, RaymemError
+from raymem.methods.loram.config import LoRAMOptions
+from raymem.training.recipe import Recipe
+from raymem.training.recipe_io import parse_recipe
+from raymem.training.reporter import Row
+from raymem.training.storage import Storage
+
+RESULT = "trial.json"
+"""In the directory of a trial's run: its last report, once it has ended."""
+ATTEMPT = "attempt.json"
+"""Beside it: what the process knew when it began."""
+REPORTED = ("eval_loss", "loss", "peak_bytes", "tokens_per_s", "elapsed_s", "step")
+_OOM_EVENTS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
+"""Of cgroups, version 2 and 1."""
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """All that a trial's process is told; plain values."""
+
+    number: int
+    """Of the proposal in the sweep's journal."""
+    recipe: dict[str, Any]
+    predicted_bytes: int
+    """Peak of a step."""
+    memory_bytes: int
+    """Host memory that is reserved with Ray while the trial runs; 0 if its workers do that."""
+    threads: int
+    """Of torch; 0 leaves them to the workers."""
+    resources: dict[str, float]
+    """Of the process, with Ray."""
+    parent_run_id: str | None
+    """Of the sweep's MLflow run."""
+
+    def to_config(self) -> dict[str, Any]:
+        """As Ray Tune takes it: one value, for what it makes of many is long names."""
+        return {"job": json.dumps(asdict(self))}
+
+    @staticmethod
+    def of(config: dict[str, Any]) -> TrialJob:
+        return TrialJob(**json.loads(config["job"]))
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """The function that Ray Tune runs."""
+    from ray import tune
+
+    began = time.perf_counter()
+    job = TrialJob.of(config)
+    recipe = parse_recipe(job.recipe, f"trial {job.number}")
+    run = Storage.open(recipe.storage.path).child(recipe.name)
+    known = earlier_result(run)
+    if known is not None:
+        tune.report(known)
+        return
+    run.write_json(ATTEMPT, {"oom_kills": _oom_kills(), "host": os.uname().nodename})
+    latest: dict[str, Any] = {"number": job.number}
+
+    def listen(rows: Sequence[Row]) -> None:
+        for row in rows:
+            latest.update({name: row[name] for name in REPORTED if name in row})
+            if "eval_loss" in row:
+                tune.report(dict(latest))
+
+    if job.threads:
+        import torch
+
+        torch.set_num_threads(job.threads)
+    try:
+        with reserved(f"{recipe.name}-memory", job.memory_bytes):
+            trained = _train(recipe, job, listen)
+    except OutOfMemory as error:
+        end = {**latest, "status": "infeasible", "measured_bytes": measured_at_failure(recipe, error)}
+        run.write_json(RESULT, {**end, "problem": str(error)})
+        raise
+    except RaymemError as error:  # a learning rate that diverges, say: another try would end the same way
+        end = {**latest, "status": "failed", "problem": str(error)}
+        run.write_json(RESULT, end)
+        tune.report(end)
+        return
+    end = {**latest, **trained, "status": "finished"}
+    end["overhead_s"] = time.perf_counter() - began - end["train_s"]
+    run.write_json(RESULT, end)
+    tune.report(end)
+
+
+def earlier_result(run: Storage) -> dict[str, Any] | None:
+    """What this trial came to in an earlier attempt, or None if it is to be trained (on).
+
+    The kernel kills a process that takes more than its container may; it leaves no word, but a count.
+    """
+    if run.exists(RESULT):
+        return dict(run.read_json(RESULT))
+    if run.exists(ATTEMPT):
+        before = run.read_json(ATTEMPT)
+        if before["host"] == os.uname().nodename and _oom_kills() > before["oom_kills"]:
+            found = {"status": "infeasible", "measured_bytes": 0, "problem": "killed: the container was out of memory"}
+            run.write_json(RESULT, found)
+            return found
+    return None
+
+
+def _train(recipe: Recipe, job: TrialJob, listen: Any) -> dict[str, Any]:
+    """Metrics of a whole training."""
+    from raymem.cluster import demo
+    from raymem.cluster.trainer import InSweep, launch
+
+    sweep = InSweep(job.parent_run_id, job.predicted_bytes)
+    if isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None:
+        from raymem.cluster.loram_pipeline import Pipeline
+
+        pipeline = Pipeline(recipe, listeners=[listen])
+        pipeline.prune()
+        pipeline.align()
+        recipe = pipeline.ready().recipe
+    finished = launch(recipe, listeners=[listen], sweep=sweep)
+    demo.discard_checkpoints(recipe)
+    outcome = finished.outcome
+    found = {"loss": outcome.loss, "eval_loss": outcome.eval_loss, "peak_bytes": outcome.peak_bytes}
+    return {name: value for name, value in found.items() if value is not None} | {"train_s": finished.train_s}
+
+
+@contextlib.contextmanager
+def reserved(name: str, memory_bytes: int) -> Iterator[None]:
+    """Hold host memory of this node in Ray's books, waiting until there is as much.
+
+    Ray Tune could reserve it with the trial's process, but processes are used again, by trials that need more or less.
+    """
+    if not memory_bytes:
+        yield
+        return
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    free_reservation(name)  # of an earlier attempt that was killed
+    node = f"node:{ray.util.get_node_ip_address()}"
+    group = placement_group([{"memory": float(memory_bytes), node: 0.001}], name=name)
+    try:
+        while not group.wait(60):  # `ready()` would start a process only to say so
+            pass
+        yield
+    finally:
+        remove_placement_group(group)
+
+
+def free_reservation(name: str) -> None:
+    """Give back what a process that is dead held; nothing if it held none."""
+    import ray
+    from ray.util.placement_group import get_placement_group, remove_placement_group
+
+    with contextlib.suppress(ValueError, ray.exceptions.RayError):
+        remove_placement_group(get_placement_group(name))
+
+
+def measured_at_failure(recipe: Recipe, error: BaseException) -> int:
+    """What the device had given out, with what it was asked for in vain; on CPU the process's own highest mark."""
+    if recipe.scaling.use_gpu:
+        import torch
+
+        wanted = re.search(r"allocate ([\d.]+) (GiB|MiB|KiB)", str(error.__context__ or error))
+        unit = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
+        more = float(wanted.group(1)) * unit[wanted.group(2)] if wanted else 0.0
+        return int(torch.cuda.max_memory_allocated() + more)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _oom_kills() -> int:
+    """Processes of this container that the kernel has killed for memory."""
+    for file in _OOM_EVENTS:
+        with contextlib.suppress(OSError, ValueError):
+            counts = dict(line.split() for line in file.read_text().splitlines())
+            return int(counts.get("oom_kill", 0))
+    return 0

@@ -1,0 +1,94 @@
+"""The gate of a sweep: what is refused, why, and at what cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import case
+from support import make_recipe
+
+from raymem.planner import calibration, process
+from raymem.planner.child import answer
+from raymem.planner.gate import Admitted, Gate, Refused
+from raymem.planner.process import Planner
+from raymem.training.recipe import Recipe
+
+
+class Here:
+    """Plans in this process; that another one does it is shown in test_process."""
+
+    def __init__(self, *, quantized: bool) -> None:
+        pass
+
+    def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        return answer(job)
+
+    def close(self) -> int:
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(process, "Child", Here)
+
+
+def changed(**sections: Any) -> Recipe:
+    return make_recipe(case("lora").to_dict(), sections)
+
+
+@pytest.fixture
+def peak() -> int:
+    with Planner() as planner:
+        return planner.plan(case("lora")).peak_bytes
+
+
+def test_the_budget_decides_to_the_byte(peak: int) -> None:
+    with Gate(peak) as gate:
+        assert gate.judge(case("lora")) == Admitted(gate._planner.plan(case("lora")).step_peak_bytes, peak)
+    with Gate(peak - 1) as gate:
+        refused = gate.judge(case("lora"))
+    assert isinstance(refused, Refused) and refused.needed_bytes == peak
+    assert refused.excess == pytest.approx(1 / (peak - 1)) and "a step is predicted to take" in refused.reason
+
+
+def test_what_is_larger_in_every_way_needs_no_plan(peak: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Gate(peak - 1) as gate:
+        gate.judge(case("lora"))
+
+        def refuse(*arguments: Any) -> None:
+            raise AssertionError("planned")
+
+        monkeypatch.setattr(gate._planner, "least_bytes", refuse)
+        rank = case("lora").to_dict()["adapter"]["rank"]
+        larger = gate.judge(changed(adapter={"rank": 2 * rank}, optimizer={"lr": 0.3}))
+        assert isinstance(larger, Refused) and larger.reason.startswith("as large as another")
+        for other in (changed(adapter={"rank": rank - 1}), changed(activations="checkpoint")):
+            with pytest.raises(AssertionError, match="planned"):
+                gate.judge(other)
+
+
+def test_closed_forms_refuse_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Gate(1000) as gate:
+        monkeypatch.setattr(gate._planner, "plan", None)
+        refused = gate.judge(case("lora"))
+    assert isinstance(refused, Refused) and "alone take" in refused.reason
+
+
+def test_a_run_above_its_prediction_makes_the_gate_narrower(peak: int) -> None:
+    calibration.record(case("lora"), 1000, 900)
+    with Gate(peak) as gate:
+        assert isinstance(gate.judge(case("lora")), Admitted), "a run below its prediction is no reason to admit less"
+    calibration.record(case("lora"), 1000, 1100)
+    with Gate(peak) as gate:
+        refused = gate.judge(case("lora"))
+        assert isinstance(refused, Refused) and refused.needed_bytes == int(peak * 1.1)
+        assert isinstance(gate.judge(changed(activations="checkpoint")), Admitted), "another method, another record"
+
+
+def test_what_cannot_be_planned_is_refused_with_its_reason() -> None:
+    with Gate(1 << 40) as gate:
+        refused = gate.judge(make_recipe(model="nobody/nothing"))
+    assert isinstance(refused, Refused) and refused.needed_bytes is None and "nobody/nothing" in refused.reason
