@@ -34,6 +34,8 @@ LAYERS = {
     "raymem.cli_loram": 4,
     "raymem.cli_plan": 4,
     "raymem.cli_k8s": 4,
+    "raymem.cli_options": 4,
+    "raymem.cli_sweep": 4,
     "jobs": 4,
     "tune_spaces": 4,
 }

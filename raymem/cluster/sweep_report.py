@@ -40,11 +40,11 @@ class SweepRow:
 
 
 def rows_of(trials: Sequence[FrozenTrial]) -> list[SweepRow]:
-    """Every proposal in order; those that repeat a finished one are left out."""
+    """Every proposal that was judged, in order."""
     found = []
     for trial in trials:
         facts = trial.user_attrs
-        if "point" not in facts or "same_as" in facts:
+        if not started(trial) and facts.get("status") != "refused":  # repeated, or cut off before it was judged
             continue
         status = facts.get("status", "running" if trial.state == TrialState.RUNNING else "crashed")
         metrics = {name: facts[name] for name in METRICS if name in facts}

@@ -85,13 +85,11 @@ def test_entrypoints_are_files_of_the_image(overlay: list[Document]) -> None:
     for where, job in job_specs(overlay):
         command, script, recipe, *options = shlex.split(job["entrypoint"])
         assert command == "python"
-        if script == "jobs/loram.py" and not (ROOT / script).exists():
-            continue  # comes with the pipeline itself; from then on the recipe has to be there too
         assert (ROOT / script).is_file(), where
         assert (ROOT / recipe).is_file(), where
         # A fixed name: the next attempt of the RayJob finds the checkpoints of the last one.
         assert "--set" in options
-        assert [o for o in options if o.startswith("name=")], where
+        assert [o for o in options if o.startswith("name=")] or "--name" in options, where
 
 
 def test_recipes_of_the_entrypoints_are_valid(overlay: list[Document]) -> None:
@@ -99,12 +97,10 @@ def test_recipes_of_the_entrypoints_are_valid(overlay: list[Document]) -> None:
 
     for where, job in job_specs(overlay):
         _, script, recipe, *options = shlex.split(job["entrypoint"])
-        if script == "jobs/loram.py" and not (ROOT / script).exists():
-            continue
         loaded = load_recipe(ROOT / recipe, [o for o in options if "=" in o])
         assert loaded.storage.path == "/shared/runs"
         (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
-        if script != "jobs/evaluate.py":  # which is one task
+        if script not in ("jobs/evaluate.py", "jobs/sweep.py"):  # one task; trials of one worker each
             number = loaded.scaling.num_workers
             least, most = number if isinstance(number, tuple) else (number, number)
             assert (group["minReplicas"], group["maxReplicas"]) == (least, most), where

@@ -7,32 +7,18 @@ from typing import Any
 
 import pytest
 from cases import case
-from support import make_recipe
+from support import PlansHere, make_recipe
 
 from raymem.planner import calibration, process
-from raymem.planner.child import answer
 from raymem.planner.gate import Admitted, Gate, Refused
 from raymem.planner.process import Planner
 from raymem.training.recipe import Recipe
 
 
-class Here:
-    """Plans in this process; that another one does it is shown in test_process."""
-
-    def __init__(self, *, quantized: bool) -> None:
-        pass
-
-    def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        return answer(job)
-
-    def close(self) -> int:
-        return 0
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(process, "Child", Here)
+    monkeypatch.setattr(process, "Child", PlansHere)
 
 
 def changed(**sections: Any) -> Recipe:

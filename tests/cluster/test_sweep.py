@@ -1,0 +1,316 @@
+"""Whole sweeps on Ray: a budget, a kill, memory that runs out, and trials with workers of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import yaml
+from ray_processes import RayHead, clean_environment, end_session, free_ports
+from runs import ray_recipe
+from support import PlansHere
+
+from raymem.cluster import search as search_module
+from raymem.cluster import sweep as sweep_module
+from raymem.cluster import trial as trial_module
+from raymem.cluster.search import Objective, open_study
+from raymem.cluster.sweep import SweepOptions, Swept, sweep
+from raymem.cluster.sweep_report import SweepRow, rows_of
+from raymem.cluster.sweep_resources import RUNTIME_BYTES, nested, resources_of
+from raymem.errors import BudgetExceeded, RecipeError
+from raymem.planner import Planner, process
+from raymem.training.recipe import Recipe
+from raymem.training.space_io import load_space
+
+SPACE = {
+    "adapter.rank": {"type": "choice", "choices": [2, 4, 8, 16]},
+    "train.micro_batch": {"type": "choice", "choices": [1, 2, 4, 8]},
+    "optimizer.lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
+}
+STEPS = {"steps": 6, "global_batch": 8, "micro_batch": 2, "eval_every": 3, "save_every": 3, "warmup": 0}
+
+
+@pytest.fixture
+def recipe(llama: Path, examples: Path, tmp_path: Path) -> Recipe:
+    return ray_recipe(llama, examples, tmp_path / "storage", "sweep", train=STEPS, space=SPACE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def planned_here() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "Child", PlansHere)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sizes(planned_here: None, llama: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    """Predicted peaks of the corners, in order."""
+    found = []
+    with Planner() as planner:
+        for micro_batch in (1, 8):
+            for rank in (2, 16):
+                train = {**STEPS, "micro_batch": micro_batch}
+                point = ray_recipe(
+                    llama, examples, tmp_path_factory.mktemp("s"), "x", train=train, adapter={"rank": rank}
+                )
+                scaling = point.scaling.model_copy(update={"num_workers": 0})
+                found.append(planner.plan(point.model_copy(update={"scaling": scaling})).capacity_bytes)
+    return sorted(found)
+
+
+def run(recipe: Recipe, budget: int, samples: int = 6, **options: Any) -> Swept:
+    wanted = SweepOptions(budget, samples, early_stopping=False, **options)
+    return sweep(recipe, load_space(None, recipe), wanted)
+
+
+def started(rows: list[SweepRow]) -> list[SweepRow]:
+    return [row for row in rows if row.status != "refused"]
+
+
+def leaked_groups() -> list[str]:
+    return [g["name"] for g in ray.util.placement_group_table().values() if g["state"] not in ("REMOVED",)]
+
+
+def test_only_what_fits_is_tried_and_the_best_can_be_trained(
+    cluster: RayHead, recipe: Recipe, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "PATIENCE", 20)
+    budget = (sizes[1] + sizes[2]) // 2
+    tracked = recipe.model_copy(update={"tracking": recipe.tracking.model_validate({"kind": "none"})})
+    swept = run(tracked, budget)
+    rows = started(swept.rows)
+    assert len(rows) == 6 and {row.status for row in rows} == {"finished"}
+    assert len(swept.rows) > 6, "something was refused"
+    for row in rows:
+        assert row.measured_bytes is not None and row.measured_bytes <= budget
+        assert row.predicted_bytes == pytest.approx(row.measured_bytes, rel=0.03)
+    assert not leaked_groups()
+    best = yaml.safe_load((swept.folder / "report/best.yaml").read_text())
+    assert best["train"]["micro_batch"] < 8 and best["scaling"] == recipe.to_dict()["scaling"]
+    assert (swept.folder / "report/pareto.png").exists()
+    again = run(tracked, budget)  # nothing is left to do
+    assert [row.number for row in again.rows] == [row.number for row in swept.rows]
+    with pytest.raises(RecipeError, match="a sweep of this name with another budget lies there"):
+        run(tracked, budget + 1)
+    with pytest.raises(BudgetExceeded) as refused:
+        run(tracked.model_copy(update={"name": "tiny"}), sizes[0] - 1)
+    assert "below the smallest point of the space" in str(refused.value) and "'adapter.rank': 2" in str(refused.value)
+
+
+def test_what_a_trial_reserves(cluster: RayHead, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling, process, memory, threads = resources_of(recipe, 5 << 30)
+    assert (scaling["num_workers"], process, threads) == (0, {"CPU": 1.0}, 1)
+    assert memory == (5 << 30) + RUNTIME_BYTES
+
+    def changed(**options: Any) -> Recipe:
+        return recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update=options)})
+
+    scaling, process, memory, _ = resources_of(changed(num_workers=2), 5 << 30)
+    assert (process, memory) == ({"CPU": 0.01}, 0) and scaling["num_workers"] == 2
+    assert scaling["resources_per_worker"]["memory"] == (5 << 30) + RUNTIME_BYTES
+    assert nested(changed(num_workers=(1, 2))) and not nested(changed(num_workers=0))
+    on_gpu = changed(use_gpu=True, resources_per_worker=None)
+    assert resources_of(on_gpu, 5 << 30)[1] == {"CPU": 1.0, "GPU": 1.0}, "whole GPUs where nodes say nothing"
+    nodes = [{"Alive": True, "Resources": {"GPU": 2.0, "gpu_memory_mib": 2.0 * 16_000}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert resources_of(on_gpu, 5 << 30)[1] == {
+        "CPU": 1.0,
+        "GPU": pytest.approx(1 / 3, abs=1e-4),
+        "gpu_memory_mib": 5333,
+    }
+    assert resources_of(on_gpu, 9 << 30)[1] == {"CPU": 1.0, "GPU": 1.0, "gpu_memory_mib": 16_000}
+
+
+def dying_trial(config: dict[str, Any]) -> None:
+    """Every fifth trial runs out of memory, every fourth one's process is killed on the first try."""
+    import torch
+
+    from raymem.cluster.trial import TrialJob, run_trial
+    from raymem.training import loop
+
+    job = TrialJob.of(config)
+    folder = Path(job.recipe["storage"]["path"])
+    with open(folder / "attempts.txt", "a") as file:
+        file.write(f"{job.number} {os.getpid()}\n")
+    attempts = [line.split()[0] for line in (folder / "attempts.txt").read_text().splitlines()]
+    index = sorted(set(map(int, attempts))).index(job.number)
+    original = loop.train_step
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        if index % 5 == 4:
+            raise torch.OutOfMemoryError("injected")
+        if index % 4 == 3 and attempts.count(str(job.number)) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    loop.train_step = fails
+    try:
+        run_trial(config)
+    finally:
+        loop.train_step = original
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_is_a_result_and_a_crash_is_tried_again(
+    cluster: RayHead, recipe: Recipe, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(sweep_module, "run_trial", dying_trial)
+    try:
+        swept = run(recipe, sizes[-1], samples=10)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    rows = started(swept.rows)
+    assert Counter(row.status for row in rows) == {"finished": 8, "infeasible": 2}
+    assert all(
+        row.measured_bytes and "out of memory" in (row.problem or "") for row in rows if row.status == "infeasible"
+    )
+    lines = [line.split() for line in (Path(recipe.storage.path) / "attempts.txt").read_text().splitlines()]
+    per_trial = Counter(number for number, _ in lines)
+    assert sorted(per_trial.values()) == [1] * 6 + [2] * 4, "killed ones once more, infeasible ones only to say so"
+    processes = [pid for number, pid in lines]
+    assert len(set(processes)) < len(processes), "processes are used again"
+    for number in [str(row.number) for row in rows if row.status == "infeasible"]:
+        failed = next(index for index, (n, _) in enumerate(lines) if n == number)
+        assert lines[failed][1] not in processes[failed + 1 :], "a process that ran out of memory is not used again"
+    study = open_study(swept.folder / "journal.log", Objective(("eval_loss",)), recipe.name)
+    assert all(trial.state.is_finished() for trial in study.get_trials())
+    assert not leaked_groups()
+
+
+@pytest.mark.slow
+def test_trials_with_workers_take_turns(cluster: RayHead, recipe: Recipe, sizes: list[int]) -> None:
+    """Two workers on two cores: never more than one trial at a time, and no deadlock."""
+    scaling = {"num_workers": 2, "resources_per_worker": {"CPU": 0.9}}
+    wanted = Recipe.model_validate({**recipe.to_dict(), "scaling": {**recipe.to_dict()["scaling"], **scaling}})
+    swept = run(wanted, 2 * sizes[-1], samples=2)
+    assert [row.status for row in started(swept.rows)] == ["finished"] * 2
+    assert all(row.measured_bytes == pytest.approx(row.predicted_bytes, rel=0.03) for row in started(swept.rows))
+
+
+@pytest.mark.slow
+def test_sigkill_of_the_driver_repeats_nothing_and_mlflow_shows_the_tree(
+    ray_head: RayHead, recipe: Recipe, sizes: list[int], tmp_path: Path
+) -> None:
+    """With a real ``mlflow server``."""
+    import mlflow
+
+    (port,) = free_ports(1)
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/m.db", "--artifacts-destination", str(tmp_path / "art")]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(tmp_path / "server.log", "wb") as log:
+        server = subprocess.Popen(command, env={**clean_environment(), **quiet}, stdout=log, stderr=log)
+    steps = {**STEPS, "steps": 30, "eval_every": 10, "save_every": 10}
+    plain = {**recipe.to_dict(), "train": {**recipe.to_dict()["train"], **steps}}
+    plain["tracking"] = {"kind": "mlflow", "uri": uri, "experiment": "sweeps"}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(plain))
+    arguments = ["sweep", str(tmp_path / "sweep.yaml"), "--samples", "6", f"--budget={sizes[-1]}B", "--name=killed"]
+    arguments += ["--no-early-stopping"]
+    folder = Path(recipe.storage.path)
+    try:
+        wait(lambda: answers(uri), server, tmp_path / "server.log")
+        driver = start_driver(ray_head, arguments, tmp_path / "one.log")
+        wait(lambda: len(list(folder.glob("killed-*/trial.json"))) >= 2, driver, tmp_path / "one.log")
+        before = {file.parent.name: file.read_bytes() for file in folder.glob("killed-*/trial.json")}
+        driver.kill()
+        driver.wait()
+        ended = time.monotonic() + 60
+        while trial_processes(ray_head) and time.monotonic() < ended:
+            time.sleep(0.5)
+        assert not trial_processes(ray_head), "trials end with their driver"
+        second = start_driver(ray_head, arguments, tmp_path / "two.log")
+        assert second.wait(300) == 0, (tmp_path / "two.log").read_text()[-3000:]
+        rows = json.loads((folder / "killed/report/trials.json").read_text())
+        done = [row for row in rows if row["status"] != "refused"]
+        assert [row["status"] for row in done] == ["finished"] * 6
+        for name, content in before.items():
+            assert (folder / name / "trial.json").read_bytes() == content, "a finished trial is not trained again"
+        client = mlflow.MlflowClient(uri)
+        experiment = client.get_experiment_by_name("sweeps")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+        (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+        children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        names = {r.info.run_name for r in children if r.info.status == "FINISHED"}
+        assert names == {f"killed-{row['number']:04d}" for row in done}
+        finished = next(r for r in children if r.info.status == "FINISHED")
+        assert {"eval_loss", "peak_bytes", "predicted_peak_bytes"} <= finished.data.metrics.keys()
+        assert finished.data.params["adapter.rank"] in "2 4 8 16"
+        assert {f.path for f in client.list_artifacts(parent.info.run_id, "sweep")} >= {
+            "sweep/best.yaml",
+            "sweep/pareto.png",
+        }
+    finally:
+        end_session(server)
+
+
+def start_driver(head: RayHead, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = {**head.client_env(), "RAYMEM_CACHE": os.environ["RAYMEM_CACHE"]}
+    with open(log, "wb") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "raymem.cli", *arguments], env=environment, stdout=out, stderr=out
+        )
+
+
+def trial_processes(head: RayHead) -> list[str]:
+    found = psutil.Process(head.pid).children(recursive=True)
+    names = []
+    for child in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            names.append(" ".join(child.cmdline()))
+    return [name for name in names if "ImplicitFunc" in name or "run_trial" in name]
+
+
+def answers(uri: str) -> bool:
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def wait(condition: Any, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"ended with {process.poll()}, or too slow:\n{log.read_text()[-4000:]}")
+        time.sleep(0.1)
+
+
+def test_a_trial_that_was_killed_for_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raymem.training.storage import Storage
+
+    run_storage = Storage.open(str(tmp_path)).child("trial")
+    monkeypatch.setattr(trial_module, "_oom_kills", lambda: 3)
+    assert trial_module.earlier_result(run_storage) is None
+    run_storage.write_json(trial_module.ATTEMPT, {"oom_kills": 3, "host": os.uname().nodename})
+    assert trial_module.earlier_result(run_storage) is None, "it was killed for something else"
+    monkeypatch.setattr(trial_module, "_oom_kills", lambda: 4)
+    found = trial_module.earlier_result(run_storage)
+    assert found is not None and found["status"] == "infeasible" and "out of memory" in found["problem"]
+    assert trial_module.earlier_result(run_storage) == found
+
+
+def test_rows_of_an_empty_study_are_none(tmp_path: Path) -> None:
+    assert rows_of(open_study(tmp_path / "j", Objective(("eval_loss",)), "x").get_trials()) == []
+
+
+def test_a_metric_that_no_trial_reports_is_named(recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match="objective 'eval_los': no trial reports that; did you mean 'eval_loss'"):
+        run(recipe, 1 << 30, objective=Objective(("eval_los",)))
