@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Read by torch, transformers and huggingface_hub when they are imported, also in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +41,20 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_examples(directory / "train.jsonl", 40, seed=0)
     write_examples(directory / "eval.jsonl", 8, seed=1)
     return directory
+
+
+@pytest.fixture
+def forked_planner(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are made in a forked process, not in a fresh one, which tests/planner/test_process.py has."""
+    from support import answers_of, in_processes
+
+    from raymem.planner import process
+
+    def run_child(jobs: list[dict[str, Any]], timeout_s: float) -> tuple[list[dict[str, Any]], int]:
+        (answers,) = in_processes(answers_of, 0, tmp_path_factory.mktemp("plan"), jobs)
+        return answers, 0
+
+    monkeypatch.setattr(process, "_run_child", run_child)
 
 
 @pytest.fixture(scope="session")

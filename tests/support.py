@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -284,3 +285,11 @@ def _work(
     finally:
         sender.close()
         os._exit(0)  # what is left of a failed group would wait for its peers
+
+
+def answers_of(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the planning process does, in this process, which ends with it."""
+    from raymem.planner import child
+
+    warnings.filterwarnings("ignore")
+    return [child.answer(job) for job in jobs]
