@@ -49,7 +49,7 @@ def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_sigkill_of_the_command_changes_nothing(adapter: str, tmp_path: Path, llama: Path, examples: Path) -> None:
-    train = {"steps": 60, "global_batch": 4, "micro_batch": 2, "save_every": 5}
+    train = {"steps": 24, "global_batch": 4, "micro_batch": 2, "save_every": 4}
     for name in ("killed", "straight"):
         write_recipe(tmp_path / f"{name}.yaml", tmp_path, llama, examples, adapter=adapter, train=train)
     checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
