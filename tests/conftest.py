@@ -20,6 +20,14 @@ os.environ["RAYMEM_CACHE"] = os.path.join(tempfile.gettempdir(), f"raymem-tests-
 import pytest
 
 
+def pytest_collection() -> None:
+    gc.disable()  # libraries are imported now, which make a million objects to keep
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["RAYMEM_CACHE"], ignore_errors=True)
 
