@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-for name in ("support", "peft", "pandas", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"):
+from raymem.training.peft_import import without_bitsandbytes
+
+gc.disable()  # what is imported stays
+with without_bitsandbytes():
+    importlib.import_module("peft")
+for name in ("support", "pandas", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"):
     importlib.import_module(name)
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns
+gc.enable()
+gc.freeze()

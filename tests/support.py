@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -295,7 +296,8 @@ class PlansHere:
     def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         from raymem.planner.child import answer
 
-        return answer(job)
+        with warnings.catch_warnings(action="ignore"):
+            return answer(job)
 
     def close(self) -> int:
         return 0

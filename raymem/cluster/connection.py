@@ -42,6 +42,7 @@ def connect(recipe: Recipe) -> None:
                 _private_token()
                 for name, value in _QUIET.items():
                     os.environ.setdefault(name, value)
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor; nobody takes this node
                 ray.init(address="local", include_dashboard=False, **options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             where = f"RAY_ADDRESS={address}" if address else "a local cluster"

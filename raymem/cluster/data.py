@@ -101,7 +101,12 @@ def _download(key: str, storage: Storage) -> None:
 
 
 def ray_map(function: Callable[[Task], Counts], tasks: Sequence[Task]) -> list[Counts]:
-    """``map`` with one Ray task per item; a block is written atomically, so a retried task does no harm."""
+    """``map`` with one Ray task per item; a block is written atomically, so a retried task does no harm.
+
+    A single item is done here: a worker would have to start and import for longer than that takes.
+    """
+    if len(tasks) == 1:
+        return serial(function, tasks)
     import ray
 
     remote = ray.remote(num_cpus=1)(function_of).options(max_retries=3)

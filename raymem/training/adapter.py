@@ -19,6 +19,7 @@ from raymem.methods.loram.config import LoRAMOptions
 from raymem.methods.moram.config import MoRAMOptions
 from raymem.seeds import generator
 from raymem.training.base import base_name
+from raymem.training.peft_import import without_bitsandbytes
 from raymem.training.recipe import LoraAdapter, NoAdapter, Recipe
 
 log = logging.getLogger(__name__)
@@ -39,15 +40,16 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     if isinstance(adapter, NoAdapter):
         _freeze(model, adapter.freeze)
         return model
-    from peft import get_peft_model
+    with without_bitsandbytes():
+        from peft import get_peft_model
 
-    config = _peft_config(model, adapter)
-    planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
-    config.base_model_name_or_path, config.revision = (None, None) if planned else base_name(recipe)
-    try:
-        wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-    except AdapterError as error:
-        raise RecipeError(f"adapter.{error}") from None
+        config = _peft_config(model, adapter)
+        planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
+        config.base_model_name_or_path, config.revision = (None, None) if planned else base_name(recipe)
+        try:
+            wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        except AdapterError as error:
+            raise RecipeError(f"adapter.{error}") from None
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

@@ -14,6 +14,7 @@ from raymem.errors import ModelError, StorageError
 from raymem.methods.loram.manifest import MANIFEST
 from raymem.methods.loram.recover import is_recovered
 from raymem.training.data.tokenizer import load_tokenizer
+from raymem.training.peft_import import without_bitsandbytes
 
 
 def load_artifact(directory: str | Path) -> tuple[Any, Any]:
@@ -22,9 +23,10 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     Raises:
         ModelError: it is neither, or the base that the adapter names cannot be loaded.
     """
-    from peft import PeftConfig, PeftModel
+    with without_bitsandbytes():
+        from peft import PeftConfig, PeftModel
 
-    import raymem.methods.moram  # noqa: F401 - makes PEFT know the method
+        import raymem.methods.moram  # noqa: F401 - makes PEFT know the method
 
     path = Path(directory)
     if not (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
@@ -35,7 +37,9 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     try:
         if (path / "adapter_config.json").is_file():
             config = PeftConfig.from_pretrained(str(path))
-            model = PeftModel.from_pretrained(_load(config.base_model_name_or_path, config.revision), str(path))
+            base = _load(config.base_model_name_or_path, config.revision)
+            with without_bitsandbytes():
+                model = PeftModel.from_pretrained(base, str(path))
         else:
             model = _load(str(path), None)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -15,6 +15,9 @@ import ray
 import torch
 from ray_processes import RayHead, end_session, free_ports, wait_until_up
 
+QUIET = {"RAY_enable_metrics_collection": "0", "RAY_event_stats": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""What the dashboard shows is not collected, and no actor waits for a cloud that takes this machine back."""
+
 
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[RayHead]:
@@ -28,7 +31,7 @@ def ray_head() -> Iterator[RayHead]:
     token_path.write_text("test-" + os.urandom(16).hex())
     gcs, dashboard, client, agent = free_ports(4)
     head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token_path, home, 0)
-    environment = {k: v for k, v in head.client_env().items() if k != "RAY_API_SERVER_ADDRESS"}
+    environment = {k: v for k, v in head.client_env().items() if k != "RAY_API_SERVER_ADDRESS"} | QUIET
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={gcs}", "--num-cpus=2"]
     command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
@@ -76,6 +79,7 @@ def cluster(ray_head: RayHead) -> Iterator[RayHead]:
         for name, value in ray_head.client_env().items():
             patch.setenv(name, value)
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         from ray._raylet import AuthenticationTokenLoader, Config
 
         Config.initialize("")

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -65,17 +66,40 @@ def wait_until_up(process: subprocess.Popen[bytes], head: RayHead, log: Path) ->
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the head, and SIGKILL to whatever of its own descendants is left after that."""
+    """SIGKILL to the head and all of its descendants; asked politely, Ray takes 20 seconds to the same end."""
     if process.poll() is not None:
         return
-    ours = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(15)
-    _, alive = psutil.wait_procs(ours, timeout=5)
-    for child in alive:
+    head = psutil.Process(process.pid)
+    ours = [head, *head.children(recursive=True)]
+    for one in ours:
         with contextlib.suppress(psutil.NoSuchProcess):  # psutil compares start times: never a recycled pid
-            child.kill()
-    if process.poll() is None:
-        process.kill()
+            one.kill()
     process.wait(15)
+    psutil.wait_procs(ours, timeout=5)
+
+
+def workers_of(head: RayHead) -> list[psutil.Process]:
+    """Ray Train workers of this session's cluster only."""
+    found = psutil.Process(head.pid).children(recursive=True)
+    return [process for process in found if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+class KillOnce(threading.Thread):
+    """SIGKILL one worker as soon as a run has a checkpoint."""
+
+    def __init__(self, head: RayHead, run: Path) -> None:
+        super().__init__(daemon=True)
+        self.head, self.run_directory = head, run
+        self.killed: int | None = None
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 200
+        workers: list[psutil.Process] = []
+        while time.monotonic() < deadline and self.killed is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if not workers:  # looked for early and seldom: that takes longer than some steps
+                    workers = workers_of(self.head)
+                elif list(self.run_directory.glob("checkpoints/step_*/manifest.json")):
+                    workers[-1].send_signal(signal.SIGKILL)
+                    self.killed = workers[-1].pid
+            time.sleep(0.01 if workers else 0.5)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ray_processes import RayHead
-from runs import ray_recipe
+from ray_processes import KillOnce, RayHead
+from run_files import losses, result_bytes
+from runs import ray_recipe, train_here
+from support import in_processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,18 +23,27 @@ def submit(head: RayHead, recipe: Path, *arguments: str) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, env=head.client_env(), capture_output=True, text=True, timeout=280)
 
 
-def test_job_trains(ray_head: RayHead, llama: Path, examples: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "job.yaml"
+def test_a_job_trains_and_a_sigkill_of_its_worker_changes_nothing(
+    ray_head: RayHead, llama: Path, examples: Path, tmp_path: Path
+) -> None:
+    """The worker dies at its first checkpoint; the end is bit for bit that of the same loop without Ray."""
+    recipe, run = tmp_path / "job.yaml", tmp_path / "runs" / "job"
     wanted = ray_recipe(llama, examples, tmp_path / "runs", "job", scaling={"num_workers": 1})
     recipe.write_text(yaml.safe_dump(wanted.to_dict()))
+    killer = KillOnce(ray_head, run)
+    killer.start()
 
     done = submit(ray_head, recipe)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 40/40" in done.stdout
-    assert "trained 40 steps" in done.stdout
+    assert "trained 40 steps (resumed at " in done.stdout, "from a checkpoint"
     assert "Traceback" not in done.stdout
-    assert (tmp_path / "runs" / "job" / "adapter" / "adapter_model.safetensors").is_file()
     assert ray_head.token_path.read_text() not in done.stdout + done.stderr
+    assert killer.killed is not None
+
+    untouched = ray_recipe(llama, examples, tmp_path / "untouched", "job", scaling={"num_workers": 0})
+    (expected,) = in_processes(train_here, 0, tmp_path / "meet", untouched)
+    assert (losses(run), result_bytes(run)) == (expected, result_bytes(tmp_path / "untouched" / "job"))
 
 
 @pytest.mark.slow

@@ -23,9 +23,10 @@ import yaml
 from loram_runs import STAGES, dying_run, files_of, identities, loram_recipe, run_stages
 from ray_processes import RayHead
 from safetensors.torch import load_file, save_file
-from support import in_processes, save_model
+from support import in_processes, make_recipe, run_fragment, save_model
 
 from raymem.cli import run_app
+from raymem.cluster.data import ray_map
 from raymem.cluster.loram_pipeline import Pipeline
 from raymem.cluster.trainer import launch
 from raymem.errors import ModelError
@@ -33,6 +34,7 @@ from raymem.methods.loram import read_manifest
 from raymem.methods.loram.manifest import MANIFEST
 from raymem.methods.loram.recover import is_recovered
 from raymem.methods.loram.steps import Step
+from raymem.training.data import shards
 from raymem.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -217,6 +219,22 @@ def test_sigkill_of_a_task_changes_nothing(
     pipeline.prune()
     assert marker.exists()
     assert pruned_files(tmp_path) == pruned_files(untouched[0])
+
+
+def test_data_of_several_blocks_is_prepared_by_tasks(
+    cluster: RayHead, llama: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here, where the workers of the test above still wait, with what they have imported."""
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 25)
+    section = make_recipe(run_fragment(examples, tmp_path)).data
+    here = shards.prepare(section, "train", str(llama), tmp_path / "here")
+    monkeypatch.setattr("raymem.cluster.data.serial", None)
+    there = shards.prepare(section, "train", str(llama), tmp_path / "there", ray_map)
+    assert there.key == here.key
+    ((mine, _),), ((theirs, _),) = here.directories, there.directories
+    names = sorted(path.name for path in mine.iterdir())
+    assert len(names) == 3, "two shards and a manifest"
+    assert [(theirs / name).read_bytes() for name in names] == [(mine / name).read_bytes() for name in names]
 
 
 @SLOW

@@ -1,25 +1,26 @@
-"""A run that was killed ends exactly like one that was not, in every layout; layouts can be switched in between."""
+"""A run that was killed ends exactly like one that was not, in every layout; layouts can be switched in between.
+
+In the default tier one such death is a worker's of the job in test_finetune_job.py; each start here takes 20 s.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from ray_processes import RayHead
+from ray_processes import KillOnce, RayHead
 from run_files import losses, result_bytes
 from runs import ray_recipe, train_here
 from support import in_processes
 
 from raymem.cluster.trainer import launch
+
+pytestmark = pytest.mark.slow
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp-1": {"num_workers": 1},
@@ -55,41 +56,13 @@ def uninterrupted(llama: Path, examples: Path, storage: Path) -> Untouched:
     return run
 
 
-def workers_of(head: RayHead) -> list[psutil.Process]:
-    """Ray Train workers of this session's cluster only."""
-    found = psutil.Process(head.pid).children(recursive=True)
-    return [process for process in found if "RayTrainWorker" in " ".join(process.cmdline())]
-
-
-class KillOnce(threading.Thread):
-    """SIGKILL one worker as soon as a run has a checkpoint."""
-
-    def __init__(self, head: RayHead, run: Path) -> None:
-        super().__init__(daemon=True)
-        self.head, self.run_directory = head, run
-        self.killed: int | None = None
-
-    def run(self) -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and self.killed is None:
-            if list(self.run_directory.glob("checkpoints/step_*/manifest.json")):
-                for process in workers_of(self.head)[-1:]:
-                    process.send_signal(signal.SIGKILL)
-                    self.killed = process.pid
-            time.sleep(0.01)
-
-
-SLOW = pytest.mark.slow  # a start of Ray Train takes some 20 s of CPU time; the default tier has the hardest death
-
-
 @pytest.mark.parametrize(
     ("layout", "method"),
     [
-        ("fsdp2-2", "plain"),
-        pytest.param("ddp-1", "plain", marks=SLOW),
-        pytest.param("ddp-2", "plain", marks=SLOW),
-        pytest.param("ddp-1", "mlorc", marks=SLOW),
-        *(pytest.param("fsdp2-2", method, marks=SLOW) for method in METHODS if method != "plain"),
+        ("ddp-1", "plain"),
+        ("ddp-2", "plain"),
+        ("ddp-1", "mlorc"),
+        *(("fsdp2-2", method) for method in METHODS),
     ],
 )
 def test_sigkill_of_a_worker_changes_nothing(
@@ -104,7 +77,6 @@ def test_sigkill_of_a_worker_changes_nothing(
     assert (losses(storage / name), result_bytes(storage / name)) == uninterrupted(layout, method)
 
 
-@SLOW
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_exit_in_the_middle_of_a_step_changes_nothing(
     layout: str, cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Untouched,
@@ -136,7 +108,6 @@ def test_exit_in_the_middle_of_a_step_changes_nothing(
     assert (losses(storage / name), result_bytes(storage / name)) == uninterrupted(layout)
 
 
-@SLOW
 def test_layouts_can_be_switched(cluster: RayHead, llama: Path, examples: Path, storage: Path) -> None:
     """0 workers -> 2 sharded workers under Ray -> 0 workers: the same rows in the same order, to rounding of sums."""
     same = {"adapter": {"dropout": 0.0}}  # dropout draws by rank
@@ -149,7 +120,6 @@ def test_layouts_can_be_switched(cluster: RayHead, llama: Path, examples: Path, 
     torch.testing.assert_close(torch.tensor(switched), torch.tensor(straight), rtol=1e-4, atol=0.0)
 
 
-@SLOW
 def test_elastic_group_goes_on_with_what_is_there(
     cluster: RayHead, llama: Path, examples: Path, storage: Path, uninterrupted: Untouched
 ) -> None:
@@ -164,7 +134,6 @@ def test_elastic_group_goes_on_with_what_is_there(
     torch.testing.assert_close(torch.tensor(elastic), torch.tensor(alone), rtol=1e-4, atol=0.0)
 
 
-@SLOW
 def test_error_of_the_user_reaches_the_driver_without_retries(
     cluster: RayHead, llama: Path, examples: Path, storage: Path
 ) -> None:

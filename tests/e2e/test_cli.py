@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support import FAMILIES
+from commands import run_command
+from small_disk import mount_small_disk
+from support import FAMILIES, in_processes
 
 from raymem.cli import run_app
 
@@ -221,8 +223,15 @@ def as_nobody(*command: str, **environment: str) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
+def command_of_nobody(command: list[str]) -> subprocess.CompletedProcess[str]:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    return run_command(*command)
+
+
 def test_unreadable_storage_is_an_error_and_a_read_only_home_is_none(
-    tmp_path_factory: pytest.TempPathFactory, llama: Path, examples: Path
+    tmp_path: Path, llama: Path, examples: Path
 ) -> None:
     import tempfile
 
@@ -245,7 +254,7 @@ def test_unreadable_storage_is_an_error_and_a_read_only_home_is_none(
             pytest.skip("this Python is not readable for other users")
         assert done.returncode == 0, done.stderr
         storage.chmod(0o555)
-        refused = as_nobody(*train, "-s", f"storage.path={storage}/other", HOME=str(home))
+        (refused,) = in_processes(command_of_nobody, 0, tmp_path, [*train[3:], "-s", f"storage.path={storage}/other"])
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
     assert str(storage) in refused.stderr
@@ -259,17 +268,22 @@ def test_full_disk_at_a_checkpoint_keeps_the_one_before(tmp_path: Path, llama: P
     )  # fmt: skip
     runs = tmp_path / "runs"
     runs.mkdir()
-    train = f"{sys.executable} -m raymem.cli train {recipe} -s storage.num_to_keep=1000"
-    # The second line shows what is there while the private mount still exists.
-    script = f"mount -t tmpfs -o size=2m tmpfs {runs} || exit 77\n{train}; status=$?\nfind {runs}/tiny; exit $status"
-    done = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True)
-    if done.returncode == 77 or "unshare" in done.stderr:
-        pytest.skip(f"no private mount here: {done.stderr.strip()}")
+    command = ["train", str(recipe), "-s", "storage.num_to_keep=1000"]
+    ((done, left),) = in_processes(command_on_small_disk, 0, tmp_path, command, runs)
+    if done is None:
+        pytest.skip("no private mount here")
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "space" in done.stderr
-    assert "step_00000001/manifest.json" in done.stdout
-    assert ".part" not in done.stdout
+    assert runs / "tiny" / "checkpoints" / "step_00000001" / "manifest.json" in left
+    assert not [path for path in left if ".part" in path.name]
+
+
+def command_on_small_disk(command: list[str], runs: Path) -> tuple[subprocess.CompletedProcess[str] | None, list[Path]]:
+    """With what is there in the end, when the mount still exists."""
+    if not mount_small_disk(runs, "2m"):
+        return None, []
+    return run_command(*command), list(runs.rglob("*"))
 
 
 def test_init_writes_a_recipe_that_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

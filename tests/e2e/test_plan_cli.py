@@ -15,6 +15,8 @@ from raymem.errors import BudgetExceeded
 from raymem.planner import known_plan
 from raymem.training.recipe_io import load_recipe
 
+pytestmark = pytest.mark.usefixtures("planned_here")
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:

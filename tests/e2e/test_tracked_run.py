@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
+from commands import kill_command
 from run_files import losses
 from test_cli import write_recipe
 
@@ -53,16 +49,11 @@ def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_sigkill_of_the_command_changes_nothing(adapter: str, tmp_path: Path, llama: Path, examples: Path) -> None:
-    train = {"steps": 60, "global_batch": 4, "micro_batch": 2, "save_every": 5}
+    train = {"steps": 24, "global_batch": 4, "micro_batch": 2, "save_every": 4}
     for name in ("killed", "straight"):
         write_recipe(tmp_path / f"{name}.yaml", tmp_path, llama, examples, adapter=adapter, train=train)
-    command = [sys.executable, "-m", "raymem.cli", "train", str(tmp_path / "killed.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
-    while process.poll() is None and not list(checkpoints.glob("step_*/manifest.json")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    kill_command("train", tmp_path / "killed.yaml", checkpoints=checkpoints, folder=tmp_path / "first")
     assert run_app("train", tmp_path / "killed.yaml") == 0
     assert run_app("train", tmp_path / "straight.yaml") == 0
     assert losses(tmp_path / "runs" / "killed") == losses(tmp_path / "runs" / "straight")

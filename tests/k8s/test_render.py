@@ -104,6 +104,7 @@ def test_runs_on_an_object_store_have_no_shared_volume(tmp_path: Path) -> None:
 
 
 @needs_kubectl
+@pytest.mark.usefixtures("planned_here")
 def test_the_memory_request_is_the_figure_with_its_margin() -> None:
     overrides = ["storage.path=/shared/runs", "scaling.num_workers=2"]
     path = Path(kubernetes.__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
@@ -116,6 +117,7 @@ def test_the_memory_request_is_the_figure_with_its_margin() -> None:
     assert quantity(container["resources"]["requests"]["memory"]) == done.request_bytes
 
 
+@pytest.mark.usefixtures("planned_here")
 def test_a_model_that_is_not_here_needs_a_figure(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", model={"name": "/shared/models/big"})
     with pytest.raises(ClusterError, match=r"cannot be planned here .*big does not exist.*--worker-memory, for"):

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 from cases import case
-from support import PlansHere, make_recipe
+from support import make_recipe
 
-from raymem.planner import calibration, process
+from raymem.planner import calibration
 from raymem.planner.gate import Admitted, Gate, Refused
 from raymem.planner.process import Planner
 from raymem.training.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planned_here: None) -> None:
     monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(process, "Child", PlansHere)
 
 
 def changed(**sections: Any) -> Recipe:

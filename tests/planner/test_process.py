@@ -155,14 +155,22 @@ def test_evaluation_and_selection_are_phases_of_their_own() -> None:
 
 def test_advice_is_a_list_of_overrides_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     base = case("full")
-    monkeypatch.setattr(advise, "plan_many", lambda recipes, gpu: [planned(recipe) for recipe in recipes])
+    made: dict[str, Plan] = {}
+
+    def plan_many(recipes: list[Recipe], gpu: str | None) -> list[Plan]:
+        for recipe in recipes:
+            if recipe.model_dump_json() not in made:
+                made[recipe.model_dump_json()] = planned(recipe)
+        return [made[recipe.model_dump_json()] for recipe in recipes]
+
+    monkeypatch.setattr(advise, "plan_many", plan_many)
     monkeypatch.setattr(advise, "candidates", lambda recipe: ["activations=checkpoint", "train.micro_batch=1"])
     fragments = {"activations=checkpoint": CHECKPOINT, "train.micro_batch=1": {"train": {"micro_batch": 1}}}
 
     def load(more: Any) -> Recipe:
         return make_recipe(base.to_dict(), *(fragments[one] for one in more))
 
-    needed = {one: planned(load([one])).capacity_bytes for one in fragments}
+    needed = {one: plan_many([load([one])], None)[0].capacity_bytes for one in fragments}
     found = advise.advise(load, max(needed.values()))
     assert [a.overrides for a in found] == [(one,) for one in sorted(needed, key=lambda o: needed[o])]
     both = advise.advise(load, min(needed.values()) - 1)

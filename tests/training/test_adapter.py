@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import assert_same, make_recipe, num_targets, random_batch, save_model, snapshot
+from support import assert_same, in_processes, make_recipe, num_targets, random_batch, save_model, snapshot
 
 from raymem.errors import ModelError, RecipeError
 from raymem.training.layout import Layout
@@ -137,3 +138,16 @@ def test_an_adapter_that_would_mean_something_else_is_refused(option: str, llama
     changed = {"adapter": {option: 8 if option == "rank" else 99.0, "init_from": str(tmp_path)}}
     with pytest.raises(ModelError, match=rf"would change what it does; set adapter\.{option}"):
         build_model(make_recipe(changed, model=llama))
+
+
+def loaded_by_lora(model: str) -> tuple[bool, bool]:
+    """Whether bitsandbytes was imported, and whether PEFT finds it afterwards."""
+    build_model(make_recipe(model=model))
+    from peft.import_utils import is_bnb_available
+
+    return "bitsandbytes" in sys.modules, is_bnb_available()
+
+
+def test_bitsandbytes_is_left_alone_until_a_model_has_its_layers(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert in_processes(loaded_by_lora, 0, tmp_path, str(llama)) == [(False, True)]

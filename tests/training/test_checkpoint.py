@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import assert_same, make_recipe
+from small_disk import mount_small_disk
+from support import assert_same, in_processes, make_recipe
 
-from raymem.errors import CheckpointError
+from raymem.errors import CheckpointError, StorageError
 from raymem.training.checkpoint import SCHEMA_VERSION, Checkpoints, Manifest, latest_manifest
 from raymem.training.layout import Layout
 from raymem.training.storage import Storage
@@ -181,43 +180,32 @@ def test_a_checkpoint_of_another_model_is_refused(run: Storage, change: Any) -> 
         Checkpoints(run, Layout()).load(manifest, wanted)
 
 
-FULL_DISK = """
-import errno, os, subprocess, sys
-from pathlib import Path
-disk = Path(sys.argv[1])
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], check=True)
-import torch
-from raymem.errors import StorageError
-from raymem.training.checkpoint import Checkpoints, Manifest, latest_manifest
-from raymem.training.layout import Layout
-from raymem.training.storage import Storage
-from support import make_recipe
-run = Storage.open(str(disk / "run"))
-checkpoints = Checkpoints(run, Layout())
-state = {"weights": torch.arange(500_000, dtype=torch.float32)}
-recipe = make_recipe().to_dict()
-checkpoints.save(Manifest(1, {}, recipe, None), state, "last", 2)
-before = sorted(str(path) for path in disk.rglob("*"))
-try:
-    checkpoints.save(Manifest(2, {}, recipe, None), state, "last", 2)
-except StorageError as error:
-    print(error)
-else:
-    raise AssertionError("4 MB do not fit into 3")
-assert sorted(str(path) for path in disk.rglob("*")) == before, "something half-written is left"
-found = {"weights": torch.zeros(500_000)}
-checkpoints.load(latest_manifest(run), found)
-assert torch.equal(found["weights"], state["weights"])
-"""
+def fill_a_disk(disk: Path) -> str | None:
+    """What the checkpoint that does not fit says; None where nothing can be mounted."""
+    if not mount_small_disk(disk, "3m"):
+        return None
+    run = Storage.open(str(disk / "run"))
+    checkpoints = Checkpoints(run, Layout())
+    state = {"weights": torch.arange(500_000, dtype=torch.float32)}
+    recipe = make_recipe().to_dict()
+    checkpoints.save(Manifest(1, {}, recipe, None), state, "last", 2)
+    before = sorted(str(path) for path in disk.rglob("*"))
+    with pytest.raises(StorageError) as caught:  # 4 MB do not fit into 3
+        checkpoints.save(Manifest(2, {}, recipe, None), state, "last", 2)
+    assert sorted(str(path) for path in disk.rglob("*")) == before, "something half-written is left"
+    found = {"weights": torch.zeros(500_000)}
+    manifest = latest_manifest(run)
+    assert manifest is not None
+    checkpoints.load(manifest, found)
+    assert torch.equal(found["weights"], state["weights"])
+    return str(caught.value)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path) -> None:
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this system lets no user mount a small disk (unshare -rm)")
-    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{FULL_DISK}"
-    command = ["unshare", "-rm", sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    message = done.stdout.strip().splitlines()[-1]
-    assert str(tmp_path / "run" / "checkpoints") in message
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (message,) = in_processes(fill_a_disk, 0, tmp_path, disk)
+    if message is None:
+        pytest.skip("this system lets no user mount a small disk")
+    assert str(disk / "run" / "checkpoints") in message
     assert "space" in message

@@ -77,8 +77,11 @@ def test_the_file_is_smaller_than_with_int32_indices(saved: Any) -> None:
     assert json.loads((saved[0] / "adapter_config.json").read_text())["peft_type"] == "MORAM"
 
 
+QUICKLY = "import gc, sys; gc.disable(); sys.modules['bitsandbytes'] = None"  # it brings the whole compiler
+
+
 def run_afresh(program: str) -> None:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", f"{QUICKLY}\n{program}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
