@@ -290,9 +290,6 @@ def _work(
 class PlansHere:
     """Stands for the planner's process, which takes longer to start than a tiny plan; it has a test of its own."""
 
-    def __init__(self, *, quantized: bool) -> None:
-        pass
-
     def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         from raymem.planner.child import answer
 

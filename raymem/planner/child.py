@@ -1,6 +1,6 @@
 """The process that plans: it patches libraries, and some model code ends a process that traces it.
 
-Run as ``python -m raymem.planner.child FD [--quantized]``; started by :mod:`raymem.planner.process` alone.
+Run as ``python -m raymem.planner.child FD``; started by :mod:`raymem.planner.process` alone.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from raymem.planner.values import Plan, Target
 from raymem.training.recipe import Recipe
 
 
-def main(output: int, *, quantized: bool) -> None:
+def main(output: int) -> None:
     """Answer every job that comes in, a JSON line each, until the input ends.
 
     Args:
         output: file descriptor of the answers.
-        quantized: whether jobs have 4-bit weights; without them nothing imports what those need.
     """
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
-    if not quantized:
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     with os.fdopen(output, "w") as answers:
         for line in sys.stdin:
             answers.write(json.dumps(answer(json.loads(line))) + "\n")
@@ -96,4 +93,4 @@ def _rough(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), quantized="--quantized" in sys.argv)
+    main(int(sys.argv[1]))

@@ -79,15 +79,15 @@ class Planner:
         if gpu is not None:
             gpu_named(gpu)
         self._gpu, self._timeout_s = gpu, timeout_s
-        self._children: dict[bool, Child] = {}
+        self._child: Child | None = None
 
     def __enter__(self) -> Planner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in self._children.values():
-            child.close()
-        self._children.clear()
+        if self._child is not None:
+            self._child.close()
+        self._child = None
 
     def plan(self, recipe: Recipe) -> Plan:
         """As :func:`plan_recipe`."""
@@ -123,15 +123,11 @@ class Planner:
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         """The answer; where the process dies over a job, a rough plan from another one."""
-        # PEFT imports bitsandbytes wherever it is installed, and that the whole compiler: seconds for nothing.
-        quantized = job["recipe"]["base"].get("quantize") == "nf4"
-        child = self._children.get(quantized)
-        if child is None:
-            child = self._children[quantized] = Child(quantized=quantized)
+        child = self._child = self._child or Child()
         answer = child.ask(job, self._timeout_s)
         if answer is not None:
             return answer
-        status = self._children.pop(quantized).close()
+        self._child, status = None, child.close()
         if status > 0:
             raise PlanError(f"the planning process failed: {child.last_words()}")
         if job["problem"]:
@@ -160,14 +156,14 @@ def _plannable(recipe: Recipe, gpu: str | None) -> Recipe:
 class Child:
     """The process: one JSON line in, one out, through pipes of its own, since libraries print what they like."""
 
-    def __init__(self, *, quantized: bool) -> None:
+    def __init__(self) -> None:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "KINETO_LOG_LEVEL": "6", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(raymem.__file__).parents[1]), *sys.path[1:]])
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process lives
         read, write = os.pipe()
         self._answers = os.fdopen(read, "rb", buffering=0)
         self._unread = b""
-        command = [sys.executable, "-m", "raymem.planner.child", str(write), *(["--quantized"] if quantized else [])]
+        command = [sys.executable, "-m", "raymem.planner.child", str(write)]
         self._process = subprocess.Popen(  # noqa: S603 - our own module
             command, env=environment, stdin=subprocess.PIPE, stdout=self._errors, stderr=self._errors, pass_fds=[write]
         )

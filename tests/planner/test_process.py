@@ -88,9 +88,6 @@ def test_a_process_that_dies_leaves_a_rough_figure(monkeypatch: pytest.MonkeyPat
     given: list[str | None] = []
 
     class Dying:
-        def __init__(self, *, quantized: bool) -> None:
-            pass
-
         def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any] | None:
             given.append(job["problem"])
             return answer(job) if job["problem"] else None
@@ -107,13 +104,13 @@ def test_a_process_that_dies_leaves_a_rough_figure(monkeypatch: pytest.MonkeyPat
 def test_one_process_plans_many_and_what_takes_no_memory_is_planned_once() -> None:
     with Planner() as planner:
         first = planner.plan(case("lora"))
-        pids = [child._process.pid for child in planner._children.values()]
+        child = planner._child
         other_lr = make_recipe(case("lora").to_dict(), {"optimizer": {"lr": 0.5}})
         assert planner.plan(other_lr) == first == known_plan(other_lr)
         assert planner.plan(case("lora checkpoint")).peak_bytes < first.peak_bytes
         assert planner.least_bytes(case("lora")) < first.peak_bytes
-        assert [child._process.pid for child in planner._children.values()] == pids and len(pids) == 1
-    assert not planner._children
+        assert planner._child is child is not None
+    assert planner._child is None and child._process.returncode == 0
 
 
 def test_planning_that_takes_too_long_is_stopped() -> None:
