@@ -7,6 +7,7 @@ goes on from it. (Ray Tune's own snapshots are pickles, and lag behind; they are
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -189,7 +190,9 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         except RecipeError as error:
             judged: Any = Refused(str(error), None, 1.0)
         else:
+            began = time.perf_counter()
             judged = self._gate.judge(recipe)
+            trial.set_user_attr("judged_s", round(time.perf_counter() - began, 3))
         if isinstance(judged, Refused):
             trial.set_user_attr("status", "refused")
             trial.set_user_attr("problem", judged.reason)
