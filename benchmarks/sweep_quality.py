@@ -4,7 +4,7 @@ The budget is the median of what random points of the space need, so about half 
 search starts whatever it draws; what went above the budget would have died on a device of that size, so the best loss
 that counts is that of trials within it. Every trial trains a few steps. Resumable: sweeps go on by themselves.
 
-    python benchmarks/sweep_quality.py [--samples 30] [--steps 8] [--seeds 0 1 2] [--storage raymem-runs]
+    python benchmarks/sweep_quality.py [--samples 30] [--steps 6] [--seeds 0 1 2] [--storage raymem-runs]
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ def recipe_for(storage: Path, name: str, seed: int, steps: int) -> Recipe:
     small = storage / "sweep-eval.jsonl"
     overrides = [
         f"name={name}", f"seed={seed}", f"train.steps={steps}", f"train.eval_every={steps // 2}", "tracking=none",
-        f"train.save_every={steps}", "data.sequence_length=128", f"data.eval={small}", f"storage.path={storage}",
+        f"train.save_every={steps}", "data.sequence_length=64", f"data.eval={small}", f"storage.path={storage}",
     ]  # fmt: skip
     return load_recipe(packaged_recipe("quickstart"), overrides)
 
 
 def median_need(recipe: Recipe, space: Space, points: int) -> int:
     """Of random points, what a worker needs."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = []
     with Planner() as planner:
         for number in range(points):
@@ -90,7 +91,7 @@ def facts(rows: list[SweepRow], budget: int, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = provenance.parser(__doc__, steps=8)
+    parser = provenance.parser(__doc__, steps=6)
     parser.add_argument("--storage", type=Path, default=Path("raymem-runs"))
     parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -47,6 +47,11 @@ def plan(
     overrides = [*set_, *([f"scaling.num_workers={workers}"] if workers else [])]
     loaded = load_recipe(recipe, overrides)
     limit = budget_bytes(loaded, budget, gpu)
+    if loaded.train.micro_batch == "auto":
+        from raymem.planner.batch import settle_micro_batch
+
+        loaded = settle_micro_batch(loaded, budget_bytes=limit, gpu=gpu, status=console.err.print)
+        overrides.append(f"train.micro_batch={loaded.train.micro_batch}")
     found = plan_recipe(loaded, gpu=gpu)
     judged = None if limit is None else found.verdict(limit)
     advice: list[Advice] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from raymem.cluster import data, demo, loram_base
 from raymem.cluster.artifacts import local_copy
 from raymem.errors import DataError, ModelError, RaymemError
 from raymem.methods.loram.recover import is_recovered
+from raymem.planner import settle_micro_batch
 from raymem.training.adapter import continuing
 from raymem.training.data.dataset import PackedRows
 from raymem.training.evaluate import Evaluation, evaluate
@@ -20,6 +22,8 @@ from raymem.training.layout import Layout
 from raymem.training.model import build_model
 from raymem.training.recipe import Base, FullBase, NoAdapter, Recipe
 from raymem.training.storage import Storage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> Evaluated:
     if recipe.data.eval is None:
         raise DataError("data.eval: this recipe has no evaluation data; add it, or --set data.eval=<path>")
     storage = Storage.open(recipe.storage.path)
-    recipe = demo.resolve(recipe, storage)
+    recipe = demo.resolve(settle_micro_batch(recipe, status=log.info), storage)
     place = artifact or _own_artifact(recipe, storage)
     on_ray = recipe.scaling.num_workers != 0
     if on_ray:
@@ -71,7 +75,7 @@ def _evaluate(recipe: Recipe, plain_data: dict[str, Any]) -> Evaluation:
     model = build_model(recipe, layout)
     mixed = recipe.train.precision == "bf16_mixed"
     rows = PackedRows(prepared.directories)
-    return evaluate(model, rows, layout, micro_batch=recipe.train.micro_batch, mixed=mixed)
+    return evaluate(model, rows, layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
 
 
 def _as_task(config: dict[str, Any], recipe: Recipe) -> Evaluation:

@@ -7,6 +7,7 @@ with raymem and from patches that are written here, so that the result is what e
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -22,9 +23,11 @@ import yaml
 
 from raymem.errors import ClusterError, RaymemError
 from raymem.memory.devices import ALIASES, GPUS
-from raymem.planner import plan_recipe
+from raymem.planner import plan_recipe, settle_micro_batch
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import MODELS, load_recipe
+
+log = logging.getLogger(__name__)
 
 MAX_NAME = 47
 """KubeRay's limit for the name of a RayJob: it appends 6 characters for the cluster and 10 for that cluster's service,
@@ -171,7 +174,7 @@ def worker_memory_bytes(recipe: Recipe, gpu: str | None) -> int:
         ClusterError: it cannot be planned on this machine.
     """
     try:
-        return plan_recipe(recipe, gpu=gpu).capacity_bytes
+        return plan_recipe(settle_micro_batch(recipe, gpu=gpu, status=log.info), gpu=gpu).capacity_bytes
     except RaymemError as error:
         raise ClusterError(
             f"the memory of a worker cannot be planned here ({error}); say it with --worker-memory, for example 40Gi"

@@ -86,6 +86,8 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         self.study, self.objective = study, objective
         self.gave_up: str | None = None
         """Why it ended before all samples."""
+        self.problems: dict[str, str] = {}
+        """Id of a trial -> why its process died, as far as somebody has told."""
         self._space, self._recipe, self._gate = space, recipe, gate
         self._raw = recipe.to_dict()
         self._algorithm, self._samples, self._configure = algorithm, samples, configure
@@ -152,8 +154,8 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
             measured = result.get("measured_bytes") or 0
             trial.set_user_attr("measured_bytes", measured)
             trial.set_constraint("budget", max(1e-3, measured / self._gate.budget_bytes - 1))
-        if result.get("problem"):
-            trial.set_user_attr("problem", result["problem"])
+        if problem := result.get("problem") or (self.problems.get(trial_id) if error else None):
+            trial.set_user_attr("problem", problem)
         values = [float(result[name]) for name in self.objective.metrics if result.get(name) is not None]
         if status == "finished" and len(values) == len(self.objective.metrics):
             self.study.tell(trial, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from raymem.cluster import data, demo
 from raymem.cluster.search import METRICS, BudgetedSearch, Objective, open_study
-from raymem.cluster.sweep_report import SweepRow, rows_of, write_report
+from raymem.cluster.sweep_report import SweepRow, best_of, rows_of, write_report
 from raymem.cluster.sweep_resources import admitted_bytes, most_at_once, resources_of
 from raymem.cluster.trainer import Status, build_demo, only_one, set_aside
 from raymem.cluster.trial import RESULT, TrialJob, free_reservation, run_trial
@@ -105,7 +106,7 @@ def sweep(
         if fresh:
             set_aside(storage, recipe.name)
         folder = Path(storage.join(recipe.name))
-        resumed = _same_sweep(folder, recipe, space, options)
+        resumed, key = _same_sweep(folder, recipe, space, options)
         recipe = _settled(recipe, storage, status)
         study = open_study(folder / "journal.log", options.objective, recipe.name)
         sink = start_tracking(
@@ -118,7 +119,7 @@ def sweep(
         ended = "FAILED"
         try:
             with Gate(admitted_bytes(recipe, options.budget_bytes, status), gpu=options.gpu) as gate:
-                configure = _configurer(recipe, sink.run_id)
+                configure = _configurer(f"{recipe.name[:53]}-{key}", sink.run_id)
                 search = BudgetedSearch(
                     study, space, recipe, gate, options.objective,
                     algorithm=options.algorithm, samples=options.samples, configure=configure,
@@ -137,6 +138,8 @@ def sweep(
             rows = write_report(
                 folder / "report", study.get_trials(deepcopy=False), recipe, options.objective, options.budget_bytes
             )
+            if (best := best_of(rows, options.objective)) is not None:
+                sink.log_history([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
             ended = "FINISHED"
         except KeyboardInterrupt:
             ended = "KILLED"
@@ -147,8 +150,10 @@ def sweep(
         return Swept(folder, rows, search.gave_up, sink.run_id)
 
 
-def _same_sweep(folder: Path, recipe: Recipe, space: Space, options: SweepOptions) -> bool:
-    """Whether this sweep was begun before; a different one of the same name is refused.
+def _same_sweep(folder: Path, recipe: Recipe, space: Space, options: SweepOptions) -> tuple[bool, str]:
+    """Whether this sweep was begun before, and the key in its trials' names; another one of the same name is refused.
+
+    With the key a sweep that starts over does not find the trials of the one that it replaces.
 
     Raises:
         RecipeError: names what differs.
@@ -169,12 +174,13 @@ def _same_sweep(folder: Path, recipe: Recipe, space: Space, options: SweepOption
                 f"{folder}: a sweep of this name with another {', '.join(different)} lies there; choose another "
                 "--name, or start over with --fresh"
             )
-        return True
+        return True, before["key"]
     folder.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(now, indent=1) + "\n")
+    key = secrets.token_hex(2)
+    part.write_text(json.dumps({**now, "key": key}, indent=1) + "\n")
     part.replace(file)
-    return False
+    return False, key
 
 
 _AXES = ("base", "adapter", "activations", "optimizer")
@@ -191,12 +197,12 @@ def _settled(recipe: Recipe, storage: Storage, status: Status) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": resolved.model.revision})})
 
 
-def _configurer(recipe: Recipe, parent_run_id: str | None) -> Callable[[int, Recipe, int, int], dict[str, Any]]:
+def _configurer(name: str, parent_run_id: str | None) -> Callable[[int, Recipe, int, int], dict[str, Any]]:
     """Makes a trial's config."""
 
     def configure(number: int, point: Recipe, predicted_bytes: int, needed_bytes: int) -> dict[str, Any]:
         scaling, resources, memory, threads = resources_of(point, needed_bytes)
-        plain = point.to_dict() | {"name": f"{recipe.name[:58]}-{number:04d}", "scaling": scaling, "budget": None}
+        plain = point.to_dict() | {"name": f"{name}-{number:04d}", "scaling": scaling, "budget": None}
         job = TrialJob(number, plain, predicted_bytes, memory, threads, resources, parent_run_id)
         return job.to_config()
 
@@ -210,6 +216,7 @@ def _tune(
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial has none
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1")  # the next trial is judged while others run, not more
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends us like a kill: what runs goes on later
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
@@ -271,6 +278,7 @@ def _callback(search: BudgetedSearch, storage: Storage, changed: Callable[[], No
             job = TrialJob.of(trial.config)
             free_reservation(f"{job.recipe['name']}-memory")
             run = storage.child(job.recipe["name"])
+            search.problems[trial.trial_id] = _text(_cause(trial))
             if isinstance(_cause(trial), OutOfMemoryError) and not run.exists(RESULT):  # Ray's memory monitor
                 told = {"status": "infeasible", "measured_bytes": 0, "problem": "killed: its node was out of memory"}
                 run.write_json(RESULT, told)
@@ -278,7 +286,7 @@ def _callback(search: BudgetedSearch, storage: Storage, changed: Callable[[], No
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             job = TrialJob.of(trial.config)
             free_reservation(f"{job.recipe['name']}-memory")
-            log.warning("trial %d failed: %s", job.number, " ".join(str(_cause(trial)).split())[-300:])
+            log.warning("trial %d failed: %s", job.number, _text(_cause(trial)))
             changed()
 
     return Follow()
@@ -288,6 +296,11 @@ def _cause(trial: Any) -> BaseException | None:
     error: BaseException | None = trial.get_error()
     cause: BaseException | None = getattr(error, "cause", None)
     return cause or error
+
+
+def _text(error: BaseException | None) -> str:
+    """The last words of an error on one line."""
+    return " ".join(str(error).split())[-300:]
 
 
 def _nothing_fits(space: Space, recipe: Recipe, gate: Gate, rows: list[SweepRow]) -> RaymemError:

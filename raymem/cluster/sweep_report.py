@@ -98,14 +98,15 @@ def write_report(
     _draw(folder / "pareto.png", rows, front, axes[0] if quality != "peak_bytes" else axes[1], budget_bytes)
     best = best_of(rows, objective)
     if best is not None:
-        (folder / "best.yaml").write_text(best_recipe(recipe, best, quality))
+        (folder / "best.yaml").write_text(best_recipe(recipe, best, quality, budget_bytes))
     return rows
 
 
-def best_recipe(recipe: Recipe, best: SweepRow, metric: str) -> str:
+def best_recipe(recipe: Recipe, best: SweepRow, metric: str, budget_bytes: int) -> str:
     """The recipe of a row as YAML, to train it anew."""
     chosen = recipe_at(recipe, best.point, "best").to_dict()
     del chosen["space"], chosen["name"]  # it is named by its file
+    chosen["budget"] = f"{budget_bytes}B"
     comment = f"# Trial {best.number} of sweep {recipe.name}: {metric} {best.metrics[metric]:.4f}"
     return f"{comment}, peak {bytes_text(best.measured_bytes or 0)}\n" + yaml.safe_dump(chosen, sort_keys=False)
 

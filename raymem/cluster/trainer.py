@@ -18,7 +18,7 @@ from raymem.cluster.artifacts import local_copy
 from raymem.cluster.job import Job
 from raymem.errors import BudgetExceeded, RaymemError, StorageError
 from raymem.memory.budget import Exceeds, bytes_text, parse_bytes
-from raymem.planner import Plan, calibration, known_plan, plan_recipe
+from raymem.planner import Plan, calibration, known_plan, plan_recipe, settle_micro_batch
 from raymem.tracking.sink import TrackingSink, TrackingSummary
 from raymem.tracking.start import start_tracking
 from raymem.training.checkpoint import latest_manifest
@@ -95,6 +95,7 @@ def launch(
             status("starting Ray")
             connection.connect(recipe)
             preflight.check_storage_shared(storage.path)
+        recipe = settle_micro_batch(recipe, status=status)
         job = _settle(recipe, storage, on_ray=on_ray, fresh=fresh, status=status)
         if sweep is not None:
             predicted: int | None = sweep.predicted_peak_bytes

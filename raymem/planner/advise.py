@@ -70,7 +70,7 @@ def candidates(recipe: Recipe) -> list[str]:
     train = recipe.train
     if getattr(recipe.optimizer, "implementation", "fused") != "fused":
         found.append("optimizer.implementation=fused")
-    smaller = train.micro_batch // 2
+    smaller = train.rows_per_pass // 2
     while smaller >= 1:
         found.append(f"train.micro_batch={smaller}")
         smaller = 1 if smaller > 3 else smaller - 1 if smaller == 2 else 0

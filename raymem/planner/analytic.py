@@ -109,7 +109,7 @@ def rough_activations(recipe: Recipe, config: Any) -> int:
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     layers = getattr(text, "num_hidden_layers", 12)
     width = 4 if recipe.train.precision == "fp32" else 2
-    tokens = recipe.train.micro_batch * recipe.data.sequence_length
+    tokens = recipe.train.rows_per_pass * recipe.data.sequence_length
     layer = tokens * (16 * hidden + 3 * inner) * width
     kept = layers * tokens * hidden * width + layer if isinstance(recipe.activations, Checkpointing) else layers * layer
     return int(kept + 3 * 4 * tokens * text.vocab_size)

@@ -73,6 +73,8 @@ class Gate:
 
     def judge(self, recipe: Recipe) -> Judged:
         """Admitted or refused; nothing is raised for a recipe that cannot be planned."""
+        if recipe.train.micro_batch == "auto":
+            return Refused("train.micro_batch: auto is for single runs; give a number, or search over it", None, 1.0)
         rest, amounts = _split(recipe)
         for other, least, refused in self._refused:
             if other == rest and all(amounts[name] >= amount for name, amount in least.items()):
@@ -123,5 +125,5 @@ def _split(recipe: Recipe) -> tuple[dict[str, Any], dict[str, float]]:
                 amounts[f"{section}.{option}"] = float(value)
                 rest[section][option] = type(value).__name__  # 1 column and the fraction 1.0 are not the same
     # Whether gradients stay while another micro-batch passes matters more than the size of that.
-    rest["accumulates"] = recipe.train.global_batch > recipe.train.micro_batch * max(1, Target.of(recipe).num_workers)
+    rest["accumulates"] = recipe.train.global_batch > recipe.train.rows_per_pass * max(1, Target.of(recipe).num_workers)
     return rest, amounts

@@ -58,7 +58,7 @@ def measure_step(recipe: Recipe, *, rank: int = 0) -> Peak:
 def _batches(recipe: Recipe, vocabulary: int, layout: Layout) -> list[Batch]:
     train, length = recipe.train, recipe.data.sequence_length
     per_rank = -(-train.global_batch // layout.world_size)
-    count = -(-per_rank // train.micro_batch)
+    count = -(-per_rank // train.rows_per_pass)
     rows = -(-per_rank // count)
     source = torch.Generator().manual_seed(layout.rank)
     made = []

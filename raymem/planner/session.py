@@ -160,7 +160,7 @@ class _Runner:
         """Micro-batches of one worker per step, as :func:`raymem.training.data.batches.rank_batches` divides them."""
         train = self.recipe.train
         per_rank = -(-train.global_batch // self.layout.world_size)
-        return -(-per_rank // train.micro_batch)
+        return -(-per_rank // train.rows_per_pass)
 
     def _batch(self) -> Batch:
         """Rows as the data would give them; with ``packing: none`` padded, since some batch will be."""

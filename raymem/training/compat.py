@@ -114,7 +114,10 @@ RULES: tuple[Rule, ...] = (
         ("optimizer.step_in_backward: true", "gradient accumulation"),
         "a gradient is used up before the next micro-batch could add to it",
         "make train.global_batch equal to train.micro_batch times the number of workers",
-        lambda r: _in_backward(r) and r.train.global_batch > r.train.micro_batch * _most_workers(r),
+        lambda r: (
+            _in_backward(r)
+            and (r.train.micro_batch == "auto" or r.train.global_batch > r.train.micro_batch * _most_workers(r))
+        ),
     ),
     Rule(
         ("optimizer.step_in_backward: true", "scaling.strategy: ddp on several workers"),

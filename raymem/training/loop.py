@@ -182,7 +182,7 @@ class _Session:
                 raise
             raise OutOfMemory(
                 f"out of memory at step {step + 1} on rank {self.layout.rank} with "
-                f"train.micro_batch={train.micro_batch} and data.sequence_length={self.recipe.data.sequence_length}: "
+                f"train.micro_batch={train.rows_per_pass} and data.sequence_length={self.recipe.data.sequence_length}: "
                 "lower train.micro_batch (the result stays the same), or set activations: checkpoint"
             ) from None
         except NonFiniteError as error:
@@ -212,12 +212,12 @@ class _Session:
 
     def _batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
-        ids, micro_batch = self.sampler.ids(step), self.recipe.train.micro_batch
+        ids, micro_batch = self.sampler.ids(step), self.recipe.train.rows_per_pass
         return rank_batches(self.rows, ids, self.layout.rank, self.layout.world_size, micro_batch)
 
     def _evaluate(self) -> Row:
         assert self.eval_rows is not None
-        micro_batch = self.recipe.train.micro_batch
+        micro_batch = self.recipe.train.rows_per_pass
         found = evaluate(self.model, self.eval_rows, self.layout, micro_batch=micro_batch, mixed=self.mixed)
         self.eval_loss = found.loss
         return {"eval_loss": found.loss, "eval_perplexity": found.perplexity}

@@ -235,8 +235,8 @@ class TrainSection(Section):
     """Passes over the training data."""
     global_batch: Positive = 16
     """Rows per optimizer step over all workers; accumulation follows from it."""
-    micro_batch: Positive = 4
-    """Rows per forward pass of one worker."""
+    micro_batch: Positive | Literal["auto"] = 4
+    """Rows per forward pass of one worker; ``auto`` takes as many as fit into ``budget``."""
     precision: Literal["fp32", "bf16", "bf16_mixed"] = "fp32"
     """``bf16``: weights and arithmetic; ``bf16_mixed``: fp32 trainable weights under autocast."""
     master: Literal["fp32", "stochastic_rounding", "none"] = "fp32"
@@ -250,6 +250,12 @@ class TrainSection(Section):
     """Steps between evaluations; by default one tenth of the run. The last step is always evaluated."""
     save_every: Positive | None = None
     """Steps between checkpoints; by default one tenth of the run. The last step is always saved."""
+
+    @property
+    def rows_per_pass(self) -> int:
+        """``micro_batch``, once it is a number."""
+        assert self.micro_batch != "auto", "settle_micro_batch comes first"
+        return self.micro_batch
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:

@@ -64,7 +64,7 @@ def by_gradient(
     batches: list[tuple[Batch, int]] = []
     for ahead in range(adapter.selection_batches):
         ids = sampler.ids(step + ahead)
-        share = rank_batches(rows, ids, layout.rank, layout.world_size, recipe.train.micro_batch)
+        share = rank_batches(rows, ids, layout.rank, layout.world_size, recipe.train.rows_per_pass)
         batches += [(batch.to(layout.device), global_targets(rows, ids)) for batch in share]
 
     def loss(of: nn.Module, batch: tuple[Batch, int]) -> torch.Tensor:

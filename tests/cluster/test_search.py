@@ -122,6 +122,7 @@ def test_every_end_of_a_trial_is_told(tmp_path: Path) -> None:
         ({"eval_loss": 5.0, "step": 5}, False),
         ({}, True),
     ]
+    search.problems["3"] = "the process died"
     for index, (result, error) in enumerate(ends):
         assert next_config(search, str(index))
         if "step" in result:
@@ -137,6 +138,7 @@ def test_every_end_of_a_trial_is_told(tmp_path: Path) -> None:
     rows = [row for row in rows_of(search.study.get_trials()) if row.status != "refused"]
     assert [row.status for row in rows] == ["infeasible", "failed", "stopped", "crashed", "crashed"]
     assert rows[0].measured_bytes == 9000 and rows[1].problem == "loss is not finite"
+    assert rows[3].problem == "the process died"
 
 
 def test_a_point_is_not_trained_twice(tmp_path: Path) -> None:
@@ -199,4 +201,7 @@ def test_the_report_has_table_figure_and_a_recipe_to_train(tmp_path: Path) -> No
     loaded = load_recipe(tmp_path / "report" / "best.yaml")
     assert loaded.adapter.rank == best.point["adapter.rank"] and loaded.name == "best"  # type: ignore[union-attr]
     assert loaded.optimizer.lr == best.point["optimizer.lr"] and loaded.space is None
-    assert best_recipe(RECIPE, best, "eval_loss").startswith(f"# Trial {best.number} of sweep search: eval_loss")
+    assert loaded.budget == f"{BUDGET}B"
+    assert best_recipe(RECIPE, best, "eval_loss", BUDGET).startswith(
+        f"# Trial {best.number} of sweep search: eval_loss"
+    )

@@ -245,8 +245,8 @@ def test_sigkill_of_the_driver_repeats_nothing_and_mlflow_shows_the_tree(
         runs = client.search_runs([experiment.experiment_id])
         (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
         children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-        names = {r.info.run_name for r in children if r.info.status == "FINISHED"}
-        assert names == {f"killed-{row['number']:04d}" for row in done}
+        names = {int(r.info.run_name.rpartition("-")[2]) for r in children if r.info.status == "FINISHED"}
+        assert names == {row["number"] for row in done}
         finished = next(r for r in children if r.info.status == "FINISHED")
         assert {"eval_loss", "peak_bytes", "predicted_peak_bytes"} <= finished.data.metrics.keys()
         assert finished.data.params["adapter.rank"] in "2 4 8 16"
