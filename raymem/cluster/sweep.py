@@ -127,17 +127,12 @@ def sweep(
                 status(f"searching {len(space)} dimensions under {bytes_text(options.budget_bytes)}")
                 try:
                     _tune(search, recipe, storage, options, lambda: watch(rows_of(study.get_trials(deepcopy=False))))
+                    search.close()
                 finally:
-                    rows = write_report(
-                        folder / "report", study.get_trials(deepcopy=False), recipe, options.objective,
-                        options.budget_bytes,
-                    )  # fmt: skip
-                search.close()
+                    trials = study.get_trials(deepcopy=False)
+                    rows = write_report(folder / "report", trials, recipe, options.objective, options.budget_bytes)
                 if not any(row.status != "refused" for row in rows):
                     raise _nothing_fits(space, recipe, gate, rows)
-            rows = write_report(
-                folder / "report", study.get_trials(deepcopy=False), recipe, options.objective, options.budget_bytes
-            )
             if (best := best_of(rows, options.objective)) is not None:
                 sink.log_history([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
             ended = "FINISHED"
