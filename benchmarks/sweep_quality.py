@@ -2,8 +2,8 @@
 
 The budget is the median of what random points of the space need, so about half of the space does not fit. The random
 search starts whatever it draws; what went above the budget would have died on a device of that size, so the best loss
-that counts is that of trials within it. Every trial trains a few steps, seconds long; MoRAM chooses its connections from
-one batch instead of eight, which would take longer than that. Resumable: sweeps go on by themselves.
+that counts is that of trials within it. Every trial trains a few steps, seconds long; MoRAM chooses its connections
+from one batch instead of eight, which would take longer than that. Resumable: sweeps go on by themselves.
 
     python benchmarks/sweep_quality.py [--samples 30] [--steps 6] [--seeds 0 1 2] [--storage raymem-runs]
 """
@@ -39,7 +39,8 @@ def recipe_for(storage: Path, name: str, seed: int, steps: int) -> Recipe:
     small = storage / "sweep-eval.jsonl"
     overrides = [
         f"name={name}", f"seed={seed}", f"train.steps={steps}", f"train.eval_every={steps // 2}", "tracking=none",
-        f"train.save_every={steps}", "adapter={kind: moram, selection_batches: 1}", "data.sequence_length=64", f"data.eval={small}", f"storage.path={storage}",
+        f"train.save_every={steps}", "adapter={kind: moram, selection_batches: 1}",
+        "data.sequence_length=64", f"data.eval={small}", f"storage.path={storage}",
     ]  # fmt: skip
     return load_recipe(packaged_recipe("quickstart"), overrides)
 
