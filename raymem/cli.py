@@ -15,6 +15,7 @@ import typer
 from raymem import __version__, cli_k8s, cli_loram, cli_plan, cli_sweep, console
 from raymem.cli_options import Fresh, Overrides, RecipeFile, Verbose
 from raymem.errors import RaymemError
+from raymem.memory.budget import bytes_text
 
 app = typer.Typer(
     help="Fine-tune large language models inside a memory budget, on a Ray cluster or on this machine.",
@@ -90,8 +91,8 @@ def train(
         say(f"evaluation: loss {outcome.eval_loss:.4f}, perplexity {outcome.eval_perplexity:.2f}")
     if outcome.peak_bytes is not None:
         predicted = finished.predicted_peak_bytes
-        beside = "" if predicted is None else f" (predicted: {console.bytes_text(predicted)})"
-        say(f"peak memory of a worker: {console.bytes_text(outcome.peak_bytes)}{beside}")
+        beside = "" if predicted is None else f" (predicted: {bytes_text(predicted)})"
+        say(f"peak memory of a worker: {bytes_text(outcome.peak_bytes)}{beside}")
     say(f"result: {outcome.artifact}")
     if tracking.run_id:
         say(f"MLflow run {tracking.run_id} at {tracking.uri}")

@@ -8,6 +8,7 @@ import typer
 
 from raymem import console
 from raymem.cli_options import Overrides, RecipeFile
+from raymem.memory.budget import bytes_text
 
 app = typer.Typer(help="Kubernetes manifests (KubeRay) for a recipe.", no_args_is_help=True)
 
@@ -69,6 +70,6 @@ def render(
     )
     typer.echo(made.manifests, nl=False)
     console.err.print(
-        f"RayJob {made.name}: a worker needs about {console.bytes_text(made.figure_bytes)}, its Pod asks for "
-        f"{console.bytes_text(made.request_bytes)}; next: kubectl apply -f - (docs/kubernetes.md)"
+        f"RayJob {made.name}: a worker needs about {bytes_text(made.figure_bytes)}, its Pod asks for "
+        f"{bytes_text(made.request_bytes)}; next: kubectl apply -f - (docs/kubernetes.md)"
     )

@@ -12,6 +12,7 @@ import typer
 
 from raymem import console
 from raymem.cli_options import Fresh, Overrides, RecipeFile, Verbose
+from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
     from raymem.cluster.loram_pipeline import Pipeline, Pruned
@@ -117,12 +118,9 @@ def _show_plan(pruned: Pruned) -> None:
     if not plan.saves_memory:
         say(f"{plan.options.structure}: zeros in dense weights, which save no memory (a research mode)")
     say(f"parameters: {full.parameters:,} -> {plan.theoretical_parameters:,}, {plan.paper_reduction:.2f}x fewer")
+    say(f"bf16: {bytes_text(full.bf16_bytes)} -> {bytes_text(small.bf16_bytes)}, {plan.bf16_reduction:.2f}x")
     say(
-        f"bf16: {console.bytes_text(full.bf16_bytes)} -> {console.bytes_text(small.bf16_bytes)}, "
-        f"{plan.bf16_reduction:.2f}x"
-    )
-    say(
-        f"with quantize: nf4: {console.bytes_text(small.nf4_bytes)} stored, {plan.nf4_reduction:.2f}x; "
+        f"with quantize: nf4: {bytes_text(small.nf4_bytes)} stored, {plan.nf4_reduction:.2f}x; "
         f"{plan.paper_nf4_reduction:.2f}x by the paper's count (every parameter in 4 bits, scales free)"
     )
     say(f"pruned model: {pruned.directory}")
@@ -133,7 +131,7 @@ def _show_training(outcome: dict[str, Any]) -> None:
     if outcome["eval_loss"] is not None:
         say(f"evaluation on the pruned model: loss {outcome['eval_loss']:.4f}")
     if outcome["peak_bytes"] is not None:
-        say(f"peak memory of a worker: {console.bytes_text(outcome['peak_bytes'])}")
+        say(f"peak memory of a worker: {bytes_text(outcome['peak_bytes'])}")
     say(f"adapter of the pruned model: {outcome['artifact']}")
 
 

@@ -9,6 +9,7 @@ import typer
 
 from raymem import console
 from raymem.cli_options import Fresh, Overrides, RecipeFile, Verbose
+from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
     from raymem.cluster.sweep_report import SweepRow
@@ -136,7 +137,7 @@ class SweepDisplay:
         value = row.metrics.get(self._metric)
         parts = [f"trial {row.number} {row.status}", "" if value is None else f"{self._metric} {value:.4f}"]
         if row.measured_bytes:
-            parts.append(f"peak {console.bytes_text(row.measured_bytes)}")
+            parts.append(f"peak {bytes_text(row.measured_bytes)}")
         if row.problem:
             parts.append(row.problem)
         return "  ".join([*filter(None, parts), point_text(row.point)])
@@ -158,7 +159,7 @@ class SweepDisplay:
                 str(row.number),
                 row.status,
                 "" if value is None else f"{value:.4f}",
-                *("" if size is None else console.bytes_text(size) for size in sizes),
+                *("" if size is None else bytes_text(size) for size in sizes),
                 point_text(row.point),
             )
         return table

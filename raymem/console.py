@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from raymem.memory.budget import bytes_text
 from raymem.training.reporter import Row
 
-GIB = 1 << 30
-MIB = 1 << 20
 LINE_EVERY_S = 10.0
 """Least time between two plain lines; evaluations and the first and last step are always shown."""
 
@@ -43,11 +42,6 @@ def log_to_stderr(verbose: bool) -> None:
         hush_libraries()
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
     logging.getLogger("raymem").setLevel(logging.DEBUG if verbose else logging.WARNING)
-
-
-def bytes_text(num_bytes: float) -> str:
-    """``1.53 GiB`` or ``310 MiB``."""
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
 
 
 class TrainingDisplay:

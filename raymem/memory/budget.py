@@ -25,12 +25,12 @@ def parse_bytes(text: str) -> int:
     return num_bytes
 
 
-def bytes_text(num_bytes: int) -> str:
+def bytes_text(num_bytes: float) -> str:
     """In the largest binary unit of which there is one, for people."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} B"
+    return f"{num_bytes:.0f} B"
 
 
 @dataclass(frozen=True)
