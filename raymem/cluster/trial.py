@@ -172,7 +172,7 @@ def free_reservation(name: str) -> None:
 
 
 def measured_at_failure(recipe: Recipe, error: BaseException) -> int:
-    """What the device had given out, with what it was asked for in vain; on CPU the process's own highest mark."""
+    """What the device had given out, with what it was asked for in vain; on CPU what the process takes at this moment."""
     if recipe.scaling.use_gpu:
         import torch
 
@@ -180,7 +180,11 @@ def measured_at_failure(recipe: Recipe, error: BaseException) -> int:
         unit = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
         more = float(wanted.group(1)) * unit[wanted.group(2)] if wanted else 0.0
         return int(torch.cuda.max_memory_allocated() + more)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: the highest mark, which may be that of an earlier trial
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _oom_kills() -> int:
