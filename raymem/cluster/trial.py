@@ -172,7 +172,7 @@ def free_reservation(name: str) -> None:
 
 
 def measured_at_failure(recipe: Recipe, error: BaseException) -> int:
-    """What the device had given out, with what it was asked for in vain; on CPU what the process takes at this moment."""
+    """What the device had given out, with what it was asked for in vain; on CPU what the process takes just then."""
     if recipe.scaling.use_gpu:
         import torch
 
