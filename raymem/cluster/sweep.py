@@ -124,6 +124,8 @@ def sweep(
                     study, space, recipe, gate, options.objective,
                     algorithm=options.algorithm, samples=options.samples, configure=configure,
                 )  # fmt: skip
+                status("starting the planner")
+                gate.judge(recipe)
                 status(f"searching {len(space)} dimensions under {bytes_text(options.budget_bytes)}")
                 try:
                     _tune(search, recipe, storage, options, lambda: watch(rows_of(study.get_trials(deepcopy=False))))

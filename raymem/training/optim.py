@@ -96,6 +96,10 @@ class Updater:
     @torch.no_grad()
     def allocate_state(self) -> None:
         """Create the state of a first step (by one of rate 0), so that a checkpoint can be read into it."""
+        allocate = getattr(self.optimizer, "allocate_state", None)
+        if allocate is not None:  # MLorc's can do so without
+            allocate()
+            return
         for parameter in self.updated.values():
             parameter.grad = torch.zeros_like(parameter)
         self.begin(0, lr=0.0)

@@ -96,6 +96,13 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
         self._squared_norms.clear()
         return loss
 
+    @torch.no_grad()
+    def allocate_state(self) -> None:
+        """Create what is missing of the state, all zero, for a checkpoint to be read into."""
+        for group, parameter in self._walk():
+            if not self.state[parameter]:
+                self._begin(parameter, group)
+
     def step_in_backward(self) -> None:
         """From now on update each parameter as soon as backward has its gradient, and free that gradient at once.
 
@@ -175,14 +182,7 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
         compressed = is_compressed(name, parameter.shape, group)
         cold = not state
         if cold:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            if compressed:
-                dtype = FACTOR_DTYPES[group["factor_dtype"]]
-                for moment in self.moments:
-                    factors = sharding.zero_factors(parameter, group["rank"], dtype)
-                    state[f"{moment}.left"], state[f"{moment}.right"] = factors
-            else:
-                state |= {moment: torch.zeros_like(parameter, dtype=torch.float32) for moment in self.moments}
+            self._begin(parameter, group)
         state["step"] += 1
         assert parameter.grad is not None
         matrix = Matrix(
@@ -197,6 +197,17 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
                                   state["step"], group, cold=cold)  # fmt: skip
         else:
             self._plain_step(matrix, state, group)
+
+    def _begin(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        """State before the first step."""
+        state = self.state[parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        if not is_compressed(self._names[id(parameter)], parameter.shape, group):
+            state |= {moment: torch.zeros_like(parameter, dtype=torch.float32) for moment in self.moments}
+            return
+        for moment in self.moments:
+            factors = sharding.zero_factors(parameter, group["rank"], FACTOR_DTYPES[group["factor_dtype"]])
+            state[f"{moment}.left"], state[f"{moment}.right"] = factors
 
     def _momentum(self, moment: str, name: str, state: State, group: dict[str, Any]) -> Momentum:
         factors = LowRank(*(sharding.local(state[f"{moment}.{side}"]) for side in ("left", "right")))

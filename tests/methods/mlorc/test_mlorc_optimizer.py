@@ -104,6 +104,30 @@ def test_saved_state_continues_bit_for_bit(optimizer_class: Any, factor_dtype: s
     assert same(model, other)
 
 
+@BOTH
+def test_state_can_be_made_before_the_first_step(optimizer_class: Any) -> None:
+    model, other = small_model(), small_model()
+    optimizer, stepped = (optimizer_class(m.named_parameters(), rank=4, min_dim=8) for m in (model, other))
+    before = copy.deepcopy(model.state_dict())
+    optimizer.allocate_state()
+    steps(other, stepped, range(1))
+    made, expected = optimizer.state_dict()["state"], stepped.state_dict()["state"]
+    assert made.keys() == expected.keys()
+    for key, state in made.items():
+        assert {n: (v.shape, v.dtype) for n, v in state.items()} == {
+            n: (v.shape, v.dtype) for n, v in expected[key].items()
+        }
+        assert not any(value.any() for value in state.values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "nothing was trained"
+    steps(other, stepped, range(1, 3))
+    optimizer.allocate_state()
+    optimizer.load_state_dict(stepped.state_dict())
+    model.load_state_dict(other.state_dict())
+    steps(model, optimizer, range(3, 6))
+    steps(other, stepped, range(3, 6))
+    assert same(model, other)
+
+
 def test_fp32_factors_of_bf16_parameters_are_loaded_as_fp32() -> None:
     def build() -> tuple[nn.Parameter, MLorcAdamW]:
         parameter = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
