@@ -226,6 +226,10 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
     def restore(self, checkpoint_path: str) -> None:
         """See :meth:`save`."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune pickles its search for a restore that never comes; processes and files cannot be."""
+        return {}
+
     def get_state(self) -> dict[str, Any]:
         """See :meth:`save`."""
         return {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.trial import TrialState
+from ray import cloudpickle
 from ray.tune.search import Searcher
 from support import make_recipe
 
@@ -161,6 +163,12 @@ def test_a_grid_is_walked_once_also_over_a_kill(tmp_path: Path) -> None:
     configs = first + run_all(search)
     assert [config["rank"] for config in configs] == [2, 2, 4, 4] or sorted(c["rank"] for c in configs) == [2, 2, 4, 4]
     assert search.gave_up == "every point of the grid was tried"
+
+
+def test_ray_tune_may_pickle_it_while_the_planner_runs(tmp_path: Path) -> None:
+    search = begin(tmp_path)
+    search._gate.process = threading.Lock()  # type: ignore[attr-defined]
+    assert cloudpickle.loads(cloudpickle.dumps(search)).__dict__ == {}
 
 
 def test_a_space_in_which_nothing_fits_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
