@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from raymem.memory.target import is_planned
+from raymem.memory.target import worth_visiting
 
 # M rows, N columns, R rank, C rows of a chunk
 
@@ -45,12 +45,8 @@ class LowRank:
 def row_chunks(num_rows: int, row_bytes: int, chunk_bytes: int, *, least: int = 8) -> Iterator[slice]:
     """Consecutive row ranges of about ``chunk_bytes`` each, of ``least`` rows or more.
 
-    Working through a matrix by these keeps every temporary as small as a chunk. Where a step is only planned, chunks
-    are as good as one another: the first two and the last stand for all.
+    Working through a matrix by these keeps every temporary as small as a chunk.
     """
     step = max(least, chunk_bytes // max(1, row_bytes))
-    starts: Sequence[int] = range(0, num_rows, step)
-    if is_planned() and len(starts) > 3:
-        starts = (*starts[:2], starts[-1])
-    for start in starts:
+    for start in worth_visiting(range(0, num_rows, step)):
         yield slice(start, min(num_rows, start + step))

@@ -18,7 +18,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
@@ -36,6 +38,8 @@ Workspace = Callable[[Any, tuple[Any, ...], Any], int]
 
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """Runs an operation."""
+
+_DEVICE = torch.ops.prim.device.default
 
 
 @dataclass(eq=False, slots=True)
@@ -82,12 +86,14 @@ class Tracer(TorchDispatchMode):
         self._next_key = 0
         self._modules: list[str] = []
         self._fake_mode: Any = None
+        self._distributed = False
         self._resize: Any = None
 
     def __enter__(self) -> Tracer:
         from torch._guards import active_fake_mode
 
         self._fake_mode = active_fake_mode()
+        self._distributed = dist.is_initialized()
         # FSDP2 frees and restores gathered weights by resizing their storage, which no dispatch mode sees.
         self._resize = resize = torch.UntypedStorage.resize_
 
@@ -105,11 +111,18 @@ class Tracer(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No guard against compilation around every operation: it takes a fifth of a trace, and nothing compiles."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if any(kind.__name__ == "DTensor" for kind in types):
+        if func is _DEVICE:  # two of three calls are this question
+            return self._call(func, args, kwargs or {})
+        if DTensor in types:
             return NotImplemented  # its local operations come by on their own
         result = self._call(func, args, kwargs or {})
-        if func is torch.ops.prim.device.default or self._is_shape_arithmetic():
+        if self._is_shape_arithmetic():
             return result
         operation = func._schema.name
         self.operations[operation] += 1
@@ -151,7 +164,7 @@ class Tracer(TorchDispatchMode):
         """Whether a distributed tensor is working out shapes, on fake tensors of its own that stand for no memory."""
         from torch._guards import active_fake_mode
 
-        return active_fake_mode() is not self._fake_mode
+        return self._distributed and active_fake_mode() is not self._fake_mode
 
     def _now(self) -> Phase:
         in_backward = torch._C._current_graph_task_id() != -1

@@ -8,10 +8,10 @@ itself) is left to FakeTensorMode.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 class _Output(NamedTuple):
@@ -31,6 +31,7 @@ class _Known(NamedTuple):
     outputs: tuple[_Output, ...]
 
 
+_DEVICE = torch.ops.prim.device.default
 _CHANGES_GEOMETRY = ("set_", "resize", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "detach_")
 _PLAIN = (int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
@@ -38,19 +39,25 @@ _PLAIN = (int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.
 class OutputCache:
     """Runs operations on the fake tensors of one mode.
 
+    What is known outlives a session: a process that plans several recipes sees the same shapes again.
+
     Args:
         mode: where operations go whose result is not known.
     """
 
+    _known: ClassVar[dict[Any, _Known | None]] = {}
+    _plain: ClassVar[dict[Any, bool]] = {}
+
     def __init__(self, mode: FakeTensorMode) -> None:
         self._mode = mode
-        self._known: dict[Any, _Known | None] = {}
-        self._plain: dict[Any, bool] = {}
+        self._device = torch.device("cpu")
+        # All that a fake tensor has in Python is the same for each of a mode, and its constructor takes long to see it.
+        self._attributes = FakeTensor(mode, torch.empty((), device="meta"), self._device).__dict__
         self.hits = 0
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of ``func``, as FakeTensorMode would give it."""
-        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+        if func is _DEVICE and type(args[0]) is FakeTensor:
             return args[0].fake_device
         plain = self._plain.get(func)
         if plain is None:
@@ -63,7 +70,7 @@ class OutputCache:
         except _NotPlain:
             return func(*args, **kwargs)
         if not tensors:
-            return func(*args, **kwargs)
+            key = (*key, torch.get_default_dtype())
         if key not in self._known:
             result = func(*args, **kwargs)
             self._known[key] = _describe(result, tensors)
@@ -86,9 +93,13 @@ class OutputCache:
             else:
                 made = torch.empty((), dtype=output.dtype, device="meta")
                 storage = tensors[output.view_of].untyped_storage()
-                with in_kernel_invocation_manager(self._mode):
-                    made.set_(storage, output.offset, output.shape, output.stride)
-            return FakeTensor(self._mode, made, torch.device("cpu"))
+                made.set_(storage, output.offset, output.shape, output.stride)
+            fake: FakeTensor = torch.Tensor._make_subclass(  # type: ignore[attr-defined]
+                FakeTensor, made, False, dispatch_device=True, device_for_backend_keys=self._device
+            )
+            torch._C._set_throw_on_mutable_data_ptr(fake)
+        fake.__dict__.update(self._attributes)
+        return fake
 
 
 class _NotPlain(Exception):
@@ -106,6 +117,8 @@ def _key(value: Any, tensors: list[FakeTensor]) -> Any:
         return (kind, *[_key(part, tensors) for part in value])
     if isinstance(value, _PLAIN):
         return (kind, value)
+    if kind is torch.Generator:  # nothing is drawn
+        return kind
     raise _NotPlain
 
 
@@ -113,7 +126,7 @@ def _is_plain(func: Any) -> bool:
     """Whether an operation returns tensors (or nothing) and leaves the geometry of its arguments alone."""
     schema = func._schema
     name = schema.name.removeprefix("aten::")
-    returned = all(str(r.type) in ("Tensor", "Tensor[]") for r in schema.returns)
+    returned = all(str(r.type) in ("Tensor", "List[Tensor]") for r in schema.returns)
     return returned and name != schema.name and not name.startswith(_CHANGES_GEOMETRY)
 
 
@@ -123,7 +136,7 @@ def _describe(result: Any, tensors: list[FakeTensor]) -> _Known | None:
     storages = [tensor.untyped_storage()._cdata for tensor in tensors]
     outputs, fresh = [], []
     for part in parts:
-        if type(part) is not FakeTensor or part.constant is not None:
+        if type(part) is not FakeTensor or part.constant is not None or part.fake_device.type != "cpu":
             return None
         storage, offset = part.untyped_storage(), int(part.storage_offset())
         same_as = next((index for index, tensor in enumerate(tensors) if tensor is part), None)

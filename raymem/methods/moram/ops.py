@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
-from raymem.memory.target import device_kind
+from raymem.memory.target import device_kind, worth_visiting
 from raymem.methods.moram.base import BaseWeight
 
 # T tokens, O outputs, I inputs, R rank, K connections per row, C rows of a chunk
@@ -121,7 +121,8 @@ class _Chunks:
         together = math.lcm(multiple, _ROWS_TOGETHER)
         if count > together and device_kind(A_RI.device) == "cpu":
             count -= count % together
-        self.rows = [slice(start, min(outputs, start + count)) for start in range(0, outputs, count)]
+        starts = worth_visiting(range(0, outputs, count))
+        self.rows = [slice(start, min(outputs, start + count)) for start in starts]
         self._buffer_shape = min(count, outputs), inputs
 
     @functools.cached_property
@@ -238,7 +239,7 @@ def sampled_dots(grad_TO: torch.Tensor, x_TI: torch.Tensor, index_OK: torch.Tens
     total = torch.zeros(index_OK.shape, dtype=torch.promote_types(x_TI.dtype, torch.float32), device=x_TI.device)
     tokens = min(_TOKENS_AT_ONCE, x_TI.shape[0])
     grad_buffer, x_buffer = grad_TO.new_empty(grad_TO.shape[1] * tokens), x_TI.new_empty(x_TI.shape[1] * tokens)
-    for start in range(0, x_TI.shape[0], _TOKENS_AT_ONCE):
+    for start in worth_visiting(range(0, x_TI.shape[0], _TOKENS_AT_ONCE)):
         blocks = (grad_TO[start : start + _TOKENS_AT_ONCE].mT, x_TI[start : start + _TOKENS_AT_ONCE].mT)
         grad_OB, x_IB = (
             buffer[: block.numel()].view(block.shape).copy_(block)
