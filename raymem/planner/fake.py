@@ -1,7 +1,7 @@
 """Fake tensors in the place of a model's: what has to be arranged so that the real step runs on them as on a device.
 
 Three libraries take another path when they meet fake tensors, or decide by values that are not there. Each of the
-shims here undoes one such difference; tests/planner/test_fake.py shows what each is needed for.
+shims here undoes one such difference; tests/planner/test_fake.py and test_process.py show what each is needed for.
 """
 
 from __future__ import annotations

@@ -66,11 +66,11 @@ class OutputCache:
             return func(*args, **kwargs)
         tensors: list[FakeTensor] = []
         try:
-            key = (func, _key(args, tensors), _key(tuple(kwargs.items()), tensors) if kwargs else None)
+            key: tuple[Any, ...] = (func, _key(args, tensors), _key(tuple(kwargs.items()), tensors) if kwargs else None)
         except _NotPlain:
             return func(*args, **kwargs)
         if not tensors:
-            key = (*key, torch.get_default_dtype())
+            key += (torch.get_default_dtype(),)
         if key not in self._known:
             result = func(*args, **kwargs)
             self._known[key] = _describe(result, tensors)
@@ -94,7 +94,7 @@ class OutputCache:
                 made = torch.empty((), dtype=output.dtype, device="meta")
                 storage = tensors[output.view_of].untyped_storage()
                 made.set_(storage, output.offset, output.shape, output.stride)
-            fake: FakeTensor = torch.Tensor._make_subclass(  # type: ignore[attr-defined]
+            fake: FakeTensor = torch.Tensor._make_subclass(
                 FakeTensor, made, False, dispatch_device=True, device_for_backend_keys=self._device
             )
             torch._C._set_throw_on_mutable_data_ptr(fake)

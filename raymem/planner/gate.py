@@ -9,8 +9,8 @@ from typing import Any
 from raymem.errors import RaymemError, RecipeError
 from raymem.memory.budget import bytes_text
 from raymem.planner import calibration
-from raymem.planner.process import Planner, without_free
-from raymem.planner.values import Plan, Target
+from raymem.planner.process import Planner, known_plan, without_free
+from raymem.planner.values import Target
 from raymem.training.recipe import Recipe
 
 GROWS = {
@@ -52,8 +52,9 @@ Judged = Admitted | Refused
 class Gate:
     """Judges recipes against one budget.
 
-    What it costs: nothing for a recipe that is larger in every way than one that was refused, a tenth of a second where
-    the closed forms are above the budget already, else a traced step; plans are remembered over processes.
+    What it costs: nothing for a recipe that is larger in every way than one that was refused, or was planned before
+    (plans are remembered over processes); a tenth of a second where the closed forms are above the budget already;
+    else a traced step.
 
     Args:
         budget_bytes: of one worker's device.
@@ -61,7 +62,7 @@ class Gate:
     """
 
     def __init__(self, budget_bytes: int, *, gpu: str | None = None) -> None:
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self._gpu = budget_bytes, gpu
         self._planner = Planner(gpu=gpu)
         self._refused: list[tuple[dict[str, Any], dict[str, float], Refused]] = []
 
@@ -93,10 +94,12 @@ class Gate:
 
     def _judge(self, recipe: Recipe) -> Judged:
         try:
-            least = self._planner.least_bytes(recipe)
-            if least > self.budget_bytes:
-                return self._too_large(least, "weights, gradients and states alone take")
-            plan: Plan = self._planner.plan(recipe)
+            plan = known_plan(recipe, gpu=self._gpu)
+            if plan is None:
+                least = self._planner.least_bytes(recipe)
+                if least > self.budget_bytes:
+                    return self._too_large(least, "weights, gradients and states alone take")
+                plan = self._planner.plan(recipe)
         except RecipeError:
             raise
         except RaymemError as error:

@@ -136,9 +136,9 @@ class Planner:
         return self._ask({**job, "problem": f"the model's code ended the planning process ({ended})"})
 
 
-def known_plan(recipe: Recipe) -> Plan | None:
+def known_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan | None:
     """The plan of a recipe, if it was made before."""
-    found = _known(_cache_dir() / f"{_key({'recipe': _plannable(recipe, None).to_dict(), 'gpu': None})}.json")
+    found = _known(_cache_dir() / f"{_key({'recipe': _plannable(recipe, gpu).to_dict(), 'gpu': gpu})}.json")
     return None if found is None else Plan(**found["plan"])
 
 

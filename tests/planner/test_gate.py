@@ -55,6 +55,14 @@ def test_what_is_larger_in_every_way_needs_no_plan(peak: int, monkeypatch: pytes
                 gate.judge(other)
 
 
+def test_what_was_planned_before_needs_no_process(peak: int) -> None:
+    with Gate(peak) as first:
+        judged = first.judge(case("lora"))
+    with Gate(peak) as second:
+        assert second.judge(changed(optimizer={"lr": 0.3})) == judged
+        assert second._planner._child is None
+
+
 def test_closed_forms_refuse_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     with Gate(1000) as gate:
         monkeypatch.setattr(gate._planner, "plan", None)
