@@ -371,10 +371,13 @@ def test_dockerfile() -> None:
     assert text.index("USER 1000:1000") > text.index("pip install")
     assert all("--no-cache-dir -c constraints.txt" in line for line in re.findall(r"pip install.*", text))
     assert text.count("rm -rf /var/lib/apt/lists/*") == text.count("apt-get update")
-    for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE):
-        for source in line.split()[:-1]:
-            assert (ROOT / source).exists()
-            assert f"!{source}" in (ROOT / ".dockerignore").read_text().splitlines()
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    copied = [source for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for source in line.split()[:-1]]
+    for source in copied:
+        assert (ROOT / source).exists()
+        assert f"!{source}" in (ROOT / ".dockerignore").read_text().splitlines()
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert {source.split("/")[0] for source in included} <= set(copied), "the package cannot be built from these"
+    extras = pyproject["project"]["optional-dependencies"]
     assert set(re.findall(r"\[([a-z,]+)\]", text)) <= {"quant", "server", "quant,server"}
     assert {"quant", "server"} <= set(extras)
