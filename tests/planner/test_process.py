@@ -192,25 +192,64 @@ def test_calibration_is_the_mean_ratio_of_a_method() -> None:
     assert calibration.ratio(case("lora")) is None
 
 
-def test_published_loram_counts_come_out_of_the_planner() -> None:
-    """Llama-2-13B at ratio 0.65 (LoRAM, table 1): 6,005,662,720 parameters are left."""
+def llama(shape: tuple[int, ...], ratio: float, directory: Path) -> Any:
+    """LoRAM's plan of a Llama, whose pruned config is written to ``directory``."""
     from transformers import LlamaConfig
 
     from raymem.methods.loram.config import PruneOptions
     from raymem.methods.loram.nonuniform import with_counts
     from raymem.methods.loram.plan import plan_pruning
+
+    hidden, layers, heads, groups, neurons, vocabulary = shape
+    config = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
+        intermediate_size=neurons, vocab_size=vocabulary, tie_word_embeddings=False,
+    )  # fmt: skip
+    pruning = plan_pruning(config, PruneOptions(ratio=ratio))
+    with_counts(config, pruning.counts).save_pretrained(directory)
+    return pruning
+
+
+def weights(model: Path, quantize: str) -> int:
     from raymem.planner.analytic import closed_form
     from raymem.planner.values import Target
 
-    config = LlamaConfig(
-        hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40,
-        intermediate_size=13824, vocab_size=32000, tie_word_embeddings=False,
-    )  # fmt: skip
-    pruning = plan_pruning(config, PruneOptions(ratio=0.65))
-    pruned = with_counts(config, pruning.counts)
-    raw = {key: value for key, value in pruned.to_diff_dict().items() if key != "architectures"}
-    model = {"name": None, "config": {"model_type": "llama", **raw}, "tokenizer": "demo"}
-    recipe = make_recipe({"model": model, "train": {"precision": "bf16"}})
-    assert pruning.pruned.parameters == 6_005_662_720
+    recipe = make_recipe({"base": {"quantize": quantize}, "train": {"precision": "bf16"}}, model=model)
     buffers = 4 * 64 * 2  # rotary frequencies, twice
-    assert closed_form(recipe, Target("cpu", 1))["weights"] == pruning.pruned.bf16_bytes + buffers
+    return closed_form(recipe, Target("cpu", 1))["weights"] - buffers
+
+
+LLAMA_2_13B = (5120, 40, 40, 40, 13824, 32000)
+LLAMA_2_70B = (8192, 80, 64, 8, 28672, 32000)
+LLAMA_31_70B = (8192, 80, 64, 8, 28672, 128256)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ratio", "parameters", "paper"),
+    [
+        (LLAMA_2_13B, 0.65, 6_005_662_720, 8.67),
+        (LLAMA_2_70B, 0.85, 16_272_924_672, 16.95),
+        (LLAMA_31_70B, 0.85, 17_849_982_976, 15.81),
+    ],
+)
+def test_published_loram_counts_come_out_of_the_planner(
+    shape: tuple[int, ...], ratio: float, parameters: int, paper: float, tmp_path: Path
+) -> None:
+    """LoRAM, table 1, which counts every parameter at 4 bits and scales as free."""
+    full = llama(shape, ratio, tmp_path).full.bf16_bytes
+    assert weights(tmp_path, "none") == 2 * parameters
+    assert round(full / (parameters / 2), 2) == paper
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "ratio", "stored"),
+    [(LLAMA_2_13B, 0.65, 7.26), (LLAMA_2_70B, 0.85, 15.04), (LLAMA_31_70B, 0.85, 11.45)],
+)
+def test_what_bitsandbytes_stores_of_a_pruned_llama(
+    shape: tuple[int, ...], ratio: float, stored: float, tmp_path: Path
+) -> None:
+    """Layers in 4 bits with their scales and tables; embeddings, head and norms stay in bf16."""
+    pytest.importorskip("bitsandbytes")
+    full = llama(shape, ratio, tmp_path).full.bf16_bytes
+    assert full / weights(tmp_path, "nf4") == pytest.approx(stored, abs=0.01)
