@@ -141,6 +141,6 @@ def test_error_of_the_user_reaches_the_driver_without_retries(
 
     diverging = {"lr": 1e30}
     recipe = ray_recipe(llama, examples, storage, "diverged", scaling=LAYOUTS["ddp-1"], optimizer=diverging)
-    with pytest.raises(NonFiniteError, match=r"at step \d+; nothing was written"):
+    with pytest.raises(NonFiniteError, match=r"at step \d+; nothing of that step was saved"):
         launch(recipe)
     assert not (storage / "diverged" / "adapter").exists()
