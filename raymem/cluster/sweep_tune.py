@@ -16,6 +16,7 @@ from raymem.cluster.demo import discard_checkpoints
 from raymem.cluster.search import METRICS, BudgetedSearch, Objective
 from raymem.cluster.sweep_resources import most_at_once, nested
 from raymem.cluster.trial import ATTEMPT, RESULT, TrialJob, free_reservation, run_trial
+from raymem.errors import ClusterError
 from raymem.planner import calibration
 from raymem.training.recipe import Recipe
 from raymem.training.storage import Storage
@@ -37,12 +38,16 @@ def tune(
         admitted_bytes: what a worker of a trial may need at most.
         scheduler: stops trials early.
         changed: called whenever a trial began or ended.
+
+    Raises:
+        ClusterError: nodes are out of memory before a trial begins.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial has none
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1")  # the next trial is judged while others run, not more
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends us like a kill: what runs goes on later
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    of_nobody = 0
     while True:
         search = new_search()
         follow = Follow(search, storage, changed)
@@ -50,9 +55,16 @@ def tune(
             _fit(search, follow, recipe, storage, admitted_bytes, scheduler)
         except RuntimeError as error:
             # Ray Tune does not know this end of a process, and goes down with it.
-            if not isinstance(error.__cause__, OutOfMemoryError) or not follow.note_killed(str(error)):
+            if not isinstance(error.__cause__, OutOfMemoryError):
                 raise
-            log.warning("Ray's memory monitor ended a trial; the others go on from their checkpoints")
+            # One that waited for its next trial may be killed too; again and again means that there is no room at all.
+            of_nobody = 0 if follow.note_killed(str(error)) else of_nobody + 1
+            if of_nobody > CRASHES:
+                raise ClusterError(
+                    "memory: Ray's memory monitor kills processes of this sweep before they train: others have taken "
+                    "the memory of their node; free some, then run the same command again: it goes on"
+                ) from None
+            log.warning("Ray's memory monitor killed a process; trials that ran go on from their checkpoints")
             continue
         search.close()
         return search

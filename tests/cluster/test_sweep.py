@@ -247,10 +247,13 @@ def test_a_trial_that_rays_memory_monitor_kills_does_not_end_the_sweep(
     killed = Path(recipe.storage.path) / "killed.txt"
     original = RayActorManager._actor_task_failed
 
-    def failed(self: Any, task: Any, exception: Exception) -> None:
-        if isinstance(exception, ray.exceptions.RayActorError) and killed.exists():
-            exception = ray.exceptions.OutOfMemoryError(MONITOR.format(killed.read_text()))
-        original(self, task, exception)
+    told: list[str] = []
+
+    def failed(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, ray.exceptions.RayActorError) and killed.exists() and not told:
+            told.append(MONITOR.format(killed.read_text()))
+            exception = ray.exceptions.OutOfMemoryError(told[0])
+        original(self, tracked_actor_task, exception)
 
     monkeypatch.setattr(RayActorManager, "_actor_task_failed", failed)
     monkeypatch.setattr(sweep_tune, "run_trial", killed_trial)

@@ -25,6 +25,7 @@ from raymem.cluster.sweep_resources import RUNTIME_BYTES, admitted_bytes, most_a
 from raymem.cluster.trial import TrialJob
 from raymem.errors import (
     BudgetError,
+    ClusterError,
     NonFiniteError,
     OutOfMemory,
     RaymemError,
@@ -308,3 +309,19 @@ def test_a_sweep_stays_at_the_revision_that_it_began_with(recipe: Recipe, tmp_pa
     resumed, again = sweep_module._same_sweep(tmp_path / "s", recipe, space, options)
     assert resumed and again == {**facts, "revision": "c0ffee"}
     assert sweep_module._at_revision(recipe, again["revision"]).model.revision == "c0ffee"
+
+
+def test_where_there_is_no_room_for_any_process_the_sweep_ends(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def fails(*given: Any) -> None:
+        tries.append(1)
+        raise RuntimeError("Caught unexpected exception") from ray.exceptions.OutOfMemoryError(MONITOR)
+
+    monkeypatch.setattr(sweep_tune, "_fit", fails)
+    search: Any = SimpleNamespace(problems={})
+    with pytest.raises(ClusterError, match="memory: Ray's memory monitor kills processes of this sweep before they"):
+        sweep_tune.tune(lambda: search, recipe, Storage.open(str(tmp_path)), 1, None, lambda: None)
+    assert len(tries) == 1 + sweep_tune.CRASHES
