@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 import provenance
 
+from raymem.cluster import search
 from raymem.cluster.search import Objective, open_study, started
 from raymem.cluster.sweep import SweepOptions, sweep
 from raymem.cluster.sweep_report import SweepRow
@@ -53,14 +55,8 @@ def median_need(recipe: Recipe, space: Space, points: int) -> int:
         for number in range(points):
             study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=derive(0, "median", number) % 2**32))
             trial = study.ask()
-
-            def draw(path: str, dimension: Any, trial: optuna.Trial = trial) -> Any:
-                if dimension.type == "choice":
-                    return trial.suggest_categorical(path, dimension.choices)
-                return trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
-
             try:
-                point = recipe_at(recipe, sample(space, recipe.to_dict(), draw), "point")
+                point = recipe_at(recipe, sample(space, recipe.to_dict(), partial(search.draw, trial)), "point")
             except RecipeError:
                 continue
             found.append(planner.plan(point).capacity_bytes)

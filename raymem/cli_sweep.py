@@ -41,7 +41,10 @@ def sweep(
     ] = "",
     algorithm: Annotated[str, typer.Option(help="tpe, nsga2, random or grid.")] = "tpe",
     early_stopping: Annotated[
-        bool, typer.Option("--early-stopping/--no-early-stopping", help="Stop what is clearly worse (ASHA).")
+        bool,
+        typer.Option(
+            "--early-stopping/--no-early-stopping", help="Stop what is clearly worse (ASHA); with --also nothing is."
+        ),
     ] = True,
     name: Annotated[
         Optional[str],  # noqa: UP045
@@ -54,7 +57,7 @@ def sweep(
     """Search ranks, sparsity and methods: only what is predicted to fit is tried. A killed sweep goes on."""
     from raymem.cli_plan import budget_bytes
     from raymem.errors import BudgetError, RecipeError
-    from raymem.training.recipe_io import load_recipe, nearest
+    from raymem.training.recipe_io import load_recipe, nearest, parse_recipe
     from raymem.training.space_io import load_space
 
     console.log_to_stderr(verbose)
@@ -66,14 +69,14 @@ def sweep(
     from raymem.cluster import search
     from raymem.cluster import sweep as sweeps
 
-    metrics = (objective, *(metric.strip() for metric in also.split(",") if metric.strip()))
+    metrics = tuple(dict.fromkeys([objective, *(metric.strip() for metric in also.split(",") if metric.strip())]))
     sweeps.check_metrics(metrics)
     if algorithm not in search.ALGORITHMS:
         raise RecipeError(f"--algorithm {algorithm}: there is no such one{nearest(algorithm, search.ALGORITHMS)}")
     options = sweeps.SweepOptions(
         limit, samples, search.Objective(metrics), algorithm, early_stopping=early_stopping, gpu=gpu
     )
-    named = loaded.model_copy(update={"name": name or f"{loaded.name[:57]}-sweep"})
+    named = parse_recipe({**loaded.to_dict(), "name": name or f"{loaded.name[:57]}-sweep"}, "--name")
     try:
         with SweepDisplay(metrics[0], samples) as display:
             done = sweeps.sweep(named, found, options, fresh=fresh, status=display.status, watch=display.show)
@@ -148,8 +151,10 @@ class SweepDisplay:
         from raymem.cluster.sweep_report import point_text
 
         counts = Counter(row.status for row in rows)
+        refused = counts.pop("refused", 0)
         told = ", ".join(f"{count} {status}" for status, count in counts.items())
-        table = Table(title=f"{told} of {self._samples} trials", title_justify="left", box=None, pad_edge=False)
+        title = f"{counts.total()} of {self._samples} trials: {told}; {refused} proposals refused"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for column in ("trial", "status", self._metric, "peak", "predicted", "point"):
             table.add_column(column, justify="left" if column in ("status", "point") else "right")
         for row in [row for row in rows if row.status != "refused"][-_SHOWN:]:

@@ -1,9 +1,10 @@
 """Search space over the methods themselves: which of them to use at all, and how strongly, under one budget.
 
-It starts from a recipe of any kind; whatever an axis is set to here begins with that kind's defaults. Dimensions of a
-method exist only where it is chosen. MLorc goes with full fine-tuning alone, since the factors of an adapter are of low
-rank already; a base in 4 bits or a pruned one goes with adapters alone, since it is frozen. Full fine-tuning wants a
-learning rate of its own, so it has one.
+It starts from a recipe with ``optimizer: adamw``, whatever its other axes are; what an axis is set to here begins with
+that kind's defaults. (The optimizer is chosen for full fine-tuning alone: adapters keep the recipe's own, and an MLorc
+one goes with none of them.) Dimensions of a method exist only where it is chosen. MLorc goes with full fine-tuning
+alone, since the factors of an adapter are of low rank already; a base in 4 bits or a pruned one goes with adapters
+alone, since it is frozen. Full fine-tuning wants a learning rate of its own, so it has one.
 
 LoRAM (``base.kind: loram``) is left to its own space: a pruned model is made per ratio, which is minutes on a large
 one.

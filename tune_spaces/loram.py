@@ -2,8 +2,8 @@
 
 The ratio buys memory with quality; up to a half little is lost, far above it the adapter learns for a model that the
 full one no longer resembles. Random units are a real choice: on large models the paper finds them as good as scored
-ones, and they need no calibration. A pruned model is made once per ratio, criterion and seed and found again by later
-trials; `raymem loram run` makes it, a trial of `raymem train` alone refuses what is not pruned yet.
+ones, and they need no calibration. A pruned model is made once per ratio, criterion and seed, by the first trial that
+wants it, and found again by later ones.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class Pipeline:
         """
         if self.base.artifact is not None:
             return self._given(self.base.artifact)
-        place = self._find(build=True)
+        place = self.find(build=True)
         job = open_job(place.source, place.pruned, self.base.pruning, place.calibration)
         if is_committed(job):
             self.status(f"pruned before: {place.pruned}")
@@ -135,7 +135,7 @@ class Pipeline:
         run = None if self.base.artifact is not None else self._alignment()
         if run is None:
             return None
-        place = self._find()
+        place = self.find()
         model = loram_base.aligned_model(run, self.storage)
         if (model / MANIFEST).is_file():
             self.status(f"aligned before: {model}")
@@ -259,12 +259,17 @@ class Pipeline:
         """
         if self.base.artifact is not None:
             return self._given(self.base.artifact)
-        place = self._find()
+        place = self.find()
         settled = loram_base.settled(place.recipe, self.storage, on_ray=self.on_ray)
         assert isinstance(settled.base, LoRAMOptions) and settled.base.artifact is not None
         return self._pruned(place, Path(settled.base.artifact))
 
-    def _find(self, *, build: bool = False) -> loram_base.Place:
+    def find(self, *, build: bool = False) -> loram_base.Place:
+        """Where the pruned model lies or will lie; with ``build`` a demo model is made on the way.
+
+        Raises:
+            RaymemError: see :func:`.loram_base.find`.
+        """
         if self._place is None:
             self._connect()
             self.status("opening the full model")
@@ -285,7 +290,7 @@ class Pipeline:
     def _alignment(self) -> Recipe | None:
         if self.base.align is None:
             return None
-        place = self._find()
+        place = self.find()
         if not (place.pruned / MANIFEST).is_file():
             raise ModelError(f"base.align: {place.source.name} is not pruned yet; run: raymem loram prune RECIPE")
         manifest = read_manifest(place.pruned)

@@ -6,11 +6,13 @@ goes on from it. (Ray Tune's own snapshots are pickles, and lag behind; they are
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from raymem.errors import RecipeError
 from raymem.planner.gate import Gate, Refused
 from raymem.seeds import derive
 from raymem.training.recipe import Recipe
-from raymem.training.space import Point, Space, grid, sample
+from raymem.training.space import ChoiceDimension, FloatDimension, IntDimension, Point, Space, grid, sample
 from raymem.training.space_io import recipe_at
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ METRICS = {"eval_loss": "min", "loss": "min", "peak_bytes": "min", "train_s": "m
 PATIENCE = 200
 """Proposals in a row that are refused before a search gives up."""
 TRIES_PER_CALL = 2
-"""Proposals that are judged at a time; in between Ray Tune listens to the trials that run."""
+"""Proposals that are judged at a time while trials run; in between Ray Tune listens to those."""
 
 Configure = Callable[[int, Recipe, int, int], dict[str, Any]]
 """``(number, recipe, predicted step peak, needed bytes)`` -> what a trial's process is given."""
@@ -71,7 +73,8 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
     """Proposes only what fits.
 
     A refused proposal never becomes a trial: the sampler is told how far it is from feasible, and asked again. What was
-    under way when an earlier driver died comes first. A point that was trained before is not trained again.
+    under way when an earlier driver died comes first. A point that is being trained, or that came to an end of its own,
+    is not trained again; one whose process died may be.
 
     Args:
         samples: trials to start, those of earlier drivers included.
@@ -92,10 +95,9 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         self._raw = recipe.to_dict()
         self._algorithm, self._samples, self._configure = algorithm, samples, configure
         self._running: dict[str, optuna.Trial] = {}
-        trials = study.get_trials(deepcopy=False)
-        # One that was asked for and not judged yet has no config, and is of no use.
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and not started(trial):
+        # An earlier driver asked for it and died before it was judged: it has no config, and is of no use.
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if not started(trial):
                 study.tell(trial.number, state=TrialState.FAIL)
         trials = study.get_trials(deepcopy=False)
         self._interrupted = [
@@ -103,9 +105,11 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         ]
         self._started = sum(started(trial) for trial in trials) - len(self._interrupted)
         self._in_a_row = 0
-        if algorithm == "grid" and not trials:
+        if algorithm == "grid":
+            known = {_text(_point(trial)) for trial in trials if trial.state != TrialState.FAIL or started(trial)}
             for point in grid(space, self._raw):
-                study.enqueue_trial(point)
+                if _text(point) not in known:
+                    study.enqueue_trial(point)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """The space is known already."""
@@ -113,22 +117,23 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """A config, None to be asked again, or FINISHED."""
+        if self._interrupted:  # also beyond the samples, of which there may be fewer now: they would never end
+            return self._start(trial_id, self._interrupted.pop(0))
         if self._started >= self._samples or self.gave_up:
             return str(Searcher.FINISHED)
-        if self._interrupted:
-            return self._start(trial_id, self._interrupted.pop(0))
-        for _ in range(TRIES_PER_CALL):
+        # Where nothing runs nobody has to be listened to, and Ray Tune would sleep a second after every call.
+        for _ in range(TRIES_PER_CALL if self._running else PATIENCE):
             if self._algorithm == "grid" and not self._study_waits():
                 self.gave_up = "every point of the grid was tried"
-                return str(Searcher.FINISHED)
-            if self._in_a_row >= PATIENCE:
-                self.gave_up = f"{PATIENCE} proposals in a row were refused, or had been trained before"
                 return str(Searcher.FINISHED)
             trial = self._ask()
             if self._admit(trial):
                 self._in_a_row = 0
                 return self._start(trial_id, trial)
             self._in_a_row += 1
+            if self._in_a_row >= PATIENCE:
+                self.gave_up = f"{PATIENCE} proposals in a row were refused, or had been trained before"
+                return str(Searcher.FINISHED)
         return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -159,10 +164,10 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         values = [float(result[name]) for name in self.objective.metrics if result.get(name) is not None]
         if status == "finished" and len(values) == len(self.objective.metrics):
             self.study.tell(trial, values)
-        elif status in ("finished", "stopped", "infeasible"):
-            self.study.tell(trial, state=TrialState.PRUNED)
-        else:
+        elif status == "crashed":  # which says nothing about the point
             self.study.tell(trial, state=TrialState.FAIL)
+        else:  # TPE learns from these too; what diverged at once counts as the worst
+            self.study.tell(trial, state=TrialState.PRUNED)
 
     def close(self) -> None:
         """Nothing is left running in the study; what Ray Tune never reported back counts as crashed."""
@@ -178,14 +183,10 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
 
     def _admit(self, trial: optuna.Trial) -> bool:
         """Whether a proposal may start; else the study is told why not."""
-        point = sample(self._space, self._raw, lambda path, dimension: _draw(trial, path, dimension))
+        point = sample(self._space, self._raw, partial(draw, trial))
         trial.set_user_attr("point", point)
         if (known := self._trained_before(point)) is not None:
-            for name, value in known.user_attrs.items():
-                if name != "config":
-                    trial.set_user_attr(name, value)
-            trial.set_user_attr("same_as", known.number)
-            self.study.tell(trial, known.values)
+            self._repeat(trial, known)
             return False
         try:
             recipe = recipe_at(self._recipe, point, f"point {trial.number}")
@@ -206,6 +207,22 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         trial.set_user_attr("needed_bytes", judged.needed_bytes)
         return True
 
+    def _repeat(self, trial: optuna.Trial, known: FrozenTrial) -> None:
+        """Tell the study of a proposal what it knows of the same point already."""
+        trial.set_user_attr("same_as", known.number)
+        for name, value in known.user_attrs.items():
+            trial.set_user_attr(name, value)
+        if known.state == TrialState.COMPLETE:
+            self.study.tell(trial, known.values)
+        elif known.state == TrialState.RUNNING:  # nothing is known yet; TPE keeps away from what runs by itself
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            for name, value in known.constraints.items():
+                trial.set_constraint(name, value)
+            for step, value in known.intermediate_values.items():
+                trial.report(value, step)
+            self.study.tell(trial, state=TrialState.PRUNED)
+
     def _start(self, trial_id: str, trial: optuna.Trial) -> dict[str, Any]:
         attributes = trial.user_attrs
         recipe = recipe_at(self._recipe, attributes["point"], f"point {trial.number}")
@@ -214,8 +231,10 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         return self._configure(trial.number, recipe, attributes["predicted_bytes"], attributes["needed_bytes"])
 
     def _trained_before(self, point: Point) -> FrozenTrial | None:
-        done = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-        return next((trial for trial in done if trial.user_attrs.get("point") == point), None)
+        """The trial of this point that runs or came to an end of its own."""
+        states = [TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED]
+        trials = self.study.get_trials(deepcopy=False, states=states)
+        return next((trial for trial in trials if started(trial) and trial.user_attrs["point"] == point), None)
 
     def _study_waits(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
@@ -255,9 +274,20 @@ def started(trial: FrozenTrial) -> bool:
     return "needed_bytes" in attributes and "same_as" not in attributes
 
 
-def _draw(trial: optuna.Trial, path: str, dimension: Any) -> Any:
+def draw(trial: optuna.Trial, path: str, dimension: FloatDimension | IntDimension | ChoiceDimension) -> Any:
+    """A value of a dimension, as the sampler of a trial proposes it."""
     if dimension.type == "choice":
         return trial.suggest_categorical(path, dimension.choices)
     if dimension.type == "int":
         return trial.suggest_int(path, dimension.low, dimension.high, log=dimension.log)
     return trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
+
+
+def _point(trial: FrozenTrial) -> Point:
+    """Where a proposal is, or is to be once it is asked for."""
+    found: Point = trial.user_attrs.get("point") or trial.system_attrs.get("fixed_params", {})
+    return found
+
+
+def _text(point: Point) -> str:
+    return json.dumps(point, sort_keys=True)

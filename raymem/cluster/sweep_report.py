@@ -56,14 +56,14 @@ def rows_of(trials: Sequence[FrozenTrial]) -> list[SweepRow]:
     return found
 
 
-def interesting(rows: Sequence[SweepRow]) -> list[SweepRow]:
-    """Finished ones with the first objective's usual companions."""
-    return [row for row in rows if row.status == "finished" and row.measured_bytes is not None]
+def finished(rows: Sequence[SweepRow], metrics: Sequence[str]) -> list[SweepRow]:
+    """Those that came to their end and have all of these metrics."""
+    return [row for row in rows if row.status == "finished" and all(name in row.metrics for name in metrics)]
 
 
 def pareto(rows: Sequence[SweepRow], metrics: Sequence[str]) -> list[SweepRow]:
     """Finished rows that no other one beats in every metric, sorted by the first."""
-    done = [row for row in interesting(rows) if all(name in row.metrics for name in metrics)]
+    done = finished(rows, metrics)
 
     def costs(row: SweepRow) -> tuple[float, ...]:
         return tuple(row.metrics[name] * (1 if METRICS[name] == "min" else -1) for name in metrics)
@@ -87,18 +87,20 @@ def best_of(rows: Sequence[SweepRow], objective: Objective) -> SweepRow | None:
 def write_report(
     folder: Path, trials: Sequence[FrozenTrial], recipe: Recipe, objective: Objective, budget_bytes: int
 ) -> list[SweepRow]:
-    """Write ``trials.json``, ``pareto.md``, ``pareto.png`` and, if any trial finished, ``best.yaml``."""
+    """Write ``trials.json``, ``pareto.md``, ``pareto.png`` and, if any trial finished, ``best.yaml``.
+
+    The front in the table is that of all objectives and of memory; the figure shows the first of them against memory.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = rows_of(trials)
     (folder / "trials.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    quality = objective.metrics[0]
-    axes = (quality, "peak_bytes") if quality != "peak_bytes" else ("peak_bytes", "eval_loss")
-    front = pareto(rows, axes)
-    (folder / "pareto.md").write_text(_page(rows, front, trials, axes[0], budget_bytes))
-    _draw(folder / "pareto.png", rows, front, axes[0] if quality != "peak_bytes" else axes[1], budget_bytes)
+    names = list(dict.fromkeys([*objective.metrics, "peak_bytes"]))
+    (folder / "pareto.md").write_text(_page(rows, pareto(rows, names), trials, names, budget_bytes))
+    quality = next((name for name in objective.metrics if name != "peak_bytes"), "eval_loss")
+    _draw(folder / "pareto.png", rows, pareto(rows, (quality, "peak_bytes")), quality, budget_bytes)
     best = best_of(rows, objective)
     if best is not None:
-        (folder / "best.yaml").write_text(best_recipe(recipe, best, quality, budget_bytes))
+        (folder / "best.yaml").write_text(best_recipe(recipe, best, objective.metrics[0], budget_bytes))
     return rows
 
 
@@ -107,8 +109,10 @@ def best_recipe(recipe: Recipe, best: SweepRow, metric: str, budget_bytes: int) 
     chosen = recipe_at(recipe, best.point, "best").to_dict()
     del chosen["space"], chosen["name"]  # it is named by its file
     chosen["budget"] = f"{budget_bytes}B"
-    comment = f"# Trial {best.number} of sweep {recipe.name}: {metric} {best.metrics[metric]:.4f}"
-    return f"{comment}, peak {bytes_text(best.measured_bytes or 0)}\n" + yaml.safe_dump(chosen, sort_keys=False)
+    comment = f"# Trial {best.number} of sweep {recipe.name}: {metric} {_value_text(best, metric)}"
+    if metric != "peak_bytes" and "peak_bytes" in best.metrics:
+        comment += f", peak {_value_text(best, 'peak_bytes')}"
+    return f"{comment}\n" + yaml.safe_dump(chosen, sort_keys=False)
 
 
 def point_text(point: dict[str, Any]) -> str:
@@ -120,9 +124,15 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _value_text(row: SweepRow, metric: str) -> str:
+    value = row.metrics[metric]
+    return bytes_text(int(value)) if metric.endswith("_bytes") else f"{value:.4f}"
+
+
 def _page(
-    rows: Sequence[SweepRow], front: Sequence[SweepRow], trials: Sequence[FrozenTrial], quality: str, budget: int
-) -> str:
+    rows: Sequence[SweepRow], front: Sequence[SweepRow], trials: Sequence[FrozenTrial], names: Sequence[str],
+    budget: int,
+) -> str:  # fmt: skip
     counts = Counter(row.status for row in rows)
     told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
     repeated = sum("same_as" in trial.user_attrs for trial in trials)
@@ -130,14 +140,15 @@ def _page(
         f"Budget {bytes_text(budget)}. {sum(map(started, trials))} trials of {len(rows)} proposals: {told}"
         + (f"; {repeated} more had been trained before." if repeated else "."),
         "",
-        f"| trial | {quality} | peak (measured) | predicted | of budget | point |",
-        "|---|---|---|---|---|---|",
+        f"| trial | {' | '.join(names)} | predicted peak | of budget | point |",
+        f"|---|{'---|' * len(names)}---|---|---|",
     ]
     for row in front:
-        measured, predicted = row.measured_bytes or 0, row.predicted_bytes or 0
+        measured, predicted = row.metrics["peak_bytes"], row.predicted_bytes or 0
+        values = " | ".join(_value_text(row, name) for name in names)
         lines.append(
-            f"| {row.number} | {row.metrics[quality]:.4f} | {bytes_text(measured)} | {bytes_text(predicted)} "
-            f"({measured / max(1, predicted) - 1:+.2%}) | {measured / budget:.0%} | `{point_text(row.point)}` |"
+            f"| {row.number} | {values} | {bytes_text(predicted)} ({measured / max(1, predicted) - 1:+.2%}) | "
+            f"{measured / budget:.0%} | `{point_text(row.point)}` |"
         )
     return "\n".join(lines) + "\n"
 
@@ -149,7 +160,7 @@ def _draw(path: Path, rows: Sequence[SweepRow], front: Sequence[SweepRow], quali
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    done = [row for row in interesting(rows) if quality in row.metrics]
+    done = finished(rows, (quality, "peak_bytes"))
     refused = [row.predicted_bytes for row in rows if row.status == "refused" and row.predicted_bytes]
     every = [*(row.measured_bytes or 0 for row in done), *refused, budget]
     unit, name = next((size, name) for size, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1, "B")) if budget >= size)

@@ -1,12 +1,14 @@
 """What runs in a trial's process: one point of a sweep, trained, and told to Ray Tune as it goes.
 
-The process is used again by later trials; after an out-of-memory error or a crash Ray Tune replaces it. What a trial
-came to is also written beside its run, so that it is known even if nobody was there to hear it.
+The process of a trial that trains in it is used again by later trials; after an out-of-memory error or a crash Ray Tune
+replaces it. What a trial came to is also written beside its run, so that it is known even if nobody was there to hear
+it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -15,19 +17,26 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raymem.errors import OutOfMemory, RaymemError
+from raymem.cluster.sweep_resources import nested
+from raymem.errors import AdapterError, DataError, ModelError, NonFiniteError, OutOfMemory, RecipeError
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import parse_recipe
-from raymem.training.reporter import Row
+from raymem.training.reporter import Listener, Row
 from raymem.training.storage import Storage
+
+if TYPE_CHECKING:
+    from raymem.cluster.trainer import Finished
 
 RESULT = "trial.json"
 """In the directory of a trial's run: its last report, once it has ended."""
 ATTEMPT = "attempt.json"
-"""Beside it: what the process knew when it began."""
+"""Beside it: which process began it, and what that knew."""
+FINAL = (NonFiniteError, RecipeError, ModelError, DataError, AdapterError)
+"""Another try would end the same way: a learning rate that diverges, say. (A full disk or a server that is down would
+not.)"""
 REPORTED = ("eval_loss", "loss", "peak_bytes", "tokens_per_s", "elapsed_s", "step")
 _OOM_EVENTS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
 """Of cgroups, version 2 and 1."""
@@ -55,6 +64,11 @@ class TrialJob:
         """As Ray Tune takes it: one value, for what it makes of many is long names."""
         return {"job": json.dumps(asdict(self))}
 
+    @property
+    def reservation(self) -> str:
+        """Name of the host memory that it holds."""
+        return f"{self.recipe['name']}-memory"
+
     @staticmethod
     def of(config: dict[str, Any]) -> TrialJob:
         return TrialJob(**json.loads(config["job"]))
@@ -64,7 +78,9 @@ def run_trial(config: dict[str, Any]) -> None:
     """The function that Ray Tune runs."""
     from ray import tune
 
-    began = time.perf_counter()
+    # For so long the next trial of this process waits until the thread of one that was stopped has told MLflow so; Ray
+    # Tune's 2 s may be too short, and it then loses the next trial without a word.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
     job = TrialJob.of(config)
     recipe = parse_recipe(job.recipe, f"trial {job.number}")
     run = Storage.open(recipe.storage.path).child(recipe.name)
@@ -72,13 +88,14 @@ def run_trial(config: dict[str, Any]) -> None:
     if known is not None:
         tune.report(known)
         return
-    run.write_json(ATTEMPT, {"oom_kills": _oom_kills(), "host": os.uname().nodename})
+    run.write_json(ATTEMPT, _circumstances())
     latest: dict[str, Any] = {"number": job.number}
 
     def listen(rows: Sequence[Row]) -> None:
         for row in rows:
             latest.update({name: row[name] for name in REPORTED if name in row})
-            if "eval_loss" in row:
+            # The last evaluation is told with the end: a trial that has come so far is not stopped.
+            if "eval_loss" in row and row["step"] != recipe.train.steps:
                 tune.report(dict(latest))
 
     if job.threads:
@@ -86,19 +103,30 @@ def run_trial(config: dict[str, Any]) -> None:
 
         torch.set_num_threads(job.threads)
     try:
-        with reserved(f"{recipe.name}-memory", job.memory_bytes):
-            trained = _train(recipe, job, listen)
+        with reserved(job.reservation, job.memory_bytes):
+            began = time.perf_counter()
+            finished = _train(recipe, job, listen)
+            overhead_s = time.perf_counter() - began - finished.train_s
     except OutOfMemory as error:
-        end = {**latest, "status": "infeasible", "measured_bytes": measured_at_failure(recipe, error)}
-        run.write_json(RESULT, {**end, "problem": str(error)})
-        raise
-    except RaymemError as error:  # a learning rate that diverges, say: another try would end the same way
+        # Of a worker elsewhere this process knows no figure.
+        measured = 0 if nested(recipe) else measured_at_failure(recipe, error)
+        end = {**latest, "status": "infeasible", "measured_bytes": measured, "problem": str(error)}
+        run.write_json(RESULT, end)
+        raise  # ends this process, whose memory may be in pieces; the next one tells the result
+    except FINAL as error:
         end = {**latest, "status": "failed", "problem": str(error)}
         run.write_json(RESULT, end)
         tune.report(end)
         return
-    end = {**latest, **trained, "status": "finished"}
-    end["overhead_s"] = time.perf_counter() - began - end["train_s"]
+    outcome = finished.outcome
+    found = {"loss": outcome.loss, "eval_loss": outcome.eval_loss, "peak_bytes": outcome.peak_bytes}
+    end = {
+        **latest,
+        **{name: value for name, value in found.items() if value is not None},
+        "train_s": finished.train_s + outcome.earlier_s,
+        "overhead_s": overhead_s,
+        "status": "finished",
+    }
     run.write_json(RESULT, end)
     tune.report(end)
 
@@ -106,37 +134,49 @@ def run_trial(config: dict[str, Any]) -> None:
 def earlier_result(run: Storage) -> dict[str, Any] | None:
     """What this trial came to in an earlier attempt, or None if it is to be trained (on).
 
-    The kernel kills a process that takes more than its container may; it leaves no word, but a count.
+    The kernel kills a process that takes more than its container may; it leaves no word, but a count. That is of all
+    that runs in the container, so only an attempt of the same driver is held against it.
     """
     if run.exists(RESULT):
         return dict(run.read_json(RESULT))
     if run.exists(ATTEMPT):
-        before = run.read_json(ATTEMPT)
-        if before["host"] == os.uname().nodename and _oom_kills() > before["oom_kills"]:
+        before, now = run.read_json(ATTEMPT), _circumstances()
+        same = all(before.get(name) == now[name] for name in ("host", "ray_job"))
+        if same and now["oom_kills"] > before["oom_kills"]:
             found = {"status": "infeasible", "measured_bytes": 0, "problem": "killed: the container was out of memory"}
             run.write_json(RESULT, found)
             return found
     return None
 
 
-def _train(recipe: Recipe, job: TrialJob, listen: Any) -> dict[str, Any]:
-    """Metrics of a whole training."""
-    from raymem.cluster import demo
+def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> Finished:
+    """A whole training, on a model that is pruned first if the recipe says so."""
     from raymem.cluster.trainer import InSweep, launch
 
-    sweep = InSweep(job.parent_run_id, job.predicted_bytes)
     if isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None:
-        from raymem.cluster.loram_pipeline import Pipeline
+        recipe = _pruned(recipe)
+    return launch(recipe, listeners=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes))
 
-        pipeline = Pipeline(recipe, listeners=[listen])
+
+def _pruned(recipe: Recipe) -> Recipe:
+    """The recipe on its pruned model, which is made unless it is there; of trials that want the same, one makes it."""
+    from raymem.cluster.loram_pipeline import Pipeline
+
+    pipeline = Pipeline(recipe)
+    with _turn(pipeline.storage, f"pruning-{pipeline.find().pruned.name}"):
         pipeline.prune()
         pipeline.align()
-        recipe = pipeline.ready().recipe
-    finished = launch(recipe, listeners=[listen], sweep=sweep)
-    demo.discard_checkpoints(recipe)
-    outcome = finished.outcome
-    found = {"loss": outcome.loss, "eval_loss": outcome.eval_loss, "peak_bytes": outcome.peak_bytes}
-    return {name: value for name, value in found.items() if value is not None} | {"train_s": finished.train_s}
+    return pipeline.ready().recipe
+
+
+@contextlib.contextmanager
+def _turn(storage: Storage, name: str) -> Iterator[None]:
+    """Wait for whoever does the same work, on any node that shares the lock; sweeps have a directory as storage."""
+    folder = Path(storage.join(".locks"))
+    folder.mkdir(exist_ok=True)
+    with (folder / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -185,6 +225,19 @@ def measured_at_failure(recipe: Recipe, error: BaseException) -> int:
     except OSError:  # not Linux: the highest mark, which may be that of an earlier trial
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _circumstances() -> dict[str, Any]:
+    """Which process this is, and where."""
+    import ray
+
+    here = ray.get_runtime_context()
+    return {
+        "host": os.uname().nodename,
+        "ray_job": here.get_job_id(),
+        "ray_worker": here.get_worker_id(),
+        "oom_kills": _oom_kills(),
+    }
 
 
 def _oom_kills() -> int:

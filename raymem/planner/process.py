@@ -124,7 +124,12 @@ class Planner:
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         """The answer; where the process dies over a job, a rough plan from another one."""
         child = self._child = self._child or Child()
-        answer = child.ask(job, self._timeout_s)
+        try:
+            answer = child.ask(job, self._timeout_s)
+        except PlanError:  # it was ended; the next recipe gets a process of its own, not a rough plan for its death
+            self._child = None
+            child.close()
+            raise
         if answer is not None:
             return answer
         self._child, status = None, child.close()

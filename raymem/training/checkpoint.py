@@ -50,6 +50,10 @@ class Manifest:
     """Metrics since the checkpoint before: a crash may swallow a report, and a resumed run then sends it again."""
     ranks: dict[str, int] = field(default_factory=dict)
     """What was decided by looking at data before the first step (``activations.rank: auto``): site -> rank."""
+    peak_bytes: int | None = None
+    """Highest peak that was measured; a session that is resumed near its end measures none."""
+    elapsed_s: float = 0.0
+    """Seconds of all sessions so far."""
 
     def to_dict(self) -> dict[str, Any]:
         cursor = {"step": self.step, "global_batch": self.identity.get("train.global_batch")}
@@ -66,6 +70,8 @@ class Manifest:
             "eval_loss": self.eval_loss,
             "rows": self.rows,
             "ranks": self.ranks,
+            "peak_bytes": self.peak_bytes,
+            "elapsed_s": self.elapsed_s,
         }
 
 
@@ -221,7 +227,10 @@ def _read_manifest(run: Storage, step: int) -> Manifest:
             raise CheckpointError(
                 f"{run.join(place, name)}: missing or truncated; delete {run.join(place)} to resume from an older one"
             )
-    return Manifest(raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"], raw["rows"], raw["ranks"])
+    return Manifest(
+        raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"], raw["rows"], raw["ranks"],
+        raw.get("peak_bytes"), raw.get("elapsed_s", 0.0),
+    )  # fmt: skip
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:

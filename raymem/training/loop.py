@@ -50,9 +50,11 @@ class Outcome:
     eval_loss: float | None
     eval_perplexity: float | None
     peak_bytes: int | None
-    """Highest peak over all ranks."""
+    """Highest peak over all ranks, also of earlier sessions."""
     artifact: str
     """Path or URI of the final adapter or model directory."""
+    earlier_s: float = 0.0
+    """Seconds of the sessions that this one went on from."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -93,6 +95,7 @@ class _Session:
         self.eval_loss: float | None = None
         self.recent: list[Row] = []
         self.ranks: dict[str, int] = {}
+        self.earlier_s = 0.0
         self.began = time.perf_counter()
 
     def run(self) -> Outcome:
@@ -129,6 +132,7 @@ class _Session:
             eval_perplexity=None if self.eval_loss is None else Evaluation(self.eval_loss, 1).perplexity,
             peak_bytes=self.peak_bytes,
             artifact=artifact,
+            earlier_s=self.earlier_s,
         )
 
     def _resume(self) -> int:
@@ -141,6 +145,7 @@ class _Session:
         self.checkpoints.load(manifest, self.updater.state())
         selection.resumed(self.bare, self.recipe)
         self.eval_loss = manifest.eval_loss
+        self.peak_bytes, self.earlier_s = manifest.peak_bytes, manifest.elapsed_s
         self.ranks = manifest.ranks
         log.info("resuming from step %d (%s)", manifest.step, place)
         for row in manifest.rows:
@@ -198,7 +203,7 @@ class _Session:
             "grad_norm": float(result.grad_norm),
             "lr": lr,
             "tokens_per_s": float(self.rows.lengths[ids].sum()) / (time.perf_counter() - began),
-            "elapsed_s": time.perf_counter() - self.began,
+            "elapsed_s": self._elapsed_s(),
             "epoch": (step + 1) * train.global_batch / self.sampler.epoch_size,
         }
         if self.peak_bytes is not None and step - first + 1 in METERED_STEPS:
@@ -226,10 +231,16 @@ class _Session:
         eval_loss = self.eval_loss if self._is_evaluated(done) else None
         # Delivered before the checkpoint is: whatever the last report did not carry is in the manifest.
         self.reporter.flush()
-        manifest = Manifest(done, self.identity, self.recipe.to_dict(), eval_loss, self.recent, self.ranks)
+        manifest = Manifest(
+            done, self.identity, self.recipe.to_dict(), eval_loss, self.recent, self.ranks,
+            self.peak_bytes, self._elapsed_s(),
+        )  # fmt: skip
         storage = self.recipe.storage
         self.checkpoints.save(manifest, self.updater.state(), storage.keep, storage.num_to_keep)
         self.recent = []
+
+    def _elapsed_s(self) -> float:
+        return self.earlier_s + time.perf_counter() - self.began
 
     def _is_evaluated(self, done: int) -> bool:
         if self.eval_rows is None:

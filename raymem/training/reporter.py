@@ -7,7 +7,7 @@ from typing import Protocol
 
 Row = dict[str, float]
 """One step's metrics: ``step`` (steps done, from 1), ``loss``, ``lr``, ``grad_norm``, ``tokens_per_s``, ``elapsed_s``
-(since this session's loop was set up), ``epoch``, and when due
+(of all sessions, from where each one's loop was set up), ``epoch``, and when due
 ``eval_loss``, ``eval_perplexity`` and ``peak_bytes``."""
 
 Listener = Callable[[Sequence[Row]], None]

@@ -128,12 +128,13 @@ def grid(space: Space, recipe: Mapping[str, Any]) -> Iterator[Point]:
 def apply(recipe: Mapping[str, Any], point: Point) -> dict[str, Any]:
     """The recipe, as a plain dict, with a point's values in it.
 
-    Another kind on an axis starts from that kind's defaults: options of the recipe's own kind do not carry over.
+    The kinds of axes come first, wherever the point has them. Another kind on an axis starts from that kind's defaults:
+    options of the recipe's own kind do not carry over.
     """
     found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in recipe.items()}
-    for path, value in point.items():
+    for path, value in sorted(point.items(), key=lambda item: not _is_kind(item[0])):
         *parents, last = path.split(".")
-        if last == "kind" and len(parents) == 1 and parents[0] in AXES and found[parents[0]]["kind"] != value:
+        if _is_kind(path) and found[parents[0]]["kind"] != value:
             found[parents[0]] = {"kind": value}
             continue
         node: dict[str, Any] = found
@@ -143,6 +144,11 @@ def apply(recipe: Mapping[str, Any], point: Point) -> dict[str, Any]:
             node = node[part]
         node[last] = value
     return found
+
+
+def _is_kind(path: str) -> bool:
+    axis, _, last = path.partition(".")
+    return axis in AXES and last == "kind"
 
 
 def _value(recipe: Mapping[str, Any], point: Point, path: str) -> Any:

@@ -77,9 +77,15 @@ def check_space(space: Space, recipe: Recipe, place: str) -> None:
 def _reachable(space: Space, raw: Mapping[str, Any], path: str, place: str) -> dict[str, Any]:
     """Values of earlier dimensions with which one exists."""
     wanted: dict[str, Any] = {}
+    order = list(space)
     for asked, allowed in space[path].when.items():
         if asked not in space:
             continue  # the recipe's own value, which `sample` looks at
+        if order.index(asked) >= order.index(path):
+            raise RecipeError(
+                f"{place}: {path}: its `when` asks about {asked}, which has no value there yet; put {asked} earlier in "
+                "the space"
+            )
         possible = [value for value in allowed if _may_be(space[asked], value)]
         if not possible:
             raise RecipeError(f"{place}: {path}: when {asked} is {allowed}, but the space never puts that there")

@@ -30,3 +30,11 @@ def train_here(recipe: Recipe) -> list[float]:
     """Train in this process, or group of processes, without Ray; returns the losses."""
     _, rows = train(recipe)
     return [row["loss"] for row in rows]
+
+
+MONITOR = """1 worker(s) were killed due to the node running low on memory. Memory on the node was 4.15GB used / 4.2GB limit
+Ray killed 1 worker(s) based on the killing policy
+Considered workers: [
+Selected to kill: (Actor(0393): job ID=01, task name=ImplicitFunc.__init__, pid=32699, actual memory used=2.16GB, worker ID={})
+(Actor(21aa): job ID=01, task name=ImplicitFunc.__init__, pid=32700, actual memory used=0.11GB, worker ID=d50a)
+]"""  # noqa: E501 - as Ray 2.60 writes it

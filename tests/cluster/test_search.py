@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 from ray import cloudpickle
@@ -16,6 +17,7 @@ from support import make_recipe
 from raymem.cluster import search as search_module
 from raymem.cluster.search import BudgetedSearch, Objective, open_study, started
 from raymem.cluster.sweep_report import best_of, best_recipe, pareto, rows_of, write_report
+from raymem.memory.budget import bytes_text
 from raymem.planner.gate import Admitted, Judged, Refused
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import load_recipe
@@ -134,7 +136,8 @@ def test_every_end_of_a_trial_is_told(tmp_path: Path) -> None:
     search.close()
     trials = [trial for trial in search.study.get_trials() if started(trial)]
     states = [trial.state for trial in trials]
-    assert states == [TrialState.PRUNED, TrialState.FAIL, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL]
+    pruned, fail = TrialState.PRUNED, TrialState.FAIL
+    assert states == [pruned, pruned, pruned, fail, fail], "TPE learns from all but those whose process died"
     assert trials[0].constraints["budget"] == pytest.approx(9000 / BUDGET - 1)
     assert trials[2].intermediate_values == {5: 5.0} and not trials[2].constraints
     rows = [row for row in rows_of(search.study.get_trials()) if row.status != "refused"]
@@ -152,7 +155,66 @@ def test_a_point_is_not_trained_twice(tmp_path: Path) -> None:
     assert search.gave_up is not None and "had been trained before" in search.gave_up
     repeated = [trial for trial in search.study.get_trials() if "same_as" in trial.user_attrs]
     assert repeated and all(trial.state == TrialState.COMPLETE for trial in repeated)
+    by_number = {trial.number: trial for trial in search.study.get_trials()}
+    assert all(trial.values == by_number[trial.user_attrs["same_as"]].values for trial in repeated)
     assert {row.point["adapter.rank"] for row in rows_of(search.study.get_trials())} == {2, 4, 100}
+
+
+def test_a_point_that_is_being_trained_is_not_started_beside_itself(tmp_path: Path) -> None:
+    few = {"adapter.rank": {"type": "choice", "choices": [2, 4]}}
+    search = begin(tmp_path, recipe=make_recipe({"name": "search", "space": few}))
+    one, two = next_config(search, "one"), next_config(search, "two")
+    assert one is not None and two is not None and {one["rank"], two["rank"]} == {2, 4}
+    assert next_config(search, "three") is None and search.gave_up
+    search.on_trial_complete("one", finished(one))
+    search.on_trial_complete("two", finished(two))
+    assert sorted(row.status for row in rows_of(search.study.get_trials())) == ["finished", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "again"),
+    [
+        ({"status": "infeasible", "measured_bytes": 9000}, False, False),
+        ({"status": "failed"}, False, False),
+        ({"eval_loss": 5.0, "step": 5}, False, False),
+        ({}, True, True),
+    ],
+)
+def test_only_a_trial_that_crashed_is_started_again(
+    tmp_path: Path, result: dict[str, Any], error: bool, again: bool
+) -> None:
+    one = {"adapter.rank": {"type": "choice", "choices": [2]}}
+    search = begin(tmp_path, samples=2, recipe=make_recipe({"name": "search", "space": one}))
+    assert next_config(search, "first")
+    if "step" in result:
+        search.on_trial_result("first", result)
+    search.on_trial_complete("first", result, error=error)
+    assert (next_config(search, "second") is not None) == again
+    first, *repeated = search.study.get_trials()
+    assert bool(repeated) and again == ("same_as" not in repeated[0].user_attrs)
+    if not again:
+        assert {trial.state for trial in repeated} == {TrialState.PRUNED}
+        assert repeated[0].constraints == first.constraints
+        assert repeated[0].intermediate_values == first.intermediate_values
+
+
+def test_what_was_interrupted_ends_even_if_fewer_samples_are_wanted_now(tmp_path: Path) -> None:
+    search = begin(tmp_path, samples=3)
+    begun = [next_config(search, str(index)) for index in range(3)]
+    search = begin(tmp_path, samples=1)
+    assert run_all(search) == begun
+    assert all(trial.state.is_finished() for trial in search.study.get_trials())
+
+
+def test_while_nothing_runs_one_call_is_enough(tmp_path: Path) -> None:
+    """Ray Tune sleeps a second between two of them."""
+    rare = {"adapter.rank": {"type": "int", "low": 1, "high": 100}}
+    search = begin(tmp_path, algorithm="random", recipe=make_recipe({"name": "search", "space": rare}))
+    assert isinstance(search.suggest("first"), dict)
+    asked = len(search.study.get_trials())
+    assert asked > 2, "the first ones were refused"
+    search.suggest("second")
+    assert len(search.study.get_trials()) <= asked + search_module.TRIES_PER_CALL, "the first one wants to be heard"
 
 
 def test_a_grid_is_walked_once_also_over_a_kill(tmp_path: Path) -> None:
@@ -162,6 +224,32 @@ def test_a_grid_is_walked_once_also_over_a_kill(tmp_path: Path) -> None:
     search = begin(tmp_path, recipe=recipe, algorithm="grid")
     configs = first + run_all(search)
     assert [config["rank"] for config in configs] == [2, 2, 4, 4] or sorted(c["rank"] for c in configs) == [2, 2, 4, 4]
+    assert search.gave_up == "every point of the grid was tried"
+
+
+@pytest.mark.parametrize("cut", ["while points are queued", "before a point is judged"])
+def test_a_kill_loses_no_point_of_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str) -> None:
+    few = {"adapter.rank": {"type": "choice", "choices": [1, 2, 4]}, "optimizer.lr": SPACE["optimizer.lr"]}
+    recipe = make_recipe({"name": "search", "space": few})
+    queued = iter(range(4))
+    enqueue = optuna.Study.enqueue_trial
+
+    def dies(*given: Any) -> Any:
+        if cut == "while points are queued" and next(queued, None) is not None:
+            return enqueue(*given)
+        raise KeyboardInterrupt
+
+    def killed() -> None:
+        owner, name = (optuna.Study, "enqueue_trial") if "queued" in cut else (BudgetedSearch, "_admit")
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dies)
+            run_all(begin(tmp_path, recipe=recipe, algorithm="grid"))
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    search = begin(tmp_path, recipe=recipe, algorithm="grid")
+    configs = run_all(search)
+    assert len(configs) == 9 == len({(config["rank"], config["lr"]) for config in configs})
     assert search.gave_up == "every point of the grid was tried"
 
 
@@ -204,7 +292,8 @@ def test_the_report_has_table_figure_and_a_recipe_to_train(tmp_path: Path) -> No
     best = best_of(rows, objective)
     assert best is not None
     page = (tmp_path / "report" / "pareto.md").read_text()
-    assert f"| {best.number} | {best.metrics['eval_loss']:.4f} |" in page and "12 finished" in page
+    assert "| trial | eval_loss | peak_bytes | predicted peak |" in page and "12 finished" in page
+    assert f"| {best.number} | {best.metrics['eval_loss']:.4f} | {bytes_text(best.measured_bytes or 0)} |" in page
     assert (tmp_path / "report" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     loaded = load_recipe(tmp_path / "report" / "best.yaml")
     assert loaded.adapter.rank == best.point["adapter.rank"] and loaded.name == "best"  # type: ignore[union-attr]
@@ -213,3 +302,27 @@ def test_the_report_has_table_figure_and_a_recipe_to_train(tmp_path: Path) -> No
     assert best_recipe(RECIPE, best, "eval_loss", BUDGET).startswith(
         f"# Trial {best.number} of sweep search: eval_loss"
     )
+
+
+def test_the_front_is_that_of_all_objectives_and_of_memory(tmp_path: Path) -> None:
+    """Neither the slowest nor the largest one is beaten by the best loss."""
+    search = begin(tmp_path, samples=3, metrics=("eval_loss", "tokens_per_s"))
+    for index, (value, speed, size) in enumerate([(1.0, 5.0, 3000), (2.0, 9.0, 4000), (3.0, 4.0, 2000)]):
+        assert next_config(search, str(index))
+        result = {"status": "finished", "eval_loss": value, "tokens_per_s": speed, "peak_bytes": size}
+        search.on_trial_complete(str(index), result)
+    write_report(tmp_path / "report", search.study.get_trials(), RECIPE, search.objective, BUDGET)
+    page = (tmp_path / "report" / "pareto.md").read_text()
+    assert "| trial | eval_loss | tokens_per_s | peak_bytes |" in page
+    assert [line.split(" | ")[1] for line in page.splitlines()[4:]] == ["1.0000", "2.0000", "3.0000"]
+
+
+def test_a_run_too_short_to_be_metered_has_a_best_recipe(tmp_path: Path) -> None:
+    search = begin(tmp_path, samples=2)
+    for index in range(2):
+        assert next_config(search, str(index))
+        search.on_trial_complete(str(index), {"status": "finished", "eval_loss": 2.0 - index})
+    rows = write_report(tmp_path / "report", search.study.get_trials(), RECIPE, search.objective, BUDGET)
+    best = best_of(rows, search.objective)
+    assert best is not None and best.metrics == {"eval_loss": 1.0}
+    assert (tmp_path / "report" / "best.yaml").read_text().startswith(f"# Trial {best.number} of sweep search: eval")

@@ -19,16 +19,14 @@ import pytest
 import ray
 import yaml
 from ray_processes import RayHead, clean_environment, end_session, free_ports
-from runs import ray_recipe
+from runs import MONITOR, ray_recipe
 from support import PlansHere
 
 from raymem.cluster import search as search_module
-from raymem.cluster import sweep as sweep_module
-from raymem.cluster import trial as trial_module
+from raymem.cluster import sweep_tune
 from raymem.cluster.search import Objective, open_study
 from raymem.cluster.sweep import SweepOptions, Swept, sweep
-from raymem.cluster.sweep_report import SweepRow, rows_of
-from raymem.cluster.sweep_resources import RUNTIME_BYTES, nested, resources_of
+from raymem.cluster.sweep_report import SweepRow
 from raymem.errors import BudgetExceeded, RecipeError
 from raymem.planner import Planner, process
 from raymem.training.recipe import Recipe
@@ -70,8 +68,8 @@ def sizes(planned_here: None, llama: Path, examples: Path, tmp_path_factory: pyt
     return sorted(found)
 
 
-def run(recipe: Recipe, budget: int, samples: int = 6, **options: Any) -> Swept:
-    wanted = SweepOptions(budget, samples, early_stopping=False, **options)
+def run(recipe: Recipe, budget: int, samples: int = 6, early_stopping: bool = False, **options: Any) -> Swept:
+    wanted = SweepOptions(budget, samples, early_stopping=early_stopping, **options)
     return sweep(recipe, load_space(None, recipe), wanted)
 
 
@@ -109,30 +107,6 @@ def test_only_what_fits_is_tried_and_the_best_can_be_trained(
     assert "below the smallest point of the space" in str(refused.value) and "'adapter.rank': 2" in str(refused.value)
 
 
-def test_what_a_trial_reserves(cluster: RayHead, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    scaling, process, memory, threads = resources_of(recipe, 5 << 30)
-    assert (scaling["num_workers"], process, threads) == (0, {"CPU": 1.0}, 1)
-    assert memory == (5 << 30) + RUNTIME_BYTES
-
-    def changed(**options: Any) -> Recipe:
-        return recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update=options)})
-
-    scaling, process, memory, _ = resources_of(changed(num_workers=2), 5 << 30)
-    assert (process, memory) == ({"CPU": 0.01}, 0) and scaling["num_workers"] == 2
-    assert scaling["resources_per_worker"]["memory"] == (5 << 30) + RUNTIME_BYTES
-    assert nested(changed(num_workers=(1, 2))) and not nested(changed(num_workers=0))
-    on_gpu = changed(use_gpu=True, resources_per_worker=None)
-    assert resources_of(on_gpu, 5 << 30)[1] == {"CPU": 1.0, "GPU": 1.0}, "whole GPUs where nodes say nothing"
-    nodes = [{"Alive": True, "Resources": {"GPU": 2.0, "gpu_memory_mib": 2.0 * 16_000}}]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert resources_of(on_gpu, 5 << 30)[1] == {
-        "CPU": 1.0,
-        "GPU": pytest.approx(1 / 3, abs=1e-4),
-        "gpu_memory_mib": 5333,
-    }
-    assert resources_of(on_gpu, 9 << 30)[1] == {"CPU": 1.0, "GPU": 1.0, "gpu_memory_mib": 16_000}
-
-
 def dying_trial(config: dict[str, Any]) -> None:
     """Every fifth trial runs out of memory, every fourth one's process is killed on the first try."""
     import torch
@@ -167,7 +141,7 @@ def test_memory_that_runs_out_is_a_result_and_a_crash_is_tried_again(
     cluster: RayHead, recipe: Recipe, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(sweep_module, "run_trial", dying_trial)
+    monkeypatch.setattr(sweep_tune, "run_trial", dying_trial)
     try:
         swept = run(recipe, sizes[-1], samples=10)
     finally:
@@ -190,10 +164,114 @@ def test_memory_that_runs_out_is_a_result_and_a_crash_is_tried_again(
     assert not leaked_groups()
 
 
+def left_checkpoints(swept: Swept) -> list[Path]:
+    return list(swept.folder.parent.glob(f"{swept.folder.name}-*/checkpoints/*"))
+
+
+LONG = {"steps": 30, "eval_every": 3, "save_every": 3}
+RATES = {"optimizer.lr": {"type": "choice", "choices": [1e-2, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8]}}
+
+
+@pytest.mark.slow
+def test_what_is_clearly_worse_is_stopped_and_nothing_is_lost(
+    cluster: RayHead, recipe: Recipe, sizes: list[int]
+) -> None:
+    """What ``raymem sweep`` does by default, with the best rate first."""
+    wanted = Recipe.model_validate({**recipe.to_dict(), "space": RATES, "train": {**recipe.to_dict()["train"], **LONG}})
+    swept = run(wanted, 2 * sizes[-1], samples=6, early_stopping=True, algorithm="grid")
+    rows = started(swept.rows)
+    counts = Counter(row.status for row in rows)
+    assert counts.total() == 6 and counts["finished"] and counts["stopped"] >= 2, counts
+    assert set(counts) == {"finished", "stopped"} and rows[0].status == "finished"
+    study = open_study(swept.folder / "journal.log", Objective(("eval_loss",)), recipe.name)
+    assert all(trial.state.is_finished() for trial in study.get_trials())
+    stopped = [trial for trial in study.get_trials() if trial.user_attrs["status"] == "stopped"]
+    assert all(0 < trial.user_attrs["step"] < LONG["steps"] for trial in stopped)
+    assert not leaked_groups() and not left_checkpoints(swept)
+
+
+@pytest.mark.slow
+def test_a_stopped_trial_with_workers_ends_with_them(cluster: RayHead, recipe: Recipe, sizes: list[int]) -> None:
+    """Two workers on two cores: the next trial starts only when all of the last one is gone."""
+    longer = {"steps": 150, "eval_every": 30, "save_every": 30}
+    plain = recipe.to_dict()
+    scaling = {**plain["scaling"], "num_workers": 2, "resources_per_worker": None}
+    changes = {"space": RATES, "train": {**plain["train"], **longer}, "scaling": scaling}
+    wanted = Recipe.model_validate({**plain, **changes})
+    swept = run(wanted, 2 * sizes[-1], samples=2, early_stopping=True, algorithm="grid")
+    rows = started(swept.rows)
+    assert [row.status for row in rows] == ["finished", "stopped"]
+    (folder,) = swept.folder.parent.glob(f"{swept.folder.name}-*-{rows[1].number:04d}")
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) < longer["steps"]
+    deadline = time.monotonic() + 30  # Ray Train gives back a dead group's places a second later
+
+    def left() -> list[str]:
+        return [*processes_of(cluster, "RayTrainWorker", "ImplicitFunc"), *leaked_groups()]
+
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left() and not left_checkpoints(swept)
+
+
+def killed_trial(config: dict[str, Any]) -> None:
+    """The second trial's process is killed at its first try."""
+    from raymem.cluster.trial import TrialJob, run_trial
+    from raymem.training import loop
+
+    job = TrialJob.of(config)
+    folder = Path(job.recipe["storage"]["path"])
+    original = loop.train_step
+
+    def dies(*arguments: Any, **options: Any) -> Any:
+        if not (folder / "killed.txt").exists():
+            (folder / "killed.txt").write_text(ray.get_runtime_context().get_worker_id())
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    if job.number == 1:
+        loop.train_step = dies
+    try:
+        run_trial(config)
+    finally:
+        loop.train_step = original
+
+
+@pytest.mark.slow
+def test_a_trial_that_rays_memory_monitor_kills_does_not_end_the_sweep(
+    cluster: RayHead, recipe: Recipe, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray tells of that end in an error of its own, at which Ray Tune gives up."""
+    from ray.air.execution._internal.actor_manager import RayActorManager
+
+    killed = Path(recipe.storage.path) / "killed.txt"
+    original = RayActorManager._actor_task_failed
+
+    told: list[str] = []
+
+    def failed(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, ray.exceptions.RayActorError) and killed.exists() and not told:
+            told.append(MONITOR.format(killed.read_text()))
+            exception = ray.exceptions.OutOfMemoryError(told[0])
+        original(self, tracked_actor_task, exception)
+
+    monkeypatch.setattr(RayActorManager, "_actor_task_failed", failed)
+    monkeypatch.setattr(sweep_tune, "run_trial", killed_trial)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        swept = run(recipe, 2 * sizes[-1], samples=4)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    rows = started(swept.rows)
+    assert [row.status for row in rows] == ["finished", "infeasible", "finished", "finished"]
+    assert rows[1].problem == "killed: its node was out of memory"
+    assert not leaked_groups() and not left_checkpoints(swept)
+
+
 @pytest.mark.slow
 def test_trials_with_workers_take_turns(cluster: RayHead, recipe: Recipe, sizes: list[int]) -> None:
     """Two workers on two cores: never more than one trial at a time, and no deadlock."""
-    scaling = {"num_workers": 2, "resources_per_worker": {"CPU": 0.9}}
+    scaling = {"num_workers": 2, "resources_per_worker": None}
     wanted = Recipe.model_validate({**recipe.to_dict(), "scaling": {**recipe.to_dict()["scaling"], **scaling}})
     swept = run(wanted, 2 * sizes[-1], samples=2)
     assert [row.status for row in started(swept.rows)] == ["finished"] * 2
@@ -229,9 +307,9 @@ def test_sigkill_of_the_driver_repeats_nothing_and_mlflow_shows_the_tree(
         driver.kill()
         driver.wait()
         ended = time.monotonic() + 60
-        while trial_processes(ray_head) and time.monotonic() < ended:
+        while processes_of(ray_head, "ImplicitFunc", "run_trial") and time.monotonic() < ended:
             time.sleep(0.5)
-        assert not trial_processes(ray_head), "trials end with their driver"
+        assert not processes_of(ray_head, "ImplicitFunc", "run_trial"), "trials end with their driver"
         second = start_driver(ray_head, arguments, tmp_path / "two.log")
         assert second.wait(300) == 0, (tmp_path / "two.log").read_text()[-3000:]
         rows = json.loads((folder / "killed/report/trials.json").read_text())
@@ -266,13 +344,13 @@ def start_driver(head: RayHead, arguments: list[str], log: Path) -> subprocess.P
         )
 
 
-def trial_processes(head: RayHead) -> list[str]:
+def processes_of(head: RayHead, *words: str) -> list[str]:
     found = psutil.Process(head.pid).children(recursive=True)
     names = []
     for child in found:
         with contextlib.suppress(psutil.NoSuchProcess):
             names.append(" ".join(child.cmdline()))
-    return [name for name in names if "ImplicitFunc" in name or "run_trial" in name]
+    return [name for name in names if any(word in name for word in words)]
 
 
 def answers(uri: str) -> bool:
@@ -291,26 +369,3 @@ def wait(condition: Any, process: subprocess.Popen[bytes], log: Path) -> None:
         if process.poll() is not None or time.monotonic() > deadline:
             pytest.fail(f"ended with {process.poll()}, or too slow:\n{log.read_text()[-4000:]}")
         time.sleep(0.1)
-
-
-def test_a_trial_that_was_killed_for_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raymem.training.storage import Storage
-
-    run_storage = Storage.open(str(tmp_path)).child("trial")
-    monkeypatch.setattr(trial_module, "_oom_kills", lambda: 3)
-    assert trial_module.earlier_result(run_storage) is None
-    run_storage.write_json(trial_module.ATTEMPT, {"oom_kills": 3, "host": os.uname().nodename})
-    assert trial_module.earlier_result(run_storage) is None, "it was killed for something else"
-    monkeypatch.setattr(trial_module, "_oom_kills", lambda: 4)
-    found = trial_module.earlier_result(run_storage)
-    assert found is not None and found["status"] == "infeasible" and "out of memory" in found["problem"]
-    assert trial_module.earlier_result(run_storage) == found
-
-
-def test_rows_of_an_empty_study_are_none(tmp_path: Path) -> None:
-    assert rows_of(open_study(tmp_path / "j", Objective(("eval_loss",)), "x").get_trials()) == []
-
-
-def test_a_metric_that_no_trial_reports_is_named(recipe: Recipe) -> None:
-    with pytest.raises(RecipeError, match="objective 'eval_los': no trial reports that; did you mean 'eval_loss'"):
-        run(recipe, 1 << 30, objective=Objective(("eval_los",)))

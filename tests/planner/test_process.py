@@ -101,6 +101,32 @@ def test_a_process_that_dies_leaves_a_rough_figure(monkeypatch: pytest.MonkeyPat
     assert not plan.traced and plan.note == given[1]
 
 
+def test_a_process_that_took_too_long_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its death would be taken for that of the next recipe, which would be left with a rough figure."""
+    begun: list[Slow] = []
+
+    class Slow:
+        def __init__(self) -> None:
+            self.ended = False
+            begun.append(self)
+
+        def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any] | None:
+            if len(begun) == 1:
+                self.ended = True
+                raise PlanError("took more than 0 s")
+            return None if self.ended else answer(job)
+
+        def close(self) -> int:
+            return -9
+
+    monkeypatch.setattr(process, "Child", Slow)
+    with Planner() as planner:
+        with pytest.raises(PlanError, match="took more than 0 s"):
+            planner.plan(case("lora"))
+        assert planner.plan(case("lora")).traced
+    assert len(begun) == 2
+
+
 def test_one_process_plans_many_and_what_takes_no_memory_is_planned_once() -> None:
     with Planner() as planner:
         first = planner.plan(case("lora"))

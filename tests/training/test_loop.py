@@ -127,6 +127,22 @@ def test_rows_and_outcome_say_what_happened(recipe_for: Any, monkeypatch: pytest
     json.dumps(outcome.to_dict())
 
 
+def test_a_run_that_is_resumed_at_its_end_still_says_what_it_took(
+    recipe_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step is left, and the first of a session is not metered."""
+    monkeypatch.undo()
+    recipe = recipe_for("run", {"train": {"save_every": 3}})
+    _, first = train(recipe, stop_after=4)
+    outcome, second = train(recipe)
+    assert outcome is not None and outcome.started_at == 3
+    assert outcome.peak_bytes == max(column(first, "peak_bytes")) > 0
+    assert outcome.earlier_s >= first[2]["elapsed_s"] > 0
+    assert second[-1]["elapsed_s"] > outcome.earlier_s, "of both sessions"
+    again, _ = train(recipe)
+    assert again is not None and again.peak_bytes == outcome.peak_bytes and again.earlier_s > outcome.earlier_s
+
+
 def test_nan_stops_with_its_step_and_keeps_the_last_good_checkpoint(
     recipe_for: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,8 @@ def test_another_kind_starts_from_its_own_defaults() -> None:
     other = recipe_at(base, {"adapter.kind": "moram"}, "point")
     assert other.adapter.kind == "moram" and other.adapter.rank != 3
     assert base.to_dict() == recipe(adapter={"kind": "lora", "rank": 3, "dropout": 0.5}).to_dict(), "not changed"
+    first = recipe_at(base, {"adapter.rank": 7, "adapter.kind": "moram"}, "point")
+    assert (first.adapter.kind, first.adapter.rank) == ("moram", 7), "in whatever order they come"  # type: ignore[union-attr]
     assert apply({"train": {"steps": 3}}, {"train.steps": 4}) == {"train": {"steps": 4}}
 
 
@@ -85,6 +87,14 @@ def test_what_does_not_go_together_is_the_points_own_error() -> None:
         (
             {"adapter.kind": {"type": "choice", "choices": ["lora"]}, **DENSITY},
             "when adapter.kind is ['moram'], but the space never puts that there",
+        ),
+        (
+            {"adapter.density": {**DENSITY["adapter.density"]}, **KIND},
+            "adapter.density: its `when` asks about adapter.kind, which has no value there yet; put adapter.kind",
+        ),
+        (
+            {"adapter.rank": {**RANK["adapter.rank"], "when": {"adapter.rank": [2]}}},
+            "space: adapter.rank: its `when` asks about adapter.rank, which has no value there yet",
         ),
     ],
 )  # fmt: skip
