@@ -2,7 +2,8 @@
 
 Over ratios and criteria, against the same adapter trained on the full model, on a dense model of equal bytes that was
 pre-trained like the base, and scattered into wrong units (the negative control). Every row keeps the first and the last
-layer. Resumable: a row that stands in ``results/parts`` is not repeated.
+layer, whose share of an adapter needs no recovery; so right and wrong units are also compared without that share.
+Resumable: a row that stands in ``results/parts`` is not repeated.
 
     python benchmarks/make_base.py --model demo-long --storage raymem-runs   # once
     python benchmarks/loram_quality.py [--steps 200] [--seeds 0 1] [--dense-ratios 0.25 0.5] [--part 0/2]
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import shutil
 import statistics
 from collections.abc import Callable
@@ -67,13 +69,7 @@ def loss(recipe: Recipe, artifact: str | Path) -> float:
 
 def loram_row(options: argparse.Namespace, criterion: str, ratio: float, aligned: bool, seed: int) -> dict[str, Any]:
     """One pruned model, from pruning to the negative control."""
-    name = f"quality-{options.steps}-{criterion}-{ratio}{'-aligned' if aligned else ''}-{seed}"
-    overrides = [f"name={name}", f"base.criterion={criterion}", f"base.ratio={ratio}", f"base.seed={seed}"]
-    if aligned:
-        train = f"{{steps: {options.align_steps}, global_batch: 4, micro_batch: 4, warmup: 0.1}}"
-        corpus = "{train: 'demo:text', sequence_length: 256, packing: wrapped}"
-        overrides.append(f"base.align={{data: {corpus}, train: {train}, optimizer: {{lr: {options.align_lr}}}}}")
-    pipeline = Pipeline(recipe_for(options, seed, *overrides), status=lambda text: None)
+    pipeline = pipeline_for(options, criterion, ratio, aligned, seed)
     pipeline.prune()
     pipeline.align()
     outcome = pipeline.train()
@@ -91,6 +87,45 @@ def loram_row(options: argparse.Namespace, criterion: str, ratio: float, aligned
         "full + recovered": loss(full, recovered),
         "full + wrong units": loss(full, wrong),
     }
+
+
+def control_row(
+    options: argparse.Namespace, criterion: str, ratio: float, aligned: bool, seed: int
+) -> dict[str, Any]:  # fmt: skip
+    """The negative control again, on the pruned layers' share of a finished row's adapters alone."""
+    base = pipeline_for(options, criterion, ratio, aligned, seed).ready()
+    full = base.recipe.model_copy(update={"base": FullBase()})
+    run = Path(options.storage.resolve(), base.recipe.name)
+    return {
+        "pruned layers": loss(full, of_pruned_layers(run / "recovered", base)),
+        "pruned layers, wrong units": loss(full, of_pruned_layers(run / "wrong-units", base)),
+    }
+
+
+def pipeline_for(options: argparse.Namespace, criterion: str, ratio: float, aligned: bool, seed: int) -> Pipeline:
+    name = f"quality-{options.steps}-{label(criterion, ratio, aligned, seed)}"
+    overrides = [f"name={name}", f"base.criterion={criterion}", f"base.ratio={ratio}", f"base.seed={seed}"]
+    if aligned:
+        train = f"{{steps: {options.align_steps}, global_batch: 4, micro_batch: 4, warmup: 0.1}}"
+        corpus = "{train: 'demo:text', sequence_length: 256, packing: wrapped}"
+        overrides.append(f"base.align={{data: {corpus}, train: {train}, optimizer: {{lr: {options.align_lr}}}}}")
+    return Pipeline(recipe_for(options, seed, *overrides), status=lambda text: None)
+
+
+def of_pruned_layers(adapter: Path, base: Pruned) -> Path:
+    """A copy of an adapter of the full model that does nothing in layers that were not pruned."""
+    layers = re.compile(rf"{re.escape(couple(base.source.config()).layers)}\.(\d+)\.")
+    target = adapter.with_name(f"{adapter.name}-pruned-layers")
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(adapter, target, ignore=shutil.ignore_patterns(MANIFEST))
+    tensors = {}
+    for key, entry in read_header(adapter, WEIGHTS)[1].items():
+        found = layers.search(key)
+        pruned = found is not None and int(found[1]) in base.manifest.kept
+        tensor = read_tensor(adapter, entry)
+        tensors[key] = tensor if pruned else torch.zeros_like(tensor)
+    save_tensors(target / WEIGHTS, tensors)
+    return target
 
 
 def scattered_wrongly(adapter: Path, recovered: Path, base: Pruned, seed: int) -> Path:
@@ -174,6 +209,10 @@ def table(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> list
         for column, where in [(c, rows) for c in rows[0] or {}] + [(c, fulls) for c in ("full", "full + lora")]:
             line[column] = round(statistics.mean(row[column] for row in where if row), 4)
         line["full + lora peak_bytes"] = round(statistics.mean(row["peak_bytes"] for row in fulls if row))
+        controls = [found.get(f"control-{label(criterion, ratio, aligned, seed)}") for seed in options.seeds]
+        if all(controls):
+            for column in ("pruned layers", "pruned layers, wrong units"):
+                line[column] = round(statistics.mean(row[column] for row in controls if row), 4)
         dense = [found.get(f"dense-{ratio}-{seed}") for seed in options.seeds]
         if all(dense):
             line["dense + lora"] = round(statistics.mean(row["dense + lora"] for row in dense if row), 4)
@@ -195,6 +234,11 @@ def jobs_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any
         for criterion, ratio, aligned in ROWS:
             jobs[label(criterion, ratio, aligned, seed)] = (
                 lambda row=(criterion, ratio, aligned), seed=seed: loram_row(options, *row, seed)  # type: ignore[misc]
+            )
+    for seed in options.seeds:
+        for criterion, ratio, aligned in ROWS:
+            jobs[f"control-{label(criterion, ratio, aligned, seed)}"] = (
+                lambda row=(criterion, ratio, aligned), seed=seed: control_row(options, *row, seed)  # type: ignore[misc]
             )
     for ratio in options.dense_ratios:
         for seed in options.seeds:
