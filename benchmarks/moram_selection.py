@@ -23,6 +23,7 @@ from raymem.training.model import build_model
 from raymem.training.step import forward_loss_sum
 
 COUNTS = (1, 2, 4, 8, 16, 32)
+EVERYTHING = 1 << 50
 
 Chosen = dict[str, torch.Tensor]
 
@@ -43,8 +44,8 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.03)
     arguments = parser.parse_args()
     hush_libraries()
-    options = ["adapter.kind=moram", f"adapter.density={arguments.density}", "activations=checkpoint"]
-    recipe = moram_demo.recipe_for(arguments.model, arguments.storage, "adapter.alpha=32", *options)
+    overrides = ["adapter.kind=moram", f"adapter.density={arguments.density}", "activations=checkpoint"]
+    recipe = moram_demo.recipe_for(arguments.model, arguments.storage, "adapter.alpha=32", *overrides)
     rows = moram_demo.rows_of(recipe, "train")
     sampler, model = moram_demo.sampler_of(recipe, rows), build_model(recipe)
     batches: list[tuple[Batch, int]] = []
@@ -63,15 +64,16 @@ def main() -> None:
     first, second = batches[: arguments.reference], batches[arguments.reference :]
     figures: dict[str, Any] = {}
     for criterion in ("gradient", "absolute_gradient"):
-        reference, other = chosen(first, criterion=criterion), chosen(second, criterion=criterion)
-        counts = [count for count in COUNTS if count <= arguments.reference]
-        within = {n: recall(chosen(first[:n], criterion=criterion), reference, inputs) for n in counts}
-        unseen = {n: recall(chosen(second[:n], criterion=criterion), reference, inputs) for n in counts}
+        options = {"criterion": criterion, "group_bytes": EVERYTHING}  # the same choice, in one pass over the batches
+        reference, other = chosen(first, **options), chosen(second, **options)
+        counts = [count for count in COUNTS if count < arguments.reference]
+        within = {n: recall(chosen(first[:n], **options), reference, inputs) for n in counts}
+        unseen = {n: recall(chosen(second[:n], **options), reference, inputs) for n in counts}
         halves = recall(other, reference, inputs)
         figures[criterion] = {"of_a_superset": within, "of_other_batches": unseen, "two_references": halves}
         print(criterion, figures[criterion], flush=True)
     footprint = {}
-    for name, limit in (("default groups", None), ("one matrix", 1), ("everything", 1 << 50)):
+    for name, limit in (("default groups", None), ("one matrix", 1), ("everything", EVERYTHING)):
         began = time.perf_counter()
         with PeakMeter(torch.device("cpu"), lambda: []) as meter:
             chosen(batches[:2], group_bytes=limit)
