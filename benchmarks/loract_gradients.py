@@ -87,12 +87,17 @@ def plot(course: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for name in VARIANTS:
+    for name, options in VARIANTS.items():
         lowest = [min(v for k, v in row[name].items() if k != "relative_error") for row in course.values()]
-        axes.plot(list(course), [1 - value for value in lowest], label=name, marker=".")
+        style = {
+            "color": {"layer": "tab:blue", "sublayer": "tab:orange", "linear": "tab:green"}[options["scope"]],
+            "marker": {4: "o", 8: "s", 32: "^"}[round(1 / options["rank"])],
+            "linestyle": ":" if name.endswith(BEST) else "-" if options["first_input"] == "raw" else "--",
+        }
+        axes.plot(list(course), [1 - value for value in lowest], label=name, markersize=4, **style)
     axes.axhline(0.02, color="black", linestyle=":", label="goal")
     axes.set(xlabel="step", ylabel="1 - cosine with the exact gradient, worst layer", yscale="log")
-    axes.legend(fontsize=6, ncols=2)
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
