@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,30 +73,41 @@ def _gather(model: nn.Module, layout: Layout, only: set[str] | None) -> dict[str
 
 def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Storage, facts: dict[str, Any]) -> str:
     name = artifact_name(recipe)
-    staging = Path(tempfile.gettempdir())
     try:
-        staging = Path(tempfile.mkdtemp(prefix=".export-", dir=run.root if run.is_local else None))
-        staging.chmod(0o755)  # mkdtemp's 0700 would follow the directory to its place
-        # PEFT would save the base's head beside the adapter of a head, to overwrite another model's with.
-        options = {} if isinstance(recipe.adapter, NoAdapter) else {"save_embedding_layers": False}
-        model.save_pretrained(staging, state_dict=state, **options)
-        load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
-        if (pruned := pruned_directory(recipe)) is not None:
-            stamp_adapter(staging, pruned)
-        contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
-        (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
-        if run.is_local:
-            run.delete_dir(name, last=FACTS)
-            staging.rename(run.join(name))
-        else:
-            run.upload_dir(staging, name, last=FACTS)
+        with _staging(run) as staging:
+            # PEFT would save the base's head beside the adapter of a head, to overwrite another model's with.
+            options = {} if isinstance(recipe.adapter, NoAdapter) else {"save_embedding_layers": False}
+            model.save_pretrained(staging, state_dict=state, **options)
+            load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
+            if (pruned := pruned_directory(recipe)) is not None:
+                stamp_adapter(staging, pruned)
+            contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
+            (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
+            if run.is_local:
+                run.delete_dir(name, last=FACTS)
+                staging.rename(run.join(name))
+            else:
+                run.upload_dir(staging, name, last=FACTS)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(
             f"{run.join(name)}: the result cannot be written: {reason}; free some space or check "
             "permissions, then run the same command again: it only repeats this last part"
         ) from None
-    finally:
-        if staging.name.startswith(".export-"):
-            shutil.rmtree(staging, ignore_errors=True)
     return run.join(name)
+
+
+@contextlib.contextmanager
+def _staging(run: Storage) -> Iterator[Path]:
+    """A directory to write in, which is gone afterwards unless it was moved."""
+    if run.is_local:
+        # Beside its place and always of the same name: what a killed run left there does not stay.
+        staging = Path(run.join(".export"))
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    else:
+        staging = Path(tempfile.mkdtemp(prefix="raymem-export-"))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

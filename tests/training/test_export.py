@@ -90,6 +90,17 @@ def test_a_second_export_replaces_the_first(llama: Path, tmp_path: Path) -> None
     assert not (path / "old.txt").exists() and (path / "raymem.json").exists()
 
 
+def test_what_a_killed_export_left_does_not_stay(llama: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(model=llama)
+    model = build_model(recipe)
+    left = tmp_path / "run" / ".export" / "half.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    path = export(model, recipe, tmp_path / "run")
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [path.name]
+    assert not (path / left.name).exists()
+
+
 def test_an_export_that_cannot_be_written_leaves_the_earlier_one(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
