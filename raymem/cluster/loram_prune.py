@@ -1,7 +1,7 @@
 """A pruning job as Ray tasks: one per step, as many at once as the steps' order, cores and memory allow.
 
-A task gets plain values and reads and writes files itself; no weight passes through the object store. A step that was
-done is skipped, so a killed worker costs one step and a killed driver nothing.
+A task gets plain values and reads and writes files itself; nothing passes through the object store, where it could be
+lost with a node. A step that was done is skipped, so a killed worker costs one step and a killed driver nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ def prune_on_ray(job: PruneJob, progress: Callable[[int, int], None] = lambda do
     waiting = [step for step in everything if not is_done(job, step)]
     missing = {step.name for step in waiting}
     running: dict[Any, Step] = {}
-    shared = ray.put(job)
     window, most_memory = _window()
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, retry_exceptions=[OSError])(run_task)
     try:
@@ -50,7 +49,7 @@ def prune_on_ray(job: PruneJob, progress: Callable[[int, int], None] = lambda do
                 waiting.remove(step)
                 # Never more than the largest node has: it would wait for ever. There it then runs alone.
                 wanted = min(memory_bytes(job, step) + LIBRARIES_BYTES, most_memory)
-                running[remote.options(memory=wanted).remote(shared, step)] = step
+                running[remote.options(memory=wanted).remote(job, step)] = step
             (reference,), _ = ray.wait(list(running))
             step = running.pop(reference)
             _result(reference, step)
