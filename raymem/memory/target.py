@@ -19,17 +19,13 @@ def device_kind(device: torch.device) -> str:
     return _planned or device.type
 
 
-def is_planned() -> bool:
-    """Whether steps are only planned: shapes count, values are never looked at."""
-    return _planned is not None
-
-
 def worth_visiting(starts: Sequence[int]) -> Sequence[int]:
-    """Where the parts begin that a matrix is worked through by; of a planned one three stand for all.
+    """Where the parts begin that a matrix is worked through by; where a step is only planned, three stand for all.
 
-    They are as good as one another there, but for the first, which makes what is used again, and a smaller last one.
+    Shapes count there and values are never looked at, so the parts are as good as one another, but for the first, which
+    makes what is used again, and a smaller last one.
     """
-    return (*starts[:2], starts[-1]) if is_planned() and len(starts) > 3 else starts
+    return starts if _planned is None or len(starts) <= 3 else (*starts[:2], starts[-1])
 
 
 @contextlib.contextmanager

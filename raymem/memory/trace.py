@@ -162,9 +162,11 @@ class Tracer(TorchDispatchMode):
 
     def _is_shape_arithmetic(self) -> bool:
         """Whether a distributed tensor is working out shapes, on fake tensors of its own that stand for no memory."""
+        if not self._distributed:
+            return False
         from torch._guards import active_fake_mode
 
-        return self._distributed and active_fake_mode() is not self._fake_mode
+        return active_fake_mode() is not self._fake_mode
 
     def _now(self) -> Phase:
         in_backward = torch._C._current_graph_task_id() != -1

@@ -98,8 +98,8 @@ class Planner:
 
     def try_plan(self, recipe: Recipe) -> Plan | Exception:
         """A plan, or the error of a recipe that has none. Raises PlanError if it takes too long."""
-        job = self._job(recipe)
-        file = _cache_dir() / f"{_key(job)}.json"
+        job = _job(recipe, self._gpu)
+        file = _file(job)
         answer = _known(file)
         if answer is None:
             answer = self._ask(job)
@@ -113,13 +113,10 @@ class Planner:
         Raises:
             RaymemError: as :func:`plan_recipe`.
         """
-        answer = self._ask({**self._job(recipe), "least": True})
+        answer = self._ask({**_job(recipe, self._gpu), "least": True})
         if "error" in answer:
             raise _error(answer)
         return int(answer["least_bytes"])
-
-    def _job(self, recipe: Recipe) -> dict[str, Any]:
-        return {"recipe": _plannable(recipe, self._gpu).to_dict(), "gpu": self._gpu, "problem": None}
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         """The answer; where the process dies over a job, a rough plan from another one."""
@@ -143,8 +140,18 @@ class Planner:
 
 def known_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan | None:
     """The plan of a recipe, if it was made before."""
-    found = _known(_cache_dir() / f"{_key({'recipe': _plannable(recipe, gpu).to_dict(), 'gpu': gpu})}.json")
+    found = _known(_file(_job(recipe, gpu)))
     return None if found is None else Plan(**found["plan"])
+
+
+def _job(recipe: Recipe, gpu: str | None) -> dict[str, Any]:
+    """What the process is asked."""
+    return {"recipe": _plannable(recipe, gpu).to_dict(), "gpu": gpu, "problem": None}
+
+
+def _file(job: dict[str, Any]) -> Path:
+    """Where its answer is kept."""
+    return _cache_dir() / f"{_key(job)}.json"
 
 
 def _plannable(recipe: Recipe, gpu: str | None) -> Recipe:
