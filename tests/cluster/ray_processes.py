@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -46,10 +47,17 @@ def clean_environment() -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free together a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
+    """Ports that are free now and that no one takes by chance before they are used.
+
+    They lie above those of Ray's workers (10002 to 19999) and below those that Linux gives to outgoing connections.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 32768), k=1000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def wait_until_up(process: subprocess.Popen[bytes], head: RayHead, log: Path) -> None:

@@ -85,9 +85,9 @@ def server(template_db: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     for name, value in names.items():
         patch.setenv(name, value)
     running = Server(directory)
-    running.start()
     try:
+        running.start()
         yield running
     finally:
-        running.stop()
+        running.close()
         patch.undo()

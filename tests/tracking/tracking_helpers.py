@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,11 @@ class Server:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._server: Any = None
-        self.port = 0
+        # Holds the port while the server is stopped: werkzeug ends the process (SystemExit) where another took it.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        self.port: int = self._reserved.getsockname()[1]
         self.requests: list[str] = []
         self.status: int | None = None
         """Answer every request with this status instead."""
@@ -48,7 +53,6 @@ class Server:
             return app(environ, respond)
 
         self._server = make_server("127.0.0.1", self.port, outer, threaded=True, request_handler=Quiet)
-        self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
@@ -56,3 +60,7 @@ class Server:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
+
+    def close(self) -> None:
+        self.stop()
+        self._reserved.close()
