@@ -64,6 +64,15 @@ class Change:
     step: int
 
 
+class LimitPassed(Exception):
+    """More was alive than a limit."""
+
+    def __init__(self, num_bytes: int, phase: Phase) -> None:
+        super().__init__(f"{num_bytes} bytes are alive at once ({phase})")
+        self.num_bytes, self.phase = num_bytes, phase
+        """The phase in which that happened, and its peak."""
+
+
 class Tracer(TorchDispatchMode):
     """Context manager that records what runs inside it.
 
@@ -71,7 +80,8 @@ class Tracer(TorchDispatchMode):
         workspace: what operations use inside their kernels; by default nothing.
         call: runs an operation; by default it is simply called.
 
-    ``phase`` and ``step`` are set by the caller; within a backward pass the phase is always ``backward``.
+    ``phase`` and ``step`` are set by the caller; within a backward pass the phase is always ``backward``. With
+    ``limit_bytes``, the first allocation after a phase with a higher peak than that raises :class:`LimitPassed`.
     """
 
     def __init__(self, workspace: Workspace | None = None, call: Call | None = None) -> None:
@@ -81,6 +91,10 @@ class Tracer(TorchDispatchMode):
         self.operations: Counter[str] = Counter()
         self.phase: Phase = "load"
         self.step = 0
+        self.limit_bytes: int | None = None
+        self._alive_bytes = 0
+        self._passed: tuple[int, Phase, int] | None = None
+        """Step and phase in which the limit was passed, and the most that was alive in it."""
         self._workspace = workspace
         self._live: dict[int, tuple[Record, weakref.ref[Any]]] = {}
         self._next_key = 0
@@ -121,9 +135,9 @@ class Tracer(TorchDispatchMode):
             return self._call(func, args, kwargs or {})
         if DTensor in types:
             return NotImplemented  # its local operations come by on their own
-        result = self._call(func, args, kwargs or {})
         if self._is_shape_arithmetic():
-            return result
+            return func(*args, **(kwargs or {}))
+        result = self._call(func, args, kwargs or {})
         operation = func._schema.name
         self.operations[operation] += 1
         for tensor in _tensors(result):
@@ -214,8 +228,20 @@ class Tracer(TorchDispatchMode):
         self._note(record, -num_bytes)
 
     def _note(self, record: Record, num_bytes: int) -> None:
-        if num_bytes:
-            self.changes.append(Change(record, num_bytes, self._now(), self.step))
+        if not num_bytes:
+            return
+        phase = self._now()
+        self.changes.append(Change(record, num_bytes, phase, self.step))
+        self._alive_bytes += num_bytes
+        if num_bytes > 0 and self.limit_bytes is not None:  # nothing can be raised where a storage goes
+            self._hold_to(self.limit_bytes, phase)
+
+    def _hold_to(self, limit_bytes: int, phase: Phase) -> None:
+        if self._passed is not None and self._passed[:2] != (self.step, phase):
+            raise LimitPassed(self._passed[2], self._passed[1])
+        highest = max(self._alive_bytes, 0 if self._passed is None else self._passed[2])
+        if highest > limit_bytes:
+            self._passed = (self.step, phase, highest)
 
 
 def _plain_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,6 @@ from torch import nn
 from raymem.methods.loram.plan import nf4_weight_bytes
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.methods.moram.config import MoRAMOptions, connections
-from raymem.planner.session import planned_model
 from raymem.planner.values import Target
 from raymem.training.model import trainable_dtype
 from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
@@ -26,13 +25,12 @@ _COUNTER_BYTES = 4
 """Every optimizer keeps a step count per tensor, fp32."""
 
 
-def closed_form(recipe: Recipe, target: Target) -> dict[str, int]:
+def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, int]:
     """Bytes of weights, trainable, gradients and optimizer of worker 0.
 
-    Raises:
-        RaymemError: as building the model does.
+    Args:
+        model: the recipe's, of which only names and shapes are read.
     """
-    model = planned_model(recipe)
     share = target.num_workers if recipe.scaling.strategy == "fsdp2" else 1
     tuned = dict(_tuned_layers(model))
     weights = trainable = 0

@@ -5,6 +5,7 @@ Run as ``python -m raymem.planner.child FD``; started by :mod:`raymem.planner.pr
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -15,7 +16,7 @@ import warnings
 from typing import Any
 
 from raymem.errors import RaymemError
-from raymem.planner.values import Plan, Target
+from raymem.planner.values import Above, Plan, Target
 from raymem.training.recipe import Recipe
 
 
@@ -33,34 +34,39 @@ def main(output: int) -> None:
             answers.write(json.dumps(answer(json.loads(line))) + "\n")
             answers.flush()
             gc.collect()  # while nobody waits
+            gc.freeze()  # what is left are libraries and what is known of operations, which the next time passes over
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """``{"plan": ...}``, with ``least`` ``{"least_bytes": ...}``, or ``{"error": [type, text]}`` of a user's error.
+    """``{"plan": ...}``, ``{"above": ...}`` the limit, or ``{"error": [type, text]}`` of a user's error.
 
     Args:
-        job: ``recipe``, ``gpu``, ``problem`` if tracing has failed before, and ``least`` if closed forms will do.
+        job: ``recipe``, ``gpu``, ``problem`` if tracing has failed before, and ``limit_bytes`` if a plan above it is of
+            no use.
     """
     began = time.perf_counter()
     recipe = Recipe.model_validate(job["recipe"])
     target = Target.of(recipe)
     try:
-        if job.get("least"):
-            from raymem.planner.analytic import closed_form
-
-            return {"least_bytes": sum(closed_form(recipe, target).values())}
         plan = _rough(recipe, target, job) if job["problem"] else _traced(recipe, target, job)
     except RaymemError as error:
         return {"error": [type(error).__name__, str(error)]}
+    if isinstance(plan, Above):
+        return {"above": dataclasses.asdict(plan)}
     return {"plan": {**plan.to_dict(), "seconds": round(time.perf_counter() - began, 2)}}
 
 
-def _traced(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
-    from raymem.planner.plan import make_plan
+def _traced(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan | Above:
+    from raymem.memory.trace import LimitPassed
+    from raymem.planner.plan import make_plan, outside_bytes
     from raymem.planner.session import trace_session
 
+    limit, outside = job.get("limit_bytes"), outside_bytes(target, job["gpu"])
     try:
-        return make_plan(trace_session(recipe, target), target, job["gpu"])
+        session = trace_session(recipe, target, None if limit is None else limit - outside)
+        return make_plan(session, target, job["gpu"])
+    except LimitPassed as passed:
+        return Above(passed.num_bytes + outside, passed.phase)
     except RaymemError:
         raise
     except Exception as error:  # model code may raise anything
@@ -81,9 +87,10 @@ def _rough(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
     from raymem.memory import devices
     from raymem.memory.trace import CATEGORIES
     from raymem.planner.analytic import closed_form, rough_activations
+    from raymem.planner.session import planned_model
     from raymem.training.model import load_config
 
-    state = closed_form(recipe, target)
+    state = closed_form(recipe, target, planned_model(recipe))
     terms = dict.fromkeys(CATEGORIES, 0) | state | {"activations": rough_activations(recipe, load_config(recipe))}
     peak = sum(terms.values())
     facts = devices.UNKNOWN_GPU if job["gpu"] is None else devices.gpu_named(job["gpu"])

@@ -9,8 +9,8 @@ from typing import Any
 from raymem.errors import RaymemError, RecipeError
 from raymem.memory.budget import bytes_text
 from raymem.planner import calibration
-from raymem.planner.process import Planner, known_plan, without_free
-from raymem.planner.values import Target
+from raymem.planner.process import Planner, without_free
+from raymem.planner.values import Above, Target
 from raymem.training.recipe import Recipe
 
 GROWS = {
@@ -53,8 +53,8 @@ class Gate:
     """Judges recipes against one budget.
 
     What it costs: nothing for a recipe that is larger in every way than one that was refused, or was planned before
-    (plans are remembered over processes); a tenth of a second where the closed forms are above the budget already;
-    else a traced step.
+    (plans are remembered over processes). A step is traced no further than to the end of the phase that is above the
+    budget, and not at all where the closed forms are.
 
     Args:
         budget_bytes: of one worker's device.
@@ -94,17 +94,17 @@ class Gate:
 
     def _judge(self, recipe: Recipe) -> Judged:
         try:
-            plan = known_plan(recipe, gpu=self._gpu)
-            if plan is None:
-                least = self._planner.least_bytes(recipe)
-                if least > self.budget_bytes:
-                    return self._too_large(least, "weights, gradients and states alone take")
-                plan = self._planner.plan(recipe)
+            margin = self._margin(recipe)
+            plan = self._planner.plan_within(recipe, int((self.budget_bytes + 1) / margin))
         except RecipeError:
             raise
         except RaymemError as error:
             return Refused(str(error), None, 1.0)
-        needed = int(plan.capacity_bytes * self._margin(recipe))
+        if isinstance(plan, Above):
+            held = plan.phase == "load"
+            what = "weights, gradients and states alone take" if held else "a step is predicted to take at least"
+            return self._too_large(int(plan.at_least_bytes * margin), what)
+        needed = int(plan.capacity_bytes * margin)
         if needed > self.budget_bytes:
             return self._too_large(needed, "a step is predicted to take")
         return Admitted(plan.step_peak_bytes, needed)

@@ -52,7 +52,7 @@ def _device_needs(session: Session, target: Target, gpu: str | None, peak_bytes:
         same = dict.fromkeys(("reserved_bytes", "capacity_bytes", "expandable_bytes"), peak_bytes)
         return {**same, "outside_bytes": 0}
     facts = devices.UNKNOWN_GPU if gpu is None else devices.gpu_named(gpu)
-    outside = facts.context_bytes + (devices.NCCL_BYTES if target.num_workers > 1 else 0)
+    outside = outside_bytes(target, gpu)
     program = allocator_events(session, facts.cublas_bytes)
     return {
         "reserved_bytes": allocator.replay(program).peak_reserved_bytes,
@@ -60,6 +60,14 @@ def _device_needs(session: Session, target: Target, gpu: str | None, peak_bytes:
         "expandable_bytes": allocator.replay(program, expandable=True).peak_reserved_bytes,
         "outside_bytes": outside,
     }
+
+
+def outside_bytes(target: Target, gpu: str | None) -> int:
+    """CUDA context and NCCL."""
+    if target.kind == "cpu":
+        return 0
+    facts = devices.UNKNOWN_GPU if gpu is None else devices.gpu_named(gpu)
+    return facts.context_bytes + (devices.NCCL_BYTES if target.num_workers > 1 else 0)
 
 
 def allocator_events(session: Session, cublas_bytes: int) -> list[allocator.Event]:

@@ -22,7 +22,7 @@ import raymem
 from raymem import errors
 from raymem.errors import PlanError
 from raymem.memory.devices import gpu_named
-from raymem.planner.values import Plan
+from raymem.planner.values import Above, Plan
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import MODELS, packaged_recipe, read_yaml
 
@@ -98,25 +98,30 @@ class Planner:
 
     def try_plan(self, recipe: Recipe) -> Plan | Exception:
         """A plan, or the error of a recipe that has none. Raises PlanError if it takes too long."""
-        job = _job(recipe, self._gpu)
+        return _result(self._answer(_job(recipe, self._gpu)))
+
+    def plan_within(self, recipe: Recipe, limit_bytes: int) -> Plan | Above:
+        """As :meth:`plan`, but ends as soon as it is clear that the device must have more than ``limit_bytes``.
+
+        Plans of recipes that need more come back all the same where that shows only at the end, or if they were made
+        before.
+        """
+        answer = self._answer({**_job(recipe, self._gpu), "limit_bytes": limit_bytes})
+        if "above" in answer:
+            return Above(**answer["above"])
+        found = _result(answer)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
         file = _file(job)
         answer = _known(file)
         if answer is None:
             answer = self._ask(job)
             if "plan" in answer:
                 _remember(file, answer)
-        return _result(answer)
-
-    def least_bytes(self, recipe: Recipe) -> int:
-        """What a worker holds in every step, by closed forms: a lower bound of the peak, in a tenth of a plan's time.
-
-        Raises:
-            RaymemError: as :func:`plan_recipe`.
-        """
-        answer = self._ask({**_job(recipe, self._gpu), "least": True})
-        if "error" in answer:
-            raise _error(answer)
-        return int(answer["least_bytes"])
+        return answer
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         """The answer; where the process dies over a job, a rough plan from another one."""
@@ -226,10 +231,6 @@ class Child:
 def _result(answer: dict[str, Any]) -> Plan | Exception:
     if "plan" in answer:
         return Plan(**answer["plan"])
-    return _error(answer)
-
-
-def _error(answer: dict[str, Any]) -> Exception:
     kind, text = answer["error"]
     found: Exception = getattr(errors, kind, PlanError)(text)
     return found

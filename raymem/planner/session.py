@@ -21,10 +21,11 @@ from torch.distributed.tensor import DTensor
 
 from raymem.memory import kernels
 from raymem.memory.target import planned_for
-from raymem.memory.trace import Change, Tracer
+from raymem.memory.trace import Change, LimitPassed, Tracer
 from raymem.methods.loract.config import LoRActOptions
 from raymem.methods.loram.nonuniform import pruned_layers
 from raymem.methods.moram.config import MoRAMOptions
+from raymem.planner.analytic import closed_form
 from raymem.planner.fake import CudaAutocast, fakeify, quantisation_tensors, shims
 from raymem.planner.fake_cache import OutputCache
 from raymem.planner.replica import FakeReplica
@@ -52,11 +53,16 @@ class Session:
     """Whether step 1 was taken too, rather than only its optimizer state made."""
 
 
-def trace_session(recipe: Recipe, target: Target) -> Session:
+def trace_session(recipe: Recipe, target: Target, limit_bytes: int | None = None) -> Session:
     """Run the recipe's step on fake tensors. Patches libraries and starts a fake process group: one per process.
+
+    Args:
+        limit_bytes: end after the first phase whose peak is above this, and before all of them if weights, gradients
+            and states together are.
 
     Raises:
         RaymemError: the recipe does not go with its model.
+        LimitPassed: see ``limit_bytes``; of the phase ``load`` for what is always there.
         Exception: whatever model code raises that decides by values.
     """
     recipe = _on_cpu(recipe)
@@ -68,7 +74,7 @@ def trace_session(recipe: Recipe, target: Target) -> Session:
     try:
         layout = Layout(0, target.num_workers, 0, torch.device("cpu"), recipe.scaling.strategy)
         with planned_for(target.kind):
-            return _trace(recipe, target, layout)
+            return _trace(recipe, target, layout, limit_bytes)
     finally:
         if grouped:
             dist.destroy_process_group()
@@ -98,8 +104,12 @@ def _on_cpu(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=updates) if updates else recipe
 
 
-def _trace(recipe: Recipe, target: Target, layout: Layout) -> Session:
+def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | None) -> Session:
     bare = planned_model(recipe, layout)
+    if limit_bytes is not None:
+        held = sum(closed_form(recipe, target, bare).values())
+        if held > limit_bytes:
+            raise LimitPassed(held, "load")
     flash = recipe.model.attention == "flash_attention_2"
     with contextlib.ExitStack() as stack:
         stack.enter_context(shims(one_segment_per_row=recipe.data.packing != "bfd" or flash))
@@ -114,7 +124,7 @@ def _trace(recipe: Recipe, target: Target, layout: Layout) -> Session:
         for handle in tracer.watch(bare):
             stack.callback(handle.remove)
         runner = _Runner(recipe, layout, tracer, mode, bare, updater)
-        runner.run()
+        runner.run(limit_bytes)
         state = runner.state_bytes()
         changes = list(tracer.changes)
     return Session(changes, tracer.operations.total(), state, runner.rehearsed)
@@ -132,18 +142,21 @@ class _Runner:
         self.gradient_bytes = 0
         self.rehearsed = layout.world_size > 1 or layout.sharded
 
-    def run(self) -> None:
+    def run(self, limit_bytes: int | None) -> None:
         single = self.layout.sharded or self.layout.world_size == 1
         self.model = self.bare if single else FakeReplica(self.bare, self.tracer)
         batches = [self._batch() for _ in range(self._num_batches())]
+        self.tracer.limit_bytes = limit_bytes
         if isinstance(self.recipe.adapter, MoRAMOptions) and self.recipe.adapter.needs_data:
             self._select(batches[0])
+        self.tracer.limit_bytes = None  # the first step does not count
         every = getattr(self.recipe.activations, "report_every", 0)
         if self.rehearsed:
             with self._gradients_named():
                 self._step(1, 0, batches[:1])
         else:
             self._create_state()
+        self.tracer.limit_bytes = limit_bytes
         with self._gradients_named():
             # More micro-batches than two repeat the second; their tokens are there all the same.
             self._step(MEASURED, every or 1, batches[:2])

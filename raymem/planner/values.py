@@ -27,6 +27,16 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Above:
+    """In place of a plan: the recipe needs more than the limit that it was planned with, and planning ended there."""
+
+    at_least_bytes: int
+    """What the device must have, if not more."""
+    phase: str
+    """Which one takes that much (:data:`raymem.memory.trace.PHASES`); ``load`` if what is always there does."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Prediction for one worker."""
 

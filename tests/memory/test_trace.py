@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from raymem.memory.trace import Tracer, live_at, peak_of
+from raymem.memory.trace import LimitPassed, Tracer, live_at, peak_of
 
 KIB = 1024
 FLOATS = 256  # of one KiB
@@ -105,3 +105,39 @@ def test_memory_inside_a_kernel_counts_while_its_result_is_there() -> None:
         y = x.neg()
     assert peak_of(tracer.changes, wanted=lambda change: True).num_bytes == (1 + 1 + 5) * KIB
     del x, y
+
+
+@pytest.mark.usefixtures("tensors")
+def test_a_limit_ends_the_program_after_the_phase_that_passes_it() -> None:
+    """+8, +16, -8, +4, then another phase: the first one's peak is 24."""
+
+    def program(limit_bytes: int) -> Tracer:
+        with Tracer() as tracer:
+            tracer.phase, tracer.limit_bytes = "forward", limit_bytes
+            a = torch.zeros(8 * FLOATS)
+            b = torch.zeros(16 * FLOATS)
+            del a
+            c = torch.zeros(4 * FLOATS)
+            tracer.phase = "step"
+            del b  # what goes ends nothing
+            d = torch.zeros(FLOATS)
+        del c, d
+        return tracer
+
+    with pytest.raises(LimitPassed) as passed:
+        program(24 * KIB - 1)
+    assert (passed.value.num_bytes, passed.value.phase) == (24 * KIB, "forward")
+    assert program(24 * KIB).changes[-1].phase == "step"
+
+
+def test_a_limit_that_backward_passes_ends_the_step_after_it() -> None:
+    """8 KiB of weight and 8 of its exponential are kept for backward, which makes a gradient of 8."""
+    weight = torch.zeros(8 * FLOATS, requires_grad=True)
+    with Tracer() as tracer:
+        tracer.phase, tracer.limit_bytes = "forward", 20 * KIB
+        tracer.adopt(weight, "trainable", "w")
+        weight.exp().sum().backward()
+        tracer.phase = "step"
+        with pytest.raises(LimitPassed) as passed:
+            torch.zeros(FLOATS)
+    assert passed.value.phase == "backward" and 24 * KIB <= passed.value.num_bytes < 25 * KIB

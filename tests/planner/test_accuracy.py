@@ -14,7 +14,7 @@ from support import make_recipe, save_model
 from raymem.planner.analytic import closed_form
 from raymem.planner.measure import measure_step
 from raymem.planner.plan import make_plan
-from raymem.planner.session import trace_session
+from raymem.planner.session import planned_model, trace_session
 from raymem.planner.values import Target
 from raymem.training.recipe import Recipe
 
@@ -45,7 +45,7 @@ def check(recipe: Recipe, tolerance: float = TOLERANCE) -> None:
     session = trace_session(recipe, target)
     plan = make_plan(session, target, None)
     measured = measure_step(recipe).allocated_bytes
-    assert closed_form(recipe, target) == session.state
+    assert closed_form(recipe, target, planned_model(recipe)) == session.state
     assert abs(plan.step_peak_bytes - measured) <= tolerance * measured, (plan.step_peak_bytes, measured)
     assert sum(plan.terms.values()) == plan.peak_bytes >= plan.step_peak_bytes
     assert plan.capacity_bytes == plan.reserved_bytes == plan.peak_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from cases import case
 from support import make_recipe
 
 from raymem.planner import calibration
+from raymem.planner.child import answer
 from raymem.planner.gate import Admitted, Gate, Refused
 from raymem.planner.process import Planner
+from raymem.planner.values import Plan
 from raymem.training.recipe import Recipe
 
 
@@ -46,7 +49,7 @@ def test_what_is_larger_in_every_way_needs_no_plan(peak: int, monkeypatch: pytes
         def refuse(*arguments: Any) -> None:
             raise AssertionError("planned")
 
-        monkeypatch.setattr(gate._planner, "least_bytes", refuse)
+        monkeypatch.setattr(gate._planner, "plan_within", refuse)
         rank = case("lora").to_dict()["adapter"]["rank"]
         larger = gate.judge(changed(adapter={"rank": 2 * rank}, optimizer={"lr": 0.3}))
         assert isinstance(larger, Refused) and larger.reason.startswith("as large as another")
@@ -64,10 +67,35 @@ def test_what_was_planned_before_needs_no_process(peak: int) -> None:
 
 
 def test_closed_forms_refuse_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymem.planner.session._Runner", None)
     with Gate(1000) as gate:
-        monkeypatch.setattr(gate._planner, "plan", None)
         refused = gate.judge(case("lora"))
     assert isinstance(refused, Refused) and "alone take" in refused.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("lora", {}),
+        ("loract layer", {}),
+        ("moram fast", {"adapter": {"criterion": "gradient"}}),
+        ("mlorc in backward", {}),
+        ("lora", {"scaling": {"num_workers": 2, "strategy": "ddp"}}),
+        ("lora", {"scaling": {"num_workers": 2, "strategy": "fsdp2"}}),
+        ("lora", {"scaling": {"use_gpu": True}}),
+    ],
+    ids=str,
+)
+def test_a_trace_ends_with_the_phase_that_is_above(name: str, changes: dict[str, Any]) -> None:
+    """A plan is refused early exactly if it is above the limit, by the figure that it would have had."""
+    recipe = make_recipe(case(name).to_dict(), {"train": {"global_batch": 2}}, changes)
+    job = {"recipe": recipe.to_dict(), "gpu": None, "problem": None}
+    plan = Plan(**answer(job)["plan"])
+    least = plan.peak_bytes + plan.outside_bytes
+    above = answer({**job, "limit_bytes": least - 1})["above"]
+    assert above == {"at_least_bytes": least, "phase": max(plan.phases, key=lambda p: plan.phases[p]["peak_bytes"])}
+    within = Plan(**answer({**job, "limit_bytes": least})["plan"])
+    assert dataclasses.replace(within, seconds=plan.seconds) == plan
 
 
 def test_a_run_above_its_prediction_makes_the_gate_narrower(peak: int) -> None:

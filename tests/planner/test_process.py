@@ -15,7 +15,7 @@ from raymem.errors import BudgetError, ModelError, PlanError
 from raymem.memory.budget import Exceeds
 from raymem.planner import Planner, advise, calibration, known_plan, plan_recipe, process
 from raymem.planner.child import answer, describe
-from raymem.planner.values import Plan
+from raymem.planner.values import Above, Plan
 from raymem.training.recipe import Recipe
 
 
@@ -24,9 +24,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path / "cache"))
 
 
-def planned(recipe: Recipe, gpu: str | None = None) -> Plan:
+def planned(recipe: Recipe, gpu: str | None = None, *, traced: bool = True) -> Plan:
     """Planned in this process."""
-    return Plan(**answer({"recipe": recipe.to_dict(), "gpu": gpu, "problem": None})["plan"])
+    plan = Plan(**answer({"recipe": recipe.to_dict(), "gpu": gpu, "problem": None})["plan"])
+    assert plan.traced == traced, plan.note
+    return plan
 
 
 def test_a_plan_is_made_in_a_process_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,8 +73,7 @@ def test_model_code_that_decides_by_values_gives_a_rough_figure_and_the_operatio
 
     monkeypatch.setattr(LlamaMLP, "forward", deciding)
     recipe = case("lora")
-    rough = planned(recipe)
-    assert not rough.traced
+    rough = planned(recipe, traced=False)
     assert rough.note is not None and "_local_scalar_dense" in rough.note
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     exact = planned(recipe)
@@ -134,7 +135,8 @@ def test_one_process_plans_many_and_what_takes_no_memory_is_planned_once() -> No
         other_lr = make_recipe(case("lora").to_dict(), {"optimizer": {"lr": 0.5}})
         assert planner.plan(other_lr) == first == known_plan(other_lr)
         assert planner.plan(case("lora checkpoint")).peak_bytes < first.peak_bytes
-        assert planner.least_bytes(case("lora")) < first.peak_bytes
+        above = planner.plan_within(case("lora bf16"), first.peak_bytes // 4)
+        assert isinstance(above, Above) and above.phase == "forward" and known_plan(case("lora bf16")) is None
         assert planner._child is child is not None
     assert planner._child is None and child._process.returncode == 0
 
@@ -150,7 +152,7 @@ def test_on_a_gpu_the_allocator_and_what_lies_outside_are_counted() -> None:
     gpu = make_recipe(case("lora bf16 checkpoint").to_dict(), {"scaling": {"use_gpu": True}})
     plan = planned(gpu, "A100-80GB")
     assert plan.device == "cuda"
-    assert plan.reserved_bytes >= plan.peak_bytes and plan.traced
+    assert plan.reserved_bytes >= plan.peak_bytes
     assert plan.peak_bytes < plan.capacity_bytes <= plan.reserved_bytes + plan.outside_bytes
 
 
@@ -238,11 +240,12 @@ def llama(shape: tuple[int, ...], ratio: float, directory: Path) -> Any:
 
 def weights(model: Path, quantize: str) -> int:
     from raymem.planner.analytic import closed_form
+    from raymem.planner.session import planned_model
     from raymem.planner.values import Target
 
     recipe = make_recipe({"base": {"quantize": quantize}, "train": {"precision": "bf16"}}, model=model)
     buffers = 4 * 64 * 2  # rotary frequencies, twice
-    return closed_form(recipe, Target("cpu", 1))["weights"] - buffers
+    return closed_form(recipe, Target("cpu", 1), planned_model(recipe))["weights"] - buffers
 
 
 LLAMA_2_13B = (5120, 40, 40, 40, 13824, 32000)
