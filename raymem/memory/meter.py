@@ -95,11 +95,10 @@ def _highest_sum(profiler: torch.profiler.profile) -> int:
     alive: dict[int, int] = {}
     running = highest = 0
     for _, address, size in sorted(events, key=lambda event: event[0]):
+        running -= alive.pop(address, 0)  # also where other threads released it, which the profiler does not show
         if size > 0:
             alive[address] = size
             running += size
-        else:
-            running -= alive.pop(address, 0)
         highest = max(highest, running)
     return highest
 

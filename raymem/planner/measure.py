@@ -14,15 +14,15 @@ from raymem.memory.meter import Peak, PeakMeter, resident_tensors
 from raymem.methods.moram.config import MoRAMOptions
 from raymem.training import activations
 from raymem.training.data.batches import Batch
-from raymem.training.layout import Layout
+from raymem.training.layout import Layout, replicate
 from raymem.training.model import build_model
 from raymem.training.optim import build_updater
 from raymem.training.recipe import Recipe
 from raymem.training.step import train_step
 
 
-def measure_step(recipe: Recipe, *, rank: int = 0) -> Peak:
-    """Peak of the second optimizer step of one worker.
+def measure_step(recipe: Recipe) -> Peak:
+    """Peak of the second optimizer step of one worker; of this rank, if there is a process group.
 
     Raises:
         RaymemError: as training does.
@@ -36,6 +36,7 @@ def measure_step(recipe: Recipe, *, rank: int = 0) -> Peak:
 
         select_indices(model, criterion="random", seed=recipe.seed)  # which ones does not matter here
     activations.begin_step(model, 0)
+    replica = model if layout.sharded else replicate(model, layout)
 
     def resident() -> Iterator[torch.Tensor]:
         tokens = (t for b in batches for t in (b.input_ids, b.labels, b.position_ids, b.attention_mask))
@@ -43,7 +44,7 @@ def measure_step(recipe: Recipe, *, rank: int = 0) -> Peak:
 
     def step(position: int) -> None:
         train_step(
-            model, batches, 1000, updater, position, 1e-3,
+            replica, batches, 1000, updater, position, 1e-3,
             clip_norm=recipe.train.clip_norm, mixed=recipe.train.precision == "bf16_mixed",
         )  # fmt: skip
 

@@ -262,7 +262,9 @@ class _Session:
         if nth not in METERED_STEPS:
             yield
             return
-        with PeakMeter(self.layout.device, self._resident, bucket_bytes(self.model)) as meter:
+        # In its second step DDP allocates the buckets anew, ordered by what it saw: the window counts them itself.
+        hidden = bucket_bytes(self.model) if nth > 2 else 0
+        with PeakMeter(self.layout.device, self._resident, hidden) as meter:
             yield
         assert meter.peak is not None
         self.peak_bytes = max(self.peak_bytes or 0, self.layout.max_over_ranks(meter.peak.allocated_bytes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_what_was_there_before_counts_to_the_end() -> None:
         assert meter.peak.allocated_bytes == (12 + 10) * KIB, "never too little"
         if reused:
             break
+
+
+def test_what_another_thread_released_is_gone_once_its_place_is_taken() -> None:
+    """The profiler sees only this thread's releases; gloo has threads of its own."""
+    blocks: list[torch.Tensor] = []
+    places = set()
+    with PeakMeter(CPU, list) as meter:
+        for _ in range(4):
+            blocks.append(torch.empty(1024 * FLOATS))
+            places.add(blocks[0].data_ptr())
+            thread = threading.Thread(target=blocks.clear)
+            thread.start()
+            thread.join()
+    assert meter.peak is not None
+    assert meter.peak.allocated_bytes == len(places) * 1024 * KIB
 
 
 def test_forward_and_backward_of_a_square() -> None:

@@ -23,6 +23,9 @@ from support import (
     train,
 )
 
+from raymem.planner.plan import make_plan
+from raymem.planner.session import trace_session
+from raymem.planner.values import Target
 from raymem.training import loop
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.dataset import PackedRows
@@ -72,7 +75,7 @@ def train_all(jobs: list[Job]) -> dict[str, dict[str, Any]]:
     found = {}
     metered = loop.METERED_STEPS
     for key, raw, stop_after in jobs:
-        loop.METERED_STEPS = metered if key.endswith("lora") else ()  # profiling takes longer than the step
+        loop.METERED_STEPS = metered if key.endswith("lora") or key == "two-ddp-full" else ()  # profiling takes longer than the step
         recipe = Recipe.model_validate(raw)
         outcome, rows = train(recipe, stop_after=stop_after)
         found[key] = {"outcome": outcome and outcome.to_dict(), "rows": rows}
@@ -132,6 +135,15 @@ def test_any_number_of_workers_computes_the_same(runs: Any, plain: Any, key: str
     for name in ("loss", "eval_loss"):
         assert column(rows, name) == pytest.approx(column(plain[kind], name), rel=tolerance(kind))
     assert column(rows, "lr") == column(plain[kind], "lr")
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_measured_peak_is_the_predicted_one(runs: Any, recipe_of: Any, kind: str) -> None:
+    """DDP's buckets count once, also in the second step, where it makes them anew."""
+    measured = column(runs[f"two-ddp-{kind}"][0]["rows"], "peak_bytes")
+    recipe = recipe_of("planned", kind, 2, "ddp")
+    plan = make_plan(trace_session(recipe, Target.of(recipe)), Target.of(recipe), None)
+    assert measured == pytest.approx([plan.step_peak_bytes] * 2, rel=0.01)
 
 
 def test_one_worker_with_fsdp2_is_a_plain_run_bit_for_bit(runs: Any, plain: Any) -> None:
