@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -37,7 +36,7 @@ from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, recover_factor
 from raymem.methods.loram.tensorfiles import read_header, read_tensor, save_tensors
 from raymem.seeds import generator
 from raymem.training.recipe import FullBase, Recipe
-from raymem.training.recipe_io import MODELS, load_recipe, packaged_recipe, parse_recipe
+from raymem.training.recipe_io import load_recipe, packaged_recipe, parse_recipe
 from raymem.training.storage import Storage
 
 RATIOS = (0.25, 0.5, 0.65, 0.85)
@@ -48,7 +47,6 @@ ROWS: list[tuple[str, float, bool]] = [
     ("taylor", 0.85, True),
 ]
 """Criterion, ratio, aligned."""
-PARTS = provenance.RESULTS / "parts"
 
 
 def recipe_for(options: argparse.Namespace, seed: int, *overrides: str) -> Recipe:
@@ -247,10 +245,7 @@ def jobs_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo-long", choices=sorted(MODELS))
-    parser.add_argument("--storage", type=Path, default=Path("raymem-runs"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser = provenance.parser(__doc__, base="demo-long", steps=200, shared=True)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--align-steps", type=int, default=200)
     parser.add_argument("--align-lr", type=float, default=5e-4)
@@ -258,21 +253,14 @@ def main() -> None:
     parser.add_argument("--dense-ratios", type=float, nargs="*", default=[0.25, 0.5])
     parser.add_argument("--dense-steps", type=int, help="pre-training steps of the dense models; default: the base's")
     parser.add_argument("--only", nargs="+", help="parts to compute, for example taylor-0.5-0 full-0")
-    parser.add_argument("--part", default="0/1", help="I/N: this process takes every N-th part, from the I-th on")
     options = parser.parse_args()
     hush_libraries()
-    PARTS.mkdir(parents=True, exist_ok=True)
-    index, count = map(int, options.part.split("/"))
     prefix = f"loram_quality-{options.model}-{options.steps}"
     jobs = jobs_of(options)
-    for name in [name for name in jobs if not options.only or name in options.only][index::count]:
-        part = PARTS / f"{prefix}-{name}.json"
-        if not part.exists():
-            found = jobs[name]()
-            part.write_text(json.dumps(found))
-            print(name, found, flush=True)
-    paths = {name: PARTS / f"{prefix}-{name}.json" for name in jobs}
-    rows = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    wanted = [name for name in jobs if not options.only or name in options.only]
+    rows = {name: provenance.kept(f"{prefix}-{name}", jobs[name]) for name in wanted[options.part]}
+    if len(rows) < len(jobs):
+        return  # the table is for the run that finds all of them
     settings = {key: getattr(options, key) for key in ("model", "steps", "lr", "align_steps", "align_lr", "seeds")}
     provenance.save("loram_quality", {**settings, "table": table(rows, options), "rows": rows})
 
