@@ -129,11 +129,9 @@ def dying_trial(config: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
 
-    loop.train_step = fails
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", fails)
         run_trial(config)
-    finally:
-        loop.train_step = original
 
 
 @pytest.mark.slow
@@ -229,12 +227,10 @@ def killed_trial(config: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
 
-    if job.number == 1:
-        loop.train_step = dies
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if job.number == 1:
+            patch.setattr(loop, "train_step", dies)
         run_trial(config)
-    finally:
-        loop.train_step = original
 
 
 @pytest.mark.slow

@@ -75,9 +75,8 @@ def train_all(jobs: list[Job]) -> dict[str, dict[str, Any]]:
     found = {}
     metered = loop.METERED_STEPS
     for key, raw, stop_after in jobs:
-        loop.METERED_STEPS = (
-            metered if key.endswith("lora") or key == "two-ddp-full" else ()
-        )  # profiling takes longer than the step
+        # Profiling takes longer than the step.
+        loop.METERED_STEPS = metered if key.endswith("lora") or key == "two-ddp-full" else ()
         recipe = Recipe.model_validate(raw)
         outcome, rows = train(recipe, stop_after=stop_after)
         found[key] = {"outcome": outcome and outcome.to_dict(), "rows": rows}
