@@ -5,7 +5,7 @@ search starts whatever it draws; what went above the budget would have died on a
 that counts is that of trials within it. Every trial trains a few steps, seconds long; MoRAM chooses its connections
 from one batch instead of eight, which would take longer than that. Resumable: sweeps go on by themselves.
 
-    python benchmarks/sweep_quality.py [--samples 30] [--steps 6] [--seeds 0 1 2] [--storage raymem-runs]
+    python benchmarks/sweep_quality.py [--samples 30] [--steps 4] [--seeds 0 1 2] [--storage raymem-runs]
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def facts(rows: list[SweepRow], budget: int, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = provenance.parser(__doc__, steps=6)
+    parser = provenance.parser(__doc__, steps=4)
     parser.add_argument("--storage", type=Path, default=Path("raymem-runs"))
     parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

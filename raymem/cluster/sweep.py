@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.cluster import data, demo
-from raymem.cluster.search import METRICS, BudgetedSearch, Objective, open_study
+from raymem.cluster.search import METRICS, BudgetedSearch, Objective, open_study, started
 from raymem.cluster.sweep_report import SweepRow, best_of, rows_of, write_report
 from raymem.cluster.sweep_resources import admitted_bytes, resources_of
 from raymem.cluster.sweep_tune import early_stopping, tune
@@ -125,8 +125,9 @@ def sweep(
             admitted = admitted_bytes(recipe, options.budget_bytes, status)
             with Gate(admitted, gpu=options.gpu) as gate:
                 configure = _configurer(f"{recipe.name[:53]}-{facts['key']}", sink.run_id)
-                status("starting the planner")
-                gate.judge(recipe)
+                if sum(map(started, study.get_trials(deepcopy=False))) < options.samples:
+                    status("starting the planner")
+                    gate.warm_up(recipe)
                 status(f"searching {len(space)} dimensions under {bytes_text(options.budget_bytes)}")
                 try:
                     search = tune(

@@ -70,7 +70,7 @@ class LimitPassed(Exception):
     def __init__(self, num_bytes: int, phase: Phase) -> None:
         super().__init__(f"{num_bytes} bytes are alive at once ({phase})")
         self.num_bytes, self.phase = num_bytes, phase
-        """The phase in which that happened, and its peak."""
+        """The phase in which that happened, and the peak of it so far."""
 
 
 class Tracer(TorchDispatchMode):
@@ -81,7 +81,8 @@ class Tracer(TorchDispatchMode):
         call: runs an operation; by default it is simply called.
 
     ``phase`` and ``step`` are set by the caller; within a backward pass the phase is always ``backward``. With
-    ``limit_bytes``, the first allocation after a phase with a higher peak than that raises :class:`LimitPassed`.
+    ``limit_bytes``, the first allocation after a phase with a higher peak than that raises :class:`LimitPassed`; within
+    a backward pass, where ever less is held, the first one that is below it again.
     """
 
     def __init__(self, workspace: Workspace | None = None, call: Call | None = None) -> None:
@@ -93,8 +94,8 @@ class Tracer(TorchDispatchMode):
         self.step = 0
         self.limit_bytes: int | None = None
         self._alive_bytes = 0
-        self._passed: tuple[int, Phase, int] | None = None
-        """Step and phase in which the limit was passed, and the most that was alive in it."""
+        self._passed: tuple[tuple[int, Phase, bool], int] | None = None
+        """Where the limit was passed (step, phase, whether in backward), and the most that was alive there."""
         self._workspace = workspace
         self._live: dict[int, tuple[Record, weakref.ref[Any]]] = {}
         self._next_key = 0
@@ -183,8 +184,7 @@ class Tracer(TorchDispatchMode):
         return active_fake_mode() is not self._fake_mode
 
     def _now(self) -> Phase:
-        in_backward = torch._C._current_graph_task_id() != -1
-        return "backward" if in_backward and self.phase == "forward" else self.phase
+        return "backward" if self.phase == "forward" and _in_backward() else self.phase
 
     def _category(self, phase: Phase) -> Category:
         if phase in ("forward", "evaluation", "selection"):
@@ -237,11 +237,19 @@ class Tracer(TorchDispatchMode):
             self._hold_to(self.limit_bytes, phase)
 
     def _hold_to(self, limit_bytes: int, phase: Phase) -> None:
-        if self._passed is not None and self._passed[:2] != (self.step, phase):
-            raise LimitPassed(self._passed[2], self._passed[1])
-        highest = max(self._alive_bytes, 0 if self._passed is None else self._passed[2])
-        if highest > limit_bytes:
-            self._passed = (self.step, phase, highest)
+        above, in_backward = self._alive_bytes > limit_bytes, _in_backward()
+        where = (self.step, phase, in_backward)
+        if self._passed is not None:
+            passed_at, highest = self._passed
+            if passed_at != where or (in_backward and not above):
+                raise LimitPassed(highest, passed_at[1])
+            self._passed = (where, max(highest, self._alive_bytes))
+        elif above:
+            self._passed = (where, self._alive_bytes)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _plain_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -72,6 +72,10 @@ class Gate:
     def __exit__(self, *_: object) -> None:
         self._planner.__exit__()
 
+    def warm_up(self, recipe: Recipe) -> None:
+        """Have the planner ready, if there is much to judge."""
+        self._planner.warm_up(recipe)
+
     def judge(self, recipe: Recipe) -> Judged:
         """Admitted or refused; nothing is raised for a recipe that cannot be planned."""
         if recipe.train.micro_batch == "auto":

@@ -114,6 +114,10 @@ class Planner:
             raise found
         return found
 
+    def warm_up(self, recipe: Recipe) -> None:
+        """Start the process and plan in it, known plan or not: what is asked next does not wait for imports."""
+        self._ask(_job(recipe, self._gpu))
+
     def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
         file = _file(job)
         answer = _known(file)

@@ -57,7 +57,7 @@ def trace_session(recipe: Recipe, target: Target, limit_bytes: int | None = None
     """Run the recipe's step on fake tensors. Patches libraries and starts a fake process group: one per process.
 
     Args:
-        limit_bytes: end after the first phase whose peak is above this, and before all of them if weights, gradients
+        limit_bytes: end with the first phase whose peak is above this, or before all of them if weights, gradients
             and states together are.
 
     Raises:

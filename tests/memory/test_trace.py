@@ -130,14 +130,23 @@ def test_a_limit_ends_the_program_after_the_phase_that_passes_it() -> None:
     assert program(24 * KIB).changes[-1].phase == "step"
 
 
-def test_a_limit_that_backward_passes_ends_the_step_after_it() -> None:
-    """8 KiB of weight and 8 of its exponential are kept for backward, which makes a gradient of 8."""
+def test_a_limit_that_backward_passes_ends_it_where_less_is_held_again() -> None:
+    """Of two checkpointed segments, each of which holds 32 KiB while it is repeated, the second one is not."""
+    calls: list[int] = []
+
+    def segment(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        for _ in range(4):
+            x = x.exp()
+        return x
+
     weight = torch.zeros(8 * FLOATS, requires_grad=True)
     with Tracer() as tracer:
-        tracer.phase, tracer.limit_bytes = "forward", 20 * KIB
+        tracer.phase, tracer.limit_bytes = "forward", 44 * KIB
         tracer.adopt(weight, "trainable", "w")
-        weight.exp().sum().backward()
-        tracer.phase = "step"
+        middle = checkpoint(segment, weight, use_reentrant=False)
+        loss = checkpoint(segment, middle, use_reentrant=False).sum()
         with pytest.raises(LimitPassed) as passed:
-            torch.zeros(FLOATS)
-    assert passed.value.phase == "backward" and 24 * KIB <= passed.value.num_bytes < 25 * KIB
+            loss.backward()
+    assert len(calls) == 3
+    assert passed.value.phase == "backward" and 48 * KIB <= passed.value.num_bytes < 80 * KIB

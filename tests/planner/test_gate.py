@@ -66,6 +66,12 @@ def test_what_was_planned_before_needs_no_process(peak: int) -> None:
         assert second._planner._child is None
 
 
+def test_it_can_be_made_ready_before_it_judges(peak: int) -> None:
+    with Gate(peak) as gate:
+        gate.warm_up(case("lora"))
+        assert gate._planner._child is not None, "although the plan was known"
+
+
 def test_closed_forms_refuse_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raymem.planner.session._Runner", None)
     with Gate(1000) as gate:
