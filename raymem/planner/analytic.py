@@ -14,6 +14,7 @@ from torch import nn
 
 from raymem.methods.loram.plan import nf4_weight_bytes
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
+from raymem.methods.moram.base import fan
 from raymem.methods.moram.config import MoRAMOptions, connections
 from raymem.planner.values import Target
 from raymem.training.model import trainable_dtype
@@ -32,14 +33,17 @@ def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, i
         model: the recipe's, of which only names and shapes are read.
     """
     share = target.num_workers if recipe.scaling.strategy == "fsdp2" else 1
-    tuned = dict(_tuned_layers(model))
     weights = trainable = 0
     shapes: dict[str, tuple[int, ...]] = {}
     if isinstance(recipe.adapter, NoAdapter):
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     else:
         weights += sum(_frozen_bytes(name, p, share) for name, p in model.named_parameters() if not p.requires_grad)
-        for name, (outputs, inputs) in tuned.items():
+        for name, layer in _tuned_layers(model):
+            if (experts := _experts_shapes(layer)) is not None:
+                shapes |= {f"{name}.{factor}": shape for factor, shape in zip("AB", experts, strict=True)}
+                continue
+            outputs, inputs = fan(layer.get_base_layer())
             rank = recipe.adapter.rank
             shapes |= {f"{name}.A": (rank, inputs), f"{name}.B": (outputs, rank)}
             if isinstance(recipe.adapter, MoRAMOptions):
@@ -67,17 +71,24 @@ def _frozen_bytes(name: str, parameter: Any, share: int) -> int:
     return int(math.prod(_rows(tuple(parameter.shape), share)) * parameter.element_size())
 
 
-def _tuned_layers(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name -> (outputs, inputs) of every layer with an adapter."""
-    if not hasattr(model, "peft_config"):
-        return
+def _tuned_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every layer with an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from raymem.methods.moram.base import fan
 
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            yield name, fan(layer.get_base_layer())
+            yield name, layer
+
+
+def _experts_shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """A and B of weights that several experts share; PEFT has rules of its own for their ranks, which are taken as they
+    come out. None of other layers."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if not isinstance(layer, ParamWrapper):
+        return None
+    (factor_A,), (factor_B,) = layer.lora_A.values(), layer.lora_B.values()
+    return tuple(factor_A.weight.shape), tuple(factor_B.weight.shape)
 
 
 def _state_bytes(recipe: Recipe, model: nn.Module, name: str, shape: tuple[int, ...], local: tuple[int, ...]) -> int:

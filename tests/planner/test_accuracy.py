@@ -27,6 +27,7 @@ CROSS_SECTION = [
     ("lora", "llama", 2),
     ("lora bf16 checkpoint", "qwen3", 2),
     ("lora padded", "gpt2", 2),
+    ("lora bf16", "qwen3_moe", 2),
     ("lora accumulation", "llama", 2),
     ("full bf16 masters", "llama", 2),
     ("full foreach", "llama", 4),

@@ -127,10 +127,11 @@ def kept_units(group: Group, ratio: Fraction, round_to: int, layer: int) -> int:
         kept -= kept % round_to
     if kept < 1:
         unit, least = ("neurons", round_to) if group.name == "mlp" else ("heads", 1)
+        highest = math.floor(1000 * (1 - Fraction(least, group.num_units))) / 1000
+        cure = f"it is at most {highest} for this model" if highest > 0 else "lower round_to"
         raise RecipeError(
             f"ratio: {float(ratio)} leaves none of the {group.num_units} {unit} of layer {layer}"
-            f"{f' with round_to: {round_to}' if least > 1 else ''}; it is at most "
-            f"{math.floor(1000 * (1 - Fraction(least, group.num_units))) / 1000} for this model"
+            f"{f' with round_to: {round_to}' if least > 1 else ''}; {cure}"
         )
     return kept
 
