@@ -169,7 +169,7 @@ def test_bad_options(options: dict[str, Any], words: str) -> None:
         ({"ratio": 0.98}, "leaves none of the 40 heads of layer 4; it is at most 0.975"),
         (
             {"ratio": 0.9, "round_to": 2048},
-            "none of the 13824 neurons of layer 4 with round_to: 2048; it is at most 0.851",
+            "13824 neurons of layer 4 with round_to: 2048; it is at most 0.851",
         ),
         ({"ratio": 0.5, "round_to": 1 << 14}, "layer 4 with round_to: 16384; lower round_to"),
         ({"keep_first": 30, "keep_last": 10}, "leave none of the 40 layers to prune"),
