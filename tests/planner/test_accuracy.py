@@ -91,7 +91,7 @@ def test_the_peak_of_two_workers(tmp_path: Path) -> None:
     """
     fragments: list[dict[str, Any]] = [{"scaling": {"num_workers": 2}, "train": {"global_batch": 8, "micro_batch": 2}}]
     recipes = []
-    for name in ("lora", "full", "mlorc adamw"):
+    for name in ("lora", "mlorc adamw"):
         wide = {"hidden_size": 128, "intermediate_size": 344, "max_position_embeddings": 256, "head_dim": 32}
         model = save_model(tmp_path / name.replace(" ", "-"), num_hidden_layers=2, **wide)
         recipes.append(make_recipe({"data": {"sequence_length": LENGTH}}, *FRAGMENTS[name], *fragments, model=model))
