@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "loract": {"activations": {"kind": "loract", "rank": 8}},
     "moram": {"adapter": {"kind": "moram", "rank": 4, "density": 0.25}},
 }
-Untouched = Callable[..., tuple[list[float], bytes]]
+Untouched = Callable[[str, str], tuple[list[float], bytes]]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def uninterrupted(llama: Path, examples: Path, storage: Path) -> Untouched:
     """Losses and adapter of a layout's run that nobody touched: the same loop in a plain gloo group, without Ray."""
 
     @functools.cache
-    def run(layout: str, method: str = "plain") -> tuple[list[float], bytes]:
+    def run(layout: str, method: str) -> tuple[list[float], bytes]:
         name = f"untouched-{layout}-{method}"
         recipe = ray_recipe(llama, examples, storage, name, scaling=LAYOUTS[layout], **METHODS[method])
         world_size = 0 if layout == "ddp-1" else 2
@@ -105,7 +105,7 @@ def test_exit_in_the_middle_of_a_step_changes_nothing(
     monkeypatch.setattr("raymem.cluster.ray_train.train_worker", exiting_worker)
     launch(ray_recipe(llama, examples, storage, name, scaling=LAYOUTS[layout]))
     assert marker.exists()
-    assert (losses(storage / name), result_bytes(storage / name)) == uninterrupted(layout)
+    assert (losses(storage / name), result_bytes(storage / name)) == uninterrupted(layout, "plain")
 
 
 def test_layouts_can_be_switched(cluster: RayHead, llama: Path, examples: Path, storage: Path) -> None:
