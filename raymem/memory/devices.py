@@ -58,6 +58,11 @@ NCCL_BYTES = 400 * MIB
 """Buffers of one communicator on one machine, from two workers on."""
 
 
+def gpu_facts(name: str | None) -> Gpu:
+    """As :func:`gpu_named`; of a GPU whose kind is not given :data:`UNKNOWN_GPU`."""
+    return UNKNOWN_GPU if name is None else gpu_named(name)
+
+
 def gpu_named(name: str) -> Gpu:
     """A GPU of the table by its name or an alias; case and separators do not matter.
 

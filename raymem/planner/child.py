@@ -93,7 +93,7 @@ def _rough(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
     state = closed_form(recipe, target, planned_model(recipe))
     terms = dict.fromkeys(CATEGORIES, 0) | state | {"activations": rough_activations(recipe, load_config(recipe))}
     peak = sum(terms.values())
-    facts = devices.UNKNOWN_GPU if job["gpu"] is None else devices.gpu_named(job["gpu"])
+    facts = devices.gpu_facts(job["gpu"])
     outside = facts.context_bytes + 2 * facts.cublas_bytes if target.kind == "cuda" else 0
     return Plan(
         device=target.kind, gpu=job["gpu"], num_workers=target.num_workers, traced=False, note=job["problem"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from raymem.errors import RaymemError, RecipeError
 from raymem.memory.budget import bytes_text
 from raymem.planner import calibration
+from raymem.planner.batch import with_micro_batch
 from raymem.planner.process import Planner, without_free
 from raymem.planner.values import Above, Target
 from raymem.training.recipe import Recipe
@@ -73,8 +75,9 @@ class Gate:
         self._planner.__exit__()
 
     def warm_up(self, recipe: Recipe) -> None:
-        """Have the planner ready, if there is much to judge."""
-        self._planner.warm_up(recipe)
+        """Have the planner ready, if there is much to judge; a recipe that cannot be planned does no harm."""
+        with contextlib.suppress(RaymemError):
+            self._planner.warm_up(with_micro_batch(recipe, 1))  # it may be open: auto
 
     def judge(self, recipe: Recipe) -> Judged:
         """Admitted or refused; nothing is raised for a recipe that cannot be planned."""

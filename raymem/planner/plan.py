@@ -51,9 +51,8 @@ def _device_needs(session: Session, target: Target, gpu: str | None, peak_bytes:
     if target.kind == "cpu":
         same = dict.fromkeys(("reserved_bytes", "capacity_bytes", "expandable_bytes"), peak_bytes)
         return {**same, "outside_bytes": 0}
-    facts = devices.UNKNOWN_GPU if gpu is None else devices.gpu_named(gpu)
     outside = outside_bytes(target, gpu)
-    program = allocator_events(session, facts.cublas_bytes)
+    program = allocator_events(session, devices.gpu_facts(gpu).cublas_bytes)
     return {
         "reserved_bytes": allocator.replay(program).peak_reserved_bytes,
         "capacity_bytes": allocator.smallest_capacity(program) + outside,
@@ -66,8 +65,7 @@ def outside_bytes(target: Target, gpu: str | None) -> int:
     """CUDA context and NCCL."""
     if target.kind == "cpu":
         return 0
-    facts = devices.UNKNOWN_GPU if gpu is None else devices.gpu_named(gpu)
-    return facts.context_bytes + (devices.NCCL_BYTES if target.num_workers > 1 else 0)
+    return devices.gpu_facts(gpu).context_bytes + (devices.NCCL_BYTES if target.num_workers > 1 else 0)
 
 
 def allocator_events(session: Session, cublas_bytes: int) -> list[allocator.Event]:

@@ -50,6 +50,7 @@ def test_without_a_budget_there_is_nothing_to_fit_into() -> None:
     with pytest.raises(RecipeError, match=r"train.micro_batch: auto needs to know how much there is: set budget"):
         settle_micro_batch(auto)
     with Gate(1 << 40) as gate:
+        gate.warm_up(auto)  # sweeps may search over it
         refused = gate.judge(auto)
     assert isinstance(refused, Refused) and "search over it" in refused.reason
     with pytest.raises(RecipeError, match="'autoo'"):

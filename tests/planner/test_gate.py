@@ -70,6 +70,7 @@ def test_it_can_be_made_ready_before_it_judges(peak: int) -> None:
     with Gate(peak) as gate:
         gate.warm_up(case("lora"))
         assert gate._planner._child is not None, "although the plan was known"
+        gate.warm_up(make_recipe(model="nobody/nothing"))
 
 
 def test_closed_forms_refuse_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
