@@ -250,6 +250,8 @@ def _problems(error: ValidationError) -> Iterable[str]:
             text = f"unknown key{nearest(path.rpartition('.')[2], fields)}"
         elif kind == "missing":
             text = "is missing"
+        elif kind == "union_tag_not_found":
+            path, text = f"{path}.{item['ctx']['discriminator'].strip(chr(39))}", "is missing"
         elif kind in ("union_tag_invalid", "literal_error"):
             context = item["ctx"]
             expected = [tag.strip("' ") for tag in str(context.get("expected_tags", context.get("expected"))).replace(

@@ -112,6 +112,7 @@ def test_a_space_that_is_none_of_the_recipe_is_refused(space: dict[str, Any], me
         ({"type": "float", "low": 0, "high": 2, "log": True}, "space.a.low: 0.0 has no logarithm"),
         ({"type": "choice", "choices": []}, "space.a.choices: []: list should have at least 1 item"),
         ({"type": "choice", "choics": [1]}, "space.a.choics: unknown key; did you mean 'choices'?"),
+        ({"choices": [1]}, "space.a.type: is missing"),
     ],
 )  # fmt: skip
 def test_a_malformed_dimension_is_named(dimension: dict[str, Any], message: str) -> None:
