@@ -45,10 +45,7 @@ def plan_recipe(recipe: Recipe, *, gpu: str | None = None, timeout_s: float = TI
         RaymemError: the recipe does not go with its model, the model's config cannot be had, an unknown GPU.
         PlanError: planning takes too long.
     """
-    plan = plan_many([recipe], gpu=gpu, timeout_s=timeout_s)[0]
-    if isinstance(plan, Exception):
-        raise plan
-    return plan
+    return _or_raise(plan_many([recipe], gpu=gpu, timeout_s=timeout_s)[0])
 
 
 def plan_many(
@@ -91,10 +88,7 @@ class Planner:
 
     def plan(self, recipe: Recipe) -> Plan:
         """As :func:`plan_recipe`."""
-        found = self.try_plan(recipe)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        return _or_raise(self.try_plan(recipe))
 
     def try_plan(self, recipe: Recipe) -> Plan | Exception:
         """A plan, or the error of a recipe that has none. Raises PlanError if it takes too long."""
@@ -109,22 +103,19 @@ class Planner:
         answer = self._answer({**_job(recipe, self._gpu), "limit_bytes": limit_bytes})
         if "above" in answer:
             return Above(**answer["above"])
-        found = _result(answer)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        return _or_raise(_result(answer))
 
     def warm_up(self, recipe: Recipe) -> None:
         """Start the process and plan in it, known plan or not: what is asked next does not wait for imports."""
-        self._ask(_job(recipe, self._gpu))
+        self._new_answer(_job(recipe, self._gpu))
 
     def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        file = _file(job)
-        answer = _known(file)
-        if answer is None:
-            answer = self._ask(job)
-            if "plan" in answer:
-                _remember(file, answer)
+        return _known(_file(job)) or self._new_answer(job)
+
+    def _new_answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        answer = self._ask(job)
+        if "plan" in answer:
+            _remember(_file(job), answer)
         return answer
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +228,12 @@ def _result(answer: dict[str, Any]) -> Plan | Exception:
         return Plan(**answer["plan"])
     kind, text = answer["error"]
     found: Exception = getattr(errors, kind, PlanError)(text)
+    return found
+
+
+def _or_raise(found: Plan | Exception) -> Plan:
+    if isinstance(found, Exception):
+        raise found
     return found
 
 
