@@ -84,10 +84,7 @@ def server(template_db: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     patch = pytest.MonkeyPatch()
     for name, value in names.items():
         patch.setenv(name, value)
-    running = Server(directory)
-    try:
-        running.start()
-        yield running
-    finally:
-        running.close()
-        patch.undo()
+    running = Server()
+    yield running
+    running.close()
+    patch.undo()

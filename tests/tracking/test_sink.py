@@ -37,8 +37,7 @@ def remote(server: Server, tmp_path: Path) -> Iterator[MlflowSink]:
     made._retry_after_s = 0.2
     yield made
     server.status = None
-    server.stop()
-    server.start()
+    server.up = True
 
 
 def test_rows_become_metrics(sink: MlflowSink) -> None:
@@ -86,7 +85,7 @@ def test_one_request_per_call_and_large_batches(server: Server, remote: MlflowSi
 
 def test_outage_is_survived_and_mended(server: Server, remote: MlflowSink) -> None:
     remote.log_history([{"step": 0, "loss": 1.0}])
-    server.stop()
+    server.up = False
     start = time.monotonic()
     for step in range(1, 200):
         remote.log_history([{"step": step, "loss": 1.0 / step}])
@@ -97,7 +96,7 @@ def test_outage_is_survived_and_mended(server: Server, remote: MlflowSink) -> No
     assert down.problem is not None
     assert f"tracking at {server.uri} failed" in down.problem
     assert "199 metric values are missing there" in down.problem
-    server.start()
+    server.up = True
     time.sleep(0.25)
     remote.log_history([{"step": 200, "loss": 0.0}])
     assert [s for s, _ in history(remote, "loss")] == list(range(201))
@@ -209,7 +208,7 @@ def test_finish_failures_are_counted(sink: MlflowSink, tmp_path: Path) -> None:
 
 
 def test_finish_with_the_server_gone_is_quick(server: Server, remote: MlflowSink, tmp_path: Path) -> None:
-    server.stop()
+    server.up = False
     start = time.monotonic()
     summary = remote.finish("FINISHED", {"adapter": adapter(tmp_path)}, register_as="m", alias="champion")
     assert time.monotonic() - start < 3

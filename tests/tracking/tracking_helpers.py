@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-from pathlib import Path
 from typing import Any
 
 
@@ -19,31 +17,32 @@ def recipe(**tracking: Any) -> dict[str, Any]:
 
 
 class Server:
-    """mlflow's own REST application on a fixed loopback port, in a thread that can be stopped and started again."""
+    """mlflow's own REST application in a thread, on a loopback port of its own.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._server: Any = None
-        # Holds the port while the server is stopped: werkzeug ends the process (SystemExit) where another took it.
-        self._reserved = socket.socket()
-        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._reserved.bind(("127.0.0.1", 0))
-        self.port: int = self._reserved.getsockname()[1]
+    ``up`` is its switch: while it is off, connections are closed unanswered. The port is never let go, because another
+    process may then take it.
+    """
+
+    def __init__(self) -> None:
+        self.up = True
         self.requests: list[str] = []
         self.status: int | None = None
         """Answer every request with this status instead."""
+        self._server = self._make()
+        self.uri = f"http://127.0.0.1:{self._server.port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
+    def _make(self) -> Any:
         from mlflow.server import app
-        from werkzeug.serving import WSGIRequestHandler, make_server
+        from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
         class Quiet(WSGIRequestHandler):
             def log(self, *args: Any, **kwargs: Any) -> None:
                 pass
+
+        class Switched(ThreadedWSGIServer):
+            def verify_request(_, *args: Any) -> bool:
+                return self.up
 
         def outer(environ: dict[str, Any], respond: Any) -> Any:
             self.requests.append(environ["PATH_INFO"])
@@ -52,15 +51,8 @@ class Server:
                 return [b"refused"]
             return app(environ, respond)
 
-        self._server = make_server("127.0.0.1", self.port, outer, threaded=True, request_handler=Quiet)
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+        return Switched("127.0.0.1", 0, outer, Quiet)
 
     def close(self) -> None:
-        self.stop()
-        self._reserved.close()
+        self._server.shutdown()
+        self._server.server_close()
