@@ -12,8 +12,17 @@ from raymem.cluster.jobs import knock
 from raymem.errors import ClusterError
 from raymem.training.recipe import Recipe
 
-_QUIET = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
-"""What Ray's daemons collect for its dashboard; on a laptop nobody looks, and they run on the cores that train."""
+_PRIVATE = {
+    # What Ray's daemons collect for its dashboard; on a laptop nobody looks, and they run on the cores that train.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor; nobody takes this node away
+    # Ray's workers are nice (15) to its daemons, which wake hundreds of times a second: each time a training thread
+    # would have to go, and the others wait for it.
+    "RAY_worker_niceness": "0",
+}
+"""Environment of a local cluster that serves this run alone."""
 
 
 def connect(recipe: Recipe) -> None:
@@ -40,9 +49,8 @@ def connect(recipe: Recipe) -> None:
                 ray.init(address=address, **options)
             else:
                 _private_token()
-                for name, value in _QUIET.items():
+                for name, value in _PRIVATE.items():
                     os.environ.setdefault(name, value)
-                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor; nobody takes this node
                 ray.init(address="local", include_dashboard=False, **options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             where = f"RAY_ADDRESS={address}" if address else "a local cluster"
