@@ -18,18 +18,21 @@ _PRIVATE = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor; nobody takes this node away
-    # Ray's workers are nice (15) to its daemons, which wake hundreds of times a second: each time a training thread
-    # would have to go, and the others wait for it.
-    "RAY_worker_niceness": "0",
 }
 """Environment of a local cluster that serves this run alone."""
 
 
-def connect(recipe: Recipe) -> None:
+def connect(recipe: Recipe, *, driver_first: bool = False) -> None:
     """Make Ray usable in this process; does nothing if it already is.
 
     With ``RAY_ADDRESS`` set (as in every job that a cluster runs) that cluster is joined. Otherwise a local one is
     started on the loopback interface, with a token that exists in this process's environment only.
+
+    Args:
+        recipe: for the resources that it asks for.
+        driver_first: workers of the local cluster let this process and Ray's daemons have the cores (niceness 15, as is
+            Ray's default). The daemons wake hundreds of times a second, and each time a training thread would have to
+            go while the others wait for it.
 
     Raises:
         ClusterError: the cluster cannot be reached, or ``scaling`` asks for more than it can ever have.
@@ -49,7 +52,7 @@ def connect(recipe: Recipe) -> None:
                 ray.init(address=address, **options)
             else:
                 _private_token()
-                for name, value in _PRIVATE.items():
+                for name, value in (_PRIVATE | {"RAY_worker_niceness": "15" if driver_first else "0"}).items():
                     os.environ.setdefault(name, value)
                 ray.init(address="local", include_dashboard=False, **options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:

@@ -104,7 +104,8 @@ def sweep(
 
     with only_one(storage, recipe.name):
         status("starting Ray")
-        connection.connect(recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"num_workers": 0})}))
+        in_process = recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"num_workers": 0})})
+        connection.connect(in_process, driver_first=True)  # it plans the next trial while others train
         preflight.check_storage_shared(storage.path)
         if fresh:
             set_aside(storage, recipe.name)

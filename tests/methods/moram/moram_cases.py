@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from raymem.methods.moram import MoRAMConfig, select_indices
+
 
 @dataclass
 class Case:
@@ -101,8 +103,6 @@ def with_moram(model: nn.Module, **options: Any) -> Any:
     """The model with an adapter, not selected yet."""
     from peft import get_peft_model
 
-    from raymem.methods.moram import MoRAMConfig
-
     size = {} if "k" in options else {"density": 0.25}
     return get_peft_model(
         model, MoRAMConfig(**{"r": 4, "alpha": 8.0, "target_modules": "all-linear", **size, **options})
@@ -120,3 +120,19 @@ def randomised(model: Any, seed: int = 0) -> Any:
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+BATCH = token_batches(1, seed=9)[0]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=BATCH["input_ids"]).logits
+    return found
+
+
+def ready(base: Any | None = None, **options: Any) -> Any:
+    """A selected adapter whose update is not zero."""
+    model = with_moram(base or small_llama(), **options)
+    select_indices(model, token_batches(2))
+    return randomised(model)
