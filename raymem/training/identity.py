@@ -39,11 +39,22 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], place: str) -
         CheckpointError: names the first setting that differs, both values and the cure.
     """
     for path, value in current.items():
-        if saved.get(path) != value:
+        if (found := _difference(path, saved.get(path), value)) is not None:
+            where, before, now = found
             raise CheckpointError(
-                f"{place}: this run was started with {path}={_shown(saved.get(path))} but the recipe now says "
-                f"{_shown(value)}; restore it, choose another name, or start over with --fresh"
+                f"{place}: this run was started with {where}={_shown(before)} but the recipe now says {_shown(now)}; "
+                "restore it, choose another name, or start over with --fresh"
             )
+
+
+def _difference(path: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """Path and values of the first setting that differs; of two kinds of one axis, the kind."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}, key=lambda key: (key != "kind", key)):
+            if (found := _difference(f"{path}.{key}", before.get(key), now.get(key))) is not None:
+                return found
+        return None
+    return None if before == now else (path, before, now)
 
 
 def _lookup(raw: Any, parts: Sequence[str]) -> Any:

@@ -43,7 +43,7 @@ class SafetensorsFiles:
         rename: checkpoint key -> parameter name.
 
     Raises:
-        ModelError: no safetensors file, a file named by the index is missing, or one is truncated.
+        ModelError: no safetensors file; or one that the index names is missing, truncated, or closed to this user.
     """
 
     def __init__(self, directory: Path, rename: Callable[[str], str]) -> None:
@@ -65,8 +65,11 @@ class SafetensorsFiles:
         for file in files:
             path = directory / file
             try:
+                path.open("rb").close()  # safetensors calls a file missing that it may not open
                 with safe_open(path, framework="pt") as tensors:
                     self._where.update({rename(key): (path, key) for key in tensors.keys()})  # noqa: SIM118
+            except PermissionError:
+                raise ModelError(f"{path}: permission denied; let this user read it") from None
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
 

@@ -23,9 +23,9 @@ def prepared(*keys: str, weight: float = 1.0) -> Prepared:
     ("fragment", "setting"),
     [
         ({"seed": 1}, "seed"),
-        ({"model": {"revision": "other"}}, "model"),
-        ({"adapter": {"rank": 8}}, "adapter"),
-        ({"adapter": "none"}, "adapter"),
+        ({"model": {"revision": "other"}}, r"model\.revision"),
+        ({"adapter": {"rank": 8}}, r"adapter\.rank"),
+        ({"adapter": "none"}, r"adapter\.kind"),
         ({"train": {"global_batch": 8}}, r"train\.global_batch"),
         ({"train": {"precision": "bf16"}}, r"train\.precision"),
         ({"data": {"sequence_length": 64}}, r"data\.sequence_length"),

@@ -202,7 +202,7 @@ def make_like(recipe: Recipe, **changes: Any) -> Recipe:
 
 def test_another_recipe_under_the_same_name_is_refused(recipe_for: Any) -> None:
     train(recipe_for("run"))
-    with pytest.raises(CheckpointError, match=r"run/checkpoints: this run was started with adapter=.*rank.*--fresh"):
+    with pytest.raises(CheckpointError, match=r"run/checkpoints: this run was started with adapter\.rank=.*--fresh"):
         train(recipe_for("run", {"adapter": {"rank": 2}}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,24 @@ def test_a_truncated_file_is_named(copy: Any) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model\.safetensors: not a complete safetensors file .*; fetch it again"):
         build(directory)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to act as another user")
+def test_a_file_that_this_user_may_not_read_is_not_called_missing(copy: Any, tmp_path: Path) -> None:
+    directory = copy(lambda tensors: None)
+    (refused,) = in_processes(refusal_of_nobody, 0, tmp_path / "meet", directory)
+    assert refused == f"{directory}/model.safetensors: permission denied; let this user read it"
+
+
+def refusal_of_nobody(directory: Path) -> str:
+    build(directory)  # all is imported: the interpreter itself may be closed to others
+    for folder in (directory, *directory.parents[:2]):  # as pytest's folders are
+        folder.chmod(0o755)
+    (directory / "model.safetensors").chmod(0o600)
+    os.seteuid(65534)
+    with pytest.raises(ModelError) as error:
+        build(directory)
+    return str(error.value)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
