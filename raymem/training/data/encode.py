@@ -46,8 +46,9 @@ class Encoder:
         """Ids and targets of one example, however long.
 
         Text: all tokens, with an end token. Prompt and completion: the completion and an end token. Messages: the
-        assistant's turns as the chat template renders them, which includes the end of the turn. Begin tokens are added
-        where the tokenizer itself does so, and are never targets.
+        assistant's turns as the chat template renders them, which includes the end of the turn. An empty text or
+        completion has no targets: an answer that got lost is likelier than one that ought to be empty. Begin tokens are
+        added where the tokenizer itself does so, and are never targets.
 
         Raises:
             DataError: the chat template does not render this conversation; begins with ``place``.
@@ -70,7 +71,7 @@ class Encoder:
             text += piece
             ids += added
             targets += [is_target] * len(added)
-        if end and ids[-1:] != [self._eos]:
+        if end and any(targets) and ids[-1:] != [self._eos]:
             ids.append(self._eos)
             targets.append(True)
         return Encoded(np.array(begin + ids, np.int32), np.array(targets, np.bool_), splittable)
