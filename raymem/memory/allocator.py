@@ -265,17 +265,20 @@ def replay(events: Iterable[Event], capacity_bytes: int | None = None, *, expand
     return allocator
 
 
-def smallest_capacity(events: list[Event], *, expandable: bool = False, tolerance: float = 2e-3) -> int:
+def smallest_capacity(events: list[Event], unlimited: CachingAllocator, *, tolerance: float = 2e-3) -> int:
     """Bytes of the smallest device on which the program runs, to within ``tolerance`` from above.
 
     Between it and what is reserved without a limit, the allocator survives by giving cached segments back.
+
+    Args:
+        events: the program.
+        unlimited: what :func:`replay` makes of it without a limit.
     """
-    free_run = replay(events, expandable=expandable)
-    low, high = free_run.peak_allocated_bytes, free_run.peak_reserved_bytes
+    low, high = unlimited.peak_allocated_bytes, unlimited.peak_reserved_bytes
     while high - low > max(OWN_SEGMENT_GRAIN_BYTES, tolerance * high):
         middle = (low + high) // 2
         try:
-            replay(events, middle, expandable=expandable)
+            replay(events, middle)
         except OutOfCapacity:
             low = middle
         else:

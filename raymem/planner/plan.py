@@ -53,9 +53,10 @@ def _device_needs(session: Session, target: Target, gpu: str | None, peak_bytes:
         return {**same, "outside_bytes": 0}
     outside = outside_bytes(target, gpu)
     program = allocator_events(session, devices.gpu_facts(gpu).cublas_bytes)
+    unlimited = allocator.replay(program)
     return {
-        "reserved_bytes": allocator.replay(program).peak_reserved_bytes,
-        "capacity_bytes": allocator.smallest_capacity(program) + outside,
+        "reserved_bytes": unlimited.peak_reserved_bytes,
+        "capacity_bytes": allocator.smallest_capacity(program, unlimited) + outside,
         "expandable_bytes": allocator.replay(program, expandable=True).peak_reserved_bytes,
         "outside_bytes": outside,
     }

@@ -118,7 +118,7 @@ def test_the_smallest_capacity_lies_between_allocated_and_reserved() -> None:
     events = [(1, 12 * MIB), (1, 0), (2, 14 * MIB), (3, 20 * MIB), (3, 0), (2, 0)]
     free_run = replay(events)
     assert (free_run.peak_allocated_bytes, free_run.peak_reserved_bytes) == (34 * MIB, 46 * MIB)
-    found = smallest_capacity(events, tolerance=0.0)
+    found = smallest_capacity(events, free_run, tolerance=0.0)
     assert 34 * MIB <= found <= 36 * MIB
     replay(events, found)
 
