@@ -12,27 +12,15 @@ from raymem.cluster.jobs import knock
 from raymem.errors import ClusterError
 from raymem.training.recipe import Recipe
 
-_PRIVATE = {
-    # What Ray's daemons collect for its dashboard; on a laptop nobody looks, and they run on the cores that train.
-    "RAY_enable_metrics_collection": "0",
-    "RAY_task_events_report_interval_ms": "0",
-    "RAY_event_stats": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor; nobody takes this node away
-}
-"""Environment of a local cluster that serves this run alone."""
+_QUIET = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
+"""What Ray's daemons collect for its dashboard; on a laptop nobody looks, and they run on the cores that train."""
 
 
-def connect(recipe: Recipe, *, driver_first: bool = False) -> None:
+def connect(recipe: Recipe) -> None:
     """Make Ray usable in this process; does nothing if it already is.
 
     With ``RAY_ADDRESS`` set (as in every job that a cluster runs) that cluster is joined. Otherwise a local one is
     started on the loopback interface, with a token that exists in this process's environment only.
-
-    Args:
-        recipe: for the resources that it asks for.
-        driver_first: workers of the local cluster let this process and Ray's daemons have the cores (niceness 15, as is
-            Ray's default). The daemons wake hundreds of times a second, and each time a training thread would have to
-            go while the others wait for it.
 
     Raises:
         ClusterError: the cluster cannot be reached, or ``scaling`` asks for more than it can ever have.
@@ -52,8 +40,9 @@ def connect(recipe: Recipe, *, driver_first: bool = False) -> None:
                 ray.init(address=address, **options)
             else:
                 _private_token()
-                for name, value in (_PRIVATE | {"RAY_worker_niceness": "15" if driver_first else "0"}).items():
+                for name, value in _QUIET.items():
                     os.environ.setdefault(name, value)
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor; nobody takes this node
                 ray.init(address="local", include_dashboard=False, **options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             where = f"RAY_ADDRESS={address}" if address else "a local cluster"

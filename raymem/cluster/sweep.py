@@ -104,8 +104,7 @@ def sweep(
 
     with only_one(storage, recipe.name):
         status("starting Ray")
-        in_process = recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"num_workers": 0})})
-        connection.connect(in_process, driver_first=True)  # it plans the next trial while others train
+        connection.connect(recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"num_workers": 0})}))
         preflight.check_storage_shared(storage.path)
         if fresh:
             set_aside(storage, recipe.name)
