@@ -251,7 +251,8 @@ def _problems(error: ValidationError) -> Iterable[str]:
         elif kind == "missing":
             text = "is missing"
         elif kind == "union_tag_not_found":
-            path, text = f"{path}.{item['ctx']['discriminator'].strip(chr(39))}", "is missing"
+            tag = item["ctx"]["discriminator"].strip("'")
+            path, text = f"{path}.{tag}", "is missing"
         elif kind in ("union_tag_invalid", "literal_error"):
             context = item["ctx"]
             expected = [tag.strip("' ") for tag in str(context.get("expected_tags", context.get("expected"))).replace(

@@ -81,10 +81,9 @@ def server(template_db: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(directory / "art"),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
     }
-    patch = pytest.MonkeyPatch()
-    for name, value in names.items():
-        patch.setenv(name, value)
-    running = Server()
-    yield running
-    running.close()
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name, value)
+        running = Server()
+        yield running
+        running.close()

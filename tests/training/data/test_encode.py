@@ -82,7 +82,7 @@ def test_a_prompt_has_the_ids_it_has_alone(tokenizer: Any, encoder: Encoder, pro
 
 @pytest.mark.parametrize("example", [PromptCompletion("a question", ""), Text("")], ids=str)
 def test_what_is_empty_has_no_targets(encoder: Encoder, example: Any) -> None:
-    assert not encoder.encode(example, "here").targets.any()
+    assert not encoder.encode(example, PLACE).targets.any()
 
 
 def test_only_the_assistant_s_turns_are_targets(tokenizer: Any, encoder: Encoder) -> None:
