@@ -30,7 +30,8 @@ from raymem.training.data.sampler import Sampler
 from raymem.training.model import build_model
 from raymem.training.optim import build_updater
 from raymem.training.recipe_io import load_recipe, packaged_recipe
-from raymem.training.step import forward_loss_sum, train_step
+from raymem.training.loss import forward_loss_sum
+from raymem.training.step import train_step
 from raymem.training.storage import Storage
 
 VARIANTS: dict[str, dict[str, Any]] = {

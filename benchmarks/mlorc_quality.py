@@ -32,7 +32,8 @@ from raymem.training.model import build_model
 from raymem.training.optim import Updater, lr_factor
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import load_recipe, packaged_recipe
-from raymem.training.step import forward_loss_sum, train_step
+from raymem.training.loss import forward_loss_sum
+from raymem.training.step import train_step
 from raymem.training.storage import Storage
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/methods/mlorc"))

@@ -22,6 +22,7 @@ ROOT = PACKAGE.parent
 LAYERS = {
     "raymem": 0,
     "raymem.errors": 0,
+    "raymem.cache": 0,
     "raymem.linalg": 0,
     "raymem.memory": 0,
     "raymem.methods": 1,

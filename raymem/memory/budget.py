@@ -59,6 +59,7 @@ HELP: dict[str, tuple[str, ...]] = {
     "gradients": ("adapter=lora", "scaling.strategy=fsdp2"),
     "optimizer": ("optimizer=mlorc_adamw", "adapter=lora", "scaling.strategy=fsdp2"),
     "activations": ("activations=checkpoint", "activations=loract", "train.micro_batch=1", "data.sequence_length"),
+    "loss": ("loss=auto", "train.micro_batch=1", "data.sequence_length"),
     "workspace": ("train.micro_batch=1", "optimizer.implementation=fused", "data.sequence_length"),
 }
 """Memory category -> settings that lower it."""

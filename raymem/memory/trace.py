@@ -24,10 +24,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
-Category = Literal["weights", "trainable", "gradients", "optimizer", "activations", "workspace"]
-CATEGORIES: tuple[Category, ...] = ("weights", "trainable", "gradients", "optimizer", "activations", "workspace")
+Category = Literal["weights", "trainable", "gradients", "optimizer", "activations", "loss", "workspace"]
+CATEGORIES: tuple[Category, ...] = (
+    "weights", "trainable", "gradients", "optimizer", "activations", "loss", "workspace",
+)  # fmt: skip
 """Frozen weights and buffers; trained weights and their fp32 masters; gradients; optimizer state; what a forward pass
-(or its repetition in backward) makes; and temporaries of backward and update."""
+(or its repetition in backward) makes; logits and all that is made of them; and temporaries of backward and update."""
 
 Phase = Literal["load", "selection", "forward", "backward", "step", "evaluation", "save"]
 PHASES: tuple[Phase, ...] = ("load", "selection", "forward", "backward", "step", "evaluation", "save")
@@ -103,9 +105,12 @@ class Tracer(TorchDispatchMode):
         self._fake_mode: Any = None
         self._distributed = False
         self._resize: Any = None
+        self.attributed: Category | None = None
 
     def __enter__(self) -> Tracer:
         from torch._guards import active_fake_mode
+
+        _active.append(self)
 
         self._fake_mode = active_fake_mode()
         self._distributed = dist.is_initialized()
@@ -125,6 +130,7 @@ class Tracer(TorchDispatchMode):
     ) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        _active.remove(self)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -187,6 +193,8 @@ class Tracer(TorchDispatchMode):
         return "backward" if self.phase == "forward" and _in_backward() else self.phase
 
     def _category(self, phase: Phase) -> Category:
+        if self.attributed is not None:
+            return self.attributed
         if phase in ("forward", "evaluation", "selection"):
             return "activations"
         # What checkpointing computes again within backward runs with gradients on, backward itself never does.
@@ -246,6 +254,23 @@ class Tracer(TorchDispatchMode):
             self._passed = (where, max(highest, self._alive_bytes))
         elif above:
             self._passed = (where, self._alive_bytes)
+
+
+_active: list[Tracer] = []
+
+
+def attribute(category: Category | None) -> None:
+    """Say what storages are that are made from now on, where a program is recorded; None leaves it to the phase."""
+    for tracer in _active:
+        tracer.attributed = category
+
+
+def attribute_backward(category: Category, *, since: torch.Tensor, until: torch.Tensor) -> None:
+    """The same for backward passes: from the gradient of ``since`` on, until that of ``until`` is there."""
+    if not (_active and since.requires_grad and until.requires_grad):
+        return
+    since.register_hook(lambda _: attribute(category))  # type: ignore[no-untyped-call]
+    until.register_hook(lambda _: attribute(None))  # type: ignore[no-untyped-call]
 
 
 def _in_backward() -> bool:

@@ -70,6 +70,8 @@ def candidates(recipe: Recipe) -> list[str]:
     train = recipe.train
     if getattr(recipe.optimizer, "implementation", "fused") != "fused":
         found.append("optimizer.implementation=fused")
+    if recipe.loss.kind == "full":
+        found.append("loss=auto")
     smaller = train.rows_per_pass // 2
     while smaller >= 1:
         found.append(f"train.micro_batch={smaller}")

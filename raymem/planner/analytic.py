@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from raymem.methods.chunked_loss.rows import CHUNK_BYTES, FEWEST_ROWS
 from raymem.methods.loram.plan import nf4_weight_bytes
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.methods.moram.base import fan
@@ -111,7 +112,7 @@ def rough_activations(recipe: Recipe, config: Any) -> int:
     """What one micro-batch keeps for backward, by a formula: within a factor of two, for models nobody could trace.
 
     Per layer and token 16 hidden sizes and 3 intermediate ones; with checkpointing one hidden size, and one layer
-    whole. The loss holds logits three times in fp32.
+    whole.
     """
     text = config.get_text_config()
     hidden = getattr(text, "hidden_size", 1024)
@@ -121,4 +122,17 @@ def rough_activations(recipe: Recipe, config: Any) -> int:
     tokens = recipe.train.rows_per_pass * recipe.data.sequence_length
     layer = tokens * (16 * hidden + 3 * inner) * width
     kept = layers * tokens * hidden * width + layer if isinstance(recipe.activations, Checkpointing) else layers * layer
-    return int(kept + 3 * 4 * tokens * text.vocab_size)
+    return int(kept)
+
+
+def rough_loss(recipe: Recipe, config: Any, *, chunked: bool) -> int:
+    """What the loss of one micro-batch takes, by a formula: logits three times in fp32 and once in their own dtype, or
+    in chunks the limit of one, and the gradient of the last hidden states."""
+    text = config.get_text_config()
+    width = 4 if recipe.train.precision == "fp32" else 2
+    tokens = recipe.train.rows_per_pass * recipe.data.sequence_length
+    if not chunked:
+        return int((3 * 4 + (width if width < 4 else 0)) * tokens * text.vocab_size)
+    kind = "cuda" if recipe.scaling.use_gpu else "cpu"
+    fewest = FEWEST_ROWS[kind] * text.vocab_size * 4
+    return int(max(CHUNK_BYTES[kind], fewest) + tokens * getattr(text, "hidden_size", 1024) * width)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-from raymem.planner.process import cache_root
+from raymem.cache import cache_root, read_json, write_json
 from raymem.training.recipe import Recipe
 
 
 def method_of(recipe: Recipe) -> str:
-    """The four axes in a word, such as ``full+lora+checkpoint+adamw``."""
+    """The five axes in a word, such as ``full+lora+checkpoint+auto+adamw``."""
     base = "nf4" if getattr(recipe.base, "quantize", "none") == "nf4" else recipe.base.kind
-    return "+".join((base, recipe.adapter.kind, recipe.activations.kind, recipe.optimizer.kind))
+    return "+".join((base, recipe.adapter.kind, recipe.activations.kind, recipe.loss.kind, recipe.optimizer.kind))
 
 
 def record(recipe: Recipe, predicted_bytes: int, measured_bytes: int) -> None:
-    """Take in one run; a file that cannot be written is no reason to lose a run."""
+    """Take in one run."""
     found, key = _read(), _key(recipe)
     before, now = found.get(key, {}), measured_bytes / predicted_bytes
     found[key] = {
@@ -26,13 +24,7 @@ def record(recipe: Recipe, predicted_bytes: int, measured_bytes: int) -> None:
         "sum": before.get("sum", 0.0) + now,
         "highest": max(before.get("highest", 0.0), now),
     }
-    try:
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        part = _file().with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(found, indent=1, sort_keys=True))
-        part.replace(_file())
-    except OSError:
-        return
+    write_json(_file(), found)
 
 
 def ratio(recipe: Recipe) -> tuple[float, int] | None:
@@ -56,7 +48,4 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, Any]:
-    try:
-        return json.loads(_file().read_text())  # type: ignore[no-any-return]
-    except (OSError, ValueError):
-        return {}
+    return read_json(_file()) or {}

@@ -86,12 +86,18 @@ def _rough(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
     """Closed forms, and a formula for activations."""
     from raymem.memory import devices
     from raymem.memory.trace import CATEGORIES
-    from raymem.planner.analytic import closed_form, rough_activations
+    from raymem.planner.analytic import closed_form, rough_activations, rough_loss
     from raymem.planner.session import planned_model
+    from raymem.training.loss import is_chunked
     from raymem.training.model import load_config
 
-    state = closed_form(recipe, target, planned_model(recipe))
-    terms = dict.fromkeys(CATEGORIES, 0) | state | {"activations": rough_activations(recipe, load_config(recipe))}
+    model, config = planned_model(recipe), load_config(recipe)
+    state = closed_form(recipe, target, model)
+    passing = {
+        "activations": rough_activations(recipe, config),
+        "loss": rough_loss(recipe, config, chunked=is_chunked(model)),
+    }
+    terms = dict.fromkeys(CATEGORIES, 0) | state | passing
     peak = sum(terms.values())
     facts = devices.gpu_facts(job["gpu"])
     outside = facts.context_bytes + 2 * facts.cublas_bytes if target.kind == "cuda" else 0

@@ -14,6 +14,7 @@ _COLOURS = {
     "gradients": "#f58518",
     "optimizer": "#b279a2",
     "activations": "#54a24b",
+    "loss": "#e45756",
     "workspace": "#bab0ac",
 }
 _GIB = 1 << 30

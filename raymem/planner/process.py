@@ -20,6 +20,7 @@ from typing import Any
 
 import raymem
 from raymem import errors
+from raymem.cache import cache_root, read_json, write_json
 from raymem.errors import PlanError
 from raymem.memory.devices import gpu_named
 from raymem.planner.values import Above, Plan
@@ -110,12 +111,12 @@ class Planner:
         self._new_answer(_job(recipe, self._gpu))
 
     def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        return _known(_file(job)) or self._new_answer(job)
+        return read_json(_file(job)) or self._new_answer(job)
 
     def _new_answer(self, job: dict[str, Any]) -> dict[str, Any]:
         answer = self._ask(job)
         if "plan" in answer:
-            _remember(_file(job), answer)
+            write_json(_file(job), answer)
         return answer
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +141,7 @@ class Planner:
 
 def known_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan | None:
     """The plan of a recipe, if it was made before."""
-    found = _known(_file(_job(recipe, gpu)))
+    found = read_json(_file(_job(recipe, gpu)))
     return None if found is None else Plan(**found["plan"])
 
 
@@ -250,7 +251,7 @@ def _key(job: dict[str, Any]) -> str:
 
 def without_free(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of a recipe, as a plain dict, has to do with memory."""
-    parts = {section: dict(recipe[section]) for section in ("model", "base", "adapter", "activations", "optimizer")}
+    parts = {section: dict(recipe[section]) for section in ("model", "base", "adapter", "activations", "loss", "optimizer")}
     for section, options in FREE.items():
         for option in options:
             parts[section].pop(option, None)
@@ -281,29 +282,5 @@ def _source_digest() -> str:
     return content.hexdigest()
 
 
-def cache_root() -> Path:
-    """Where plans and calibration are kept: RAYMEM_CACHE, or raymem's folder in the user's cache directory."""
-    base = os.environ.get("RAYMEM_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "raymem")
-    return Path(base).expanduser()
-
-
 def _cache_dir() -> Path:
     return cache_root() / "plans"
-
-
-def _known(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text())  # type: ignore[no-any-return]
-    except (OSError, ValueError):
-        return None
-
-
-def _remember(file: Path, answer: dict[str, Any]) -> None:
-    """A plan that cannot be kept is made again."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(answer))
-        part.replace(file)
-    except OSError:
-        return

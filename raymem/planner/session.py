@@ -32,10 +32,11 @@ from raymem.planner.replica import FakeReplica
 from raymem.planner.values import Target
 from raymem.training.data.batches import Batch
 from raymem.training.layout import Layout
+from raymem.training.loss import forward_loss_sum
 from raymem.training.model import build_model, load_config
 from raymem.training.optim import Updater, build_updater
 from raymem.training.recipe import Recipe
-from raymem.training.step import forward_loss_sum, train_step
+from raymem.training.step import train_step
 
 MEASURED = 2
 """Number of the step that counts, from 1."""
@@ -188,7 +189,9 @@ class _Runner:
 
         positions = tokens("position ids") if data.packing == "bfd" else None
         mask = tokens("attention mask") if data.packing == "none" else None
-        return Batch(tokens("input ids"), tokens("labels"), positions, mask)
+        targets = torch.empty(rows * (data.sequence_length - 1), dtype=torch.int64)  # the most that there can be
+        self.tracer.adopt(targets, "activations", "batch (target positions)")
+        return Batch(tokens("input ids"), tokens("labels"), positions, mask, targets)
 
     def _step(self, number: int, position: int, batches: list[Batch]) -> None:
         self.tracer.step, self.tracer.phase = number, "forward"

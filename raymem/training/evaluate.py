@@ -12,7 +12,7 @@ from torch import nn
 from raymem.training.data.batches import eval_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.layout import Layout
-from raymem.training.step import forward_loss_sum
+from raymem.training.loss import forward_loss_sum
 
 
 @dataclass(frozen=True)

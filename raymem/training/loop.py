@@ -25,11 +25,12 @@ from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.export import export_final
 from raymem.training.identity import check_identity, identity_of
 from raymem.training.layout import Layout, bucket_bytes, replicate
+from raymem.training.loss import forward_loss_sum
 from raymem.training.model import build_model
 from raymem.training.optim import build_updater, lr_factor
 from raymem.training.recipe import Recipe
 from raymem.training.reporter import Reporter, Row
-from raymem.training.step import finite_guard, forward_loss_sum, train_step
+from raymem.training.step import finite_guard, train_step
 from raymem.training.storage import Storage
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from torch import nn
 from raymem.errors import ModelError, RecipeError
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.seeds import derive
-from raymem.training import activations, adapter, selection, weights
+from raymem.training import activations, adapter, loss, selection, weights
 from raymem.training.base import base_name
 from raymem.training.layout import Layout, shard
 from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
@@ -61,6 +61,7 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
         bare.activation_checkpointing_enable({"use_reentrant": False})
     model: nn.Module = adapter.attach(bare, recipe, trainable_dtype(recipe))
     model.train()
+    loss.prepare(model, recipe)
     if layout.sharded:
         shard(model, blocks, layout)
     if source is not None:

@@ -1,8 +1,8 @@
 """The recipe: one strict YAML file that says everything about a run.
 
 A recipe is frozen once validated. It travels to the workers as the plain dict of :meth:`Recipe.to_dict`, and the same
-dict is stored with every checkpoint and every tracked run. The four *axes* (``base``, ``adapter``, ``activations``,
-``optimizer``) are unions told apart by ``kind``; where a kind needs no options its bare name will do
+dict is stored with every checkpoint and every tracked run. The five *axes* (``base``, ``adapter``, ``activations``,
+``loss``, ``optimizer``) are unions told apart by ``kind``; where a kind needs no options its bare name will do
 (``adapter: none``). A method of raymem's own brings its options as a dataclass. Which kinds go together is decided in
 one place, :mod:`raymem.training.compat`.
 """
@@ -158,6 +158,24 @@ class Checkpointing(Section):
     kind: Literal["checkpoint"] = "checkpoint"
 
 
+class AutoLoss(Section):
+    """``chunked`` where it is right for the model, which is tried on a small clone; else ``full``, with a warning."""
+
+    kind: Literal["auto"] = "auto"
+
+
+class ChunkedLoss(Section):
+    """Exact cross-entropy by chunks of positions: logits of all tokens are never there at once."""
+
+    kind: Literal["chunked"] = "chunked"
+
+
+class FullLoss(Section):
+    """Cross-entropy of the logits of all tokens, held three times in fp32."""
+
+    kind: Literal["full"] = "full"
+
+
 class AdamW(Section):
     """``torch.optim.AdamW`` (Loshchilov and Hutter 2017)."""
 
@@ -214,6 +232,9 @@ Activations = TypeAliasType(
         Field(discriminator="kind"),
         _shorthand("none"),
     ],
+)
+Loss = TypeAliasType(
+    "Loss", Annotated[AutoLoss | ChunkedLoss | FullLoss, Field(discriminator="kind"), _shorthand("auto")]
 )
 Optimizer = TypeAliasType(
     "Optimizer",
@@ -349,8 +370,10 @@ class Recipe(Section):
     """Axis 2: which weights are trained."""
     activations: Activations = NoActivationSaving()
     """Axis 3: what is kept for the backward pass."""
+    loss: Loss = AutoLoss()
+    """Axis 4: whether the logits of all tokens are there at once."""
     optimizer: Optimizer = AdamW()
-    """Axis 4: how they are updated."""
+    """Axis 5: how the trained weights are updated."""
     train: TrainSection
     """How long, how large and how precise."""
     scaling: ScalingSection = ScalingSection()

@@ -141,7 +141,7 @@ def _with_alignment(recipe: Recipe, place: str, base_dir: Path | None) -> Recipe
     return recipe.model_copy(update={"base": base})
 
 
-ALIGNED = ("data", "activations", "optimizer", "train", "scaling", "seed", "tracking")
+ALIGNED = ("data", "activations", "loss", "optimizer", "train", "scaling", "seed", "tracking")
 """Sections that ``base.align`` may hold."""
 
 
@@ -149,7 +149,7 @@ def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe file as a person writes it: with the shorthands, and the name left to the file's."""
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
-    for axis in ("Base", "Adapter", "Activations", "Optimizer", "Tracking"):
+    for axis in ("Base", "Adapter", "Activations", "Loss", "Optimizer", "Tracking"):
         sections = _sections_in(fields_of(Recipe)[axis.lower()])
         kinds = [kind_of(section) for section in sections]
         default = Recipe.model_fields[axis.lower()].default.kind

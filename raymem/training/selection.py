@@ -18,7 +18,7 @@ from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
 from raymem.training.layout import Layout
 from raymem.training.recipe import Recipe
-from raymem.training.step import forward_loss_sum
+from raymem.training.loss import forward_loss_sum
 
 log = logging.getLogger(__name__)
 

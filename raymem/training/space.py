@@ -85,7 +85,7 @@ class ChoiceDimension(_Conditional):
 Dimension = Annotated[FloatDimension | IntDimension | ChoiceDimension, Field(discriminator="type")]
 Space = Mapping[str, FloatDimension | IntDimension | ChoiceDimension]
 Draw = Callable[[str, FloatDimension | IntDimension | ChoiceDimension], Any]
-AXES = ("base", "adapter", "activations", "optimizer")
+AXES = ("base", "adapter", "activations", "loss", "optimizer")
 
 
 def sample(space: Space, recipe: Mapping[str, Any], draw: Draw) -> Point:

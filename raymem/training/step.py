@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -21,9 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from raymem.errors import NonFiniteError
 from raymem.training.activations import begin_step
 from raymem.training.data.batches import Batch
+from raymem.training.loss import forward_loss_sum
 from raymem.training.optim import Updater
-
-# B rows of a micro-batch, S tokens of a row, V vocabulary
 
 Guard = Callable[[torch.Tensor, torch.Tensor], None]
 """Called with loss and gradient norm before anything is written; raises to stop the run."""
@@ -49,26 +47,6 @@ def finite_guard(loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
     for name, value in zip(("loss", "gradient norm"), values, strict=True):
         if not torch.isfinite(torch.tensor(value)):
             raise NonFiniteError(f"{name} is {value}")
-
-
-def token_loss_sum(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of predicting each labelled token from the position before it; label -100 is no target."""
-    shifted_BS = F.pad(labels_BS[:, 1:], (0, 1), value=-100)
-    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), shifted_BS.flatten(), ignore_index=-100, reduction="sum")
-
-
-def forward_loss_sum(model: nn.Module, batch: Batch, *, mixed: bool) -> torch.Tensor:
-    """Forward pass of one micro-batch and its summed loss; ``mixed`` runs it under bf16 autocast."""
-    if batch.position_ids is not None and _attention(model) == "flash_attention_2":
-        batch = batch.flattened()  # it keeps packed examples apart only within a single row
-    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=mixed):
-        logits_BSV = model(**batch.model_inputs()).logits
-    return token_loss_sum(logits_BSV, batch.labels)
-
-
-def _attention(model: Any) -> str | None:
-    config = (model.module if isinstance(model, DistributedDataParallel) else model).config
-    return getattr(config, "_attn_implementation", None)
 
 
 def train_step(

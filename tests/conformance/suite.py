@@ -160,6 +160,7 @@ def fakeify(model: nn.Module) -> None:
 
 def mode_batch(mode: FakeTensorMode) -> Batch:
     real = random_batch(2, LENGTH)
-    assert real.position_ids is not None
-    ids, labels, positions = map(mode.from_tensor, (real.input_ids, real.labels, real.position_ids))
-    return Batch(ids, labels, positions, None)
+    assert real.position_ids is not None and real.target_positions is not None
+    given = (real.input_ids, real.labels, real.position_ids, real.target_positions)
+    ids, labels, positions, targets = map(mode.from_tensor, given)
+    return Batch(ids, labels, positions, None, targets)

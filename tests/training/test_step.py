@@ -12,10 +12,11 @@ from torch import nn
 
 from raymem.errors import NonFiniteError
 from raymem.training.data.batches import Batch
+from raymem.training.loss import forward_loss_sum
 from raymem.training.model import build_model
 from raymem.training.optim import Updater, build_updater
 from raymem.training.recipe import Recipe
-from raymem.training.step import finite_guard, token_loss_sum, train_step
+from raymem.training.step import finite_guard, train_step
 
 FULL = {"adapter": {"kind": "none"}, "train": {"clip_norm": None}}
 
@@ -60,8 +61,9 @@ def test_a_step_is_the_one_written_down(llama: Path, clip_norm: float | None) ->
 
 def test_accumulation_equals_the_large_batch(llama: Path) -> None:
     """Also where micro-batches have different numbers of targets: the mean is over tokens, not over micro-batches."""
-    whole = random_batch(4, 24)
-    whole.labels[0, 4:] = -100
+    drawn = random_batch(4, 24)
+    drawn.labels[0, 4:] = -100
+    whole = Batch(drawn.input_ids, drawn.labels, drawn.position_ids, None)
     parts = [Batch(whole.input_ids[i : i + 1], whole.labels[i : i + 1], whole.position_ids[i : i + 1], None)
              for i in range(4)]  # type: ignore[index]  # fmt: skip
     _, model, updater = build(llama)
@@ -84,16 +86,6 @@ def test_rows_without_a_target_change_nothing(llama: Path) -> None:
     padded = train_step(other_model, [batch, empty], num_targets(batch), other, 0, 1e-3)
     assert float(alone.loss) == float(padded.loss)
     assert_same(other.state(), updater.state())
-
-
-def test_the_loss_predicts_each_token_from_the_one_before() -> None:
-    labels = torch.tensor([[-100, 2, 3, -100]])
-    logits = torch.zeros(1, 4, 5)
-    logits[0, 0, 2] = logits[0, 1, 3] = 100.0
-    assert float(token_loss_sum(logits, labels)) == pytest.approx(0, abs=1e-6)
-    logits[0, 2:] = torch.randn(2, 5)  # positions whose successor is no target do not count
-    assert float(token_loss_sum(logits, labels)) == pytest.approx(0, abs=1e-6)
-    assert float(token_loss_sum(torch.zeros(1, 4, 5), labels)) == pytest.approx(2 * torch.log(torch.tensor(5.0)))
 
 
 @pytest.mark.parametrize("clip_norm", [1e-3, 1e3])
@@ -172,6 +164,6 @@ def test_packed_examples_do_not_see_each_other(llama: Path) -> None:
     packed = random_batch(1, 24)
     halves = Batch(packed.input_ids.view(2, 12), packed.labels.view(2, 12), None, None)
     with torch.no_grad():
-        joint = token_loss_sum(model(**packed.model_inputs()).logits, packed.labels)
-        apart = token_loss_sum(model(**halves.model_inputs()).logits, halves.labels)
+        joint = forward_loss_sum(model, packed, mixed=False)
+        apart = forward_loss_sum(model, halves, mixed=False)
     torch.testing.assert_close(joint, apart)

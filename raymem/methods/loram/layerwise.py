@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from raymem.methods.chunked_loss import choose, chunked_loss_sum
 from raymem.methods.loram.coupling import Coupling, couple
 from raymem.methods.loram.source import Source
 
@@ -54,6 +55,7 @@ class LayerwiseModel:
             if self.coupling.locate(name) is None:
                 _assign(self._model, name, buffer.to(self.device))
         self._calls = self._record(length)
+        self._replay = choose(self._model).replay
 
     def embed(self, ids_nT: torch.Tensor) -> torch.Tensor:
         """What the first layer is called with, [n, T, H].
@@ -74,8 +76,11 @@ class LayerwiseModel:
         hidden_1TH = hidden_1TH.detach().to(self.device).requires_grad_(True)
         inputs = torch.zeros(1, len(ids_T), self._model.get_input_embeddings().embedding_dim, device=self.device)
         with _calling(self._layers, lambda layer, hidden, args, kwargs: hidden_1TH):
-            ids_1T = ids_T[None].to(self.device)
-            self._model(inputs_embeds=inputs, labels=ids_1T, use_cache=False).loss.backward()
+            positions = torch.arange(len(ids_T) - 1, device=self.device)
+            following = ids_T.roll(-1).to(self.device)  # the last one wraps around and does not count
+            given = {"inputs_embeds": inputs, "use_cache": False}
+            loss = chunked_loss_sum(self._model, given, following, positions, replay=self._replay)
+            (loss / len(positions)).backward()
         assert hidden_1TH.grad is not None
         return hidden_1TH.grad
 

@@ -13,11 +13,12 @@ import torch
 
 from raymem.errors import ModelError
 from raymem.methods.loram.coupling import Coupling, couple
-from raymem.methods.loram.nonuniform import PRUNING_KEY, from_config, with_counts
+from raymem.methods.loram.nonuniform import from_config, with_counts
 from raymem.methods.loram.placement import Kept, put, take
+from raymem.methods.tiny_model import VOCABULARY, random_weights, tiny_config
 from raymem.seeds import generator
 
-_HEAD_DIM, _KV_GROUPS, _NEURONS, _VOCABULARY, _LENGTH = 16, 4, 24, 32, 12
+_LENGTH = 12
 _TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit. Norms compute in fp32; a wrong spec is off by 0.1."""
 
@@ -41,7 +42,7 @@ def validate_coupling(config: Any) -> float:
     try:
         pruned = from_config(with_counts(small, {i: {g: len(u) for g, u in k.items()} for i, k in kept.items()}))
         pruned.load_state_dict({name: take(coupling, kept, name, value) for name, value in state.items()})
-        ids = torch.randint(3, _VOCABULARY, (2, _LENGTH), generator=generator(0, "loram", "validate"))
+        ids = torch.randint(3, VOCABULARY, (2, _LENGTH), generator=generator(0, "loram", "validate"))
         original, found = _logits(full, ids), _logits(pruned.eval(), ids)
         full.load_state_dict(zeroed(coupling, kept, state))
         expected = _logits(full, ids)
@@ -62,51 +63,6 @@ def zeroed(coupling: Coupling, kept: Kept, state: dict[str, torch.Tensor]) -> di
     return {name: put(coupling, kept, name, take(coupling, kept, name, value)) for name, value in state.items()}
 
 
-def tiny_config(config: Any) -> Any:
-    """A config of the same class and options with three small layers and the same head grouping.
-
-    Keeps what decides the coupling: heads per KV group, whether head size times heads is the hidden size, biases,
-    fused layers, kinds of attention, tied embeddings.
-    """
-    values: dict[str, Any] = config.to_dict()
-    for name in ("quantization_config", "auto_map", PRUNING_KEY):
-        values.pop(name, None)
-    groups = values.get("num_key_value_heads") or config.num_attention_heads
-    queries = config.num_attention_heads // groups
-    groups = min(groups, _KV_GROUPS)
-    heads = groups * queries
-    head_dim = values.get("head_dim")
-    independent = head_dim is not None and head_dim * config.num_attention_heads != config.hidden_size
-    hidden = heads * (_HEAD_DIM + 8 if independent else _HEAD_DIM)
-    sizes = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "hidden_size": hidden,
-        "word_embed_proj_dim": hidden,
-        "intermediate_size": _NEURONS,
-        "ffn_dim": _NEURONS,
-        "num_hidden_layers": 3,
-        "vocab_size": _VOCABULARY,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    values.update({name: size for name, size in sizes.items() if name in values})
-    if head_dim is not None:
-        values["head_dim"] = _HEAD_DIM
-    if values.get("sliding_window") is not None:
-        values["sliding_window"] = 5  # shorter than the text, so that it counts
-    if values.get("layer_types"):
-        kinds = sorted(set(values["layer_types"]))
-        values["layer_types"] = [kinds[layer % len(kinds)] for layer in range(3)]
-    rope = values.get("rope_parameters") or {}
-    if rope.get("rope_type") == "longrope":  # its factors are per frequency, hence of the real head size
-        plain = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-        values["rope_parameters"] = {"rope_type": "default", **plain}
-    values["dtype"] = "float32"
-    return type(config).from_dict(values)
-
-
 def _some(num_units: int, layer: int, group: str) -> list[int]:
     """A random non-empty proper subset where there is one; more than half, so that an order can go wrong."""
     order = torch.randperm(num_units, generator=generator(0, "loram", "validate", layer, group))
@@ -114,16 +70,9 @@ def _some(num_units: int, layer: int, group: str) -> list[int]:
 
 
 def _random_model(config: Any) -> Any:
-    """Weights of a scale at which every layer matters, biases and norms included."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.empty_like(parameter).normal_(generator=generator(0, "loram", "validate", name))
-            scale = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.3
-            parameter.add_(scale * noise)
-    return model.eval()
+        return random_weights(from_config(config))
 
 
 @torch.no_grad()

@@ -31,6 +31,15 @@ class Batch:
     positions are 0 .. S-1."""
     attention_mask: torch.Tensor | None
     """int64[B, S], 0 on padding (packing none); otherwise None."""
+    target_positions: torch.Tensor | None = None
+    """int64[T], ascending: the positions of the flattened rows whose next token has a label. By default found in
+    ``labels``, which the host must have then: a step that asked a device for them would wait for it."""
+
+    def __post_init__(self) -> None:
+        if self.target_positions is None:
+            is_target_BS = torch.zeros_like(self.labels, dtype=torch.bool)
+            is_target_BS[:, :-1] = self.labels[:, 1:] != IGNORED
+            object.__setattr__(self, "target_positions", is_target_BS.flatten().nonzero()[:, 0])
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
@@ -43,6 +52,7 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             position_ids=moved(self.position_ids),
             attention_mask=moved(self.attention_mask),
+            target_positions=moved(self.target_positions),
         )
 
     def model_inputs(self) -> dict[str, torch.Tensor | bool]:
