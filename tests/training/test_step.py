@@ -17,6 +17,8 @@ from raymem.training.optim import Updater, build_updater
 from raymem.training.recipe import Recipe
 from raymem.training.step import finite_guard, token_loss_sum, train_step
 
+pytestmark = pytest.mark.numerics
+
 FULL = {"adapter": {"kind": "none"}, "train": {"clip_norm": None}}
 
 
