@@ -222,6 +222,16 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
+def realigned(model: Any) -> Any:
+    """The model, its weights moved to memory that torch allocates, so that equal ones compute equal bits.
+
+    One read from a file lies where the file has it, and kernels may round by how memory is aligned.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def frozen(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter that is not trained, and every buffer."""
     parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}

@@ -98,6 +98,7 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     staging = target.parent / f".{target.name}.part"
     try:
         staging.mkdir(parents=True)
+        _untie_adapted(model)
         model.merge_and_unload().save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         facts = json.loads((source / "raymem.json").read_text()) if (source / "raymem.json").is_file() else {}
@@ -111,3 +112,17 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _untie_adapted(model: Any) -> None:
+    """Give adapted layers weights of their own: folded into a tied head, an update would change the embedding too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    base = model.get_base_model()
+    embedded = {id(embedding.weight) for embedding in base.modules() if isinstance(embedding, torch.nn.Embedding)}
+    for layer in layers:
+        if not isinstance(layer, torch.nn.Embedding) and id(layer.weight) in embedded:
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+            for config in (base.config, base.config.get_text_config()):
+                config.tie_word_embeddings = False

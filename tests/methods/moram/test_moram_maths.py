@@ -14,6 +14,8 @@ from torch import nn
 from raymem.methods.moram.base import BaseWeight
 from raymem.methods.moram.ops import choose_formulation, moram_linear, sampled_dots, selected_delta
 
+pytestmark = pytest.mark.numerics
+
 FORMULATIONS = ("fast", "frugal")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from moram_cases import small_llama, token_batches, trainable, with_moram
-from support import assert_same, column, in_processes, make_recipe, run_fragment, save_model, train
+from support import assert_same, column, in_processes, make_recipe, realigned, run_fragment, save_model, train
 
 from raymem.errors import ModelError, RecipeError
 from raymem.methods.moram import MoRAMConfig, select_indices
@@ -82,7 +82,7 @@ def test_a_run_selects_trains_evaluates_merges_and_is_continued(llama: Path, exa
     model, _ = load_artifact(outcome.artifact)
     ids = {"input_ids": torch.arange(3, 20)[None]}
     with torch.no_grad():
-        adapted = model(**ids).logits
+        adapted = realigned(model)(**ids).logits
         merged, _ = load_artifact(merge(outcome.artifact, tmp_path / "merged"))
         torch.testing.assert_close(merged(**ids).logits, adapted)
     continued = build_model(
