@@ -27,10 +27,10 @@ from raymem.methods.loract import compress_activations, packer
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
+from raymem.training.loss import forward_loss_sum
 from raymem.training.model import build_model
 from raymem.training.optim import build_updater
 from raymem.training.recipe_io import load_recipe, packaged_recipe
-from raymem.training.loss import forward_loss_sum
 from raymem.training.step import train_step
 from raymem.training.storage import Storage
 

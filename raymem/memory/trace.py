@@ -10,6 +10,7 @@ counts as that from its birth.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -263,6 +264,17 @@ def attribute(category: Category | None) -> None:
     """Say what storages are that are made from now on, where a program is recorded; None leaves it to the phase."""
     for tracer in _active:
         tracer.attributed = category
+
+
+@contextlib.contextmanager
+def attributed(category: Category) -> Iterator[None]:
+    """Inside, as :func:`attribute` says; afterwards as before."""
+    before = _active[-1].attributed if _active else None
+    attribute(category)
+    try:
+        yield
+    finally:
+        attribute(before)
 
 
 def attribute_backward(category: Category, *, since: torch.Tensor, until: torch.Tensor) -> None:

@@ -134,5 +134,5 @@ def rough_loss(recipe: Recipe, config: Any, *, chunked: bool) -> int:
     if not chunked:
         return int((3 * 4 + (width if width < 4 else 0)) * tokens * text.vocab_size)
     kind = "cuda" if recipe.scaling.use_gpu else "cpu"
-    fewest = FEWEST_ROWS[kind] * text.vocab_size * 4
-    return int(max(CHUNK_BYTES[kind], fewest) + tokens * getattr(text, "hidden_size", 1024) * width)
+    chunk = min(max(CHUNK_BYTES[kind], FEWEST_ROWS[kind] * text.vocab_size * 4), 4 * tokens * text.vocab_size)
+    return int(chunk + tokens * getattr(text, "hidden_size", 1024) * width)

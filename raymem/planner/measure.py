@@ -39,7 +39,9 @@ def measure_step(recipe: Recipe) -> Peak:
     replica = model if layout.sharded else replicate(model, layout)
 
     def resident() -> Iterator[torch.Tensor]:
-        tokens = (t for b in batches for t in (b.input_ids, b.labels, b.position_ids, b.attention_mask, b.target_positions))
+        tokens = (
+            t for b in batches for t in (b.input_ids, b.labels, b.position_ids, b.attention_mask, b.target_positions)
+        )
         return resident_tensors(model, [*updater.state().values(), *(t for t in tokens if t is not None)])
 
     def step(position: int) -> None:

@@ -26,6 +26,7 @@ from raymem.memory.devices import gpu_named
 from raymem.planner.values import Above, Plan
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import MODELS, packaged_recipe, read_yaml
+from raymem.training.space import AXES
 
 TIMEOUT_S = 600.0
 FREE = {"optimizer": ("lr", "betas", "eps", "weight_decay"), "adapter": ("alpha", "selection_batches")}
@@ -251,7 +252,7 @@ def _key(job: dict[str, Any]) -> str:
 
 def without_free(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of a recipe, as a plain dict, has to do with memory."""
-    parts = {section: dict(recipe[section]) for section in ("model", "base", "adapter", "activations", "loss", "optimizer")}
+    parts = {section: dict(recipe[section]) for section in ("model", *AXES)}
     for section, options in FREE.items():
         for option in options:
             parts[section].pop(option, None)

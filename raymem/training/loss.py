@@ -22,7 +22,6 @@ from raymem.memory.trace import attribute, attribute_backward
 from raymem.methods import chunked_loss
 from raymem.methods.chunked_loss import Choice
 from raymem.training.data.batches import IGNORED, Batch
-from raymem.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +49,25 @@ def forward_loss_sum(model: nn.Module, batch: Batch, *, mixed: bool) -> torch.Te
     if batch.position_ids is not None and _attention(model) == "flash_attention_2":
         batch = batch.flattened()  # it keeps packed examples apart only within a single row
     assert batch.target_positions is not None
+    # Other models would take `targets` for an argument to be passed on, and answer with logits.
+    assert _ATTRIBUTE in _bare(_unwrapped(model)).__dict__, "prepare() comes first"
     targets = Targets(F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten(), batch.target_positions)
     with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=mixed):
         loss: torch.Tensor = model(**batch.model_inputs(), targets=targets)
     return loss
 
 
-def prepare(model: nn.Module, recipe: Recipe) -> None:
+def prepare(model: nn.Module, kind: str) -> None:
     """Make a complete model (with its adapter, loaded or on meta) answer calls with ``targets`` by the summed loss.
+
+    Args:
+        kind: ``auto``, ``chunked`` or ``full``.
 
     Raises:
         RecipeError: ``loss: chunked`` for a model whose loss cannot be taken in chunks.
     """
     bare = _bare(model)
-    bare.__dict__[_ATTRIBUTE] = _choose(bare, recipe.loss.kind)
+    bare.__dict__[_ATTRIBUTE] = _choose(bare, kind)
     # A bound method, so that a copy of the model gets its own; with the signature that libraries look at.
     forward = functools.wraps(type(bare).forward)(_forward)
     bare.__dict__["forward"] = types.MethodType(forward, bare)
@@ -126,5 +130,8 @@ def _choose(bare: Any, kind: str) -> Choice:
 
 
 def _attention(model: Any) -> str | None:
-    config = (model.module if isinstance(model, DistributedDataParallel) else model).config
-    return getattr(config, "_attn_implementation", None)
+    return getattr(_unwrapped(model).config, "_attn_implementation", None)
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model

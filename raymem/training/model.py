@@ -61,7 +61,7 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
         bare.activation_checkpointing_enable({"use_reentrant": False})
     model: nn.Module = adapter.attach(bare, recipe, trainable_dtype(recipe))
     model.train()
-    loss.prepare(model, recipe)
+    loss.prepare(model, recipe.loss.kind)
     if layout.sharded:
         shard(model, blocks, layout)
     if source is not None:

@@ -17,8 +17,8 @@ from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
 from raymem.training.layout import Layout
-from raymem.training.recipe import Recipe
 from raymem.training.loss import forward_loss_sum
+from raymem.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 

@@ -81,10 +81,11 @@ class MethodSuite:
 
         monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *args, **kwargs: None)
         model = build_model(recipe, meta=True)
+        real = random_batch(2, LENGTH)
         with FakeTensorMode(allow_non_fake_inputs=False) as mode:
             fakeify(model)
             updater = build_updater(model, recipe)
-            batches = [mode_batch(mode)]
+            batches = [fake_batch(mode, real)]
             for number in range(2):
                 result = train_step(
                     model, batches, 30, updater, number, 1e-3,
@@ -158,8 +159,7 @@ def fakeify(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype)
 
 
-def mode_batch(mode: FakeTensorMode) -> Batch:
-    real = random_batch(2, LENGTH)
+def fake_batch(mode: FakeTensorMode, real: Batch) -> Batch:
     assert real.position_ids is not None and real.target_positions is not None
     given = (real.input_ids, real.labels, real.position_ids, real.target_positions)
     ids, labels, positions, targets = map(mode.from_tensor, given)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import FRAGMENTS, LENGTH, case
+from cases import FRAGMENTS, LENGTH, case, model_config
 from support import in_processes, make_recipe, save_model
 
 from raymem.planner.analytic import closed_form
@@ -99,3 +99,31 @@ def test_the_peak_of_two_workers(tmp_path: Path) -> None:
     for recipe, *measured in zip(recipes, *ranks, strict=True):
         plan = make_plan(trace_session(recipe, Target.of(recipe)), Target.of(recipe), None)
         assert measured == pytest.approx([plan.step_peak_bytes] * 2, rel=TOLERANCE)
+
+
+WORDS = 131_072
+
+
+@pytest.mark.parametrize("loss", ["chunked", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["lora", "moram fast", "mlorc adamw"])
+def test_the_peak_of_many_words(name: str, precision: str, loss: str) -> None:
+    """Where the logits would be the largest term by far; in chunks they are less than a sixteenth of themselves."""
+    rows, length = 2, 512
+    wide = {**model_config("llama", 2), "vocab_size": WORDS, "max_position_embeddings": length}
+    recipe = make_recipe(
+        {"model": {"name": None, "config": wide, "tokenizer": "demo"}, "data": {"sequence_length": length}},
+        {"train": {"precision": precision, "global_batch": rows, "micro_batch": rows}, "loss": loss},
+        *FRAGMENTS[name],
+    )
+    check(recipe)
+    changes = trace_session(recipe, Target.of(recipe)).changes
+    alive = peak = 0
+    for change in changes:
+        alive += change.num_bytes * (change.record.category == "loss")
+        peak = max(peak, alive)
+    logits_bytes = rows * length * WORDS * 4
+    if loss == "full":
+        assert peak >= 3 * logits_bytes
+    else:
+        assert 0 < peak < logits_bytes // 16

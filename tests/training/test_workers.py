@@ -31,6 +31,7 @@ from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.dataset import PackedRows
 from raymem.training.evaluate import evaluate
 from raymem.training.layout import Layout
+from raymem.training.loss import prepare as prepare_loss
 from raymem.training.model import build_model
 from raymem.training.recipe import Recipe
 from raymem.training.storage import Storage
@@ -200,6 +201,7 @@ def test_a_sharded_result_is_a_standard_model(runs: Any, recipe_of: Any) -> None
     model = AutoModelForCausalLM.from_pretrained(outcome["artifact"])
     assert model.lm_head.weight is model.model.embed_tokens.weight
     rows = PackedRows(prepare_split(recipe, "eval").directories)
+    prepare_loss(model, "full")
     found = evaluate(model, rows, Layout(), micro_batch=3, mixed=False)
     assert found.loss == pytest.approx(outcome["eval_loss"], rel=1e-5)
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from raymem.memory.target import worth_visiting
-from raymem.memory.trace import attribute, attribute_backward
+from raymem.memory.trace import attribute_backward, attributed
 from raymem.methods.chunked_loss.product import cross_entropy_sum
 from raymem.methods.chunked_loss.rows import rows_per_chunk
 
@@ -64,9 +64,8 @@ def chunked_loss_sum(
         return _by_replay(model, inputs, targets_N, positions_T)
     hidden = head_input(model, inputs)
     head = model.get_output_embeddings()
-    attribute("loss")
-    loss = cross_entropy_sum(hidden.flatten(0, -2), head.weight, targets_N, positions_T)
-    attribute(None)
+    with attributed("loss"):
+        loss = cross_entropy_sum(hidden.flatten(0, -2), head.weight, targets_N, positions_T)
     attribute_backward("loss", since=loss, until=hidden)
     return loss
 
@@ -89,13 +88,6 @@ def _by_replay(
 ) -> torch.Tensor:  # fmt: skip
     backbone, output = _run_backbone(model, inputs)
     hidden = output[0]
-    attribute("loss")
-    if len(positions_T):
-        targets_T = targets_N.index_select(0, positions_T)
-    else:  # whatever is trained of the head gets its gradient, zeros: other workers wait for it
-        positions_T = positions_T.new_zeros(1)
-        targets_T = positions_T.new_full((1,), IGNORED)
-    hidden_TH = hidden.flatten(0, -2).index_select(0, positions_T)
 
     def chunk_loss(hidden_CH: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -108,14 +100,20 @@ def _by_replay(
     head = model.get_output_embeddings()
     vocabulary = getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
     rows = rows_per_chunk(vocabulary, _REPLAY_BYTES_PER_LOGIT, hidden.device)
-    parts = list(zip(hidden_TH.split(rows), targets_T.split(rows), strict=True))
-    loss = torch.zeros((), device=hidden.device)
-    for index in worth_visiting(range(len(parts))):
-        if torch.is_grad_enabled():
-            loss = loss + checkpoint(chunk_loss, *parts[index], use_reentrant=False)
-        else:
-            loss = loss + chunk_loss(*parts[index])
-    attribute(None)
+    with attributed("loss"):
+        if len(positions_T):
+            targets_T = targets_N.index_select(0, positions_T)
+        else:  # whatever is trained of the head gets its gradient, zeros: other workers wait for it
+            positions_T = positions_T.new_zeros(1)
+            targets_T = positions_T.new_full((1,), IGNORED)
+        hidden_TH = hidden.flatten(0, -2).index_select(0, positions_T)
+        parts = list(zip(torch.split(hidden_TH, rows), torch.split(targets_T, rows), strict=True))
+        loss = torch.zeros((), device=hidden.device)
+        for index in worth_visiting(range(len(parts))):
+            if torch.is_grad_enabled():
+                loss = loss + checkpoint(chunk_loss, *parts[index], use_reentrant=False)
+            else:
+                loss = loss + chunk_loss(*parts[index])
     attribute_backward("loss", since=loss, until=hidden)
     return loss
 

@@ -16,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from raymem.memory.target import worth_visiting
+from raymem.memory.trace import attributed
 from raymem.methods.chunked_loss.rows import rows_per_chunk
 
 _PARTS = 4
@@ -95,7 +96,7 @@ def _forward(
         targets_C1 = targets_N.index_select(0, positions_C)[:, None]
         chunk_CV = torch.mm(hidden_CH, weight_VH.T, out=logits_CV[: len(positions_C)])
         sums: list[torch.Tensor] = []
-        for logits, targets in zip(chunk_CV.split(part), targets_C1.split(part), strict=True):
+        for logits, targets in zip(torch.split(chunk_CV, part), torch.split(targets_C1, part), strict=True):
             # exp(z - max) and its sum, not yet divided by it: that is done where a row has H numbers, not V.
             values = logits if part_fp32 is None else part_fp32[: len(logits)].copy_(logits)
             values.sub_(values.amax(1, keepdim=True))
@@ -128,16 +129,17 @@ class _HeadGradient:
         vocabulary, hidden = head_VH.shape
         self._block = -(-vocabulary // _BLOCKS)
         self._whole_VH: torch.Tensor | None = None
-        if head_VH.dtype == torch.float32:
-            self._whole_VH = torch.zeros(vocabulary, hidden, device=head_VH.device)
-            self._sums = list(self._whole_VH.split(self._block))
-        else:
-            sizes = [min(self._block, vocabulary - start) for start in range(0, vocabulary, self._block)]
-            self._sums = [torch.zeros(size, hidden, device=head_VH.device) for size in sizes]
+        with attributed("gradients"):
+            if head_VH.dtype == torch.float32:
+                self._whole_VH = torch.zeros(vocabulary, hidden, device=head_VH.device)
+                self._sums = list(torch.split(self._whole_VH, self._block))
+            else:
+                sizes = [min(self._block, vocabulary - start) for start in range(0, vocabulary, self._block)]
+                self._sums = [torch.zeros(size, hidden, device=head_VH.device) for size in sizes]
 
     def add(self, grad_logits_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
         """Add grad_logits.T @ hidden."""
-        for sums, grad_CB in zip(self._sums, grad_logits_CV.split(self._block, dim=1), strict=True):
+        for sums, grad_CB in zip(self._sums, torch.split(grad_logits_CV, self._block, dim=1), strict=True):
             if self._dtype == torch.float32:
                 sums.addmm_(grad_CB.T, hidden_CH)
             else:
@@ -147,6 +149,7 @@ class _HeadGradient:
         """The gradient in the dtype of the head."""
         if self._whole_VH is not None:
             return self._whole_VH
-        for index, sums in enumerate(self._sums):
-            self._sums[index] = sums.to(self._head_dtype)
-        return torch.cat(self._sums)
+        with attributed("gradients"):
+            for index in range(len(self._sums)):
+                self._sums[index] = self._sums[index].to(self._head_dtype)
+            return torch.cat(self._sums)

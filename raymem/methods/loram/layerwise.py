@@ -55,7 +55,7 @@ class LayerwiseModel:
             if self.coupling.locate(name) is None:
                 _assign(self._model, name, buffer.to(self.device))
         self._calls = self._record(length)
-        self._replay = choose(self._model).replay
+        self._loss = choose(self._model)
 
     def embed(self, ids_nT: torch.Tensor) -> torch.Tensor:
         """What the first layer is called with, [n, T, H].
@@ -72,6 +72,7 @@ class LayerwiseModel:
 
         Reads everything outside the layers but the input embedding (unless it is tied); :meth:`drop_rest` forgets it.
         """
+        assert self._loss.chunked, f"every family that can be pruned has a chunked loss: {self._loss.reason}"
         self._fill(self._without(self._model.get_input_embeddings()))
         hidden_1TH = hidden_1TH.detach().to(self.device).requires_grad_(True)
         inputs = torch.zeros(1, len(ids_T), self._model.get_input_embeddings().embedding_dim, device=self.device)
@@ -79,8 +80,8 @@ class LayerwiseModel:
             positions = torch.arange(len(ids_T) - 1, device=self.device)
             following = ids_T.roll(-1).to(self.device)  # the last one wraps around and does not count
             given = {"inputs_embeds": inputs, "use_cache": False}
-            loss = chunked_loss_sum(self._model, given, following, positions, replay=self._replay)
-            (loss / len(positions)).backward()
+            loss = chunked_loss_sum(self._model, given, following, positions, replay=self._loss.replay)
+            torch.autograd.backward(loss / len(positions))
         assert hidden_1TH.grad is not None
         return hidden_1TH.grad
 

@@ -84,7 +84,7 @@ def test_the_clone_keeps_every_scalar_and_draws_the_same_weights() -> None:
     one, other = random_clone(config), random_clone(config)
     assert one.config.final_logit_softcapping == 7.0
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    assert sum(p.numel() for p in one.parameters()) < 200_000
+    assert sum(p.numel() for p in one.parameters()) < 1_000_000
 
 
 def test_it_is_asked_once_per_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
