@@ -34,6 +34,7 @@ SECTIONS: dict[str, list[type]] = {
     "base": [r.FullBase, r.LoRAMOptions],
     "adapter": [r.NoAdapter, r.LoraAdapter, r.MoRAMOptions],
     "activations": [r.NoActivationSaving, r.Checkpointing, r.LoRActOptions],
+    "loss": [r.AutoLoss, r.ChunkedLoss, r.FullLoss],
     "optimizer": [r.AdamW, r.MLorcAdamWOptions, r.MLorcLionOptions],
     "train": [r.TrainSection],
     "scaling": [r.ScalingSection],
