@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
+from raymem.memory.nf4 import STANDS_FOR
+
 Category = Literal["weights", "trainable", "gradients", "optimizer", "activations", "workspace"]
 CATEGORIES: tuple[Category, ...] = ("weights", "trainable", "gradients", "optimizer", "activations", "workspace")
 """Frozen weights and buffers; trained weights and their fp32 masters; gradients; optimizer state; what a forward pass
@@ -140,6 +142,7 @@ class Tracer(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         result = self._call(func, args, kwargs or {})
         operation = func._schema.name
+        operation = STANDS_FOR.get(operation, operation)
         self.operations[operation] += 1
         for tensor in _tensors(result):
             self._see(tensor, operation)

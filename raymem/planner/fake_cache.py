@@ -33,6 +33,8 @@ class _Known(NamedTuple):
 
 _DEVICE = torch.ops.prim.device.default
 _CHANGES_GEOMETRY = ("set_", "resize", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "detach_")
+_LIBRARIES = ("aten", "raymem")
+"""Whose operations do what their schema says."""
 _PLAIN = (int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 
@@ -125,9 +127,9 @@ def _key(value: Any, tensors: list[FakeTensor]) -> Any:
 def _is_plain(func: Any) -> bool:
     """Whether an operation returns tensors (or nothing) and leaves the geometry of its arguments alone."""
     schema = func._schema
-    name = schema.name.removeprefix("aten::")
+    library, _, name = schema.name.partition("::")
     returned = all(str(r.type) in ("Tensor", "List[Tensor]") for r in schema.returns)
-    return returned and name != schema.name and not name.startswith(_CHANGES_GEOMETRY)
+    return returned and library in _LIBRARIES and not name.startswith(_CHANGES_GEOMETRY)
 
 
 def _describe(result: Any, tensors: list[FakeTensor]) -> _Known | None:

@@ -87,7 +87,7 @@ def planned_model(recipe: Recipe, layout: Layout | None = None) -> nn.Module:
         RaymemError: as building does.
     """
     with pruned_layers(load_config(recipe)):
-        model: Any = build_model(recipe, layout, meta=True)
+        model: Any = build_model(recipe, layout, meta=True, planned=True)
     # Without weights transformers leaves tied ones apart; loading ties them, and so must this.
     (model.get_base_model() if hasattr(model, "peft_config") else model).tie_weights()
     return model  # type: ignore[no-any-return]
