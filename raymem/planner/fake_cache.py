@@ -31,7 +31,6 @@ class _Known(NamedTuple):
     outputs: tuple[_Output, ...]
 
 
-_DEVICE = torch.ops.prim.device.default
 _CHANGES_GEOMETRY = ("set_", "resize", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "detach_")
 _LIBRARIES = ("aten", "raymem")
 """Whose operations do what their schema says."""
@@ -59,8 +58,6 @@ class OutputCache:
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of ``func``, as FakeTensorMode would give it."""
-        if func is _DEVICE and type(args[0]) is FakeTensor:
-            return args[0].fake_device
         plain = self._plain.get(func)
         if plain is None:
             plain = self._plain[func] = _is_plain(func)
