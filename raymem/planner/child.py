@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymem.errors import RaymemError
 from raymem.planner.lean import compiler_is_put_off, do_without
+from raymem.planner.shapes import located
 from raymem.planner.values import Above, Plan, Target
 from raymem.training.recipe import Recipe
 
@@ -53,12 +54,16 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     recipe = Recipe.model_validate(job["recipe"])
     target = Target.of(recipe)
     try:
+        recipe, shipped = located(recipe)
         plan = _rough(recipe, target, job) if job["problem"] else _traced(recipe, target, job)
     except RaymemError as error:
         return {"error": [type(error).__name__, str(error)]}
     if isinstance(plan, Above):
-        return {"above": dataclasses.asdict(plan)}
-    return {"plan": {**plan.to_dict(), "seconds": round(time.perf_counter() - began, 2)}}
+        return {"above": dataclasses.asdict(plan), "config_note": shipped}
+    seconds = round(time.perf_counter() - began, 2)
+    source = "model" if shipped is None else "shipped"
+    plan = dataclasses.replace(plan, seconds=seconds, config_source=source, config_note=shipped)
+    return {"plan": plan.to_dict(), "config_note": shipped}
 
 
 def _traced(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan | Above:

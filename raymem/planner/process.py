@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import select
 import signal
@@ -22,14 +23,17 @@ import raymem
 from raymem import errors
 from raymem.errors import PlanError
 from raymem.memory.devices import gpu_named
+from raymem.planner.shapes import circumstances
 from raymem.planner.values import Above, Plan
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import MODELS, packaged_recipe, read_yaml
 
+log = logging.getLogger(__name__)
+
 TIMEOUT_S = 600.0
 FREE = {"optimizer": ("lr", "betas", "eps", "weight_decay"), "adapter": ("alpha", "selection_batches")}
 """Section -> options that take no memory, so that plans are shared between their values."""
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_LIBRARIES = ("torch", "transformers", "peft")
 _READ = ("memory", "planner", "methods", "linalg", "training")
 """Rooms whose code decides what a plan says."""
 
@@ -110,12 +114,15 @@ class Planner:
         self._new_answer(_job(recipe, self._gpu))
 
     def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        return _known(_file(job)) or self._new_answer(job)
+        answer = _known(_file(job)) or self._new_answer(job)
+        if answer.get("config_note"):
+            _say_once(answer["config_note"])
+        return answer
 
     def _new_answer(self, job: dict[str, Any]) -> dict[str, Any]:
         answer = self._ask(job)
         if "plan" in answer:
-            _remember(_file(job), answer)
+            _remember(_file(job), {**answer, "hub": circumstances()})
         return answer
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +143,12 @@ class Planner:
             raise PlanError(f"planning ended with status {status} even without a trace; please report the recipe")
         ended = signal.Signals(-status).name if status < 0 else "status 0"
         return self._ask({**job, "problem": f"the model's code ended the planning process ({ended})"})
+
+
+@functools.cache
+def _say_once(note: str) -> None:
+    """One line on the terminal, for however many plans."""
+    log.warning(note)
 
 
 def known_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan | None:
@@ -276,7 +289,7 @@ def _source_digest() -> str:
     content = hashlib.sha256()
     package = Path(raymem.__file__).parent
     for room in _READ:
-        for path in sorted((package / room).rglob("*.py")):
+        for path in sorted([*(package / room).rglob("*.py"), *(package / room).rglob("*.json")]):
             content.update(path.read_bytes())
     return content.hexdigest()
 
@@ -293,9 +306,12 @@ def _cache_dir() -> Path:
 
 def _known(file: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(file.read_text())  # type: ignore[no-any-return]
+        answer: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
+    if answer.get("config_note") and answer.get("hub") != circumstances():
+        return None  # perhaps the model itself can be had by now
+    return answer
 
 
 def _remember(file: Path, answer: dict[str, Any]) -> None:

@@ -141,13 +141,18 @@ def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool)
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"model.name: {name!r} is no local directory and cannot be had from the Hugging Face hub "
-            f"({_reason(error)}); give a path that holds config.json, or check the id, the network and HF_TOKEN"
-        ) from None
+        raise ModelError(not_to_be_had(name, error)) from None
     if layout.local_rank == 0:
         layout.barrier()
     return found
+
+
+def not_to_be_had(name: str, error: Exception) -> str:
+    """What to say where a hub id is of no use."""
+    return (
+        f"model.name: {name!r} is no local directory and cannot be had from the Hugging Face hub ({_reason(error)}); "
+        "give a path that holds config.json, or check the id, the network and HF_TOKEN"
+    )
 
 
 def pin_revision(recipe: Recipe) -> Recipe:
