@@ -7,8 +7,9 @@ bitsandbytes imports. tests/planner/test_nf4.py holds the plans of both to the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ _OPERATIONS = ("gemm_4bit", "dequantize_blockwise", "dequantize_4bit")
 STANDS_FOR = {f"raymem::{name}": f"bitsandbytes::{name}" for name in _OPERATIONS}
 """Operation -> the one of bitsandbytes whose place it takes."""
 
+_Shape = TypeVar("_Shape", bound=Callable[..., torch.Tensor])
+
 torch.library.define(
     "raymem::gemm_4bit",
     "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, Tensor? bias=None, Tensor? absmax_8bit=None, "
@@ -29,17 +32,21 @@ torch.library.define("raymem::dequantize_blockwise", "(Tensor A, ScalarType dtyp
 torch.library.define("raymem::dequantize_4bit", "(Tensor A, Tensor absmax, int[] shape, ScalarType dtype) -> Tensor")
 
 
-@torch.library.register_fake("raymem::gemm_4bit")
+def _shape_of(operation: str) -> Callable[[_Shape], _Shape]:
+    return torch.library.register_fake(operation)  # type: ignore[no-any-return]
+
+
+@_shape_of("raymem::gemm_4bit")
 def _gemm(A: torch.Tensor, B: torch.Tensor, shapeB: list[int], *others: Any, **options: Any) -> torch.Tensor:
     return torch.empty((*A.shape[:-1], shapeB[0]), dtype=A.dtype, device=A.device)
 
 
-@torch.library.register_fake("raymem::dequantize_blockwise")
+@_shape_of("raymem::dequantize_blockwise")
 def _blockwise(A: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(A, dtype=dtype)
 
 
-@torch.library.register_fake("raymem::dequantize_4bit")
+@_shape_of("raymem::dequantize_4bit")
 def _4bit(A: torch.Tensor, absmax: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=A.device)
 
@@ -97,7 +104,7 @@ class Linear4bit(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         given = x.dtype
         x = x.to(self.compute_dtype)
-        bias = self.bias
+        bias: torch.Tensor | None = self.bias
         if bias is not None:
             if bias.dtype != x.dtype:
                 bias.data = bias.data.to(x.dtype)
@@ -147,6 +154,7 @@ def dequantize_4bit(A: torch.Tensor, state: QuantState) -> torch.Tensor:
     absmax = state.absmax
     if state.state2 is not None:
         absmax = dequantize_blockwise(absmax, state.state2)
+        assert state.offset is not None
         absmax += state.offset
     assert state.shape is not None
     found: torch.Tensor = torch.ops.raymem.dequantize_4bit.default(A, absmax, state.shape, state.dtype)

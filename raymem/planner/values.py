@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from raymem.memory.budget import Verdict, verdict
 from raymem.training.recipe import Recipe
@@ -73,8 +73,8 @@ class Plan:
     """Over the measured step and what follows it: phase and bytes by category."""
     seconds: float = 0.0
     """What planning took."""
-    config_source: Literal["model", "shipped"] = "model"
-    """Whose config was planned: the model's, or the one that raymem ships, where the Hub could not be asked."""
+    config_source: str = "model"
+    """``model``, or ``shipped`` if raymem's own shape of it was planned, since the Hub could not be asked."""
     config_note: str | None = None
     """Why it is the shipped one, in a sentence."""
 
