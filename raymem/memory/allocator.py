@@ -52,28 +52,24 @@ class Block:
     after: Block | None = None
     """Neighbours in the same segment."""
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Order in which free blocks are considered."""
-        return self.size_bytes, self.address
-
 
 @dataclass(slots=True)
 class _Pool:
     """Free blocks of one pool by (size, address)."""
 
     ranks: list[tuple[int, int]] = field(default_factory=list)
+    """(size, address), in the order in which free blocks are considered."""
     blocks: dict[int, Block] = field(default_factory=dict)
     """By address."""
     last: Block | None = None
     """Block at the end of the pool's address range (expandable segments only)."""
 
     def add(self, block: Block) -> None:
-        bisect.insort(self.ranks, block.rank)
+        bisect.insort(self.ranks, (block.size_bytes, block.address))
         self.blocks[block.address] = block
 
     def remove(self, block: Block) -> None:
-        del self.ranks[bisect.bisect_left(self.ranks, block.rank)]
+        del self.ranks[bisect.bisect_left(self.ranks, (block.size_bytes, block.address))]
         del self.blocks[block.address]
 
     def take(self, size_bytes: int) -> Block | None:
@@ -119,10 +115,12 @@ class CachingAllocator:
             block = self._grow(size, small)
             if block is None:
                 raise OutOfCapacity(f"{size} bytes with {self.allocated_bytes} allocated of {self.capacity_bytes}")
-        self._split(block, size)
+        if block.size_bytes != size:
+            self._split(block, size)
         block.in_use = True
         self.allocated_bytes += block.size_bytes
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = self.allocated_bytes
         return block
 
     def free(self, block: Block) -> None:
@@ -237,7 +235,7 @@ class CachingAllocator:
 
 def rounded(num_bytes: int) -> int:
     """What a request really takes."""
-    return max(GRAIN_BYTES, -(-num_bytes // GRAIN_BYTES) * GRAIN_BYTES)
+    return -(-num_bytes // GRAIN_BYTES) * GRAIN_BYTES or GRAIN_BYTES
 
 
 def segment_bytes(size: int) -> int:
@@ -256,12 +254,13 @@ def replay(events: Iterable[Event], capacity_bytes: int | None = None, *, expand
         OutOfCapacity: it does not fit.
     """
     allocator = CachingAllocator(capacity_bytes, expandable=expandable)
+    allocate, free = allocator.allocate, allocator.free
     live: dict[int, Block] = {}
     for key, num_bytes in events:
         if num_bytes:
-            live[key] = allocator.allocate(num_bytes)
+            live[key] = allocate(num_bytes)
         else:
-            allocator.free(live.pop(key))
+            free(live.pop(key))
     return allocator
 
 

@@ -63,12 +63,14 @@ def _mixed_operand(args: tuple[Any, ...], result: Any) -> int:
 _RULES: dict[str, dict[str, Rule]] = {
     "cpu": {
         "bitsandbytes::gemm_4bit": _dequantised,
+        "raymem::gemm_4bit": _dequantised,
         "aten::add.Tensor": _mixed_operand,
         "aten::add": _mixed_operand,
         "aten::mul": _mixed_operand,
     },
     "cuda": {
         "bitsandbytes::gemm_4bit": _dequantised,
+        "raymem::gemm_4bit": _dequantised,
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
     },
 }

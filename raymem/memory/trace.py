@@ -21,9 +21,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
+
+from raymem.memory.nf4 import STANDS_FOR
 
 Category = Literal["weights", "trainable", "gradients", "optimizer", "activations", "loss", "workspace"]
 CATEGORIES: tuple[Category, ...] = (
@@ -140,6 +143,8 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # two of three calls are this question
+            if type(args[0]) is FakeTensor:
+                return args[0].fake_device
             return self._call(func, args, kwargs or {})
         if DTensor in types:
             return NotImplemented  # its local operations come by on their own
@@ -147,6 +152,7 @@ class Tracer(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         result = self._call(func, args, kwargs or {})
         operation = func._schema.name
+        operation = STANDS_FOR.get(operation, operation)
         self.operations[operation] += 1
         for tensor in _tensors(result):
             self._see(tensor, operation)
@@ -336,14 +342,16 @@ class PeakOf:
 
 def peak_of(changes: Iterable[Change], *, wanted: Callable[[Change], bool]) -> PeakOf:
     """The peak over those changes that are ``wanted``; all others count for what is alive."""
-    sums: Counter[Category] = Counter()
-    total, best = 0, PeakOf(0, {}, "load", -1)
+    changes = list(changes)
+    total, highest, at = 0, 0, -1
     for index, change in enumerate(changes):
-        sums[change.record.category] += change.num_bytes
         total += change.num_bytes
-        if total > best.num_bytes and wanted(change):
-            best = PeakOf(total, dict(sums), change.phase, index)
-    return best
+        if total > highest and wanted(change):
+            highest, at = total, index
+    sums: Counter[Category] = Counter()
+    for change in changes[: at + 1]:
+        sums[change.record.category] += change.num_bytes
+    return PeakOf(highest, dict(sums), "load" if at < 0 else changes[at].phase, at)
 
 
 def live_at(changes: list[Change], at: int) -> list[Live]:

@@ -13,11 +13,16 @@ import os
 import sys
 import time
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raymem.errors import RaymemError
+from raymem.planner.lean import compiler_is_put_off, do_without
+from raymem.planner.shapes import located
 from raymem.planner.values import Above, Plan, Target
 from raymem.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from raymem.planner.session import Session
 
 
 def main(output: int) -> None:
@@ -29,6 +34,7 @@ def main(output: int) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
     gc.disable()  # looking for garbage among that many objects takes a third of a plan's time
+    do_without()
     with os.fdopen(output, "w") as answers:
         for line in sys.stdin:
             answers.write(json.dumps(answer(json.loads(line))) + "\n")
@@ -48,22 +54,25 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     recipe = Recipe.model_validate(job["recipe"])
     target = Target.of(recipe)
     try:
+        recipe, shipped = located(recipe)
         plan = _rough(recipe, target, job) if job["problem"] else _traced(recipe, target, job)
     except RaymemError as error:
         return {"error": [type(error).__name__, str(error)]}
     if isinstance(plan, Above):
-        return {"above": dataclasses.asdict(plan)}
-    return {"plan": {**plan.to_dict(), "seconds": round(time.perf_counter() - began, 2)}}
+        return {"above": dataclasses.asdict(plan), "config_note": shipped}
+    seconds = round(time.perf_counter() - began, 2)
+    source = "model" if shipped is None else "shipped"
+    plan = dataclasses.replace(plan, seconds=seconds, config_source=source, config_note=shipped)
+    return {"plan": plan.to_dict(), "config_note": shipped}
 
 
 def _traced(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan | Above:
     from raymem.memory.trace import LimitPassed
     from raymem.planner.plan import make_plan, outside_bytes
-    from raymem.planner.session import trace_session
 
     limit, outside = job.get("limit_bytes"), outside_bytes(target, job["gpu"])
     try:
-        session = trace_session(recipe, target, None if limit is None else limit - outside)
+        session = _session(recipe, target, None if limit is None else limit - outside)
         return make_plan(session, target, job["gpu"])
     except LimitPassed as passed:
         return Above(passed.num_bytes + outside, passed.phase)
@@ -71,6 +80,25 @@ def _traced(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan | Above
         raise
     except Exception as error:  # model code may raise anything
         return _rough(recipe, target, {**job, "problem": describe(error)})
+
+
+def _session(recipe: Recipe, target: Target, limit_bytes: int | None) -> Session:
+    """A session within which the compiler had to be loaded is held again: loading keeps tensors of the step alive."""
+    from raymem.planner.session import trace_session
+
+    put_off = compiler_is_put_off()
+    try:
+        session = trace_session(recipe, target, limit_bytes)
+    except RaymemError:
+        raise
+    except Exception:
+        if put_off == compiler_is_put_off():
+            raise
+    else:
+        if put_off == compiler_is_put_off():
+            return session
+    gc.collect()
+    return trace_session(recipe, target, limit_bytes)
 
 
 def describe(error: Exception) -> str:

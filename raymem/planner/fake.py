@@ -16,10 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from raymem.errors import PlanError
+from raymem.memory import nf4
 from raymem.memory.trace import Tracer
-
-_BLOCK, _NESTED_BLOCK = 64, 256
-"""Weights per NF4 scale, and scales per scale of scales (bitsandbytes' double quantisation)."""
 
 
 @contextlib.contextmanager
@@ -63,8 +61,8 @@ def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterato
 def fakeify(model: nn.Module, tracer: Tracer | None = None) -> None:
     """Put fake CPU tensors of the same geometry in the place of meta ones; call inside fake mode.
 
-    Tied parameters stay tied, distributed ones get a fake local part, 4-bit placeholders become what bitsandbytes
-    makes of them. The tracer, if any, is told what is weights and what is trained.
+    Tied parameters stay tied, distributed ones get a fake local part, 4-bit placeholders become packed bytes
+    with their scales. The tracer, if any, is told what is weights and what is trained.
     """
     fresh: dict[int, nn.Parameter] = {}
     replaced = list(model.parameters())  # alive, or another one might get its id
@@ -73,7 +71,7 @@ def fakeify(model: nn.Module, tracer: Tracer | None = None) -> None:
             if parameter is None:
                 continue
             if id(parameter) not in fresh:
-                fresh[id(parameter)] = _fake_parameter(parameter, module)
+                fresh[id(parameter)] = _fake_parameter(parameter)
             made = module._parameters[name] = fresh[id(parameter)]
             if tracer is not None:
                 full = f"{prefix}.{name}" if prefix else name
@@ -93,7 +91,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _fake_parameter(parameter: nn.Parameter, module: nn.Module) -> nn.Parameter:
+def _fake_parameter(parameter: nn.Parameter) -> nn.Parameter:
     if isinstance(parameter, DTensor):
         local = parameter._local_tensor
         fake = DTensor.from_local(
@@ -106,37 +104,9 @@ def _fake_parameter(parameter: nn.Parameter, module: nn.Module) -> nn.Parameter:
         )
         return nn.Parameter(fake, requires_grad=parameter.requires_grad)
     if type(parameter).__name__ == "Params4bit":
-        return _fake_nf4(parameter, module)
+        return nf4.quantised(parameter)
     fake_parameter = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype)
     return nn.Parameter(fake_parameter, requires_grad=parameter.requires_grad)
-
-
-def _fake_nf4(parameter: Any, module: nn.Module) -> nn.Parameter:
-    """What bitsandbytes holds for a 4-bit weight, on a plain parameter: its own class cannot hold a fake tensor."""
-    import bitsandbytes.functional as bnb
-
-    numel = parameter.numel()
-    blocks = -(-numel // _BLOCK)
-    nested = bnb.QuantState(
-        absmax=torch.empty(-(-blocks // _NESTED_BLOCK)),
-        blocksize=_NESTED_BLOCK,
-        code=torch.empty(256),
-        dtype=torch.float32,
-    )
-    state = bnb.QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8),
-        shape=parameter.shape,
-        dtype=parameter.dtype,
-        blocksize=_BLOCK,
-        code=torch.empty(16),
-        quant_type="nf4",
-        offset=torch.empty(()),
-        state2=nested,
-    )
-    fake: Any = nn.Parameter(torch.empty((numel + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
-    fake.quant_state = state
-    module.quant_state = state
-    return fake  # type: ignore[no-any-return]
 
 
 def quantisation_tensors(parameter: Any) -> Iterator[torch.Tensor]:

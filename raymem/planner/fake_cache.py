@@ -31,8 +31,9 @@ class _Known(NamedTuple):
     outputs: tuple[_Output, ...]
 
 
-_DEVICE = torch.ops.prim.device.default
 _CHANGES_GEOMETRY = ("set_", "resize", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "detach_")
+_LIBRARIES = ("aten", "raymem")
+"""Whose operations do what their schema says."""
 _PLAIN = (int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 
@@ -57,8 +58,6 @@ class OutputCache:
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of ``func``, as FakeTensorMode would give it."""
-        if func is _DEVICE and type(args[0]) is FakeTensor:
-            return args[0].fake_device
         plain = self._plain.get(func)
         if plain is None:
             plain = self._plain[func] = _is_plain(func)
@@ -125,9 +124,9 @@ def _key(value: Any, tensors: list[FakeTensor]) -> Any:
 def _is_plain(func: Any) -> bool:
     """Whether an operation returns tensors (or nothing) and leaves the geometry of its arguments alone."""
     schema = func._schema
-    name = schema.name.removeprefix("aten::")
+    library, _, name = schema.name.partition("::")
     returned = all(str(r.type) in ("Tensor", "List[Tensor]") for r in schema.returns)
-    return returned and name != schema.name and not name.startswith(_CHANGES_GEOMETRY)
+    return returned and library in _LIBRARIES and not name.startswith(_CHANGES_GEOMETRY)
 
 
 def _describe(result: Any, tensors: list[FakeTensor]) -> _Known | None:

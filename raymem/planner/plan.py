@@ -47,7 +47,7 @@ def _complete(by_category: Any) -> dict[str, int]:
     return {category: by_category.get(category, 0) for category in CATEGORIES}
 
 
-def _device_needs(session: Session, target: Target, gpu: str | None, peak_bytes: int) -> dict[str, int]:
+def _device_needs(session: Session, target: Target, gpu: str | None, peak_bytes: int) -> dict[str, Any]:
     if target.kind == "cpu":
         same = dict.fromkeys(("reserved_bytes", "capacity_bytes", "expandable_bytes"), peak_bytes)
         return {**same, "outside_bytes": 0}

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import select
 import signal
@@ -23,15 +24,18 @@ from raymem import errors
 from raymem.cache import cache_root, read_json, write_json
 from raymem.errors import PlanError
 from raymem.memory.devices import gpu_named
+from raymem.planner.shapes import circumstances
 from raymem.planner.values import Above, Plan
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import MODELS, packaged_recipe, read_yaml
 from raymem.training.space import AXES
 
+log = logging.getLogger(__name__)
+
 TIMEOUT_S = 600.0
 FREE = {"optimizer": ("lr", "betas", "eps", "weight_decay"), "adapter": ("alpha", "selection_batches")}
 """Section -> options that take no memory, so that plans are shared between their values."""
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_LIBRARIES = ("torch", "transformers", "peft")
 _READ = ("memory", "planner", "methods", "linalg", "training")
 """Rooms whose code decides what a plan says."""
 
@@ -112,12 +116,15 @@ class Planner:
         self._new_answer(_job(recipe, self._gpu))
 
     def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        return read_json(_file(job)) or self._new_answer(job)
+        answer = _known(_file(job)) or self._new_answer(job)
+        if answer.get("config_note"):
+            _say_once(answer["config_note"])
+        return answer
 
     def _new_answer(self, job: dict[str, Any]) -> dict[str, Any]:
         answer = self._ask(job)
         if "plan" in answer:
-            write_json(_file(job), answer)
+            write_json(_file(job), {**answer, "hub": circumstances()})
         return answer
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -140,9 +147,15 @@ class Planner:
         return self._ask({**job, "problem": f"the model's code ended the planning process ({ended})"})
 
 
+@functools.cache
+def _say_once(note: str) -> None:
+    """One line on the terminal, for however many plans."""
+    log.warning(note)
+
+
 def known_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan | None:
     """The plan of a recipe, if it was made before."""
-    found = read_json(_file(_job(recipe, gpu)))
+    found = _known(_file(_job(recipe, gpu)))
     return None if found is None else Plan(**found["plan"])
 
 
@@ -278,10 +291,17 @@ def _source_digest() -> str:
     content = hashlib.sha256()
     package = Path(raymem.__file__).parent
     for room in _READ:
-        for path in sorted((package / room).rglob("*.py")):
+        for path in sorted([*(package / room).rglob("*.py"), *(package / room).rglob("*.json")]):
             content.update(path.read_bytes())
     return content.hexdigest()
 
 
 def _cache_dir() -> Path:
     return cache_root() / "plans"
+
+
+def _known(file: Path) -> dict[str, Any] | None:
+    answer: dict[str, Any] | None = read_json(file)
+    if answer and answer.get("config_note") and answer.get("hub") != circumstances():
+        return None  # perhaps the model itself can be had by now
+    return answer

@@ -88,7 +88,7 @@ def planned_model(recipe: Recipe, layout: Layout | None = None) -> nn.Module:
         RaymemError: as building does.
     """
     with pruned_layers(load_config(recipe)):
-        return build_model(recipe, layout, meta=True)
+        return build_model(recipe, layout, meta=True, planned=True)
 
 
 def _on_cpu(recipe: Recipe) -> Recipe:

@@ -73,6 +73,10 @@ class Plan:
     """Over the measured step and what follows it: phase and bytes by category."""
     seconds: float = 0.0
     """What planning took."""
+    config_source: str = "model"
+    """``model``, or ``shipped`` if raymem's own shape of it was planned, since the Hub could not be asked."""
+    config_note: str | None = None
+    """Why it is the shipped one, in a sentence."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

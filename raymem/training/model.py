@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from raymem.errors import ModelError, RecipeError
+from raymem.memory import nf4
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.seeds import derive
 from raymem.training import activations, adapter, loss, selection, weights
@@ -33,12 +34,15 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
     return trainable_dtype(recipe) if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
 
 
-def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = False) -> nn.Module:
+def build_model(
+    recipe: Recipe, layout: Layout | None = None, *, meta: bool = False, planned: bool = False
+) -> nn.Module:
     """Build the recipe's model with its adapter, in training mode.
 
     Args:
         layout: this process's place; its device is where the model lands.
         meta: stop before any weight is allocated or read (only the config is needed).
+        planned: only memory counts, so 4-bit layers are stand-ins that need no bitsandbytes.
 
     Returns:
         A transformers model, wrapped by PEFT if there is an adapter; parameters are DTensors under FSDP2.
@@ -55,7 +59,7 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
     tied = set(getattr(bare, "all_tied_weights_keys", None) or {})
     blocks = [m for m in bare.modules() if type(m).__name__ in (bare._no_split_modules or ())]
     if recipe.base.quantize == "nf4":
-        _use_nf4_linears(bare, base_dtype(recipe))
+        (_stand_in_nf4_linears if planned else _use_nf4_linears)(bare, base_dtype(recipe))
     places = weights.slots(bare)
     if isinstance(recipe.activations, Checkpointing):
         bare.activation_checkpointing_enable({"use_reentrant": False})
@@ -137,13 +141,18 @@ def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool)
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"model.name: {name!r} is no local directory and cannot be had from the Hugging Face hub "
-            f"({_reason(error)}); give a path that holds config.json, or check the id, the network and HF_TOKEN"
-        ) from None
+        raise ModelError(not_to_be_had(name, error)) from None
     if layout.local_rank == 0:
         layout.barrier()
     return found
+
+
+def not_to_be_had(name: str, error: Exception) -> str:
+    """What to say where a hub id is of no use."""
+    return (
+        f"model.name: {name!r} is no local directory and cannot be had from the Hugging Face hub ({_reason(error)}); "
+        "give a path that holds config.json, or check the id, the network and HF_TOKEN"
+    )
 
 
 def pin_revision(recipe: Recipe) -> Recipe:
@@ -259,6 +268,19 @@ def _use_nf4_linears(bare: Any, dtype: torch.dtype) -> None:
         # On CPUs with AVX512-BF16 the first evaluation would repack the weights for a kernel that has no gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _stand_in_nf4_linears(bare: Any, dtype: torch.dtype) -> None:
+    """As :func:`_use_nf4_linears`, with layers that only stand for memory."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = get_keys_to_not_convert(bare)
+    for name, module in list(bare.named_modules()):
+        if (isinstance(module, Conv1D) or type(module) is nn.Linear) and should_convert_module(name, kept):
+            inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+            bare.set_submodule(name, nf4.Linear4bit(inputs, outputs, module.bias is not None, dtype))
 
 
 @torch.no_grad()

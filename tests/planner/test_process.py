@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -146,6 +147,15 @@ def test_one_process_plans_many_and_what_takes_no_memory_is_planned_once() -> No
         assert isinstance(above, Above) and above.phase == "forward" and known_plan(case("lora bf16")) is None
         assert planner._child is child is not None
     assert planner._child is None and child._process.returncode == 0
+
+
+def test_what_the_process_does_without_changes_no_plan() -> None:
+    """The second recipe asks for PyTorch's compiler, which the process had put off until then, the third for it all."""
+    several = {"scaling": {"num_workers": 2}, "train": {"global_batch": 8}}
+    with Planner() as planner:
+        for recipe in (case("lora"), case("full foreach"), make_recipe(case("lora").to_dict(), several)):
+            made = planner.plan(recipe)
+            assert dataclasses.replace(made, seconds=0.0) == dataclasses.replace(planned(recipe), seconds=0.0)
 
 
 def test_planning_that_takes_too_long_is_stopped() -> None:

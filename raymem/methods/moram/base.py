@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raymem.errors import AdapterError
+from raymem.memory import nf4
 
 # O outputs, I inputs, C rows of a chunk, K connections per row
 
@@ -53,9 +54,9 @@ class RowReader:
         self._absmax: torch.Tensor | None = None
         state = base.quant_state
         if state is not None and state.nested:
-            import bitsandbytes.functional as bnb
-
-            self._absmax = bnb.dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float()
+            self._absmax = (
+                nf4.functional(state).dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float()
+            )
 
     def read(self, rows: slice, out_CI: torch.Tensor) -> None:
         """Write rows of W into ``out_CI``, in its dtype; zeros if the layer computes its own part."""
@@ -68,9 +69,8 @@ class RowReader:
             out_CI.copy_(weight[:, rows].mT if self._base.transposed else weight[rows])
 
     def _dequantised(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
-        import bitsandbytes.functional as bnb
-
         state = self._base.quant_state
+        bnb = nf4.functional(state)
         inputs = state.shape[1]
         absmax = state.absmax if self._absmax is None else self._absmax
         elements = slice(rows.start * inputs, rows.stop * inputs)
@@ -96,7 +96,7 @@ def base_weight(layer: nn.Module) -> BaseWeight:
     if hooked or isinstance(weight, DTensor):
         return BaseWeight(None)
     state = getattr(weight, "quant_state", None)
-    if state is not None and type(layer).__module__.startswith("bitsandbytes"):
+    if state is not None and type(layer).__module__.startswith(("bitsandbytes", nf4.__name__)):
         # On CPUs bitsandbytes may keep another packing, and reads rows that end inside a block in its own way.
         packed_for_cpu = getattr(state, "packing_format_for_cpu", False)
         whole = state.shape[1] if weight.device.type == "cpu" else math.prod(state.shape)
