@@ -13,7 +13,7 @@ from torch import nn
 from raymem.errors import ModelError, RecipeError
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.seeds import derive
-from raymem.training import activations, adapter, selection, weights
+from raymem.training import activations, adapter, lean, selection, weights
 from raymem.training.base import base_name
 from raymem.training.layout import Layout, shard
 from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
@@ -60,6 +60,8 @@ def build_model(recipe: Recipe, layout: Layout | None = None, *, meta: bool = Fa
     if isinstance(recipe.activations, Checkpointing):
         bare.activation_checkpointing_enable({"use_reentrant": False})
     model: nn.Module = adapter.attach(bare, recipe, trainable_dtype(recipe))
+    if getattr(recipe.activations, "scope", None) != "linear":  # it follows what stock layers keep
+        lean.install(model)
     model.train()
     if layout.sharded:
         shard(model, blocks, layout)
