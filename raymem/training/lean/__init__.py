@@ -7,8 +7,8 @@ What stock layers hold or allocate too much, for T tokens, hidden size N and inn
 - RMSNorm and LayerNorm keep an fp32 copy of their input [T, N]; here the input itself.
 - A gated MLP keeps gate, up, ``silu(gate)`` and the product [T, I]; here the first two.
 - LoRA makes its addend twice (before and after scaling) and the sum a third time [T, I]; here one product adds into the
-  output of the frozen layer, and in backward into the gradient. It keeps the input of its dropout and one byte of mask
-  per number instead of the output and a mask in the dtype of the input.
+  output of the frozen layer, and in backward into the gradient. It keeps one bit per number of its dropout's mask
+  instead of the mask in the dtype of the input and what came out.
 - A large 4-bit weight is dequantised whole (and in fp32 if its checkpoint was); here block by block.
 
 The forward pass is that of the stock layer but for the rounding of LoRA's sum, the backward pass rounds less often.

@@ -15,7 +15,7 @@ from raymem.training.lean.nf4 import Weight
 
 # T tokens, N features (of a linear layer: out), K input features, R rank
 
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 16 << 20
 """Of temporaries that are worked through by rows."""
 
 
@@ -105,36 +105,39 @@ class LoraFunction(torch.autograd.Function):
         h = x if up is None else F.silu(x).mul_(up)
         h_TK = h.reshape(-1, h.shape[-1])
         y = weight.times(h)
-        mask_TK = None if rate == 0 else torch.empty_like(h_TK, dtype=torch.bool).bernoulli_(1 - rate)
-        if mask_TK is None:
+        bits = None
+        if rate == 0:
             inner_TR = h_TK @ a_RK.mT
         else:
             inner_TR = h_TK.new_empty(h_TK.shape[0], a_RK.shape[0])
+            bits = h_TK.new_empty(h_TK.shape[0], -(-h_TK.shape[1] // 8), dtype=torch.uint8)
             for rows in _rows_of(h_TK):
-                inner_TR[rows] = _dropped(h_TK[rows], mask_TK[rows], rate) @ a_RK.mT
+                mask_CK = torch.empty_like(h_TK[rows], dtype=torch.bool).bernoulli_(1 - rate)
+                inner_TR[rows] = _dropped(h_TK[rows], mask_CK, rate) @ a_RK.mT
+                bits[rows] = pack_bits(mask_CK)
         y.view(-1, y.shape[-1]).addmm_(inner_TR, b_NR.mT, alpha=scaling)
-        ctx.save_for_backward(x, up, a_RK, b_NR, dense_NK, inner_TR, mask_TK)
+        ctx.save_for_backward(x, up, a_RK, b_NR, dense_NK, inner_TR, bits)
         ctx.weight, ctx.scaling, ctx.rate = weight, scaling, rate
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, up, a_RK, b_NR, dense_NK, inner_TR, mask_TK = ctx.saved_tensors
+        x, up, a_RK, b_NR, dense_NK, inner_TR, bits = ctx.saved_tensors
         of_x, of_up, of_a, of_b = ctx.needs_input_grad[:4]
         grad_TN = grad.reshape(-1, grad.shape[-1])
         grad_b = (grad_TN.mT @ inner_TR).mul_(ctx.scaling) if of_b else None
         slope_TR = (grad_TN @ b_NR).mul_(ctx.scaling)
-        grad_a = _gradient_of_a(slope_TR, x, up, mask_TK, ctx.rate) if of_a else None
+        grad_a = _gradient_of_a(slope_TR, x, up, bits, ctx.rate) if of_a else None
         grad_x = grad_up = None
         if of_x or of_up:
             grad_h = ctx.weight.gradient(grad_TN, dense_NK)
-            if mask_TK is None:
+            if bits is None:
                 grad_h.addmm_(slope_TR, a_RK)
             else:
                 for rows in _rows_of(grad_h):
-                    grad_h[rows] += _dropped(slope_TR[rows] @ a_RK, mask_TK[rows], ctx.rate)
-                mask_TK = None
+                    mask_CK = unpack_bits(bits[rows], grad_h.shape[1])
+                    grad_h[rows] += _dropped(slope_TR[rows] @ a_RK, mask_CK, ctx.rate)
             grad_x = grad_h.view(x.shape)
             if up is not None:
                 grad_up = F.silu(x).mul_(grad_x) if of_up else None
@@ -144,18 +147,18 @@ class LoraFunction(torch.autograd.Function):
 
 
 def _gradient_of_a(
-    slope_TR: torch.Tensor, x: torch.Tensor, up: torch.Tensor | None, mask_TK: torch.Tensor | None, rate: float
+    slope_TR: torch.Tensor, x: torch.Tensor, up: torch.Tensor | None, bits: torch.Tensor | None, rate: float
 ) -> torch.Tensor:
     """``slope^T dropout(h)``; what is made anew for that, a few rows at a time."""
     x_TK = x.reshape(-1, x.shape[-1])
-    if up is None and mask_TK is None:
+    if up is None and bits is None:
         return slope_TR.mT @ x_TK
     up_TK = None if up is None else up.reshape(x_TK.shape)
     sum_RK = torch.zeros(slope_TR.shape[1], x_TK.shape[1], dtype=torch.float32, device=x.device)
     for rows in _rows_of(x_TK):
         h_CK = x_TK[rows] if up_TK is None else F.silu(x_TK[rows]).mul_(up_TK[rows])
-        if mask_TK is not None:
-            h_CK = _dropped(h_CK, mask_TK[rows], rate)
+        if bits is not None:
+            h_CK = _dropped(h_CK, unpack_bits(bits[rows], x_TK.shape[1]), rate)
         sum_RK += slope_TR[rows].mT @ h_CK
     return sum_RK.to(slope_TR.dtype)
 
@@ -163,6 +166,22 @@ def _gradient_of_a(
 def _dropped(h_CK: torch.Tensor, mask_CK: torch.Tensor, rate: float) -> torch.Tensor:
     """Dropout with a given mask."""
     return (h_CK * mask_CK).mul_(1 / (1 - rate))
+
+
+def pack_bits(mask_CK: torch.Tensor) -> torch.Tensor:
+    """Eight numbers of a mask in a byte [C, K / 8]."""
+    missing = -mask_CK.shape[1] % 8
+    whole_CK = F.pad(mask_CK, (0, missing)) if missing else mask_CK
+    return (whole_CK.view(mask_CK.shape[0], -1, 8) * _powers(mask_CK)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: torch.Tensor, columns: int) -> torch.Tensor:
+    """The mask [C, K] again."""
+    return (bits[..., None] & _powers(bits)).ne(0).flatten(1)[:, :columns]
+
+
+def _powers(like: torch.Tensor) -> torch.Tensor:
+    return 1 << torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
 def _rows_of(matrix: torch.Tensor) -> Iterator[slice]:
