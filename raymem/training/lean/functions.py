@@ -18,6 +18,10 @@ from raymem.training.lean.nf4 import Weight
 _CHUNK_BYTES = 16 << 20
 """Of temporaries that are worked through by rows."""
 
+_NINTHS = 0x8040201008040201 - (1 << 64)
+"""Bits 0, 9, 18, ... 63: a product with it has copies of a number at distances of nine bits."""
+_LOWEST = 0x0101010101010101
+
 
 class NormFunction(torch.autograd.Function):
     """The module's own forward pass; backward starts from the input, in fp32 and a few rows at a time.
@@ -169,19 +173,16 @@ def _dropped(h_CK: torch.Tensor, mask_CK: torch.Tensor, rate: float) -> torch.Te
 
 
 def pack_bits(mask_CK: torch.Tensor) -> torch.Tensor:
-    """Eight numbers of a mask in a byte [C, K / 8]."""
+    """Eight numbers of a mask in a byte [C, K / 8]: bytes of an integer, whose copies meet in its highest byte."""
     missing = -mask_CK.shape[1] % 8
     whole_CK = F.pad(mask_CK, (0, missing)) if missing else mask_CK
-    return (whole_CK.view(mask_CK.shape[0], -1, 8) * _powers(mask_CK)).sum(-1, dtype=torch.uint8)
+    return (whole_CK.view(torch.int64) * _NINTHS >> 56).to(torch.uint8)
 
 
 def unpack_bits(bits: torch.Tensor, columns: int) -> torch.Tensor:
-    """The mask [C, K] again."""
-    return (bits[..., None] & _powers(bits)).ne(0).flatten(1)[:, :columns]
-
-
-def _powers(like: torch.Tensor) -> torch.Tensor:
-    return 1 << torch.arange(8, dtype=torch.uint8, device=like.device)
+    """The mask [C, K] again: of the copies of a byte, the highest bit in each byte of an integer."""
+    spread = (bits.to(torch.int64).mul_(_NINTHS) >> 7).bitwise_and_(_LOWEST)
+    return spread.view(torch.bool)[:, :columns]
 
 
 def _rows_of(matrix: torch.Tensor) -> Iterator[slice]:
