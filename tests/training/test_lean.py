@@ -124,6 +124,23 @@ def test_dropout_is_that_of_its_mask() -> None:
             torch.testing.assert_close(one, other)
 
 
+def test_an_mlp_that_clamps_is_left_as_it_is() -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    class Clamping(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.gate_proj(x).clamp(max=50.0), self.up_proj(x).clamp(-50.0, 50.0)
+            made: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
+            return made
+
+    options = {key: value for key, value in FAMILIES["llama"].items() if key != "model_type"}
+    config = AutoConfig.for_model("llama", **options)
+    for kind in (LlamaMLP, Clamping):
+        module = kind(config)
+        lean.install(module)
+        assert ("forward" in module.__dict__) == (kind is LlamaMLP)
+
+
 def test_masks_are_packed_without_loss() -> None:
     for columns in (8, 13, 64):
         mask = torch.rand(5, columns) < 0.5
