@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Weight:
             return None
         if kind is nn.Linear:
             return Weight(layer, packed=False) if weight.dtype == dtype else None
-        packed = kind.__module__.startswith("bitsandbytes.") and kind.__name__ == "Linear4bit"
+        packed = kind.__name__ == "Linear4bit" and getattr(weight, "quant_state", None) is not None
         return Weight(layer, packed=True) if packed and getattr(layer, "compute_dtype", None) == dtype else None
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,13 +89,11 @@ class Weight:
 
     def _unpacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed weight [N, K / 2] and fp32 scales [N, K / blocksize]; one row where rows share a block."""
-        import bitsandbytes.functional as bnb
-
         weight = self._layer.weight
         state = weight.quant_state
         scales: torch.Tensor = state.absmax
         if state.nested:
-            scales = bnb.dequantize_blockwise(scales, state.state2)
+            scales = _library(state).dequantize_blockwise(scales, state.state2)
             scales += state.offset
         rows = state.shape[0] if state.shape[1] % state.blocksize == 0 else 1
         return weight.detach().view(rows, -1), scales.float().view(rows, -1)
@@ -102,10 +101,17 @@ class Weight:
 
 def _dequantised(packed_NK: torch.Tensor, scales: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """[N, K] of some rows or columns; straight in the dtype of the product."""
-    shape = [packed_NK.shape[0], 2 * packed_NK.shape[1]]
-    if packed_NK.shape[0] == 1:
-        shape = list(state.shape)
-    made: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed_NK.reshape(-1, 1), scales.reshape(-1), state.blocksize, state.quant_type, shape, dtype
-    )
+    whole = packed_NK.shape[0] == 1
+    shape = state.shape if whole else torch.Size((packed_NK.shape[0], 2 * packed_NK.shape[1]))
+    library = _library(state)
+    part = library.QuantState(
+        absmax=scales.reshape(-1), shape=shape, code=state.code, blocksize=state.blocksize, quant_type=state.quant_type,
+        dtype=dtype,
+    )  # fmt: skip
+    made: torch.Tensor = library.dequantize_4bit(packed_NK.reshape(-1, 1), part)
     return made
+
+
+def _library(state: Any) -> Any:
+    """What reads weights with such a state: bitsandbytes, or what stands in its place."""
+    return sys.modules[type(state).__module__]
