@@ -204,8 +204,10 @@ class Tracer(TorchDispatchMode):
             return self.attributed
         if phase in ("forward", "evaluation", "selection"):
             return "activations"
-        # What checkpointing computes again within backward runs with gradients on, backward itself never does.
-        return "activations" if phase == "backward" and torch.is_grad_enabled() else "workspace"
+        # What checkpointing computes again within backward runs with gradients on, or within modules; backward itself
+        # never does.
+        again = phase == "backward" and (torch.is_grad_enabled() or bool(self._modules))
+        return "activations" if again else "workspace"
 
     def _see(self, tensor: torch.Tensor, operation: str) -> None:
         for storage in _storages(tensor):

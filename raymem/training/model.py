@@ -14,7 +14,7 @@ from raymem.errors import ModelError, RecipeError
 from raymem.memory import nf4
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.seeds import derive
-from raymem.training import activations, adapter, loss, selection, weights
+from raymem.training import activations, adapter, lean, loss, selection, weights
 from raymem.training.base import base_name
 from raymem.training.layout import Layout, shard
 from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
@@ -64,6 +64,8 @@ def build_model(
     if isinstance(recipe.activations, Checkpointing):
         bare.activation_checkpointing_enable({"use_reentrant": False})
     model: nn.Module = adapter.attach(bare, recipe, trainable_dtype(recipe))
+    if getattr(recipe.activations, "scope", None) != "linear":  # it follows what stock layers keep
+        lean.install(model)
     model.train()
     loss.prepare(model, recipe.loss.kind)
     if layout.sharded:

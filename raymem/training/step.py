@@ -81,6 +81,7 @@ def train_step(
             share = forward_loss_sum(model, batch, mixed=mixed) * (world_size / global_targets)
             torch.autograd.backward(share)
         loss += share.detach()
+        del share  # with it go the embeddings of this micro-batch and their gradient
     if world_size > 1:
         dist.all_reduce(loss)
         loss /= world_size

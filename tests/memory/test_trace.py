@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,33 @@ def test_what_checkpointing_repeats_in_backward_is_activations() -> None:
     assert repeated and {record.category for record in repeated} == {"activations"}
     temporaries = {c.record.category for c in tracer.changes if c.record.operation == "aten::tanh_backward"}
     assert temporaries == {"workspace"}
+
+
+def test_what_a_module_repeats_without_gradients_is_activations_too() -> None:
+    """As in the forward pass of an autograd function."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.cosh()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad.sinh()
+
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Doubled.apply(x)  # type: ignore[no-untyped-call,no-any-return]
+
+    block, x = Block(), torch.ones(FLOATS, requires_grad=True)
+    with Tracer() as tracer:
+        handles = tracer.watch(block)
+        tracer.phase = "forward"
+        checkpoint(lambda x: block(x).tanh(), x, use_reentrant=False).sum().backward()
+        for handle in handles:
+            handle.remove()
+    made = {(c.record.operation, c.record.category) for c in tracer.changes if c.phase == "backward"}
+    assert ("aten::cosh", "activations") in made and ("aten::sinh", "workspace") in made
 
 
 def test_resized_storages_are_followed() -> None:

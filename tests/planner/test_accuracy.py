@@ -71,9 +71,11 @@ def test_the_peak_with_4_bit_weights(activations: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     wide = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 256, "head_dim": 32}
     model = save_model(tmp_path / "model", **wide)
+    # With so many tokens that oneDNN's copies of weights are a small part (docs/planner.md).
+    train = {"precision": "bf16", "global_batch": 8, "micro_batch": 8}
     check(
         make_recipe(
-            {"base": {"quantize": "nf4"}, "train": {"precision": "bf16"}, "data": {"sequence_length": LENGTH}},
+            {"base": {"quantize": "nf4"}, "train": train, "data": {"sequence_length": 2 * LENGTH}},
             {"activations": activations},
             model=model,
         )

@@ -65,18 +65,18 @@ def test_model_code_that_decides_by_values_gives_a_rough_figure_and_the_operatio
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
-    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    forward = LlamaMLP.forward
+    forward = LlamaDecoderLayer.forward
 
-    def deciding(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return forward(self, x) if x.sum().item() > 0 else x
+    def deciding(self: Any, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return forward(self, x, **kwargs) if x.sum().item() > 0 else x
 
-    monkeypatch.setattr(LlamaMLP, "forward", deciding)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", deciding)
     recipe = case("lora")
     rough = planned(recipe, traced=False)
     assert rough.note is not None and "_local_scalar_dense" in rough.note
-    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     exact = planned(recipe)
     assert rough.state == exact.state
     assert 0.4 < rough.peak_bytes / exact.peak_bytes < 2.5
