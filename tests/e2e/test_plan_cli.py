@@ -37,7 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_json_has_every_term_and_the_verdict(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app("plan", recipe, "--json", "--budget", "1GiB") == 0
     found = json.loads(capsys.readouterr().out)
-    terms = ("weights", "trainable", "gradients", "optimizer", "activations", "workspace")
+    terms = ("weights", "trainable", "gradients", "optimizer", "activations", "loss", "workspace")
     assert sum(found[f"{term}_bytes"] for term in terms) == found["peak_bytes"]
     assert found["verdict"] == "fits"
     assert found["headroom_bytes"] == (1 << 30) - found["capacity_bytes"]
