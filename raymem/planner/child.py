@@ -131,8 +131,9 @@ def _rough(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
     outside = facts.context_bytes + 2 * facts.cublas_bytes if target.kind == "cuda" else 0
     return Plan(
         device=target.kind, gpu=job["gpu"], num_workers=target.num_workers, traced=False, note=job["problem"],
-        peak_bytes=peak, step_peak_bytes=peak, terms=terms, phases={}, state=state, reserved_bytes=peak,
-        capacity_bytes=peak + outside, expandable_bytes=peak, outside_bytes=outside, top=[], timeline=[],
+        peak_bytes=peak, step_peak_bytes=peak, terms=terms, term_peaks=terms, phases={}, state=state,
+        reserved_bytes=peak, capacity_bytes=peak + outside, expandable_bytes=peak, outside_bytes=outside,
+        top=[], timeline=[],
     )  # fmt: skip
 
 

@@ -35,12 +35,24 @@ def make_plan(session: Session, target: Target, gpu: str | None) -> Plan:
         peak_bytes=peak.num_bytes,
         step_peak_bytes=steps.num_bytes,
         terms=_complete(peak.by_category),
+        term_peaks=_term_peaks(changes),
         phases=phases,
         state=session.state,
         top=_top(changes, peak.at),
         timeline=_timeline(changes, peak.at),
         **held,
     )
+
+
+def _term_peaks(changes: list[Change]) -> dict[str, int]:
+    """The most that each term has by itself, leaving out the step that does not count."""
+    sums, most = dict.fromkeys(CATEGORIES, 0), dict.fromkeys(CATEGORIES, 0)
+    for change in changes:
+        category = change.record.category
+        sums[category] += change.num_bytes
+        if change.step != 1 and sums[category] > most[category]:
+            most[category] = sums[category]
+    return {name: max(most[name], sums[name]) for name in CATEGORIES}  # what step 1 made and is still there counts
 
 
 def _complete(by_category: Any) -> dict[str, int]:

@@ -55,6 +55,8 @@ class Plan:
     """The same over an optimizer step alone: what a run's meter measures."""
     terms: dict[str, int]
     """Category -> bytes at the peak."""
+    term_peaks: dict[str, int]
+    """Category -> most bytes of it at any moment, which may be another one than the peak."""
     phases: dict[str, dict[str, int]]
     """Phase -> category -> bytes at the peak of that phase, and ``peak_bytes``."""
     state: dict[str, int]

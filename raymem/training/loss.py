@@ -68,9 +68,15 @@ def prepare(model: nn.Module, kind: str) -> None:
     """
     bare = _bare(model)
     bare.__dict__[_ATTRIBUTE] = _choose(bare, kind)
-    # A bound method, so that a copy of the model gets its own; with the signature that libraries look at.
-    forward = functools.wraps(type(bare).forward)(_forward)
-    bare.__dict__["forward"] = types.MethodType(forward, bare)
+
+    @functools.wraps(type(bare).forward)  # libraries look at the signature
+    def forward(self: Any, *args: Any, targets: Targets | None = None, **inputs: Any) -> Any:
+        if targets is None:
+            return type(self).forward(self, *args, **inputs)
+        assert not args, "a batch comes by name"
+        return _loss_sum(self, inputs, targets)
+
+    bare.__dict__["forward"] = types.MethodType(forward, bare)  # bound, so that a copy of the model gets its own
 
 
 def is_chunked(model: nn.Module) -> bool:
@@ -83,14 +89,11 @@ def _bare(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def _forward(self: Any, *args: Any, targets: Targets | None = None, **inputs: Any) -> Any:
-    if targets is None:
-        return type(self).forward(self, *args, **inputs)
-    assert not args
-    choice: Choice = self.__dict__[_ATTRIBUTE]
+def _loss_sum(model: Any, inputs: dict[str, Any], targets: Targets) -> torch.Tensor:
+    choice: Choice = model.__dict__[_ATTRIBUTE]
     if choice.chunked:
-        return chunked_loss.chunked_loss_sum(self, inputs, *targets, replay=choice.replay)
-    return _full_loss_sum(self, inputs, targets)
+        return chunked_loss.chunked_loss_sum(model, inputs, *targets, replay=choice.replay)
+    return _full_loss_sum(model, inputs, targets)
 
 
 def _full_loss_sum(model: Any, inputs: dict[str, Any], targets: Targets) -> torch.Tensor:

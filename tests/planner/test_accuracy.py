@@ -119,11 +119,7 @@ def test_the_peak_of_many_words(name: str, precision: str, loss: str) -> None:
         *FRAGMENTS[name],
     )
     check(recipe)
-    changes = trace_session(recipe, Target.of(recipe)).changes
-    alive = peak = 0
-    for change in changes:
-        alive += change.num_bytes * (change.record.category == "loss")
-        peak = max(peak, alive)
+    peak = make_plan(trace_session(recipe, Target.of(recipe)), Target.of(recipe), None).term_peaks["loss"]
     logits_bytes = rows * length * WORDS * 4
     if loss == "full":
         assert peak >= 3 * logits_bytes

@@ -11,6 +11,8 @@ from raymem.memory.trace import Tracer, attribute
 from raymem.methods.chunked_loss import cross_entropy_sum, rows
 from raymem.methods.chunked_loss.rows import rows_per_chunk
 
+pytestmark = pytest.mark.numerics
+
 N, H, V = 70, 24, 301
 TOLERANCE = {torch.float32: (1e-6, 1e-5), torch.bfloat16: (1e-3, 1e-2)}
 """dtype -> relative difference of the loss, and of gradients in norm."""
