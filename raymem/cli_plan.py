@@ -131,8 +131,7 @@ def _print(
     say = console.out.print
     if not found.traced:
         say(f"[bold]rough figure by formulas[/bold]: the model's code could not be traced ({found.note})")
-    # Numbers are never cut: a narrow terminal wraps the lines instead.
-    say(console.plan_table(found.terms, found.phases), crop=False, width=max(console.out.width, 110))
+    console.print_whole(console.plan_table(found.terms, found.phases))
     say(f"peak of what is allocated: {bytes_text(found.peak_bytes)}")
     if found.term_peaks["loss"] > found.terms["loss"]:
         say(f"the loss has its own highest moment elsewhere: {bytes_text(found.term_peaks['loss'])}")

@@ -121,6 +121,16 @@ def plan_table(terms: Mapping[str, int], phases: Mapping[str, Mapping[str, int]]
     return table
 
 
+def print_whole(table: Table) -> None:
+    """Print a table of numbers, none of them cut; a terminal that is too narrow wraps the lines."""
+    width = out.width
+    out.width = max(width, out.measure(table, options=out.options.update(width=1000)).maximum)
+    try:
+        out.print(table, crop=False)
+    finally:
+        out.width = width
+
+
 def holders_table(rows: Sequence[tuple[str, str, str, int, int]]) -> Table:
     """The largest holders at the peak: name, category, operation, bytes, how many tensors."""
     table = Table(box=None, pad_edge=False)
