@@ -20,6 +20,8 @@ _SIZES = {
     "num_layers": LAYERS,
     "num_hidden_layers": LAYERS,
     "vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": HEAD_DIM,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -43,6 +45,9 @@ _SIZES = {
     "num_kv_shared_layers": 0,
     "state_size": 8,
     "mamba_d_state": 8,
+    "mamba_d_head": HEAD_DIM,
+    "mamba_n_groups": 1,
+    "n_groups": 1,
     "mamba_chunk_size": 16,
     "chunk_size": 16,
 }
@@ -92,6 +97,11 @@ def _shrink(values: dict[str, Any], config: Any) -> None:
     values.update({name: size for name, size in sizes.items() if values.get(name) is not None})
     if head_dim is not None:
         values["head_dim"] = HEAD_DIM
+    for expand, count in (("expand", "num_heads"), ("mamba_expand", "mamba_n_heads")):
+        if expand in values and count in values:  # heads of a state space share what the hidden size expands to
+            values[count] = int(values[expand] * hidden) // HEAD_DIM
+    if values.get("mamba_d_ssm") is not None:
+        values["mamba_d_ssm"] = values["mamba_n_heads"] * HEAD_DIM
     if values.get("sliding_window") is not None:
         values["sliding_window"] = 5  # shorter than the text, so that it counts
     for name, value in values.items():

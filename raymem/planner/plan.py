@@ -40,6 +40,7 @@ def make_plan(session: Session, target: Target, gpu: str | None) -> Plan:
         state=session.state,
         top=_top(changes, peak.at),
         timeline=_timeline(changes, peak.at),
+        loss_note=session.loss_note,
         **held,
     )
 

@@ -32,7 +32,7 @@ from raymem.planner.replica import FakeReplica
 from raymem.planner.values import Target
 from raymem.training.data.batches import Batch
 from raymem.training.layout import Layout
-from raymem.training.loss import forward_loss_sum
+from raymem.training.loss import forward_loss_sum, why_full
 from raymem.training.model import build_model, load_config
 from raymem.training.optim import Updater, build_updater
 from raymem.training.recipe import Recipe
@@ -52,6 +52,8 @@ class Session:
     """Category -> bytes of weights, trainable, gradients and optimizer of one worker, when all are there."""
     rehearsed: bool
     """Whether step 1 was taken too, rather than only its optimizer state made."""
+    loss_note: str | None
+    """Why the loss is not taken in chunks although the recipe leaves that open."""
 
 
 def trace_session(recipe: Recipe, target: Target, limit_bytes: int | None = None) -> Session:
@@ -125,7 +127,7 @@ def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | No
         runner.run(limit_bytes)
         state = runner.state_bytes()
         changes = list(tracer.changes)
-    return Session(changes, tracer.operations.total(), state, runner.rehearsed)
+    return Session(changes, tracer.operations.total(), state, runner.rehearsed, why_full(bare))
 
 
 class _Runner:

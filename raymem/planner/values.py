@@ -79,6 +79,8 @@ class Plan:
     """``model``, or ``shipped`` if raymem's own shape of it was planned, since the Hub could not be asked."""
     config_note: str | None = None
     """Why it is the shipped one, in a sentence."""
+    loss_note: str | None = None
+    """Why ``loss: auto`` is ``full`` for this model, in a sentence."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -68,6 +68,8 @@ def prepare(model: nn.Module, kind: str) -> None:
     """
     bare = _bare(model)
     bare.__dict__[_ATTRIBUTE] = _choose(bare, kind)
+    if (note := why_full(model)) is not None:
+        log.warning(note)
 
     @functools.wraps(type(bare).forward)  # libraries look at the signature
     def forward(self: Any, *args: Any, targets: Targets | None = None, **inputs: Any) -> Any:
@@ -83,6 +85,17 @@ def is_chunked(model: nn.Module) -> bool:
     """Whether a prepared model takes its loss in chunks."""
     choice: Choice = _bare(model).__dict__[_ATTRIBUTE]
     return choice.chunked
+
+
+def why_full(model: nn.Module) -> str | None:
+    """In a sentence, why a prepared model of ``loss: auto`` does not take its loss in chunks; None if it does."""
+    bare = _bare(model)
+    choice: Choice = bare.__dict__[_ATTRIBUTE]
+    if choice.reason is None:
+        return None
+    return (
+        f"loss: auto is full for {type(bare).__name__}, because the chunked loss is not right for it: {choice.reason}"
+    )
 
 
 def _bare(model: Any) -> Any:
@@ -127,8 +140,6 @@ def _choose(bare: Any, kind: str) -> Choice:
         raise RecipeError(
             f"loss: chunked is not right for {name}: {choice.reason}; use loss: full, or auto, which takes it by itself"
         )
-    if not choice.chunked:
-        log.warning("loss: auto is full for %s, because the chunked loss is not right for it: %s", name, choice.reason)
     return choice
 
 

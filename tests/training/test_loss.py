@@ -17,7 +17,7 @@ from raymem.methods.chunked_loss import choice
 from raymem.methods.chunked_loss.probing import Verdict
 from raymem.training.data.batches import Batch
 from raymem.training.layout import Layout, replicate
-from raymem.training.loss import forward_loss_sum, is_chunked, prepare
+from raymem.training.loss import forward_loss_sum, is_chunked, prepare, why_full
 from raymem.training.model import build_model
 from raymem.training.recipe import Recipe
 
@@ -167,6 +167,7 @@ def test_where_it_is_not_right_auto_says_so_and_chunked_is_refused(caplog: pytes
     assert not is_chunked(model)
     (line,) = [r.getMessage() for r in caplog.records if "loss:" in r.getMessage()]
     assert "LlamaForCausalLM" in line and "its logits look ahead" in line
+    assert line == why_full(model)
     with pytest.raises(RecipeError, match=r"loss: chunked is not right for LlamaForCausalLM: .*; use loss: full"):
         build_model(make_recipe(config_of("llama"), {"loss": "chunked"}))
     assert not is_chunked(build_model(make_recipe(config_of("llama"), {"loss": "full"})))
