@@ -16,7 +16,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from raymem.errors import RaymemError
-from raymem.planner.lean import compiler_is_put_off, do_without
+from raymem.planner.imports import compiler_is_put_off, do_without
 from raymem.planner.shapes import located
 from raymem.planner.values import Above, Plan, Target
 from raymem.training.recipe import Recipe
