@@ -23,6 +23,7 @@ LAYERS = {
     "raymem": 0,
     "raymem.errors": 0,
     "raymem.cache": 0,
+    "raymem.api": 4,
     "raymem.linalg": 0,
     "raymem.memory": 0,
     "raymem.methods": 1,

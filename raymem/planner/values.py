@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from raymem.memory.budget import Verdict, verdict
+from raymem.memory.budget import Verdict, parse_bytes, verdict
 from raymem.training.recipe import Recipe
 
 
@@ -84,6 +84,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def fits(self, budget: str | int) -> bool:
+        """Whether a worker's device with so much memory (``24GiB``, or bytes) is enough. Raises ValueError."""
+        return self.capacity_bytes <= (parse_bytes(budget) if isinstance(budget, str) else budget)
 
     def verdict(self, budget_bytes: int) -> Verdict:
         """Compare with a budget per worker device."""

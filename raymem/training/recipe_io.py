@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: missing or malformed file, unknown key, bad value, or parts that do not go together.
     """
     path = Path(path)
-    raw = read_yaml(path)
-    raw.setdefault("name", path.stem)
+    return recipe_of({"name": path.stem, **read_yaml(path)}, overrides, place=str(path))
+
+
+def recipe_of(raw: Mapping[str, Any], overrides: Sequence[str] = (), place: str = "recipe") -> Recipe:
+    """The recipe of a plain dict, as :func:`load_recipe` makes it of a file; the dict is left as it is.
+
+    Raises:
+        RecipeError: as there.
+    """
+    changed = copy.deepcopy(dict(raw))
     for override in overrides:
-        _apply_override(raw, override)
-    return parse_recipe(raw, place=str(path), base_dir=Path.cwd())
+        _apply_override(changed, override)
+    return parse_recipe(changed, place=place, base_dir=Path.cwd())
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,0 +1,18 @@
+# The same names for type checkers, which do not see what loads on first use.
+from raymem import errors as errors
+from raymem.api import EvaluationResult as EvaluationResult
+from raymem.api import SweepResult as SweepResult
+from raymem.api import TrainResult as TrainResult
+from raymem.api import evaluate as evaluate
+from raymem.api import load as load
+from raymem.api import load_recipe as load_recipe
+from raymem.api import merge as merge
+from raymem.api import plan as plan
+from raymem.api import sweep as sweep
+from raymem.api import train as train
+from raymem.planner.module import plan_module as plan_module
+from raymem.planner.values import Plan as Plan
+from raymem.training.recipe import Recipe as Recipe
+
+__version__: str
+__all__: list[str]

@@ -1,0 +1,223 @@
+"""The public Python API: what the commands do, as functions. ``import raymem`` gives all of it.
+
+A recipe is given as a :class:`raymem.Recipe`, as the path of a YAML file, or as a plain dict of the same keys. Every
+function raises :class:`raymem.errors.RaymemError` for what is the user's to mend, with place, value, rule and cure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raymem.errors import BudgetError
+from raymem.memory.budget import parse_bytes
+from raymem.planner.values import Plan
+from raymem.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RecipeLike = Recipe | str | Path | Mapping[str, Any]
+OnMetrics = Callable[[Sequence[Mapping[str, float]]], None]
+"""Called in this process with one or more rows of metrics: step, loss, lr, eval_loss, ..."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left."""
+
+    artifact: str
+    """Path or URI of the PEFT or model directory."""
+    steps: int
+    loss: float | None
+    """Training loss of the last step; None if the run was complete already."""
+    eval_loss: float | None
+    peak_bytes: int | None
+    """Measured peak of one worker, the highest over all."""
+    predicted_peak_bytes: int | None
+    """What it was planned to be; None if the recipe has no budget and was not planned before."""
+    run_id: str | None
+    """MLflow run."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Loss over the recipe's evaluation data."""
+
+    artifact: str
+    loss: float
+    """Mean cross-entropy per target token, in nats."""
+    perplexity: float
+    num_targets: int
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a finished sweep left."""
+
+    folder: Path
+    """Report, journal and best recipe."""
+    best: Path | None
+    """Recipe of the best trial, ready to train; None if no trial finished."""
+    trials: list[dict[str, Any]]
+    run_id: str | None
+    """MLflow run whose children are the trials."""
+
+
+def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check it.
+
+    Args:
+        recipe: path of a YAML file, or a plain dict; a Recipe is taken as it is.
+        overrides: ``path=value`` as the commands' ``--set`` takes them.
+
+    Raises:
+        RecipeError: one line per problem.
+    """
+    from raymem.training import recipe_io
+
+    if isinstance(recipe, str | Path):
+        return recipe_io.load_recipe(Path(recipe), overrides)
+    if isinstance(recipe, Recipe):
+        return recipe_io.recipe_of(recipe.to_dict(), overrides) if overrides else recipe
+    return recipe_io.recipe_of({"name": "run", **recipe}, overrides)
+
+
+def plan(recipe: RecipeLike, *, gpu: str | None = None) -> Plan:
+    """Predict the peak memory of one worker, per term; needs neither its memory nor a GPU.
+
+    Args:
+        gpu: kind of GPU, such as ``H100-80GB``; by default what the recipe says.
+
+    Raises:
+        RaymemError: the recipe does not go with its model, or an unknown GPU.
+    """
+    from raymem.planner import plan_recipe, settle_micro_batch
+
+    return plan_recipe(settle_micro_batch(load_recipe(recipe), gpu=gpu, status=lambda text: None), gpu=gpu)
+
+
+def train(
+    recipe: RecipeLike, *, fresh: bool = False, force: bool = False, on_metrics: Sequence[OnMetrics] = ()
+) -> TrainResult:
+    """Train a recipe to its end; a run of the same name on the same storage is resumed.
+
+    With ``scaling.num_workers: 0`` in this process, otherwise on Ray workers (a running cluster, or one of its own).
+
+    Args:
+        fresh: set an existing run of this name aside and start over.
+        force: train even if more is predicted than the recipe's budget.
+
+    Raises:
+        RaymemError: the last good checkpoint stays.
+    """
+    from raymem.cluster.trainer import launch
+
+    finished = launch(load_recipe(recipe), fresh=fresh, force=force, listeners=list(on_metrics))
+    outcome = finished.outcome
+    return TrainResult(
+        artifact=outcome.artifact,
+        steps=outcome.steps,
+        loss=outcome.loss,
+        eval_loss=outcome.eval_loss,
+        peak_bytes=outcome.peak_bytes,
+        predicted_peak_bytes=finished.predicted_peak_bytes,
+        run_id=finished.tracking.run_id,
+    )
+
+
+def evaluate(recipe: RecipeLike, *, artifact: str | Path | None = None) -> EvaluationResult:
+    """Loss and perplexity over the recipe's evaluation data.
+
+    Args:
+        artifact: PEFT or model directory, or ``base`` for the model without an adapter; by default the run's result.
+
+    Raises:
+        RaymemError: no evaluation data, or nothing to evaluate.
+    """
+    from raymem.cluster.evaluation import evaluate_recipe
+
+    done = evaluate_recipe(load_recipe(recipe), None if artifact is None else str(artifact))
+    return EvaluationResult(done.artifact, done.result.loss, done.result.perplexity, done.result.num_targets)
+
+
+def sweep(
+    recipe: RecipeLike,
+    space: str | Path | Mapping[str, Any] | None = None,
+    *,
+    budget: str | int | None = None,
+    gpu: str | None = None,
+    samples: int = 50,
+    metrics: Sequence[str] = ("eval_loss",),
+    algorithm: str = "tpe",
+    name: str | None = None,
+    fresh: bool = False,
+) -> SweepResult:
+    """Search ranks, sparsity and methods; only what is predicted to fit is started. A sweep of the same name goes on.
+
+    Args:
+        space: name of a space that ships with raymem (``joint``), path of a Python or YAML file, or its dimensions as
+            a dict; by default the recipe's own ``space``.
+        budget: memory of one worker's device, such as ``24GiB`` or in bytes; by default the recipe's, or the GPU's.
+        gpu: kind of GPU that it is planned for.
+        samples: trials to start.
+        metrics: what to minimise; several look for their Pareto front.
+        algorithm: ``tpe``, ``nsga2``, ``random`` or ``grid``.
+        name: of the sweep; by default the recipe's with ``-sweep``.
+
+    Raises:
+        RaymemError: there is no budget, or nothing in the space fits.
+    """
+    import dataclasses
+
+    from raymem.cluster.search import Objective
+    from raymem.cluster.sweep import SweepOptions
+    from raymem.cluster.sweep import sweep as run_sweep
+    from raymem.memory.devices import gpu_named
+    from raymem.training.space_io import load_space
+
+    loaded = load_recipe(recipe)
+    if isinstance(space, Mapping):
+        loaded, space = load_recipe({**loaded.to_dict(), "space": dict(space)}), None
+    given = budget if budget is not None else None if gpu is not None else loaded.budget
+    if given is None and gpu is None:
+        raise BudgetError("there is no budget to search under; give budget='24GiB', gpu='H100-80GB', or recipe.budget")
+    limit = gpu_named(gpu or "").capacity_bytes if given is None else _bytes(given)
+    found = load_space(None if space is None else str(space), loaded)
+    named = loaded.model_copy(update={"name": name or f"{loaded.name[:57]}-sweep"})
+    options = SweepOptions(limit, samples, Objective(tuple(metrics)), algorithm, gpu=gpu)
+    done = run_sweep(named, found, options, fresh=fresh)
+    best = done.folder / "report" / "best.yaml"
+    trials = [dataclasses.asdict(row) for row in done.rows]
+    return SweepResult(done.folder, best if best.exists() else None, trials, done.run_id)
+
+
+def merge(adapter: str | Path, output: str | Path) -> Path:
+    """Fold an adapter into its base, in the base's own dtype; returns the model directory.
+
+    Raises:
+        RaymemError: no adapter there, its base cannot be loaded, or ``output`` exists.
+    """
+    from raymem.training.inference import merge as merge_adapter
+
+    return merge_adapter(adapter, output)
+
+
+def load(artifact: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (in its stored dtype, evaluation mode) and tokenizer of a PEFT or model directory.
+
+    Raises:
+        RaymemError: it is neither, or the base that the adapter names cannot be loaded.
+    """
+    from raymem.training.inference import load_artifact
+
+    return load_artifact(artifact)
+
+
+def _bytes(amount: str | int) -> int:
+    try:
+        return parse_bytes(amount) if isinstance(amount, str) else amount
+    except ValueError as error:
+        raise BudgetError(f"budget: {error}") from None

@@ -1,0 +1,141 @@
+"""The planner for a training loop that is no recipe: any module, optimizer and loss."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from raymem.errors import PlanError
+from raymem.memory import kernels
+from raymem.memory.devices import gpu_named
+from raymem.memory.target import planned_for
+from raymem.memory.trace import Tracer
+from raymem.planner.fake import fakeify, shims
+from raymem.planner.fake_cache import OutputCache
+from raymem.planner.plan import make_plan
+from raymem.planner.session import MEASURED, Session
+from raymem.planner.values import Plan, Target
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Loss = Callable[..., torch.Tensor]
+
+
+def plan_module(
+    model: nn.Module, optimizer: MakeOptimizer, loss: Loss, *inputs: Any, gpu: str | None = None
+) -> Plan:  # fmt: skip
+    """Predict the peak memory of one training step of a module on one device: forward, backward, update.
+
+    The loop is ``loss(model, *inputs).backward(); optimizer.step(); optimizer.zero_grad()``, traced on fake tensors in
+    this process; nothing is computed, and ``model`` is left as it is. What is counted is the second step, when the
+    optimizer has its state.
+
+    Args:
+        model: its weights may lie on the meta device (``with torch.device("meta"): model = ...``).
+        optimizer: called with the list of trained parameters. Give torch's optimizers ``fused=True`` or
+            ``foreach=True`` as the real loop has it: their default depends on the device.
+        loss: gives a scalar.
+        inputs: tensors, or containers of them, of which only shapes and dtypes count; such on the meta device will do.
+        gpu: kind of GPU, such as ``H100-80GB``; by default a CPU is planned for.
+
+    Raises:
+        PlanError: the model, the loss or the optimizer decides by values, which are not there; names the operation.
+        BudgetError: unknown GPU.
+    """
+    if gpu is not None:
+        gpu_named(gpu)
+    target = Target("cpu" if gpu is None else "cuda", 1)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(planned_for(target.kind))
+        copied = _without_values(model)
+        stack.enter_context(shims(one_segment_per_row=True))
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+        tracer = stack.enter_context(Tracer(kernels.workspace(target.kind), OutputCache(mode)))
+        fakeify(copied, tracer)
+        for handle in tracer.watch(copied):
+            stack.callback(handle.remove)
+        try:
+            session = _trace(copied, optimizer, loss, _fake(inputs, tracer), tracer)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise PlanError(
+                f"{error.func} decides by values, which a planned step has not; leave it out of the loss, or give the "
+                "optimizer fused=True"
+            ) from None
+    return make_plan(session, target, gpu)
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy on the meta device; what is tied stays tied."""
+
+    def hollow(tensor: torch.Tensor) -> torch.Tensor:
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    made = {id(tensor): hollow(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, made)
+
+
+def _fake(inputs: Any, tracer: Tracer) -> Any:
+    def made(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        tensor = torch.empty(value.shape, dtype=value.dtype)
+        tracer.adopt(tensor, "activations", "inputs")
+        return tensor
+
+    return tree_map(made, inputs)
+
+
+def _trace(model: nn.Module, make: MakeOptimizer, loss: Loss, inputs: Any, tracer: Tracer) -> Session:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make(list(trained.values()))
+    gradient_bytes = 0
+    for number in (1, MEASURED):
+        tracer.step, tracer.phase = number, "forward"
+        with _gradients_named(trained, tracer):
+            torch.autograd.backward(loss(model, *inputs))
+        tracer.phase = "step"
+        gradient_bytes = _bytes([p.grad for p in trained.values()])
+        optimizer.step()
+        for name, parameter in trained.items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tracer.adopt(value, "optimizer", f"{name} ({key})")
+        optimizer.zero_grad()
+    state = {
+        "weights": _bytes([*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]),
+        "trainable": _bytes(list(trained.values())),
+        "gradients": gradient_bytes,
+        "optimizer": _bytes(tree_leaves([optimizer.state.get(p, {}) for p in trained.values()])),
+    }
+    return Session(list(tracer.changes), tracer.operations.total(), state, rehearsed=True, loss_note=None)
+
+
+@contextlib.contextmanager
+def _gradients_named(trained: dict[str, nn.Parameter], tracer: Tracer) -> Iterator[None]:
+    """Gradients are told from temporaries as soon as they are there."""
+
+    def hook(name: str) -> Callable[[torch.Tensor], None]:
+        return lambda parameter: tracer.adopt(parameter.grad, "gradients", f"{name} (gradient)")
+
+    handles = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in trained.items()]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bytes(values: list[Any]) -> int:
+    storages = {}
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())

@@ -1,0 +1,92 @@
+"""The public API: what it is, what it costs to import, and that its page tells the truth."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import raymem
+
+PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+PUBLIC = {
+    "EvaluationResult", "Plan", "Recipe", "SweepResult", "TrainResult", "__version__", "errors", "evaluate", "load",
+    "load_recipe", "merge", "plan", "plan_module", "sweep", "train",
+}  # fmt: skip
+
+
+def test_the_public_names_are_these_and_documented() -> None:
+    assert set(raymem.__all__) == PUBLIC == set(dir(raymem))
+    page = PAGE.read_text()
+    for name in PUBLIC - {"__version__"}:
+        assert inspect.getdoc(getattr(raymem, name)), name
+        assert re.search(rf"\b{name}\b", page), f"docs/api.md does not mention {name}"
+
+
+def test_what_type_checkers_see_is_what_there_is() -> None:
+    stub = (Path(raymem.__file__).with_suffix(".pyi")).read_text()
+    declared = set(re.findall(r"import \w+ as (\w+)", stub)) | {"__version__"}
+    assert declared == PUBLIC
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'trian'; public are .*train"):
+        raymem.trian  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'ray', 'mlflow', 'pydantic', 'transformers', 'numpy'}"
+    program = f"import sys, raymem; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_dict_is_a_recipe_and_is_left_as_it_is(llama: Path, examples: Path) -> None:
+    raw = {"model": {"name": str(llama)}, "data": {"train": str(examples / "train.jsonl")}, "train": {"steps": 1}}
+    before = yaml.safe_dump(raw)
+    recipe = raymem.load_recipe(raw, ["train.steps=3"])
+    assert recipe.name == "run" and recipe.train.steps == 3 and yaml.safe_dump(raw) == before
+    assert raymem.load_recipe(recipe) is recipe
+    assert raymem.load_recipe(recipe, ["seed=5"]).seed == 5
+    with pytest.raises(raymem.errors.RecipeError, match=r"train\.stepz"):
+        raymem.load_recipe({**raw, "train": {"stepz": 1}})
+
+
+def test_a_sweep_without_a_budget_is_refused(llama: Path, examples: Path) -> None:
+    raw = {"model": {"name": str(llama)}, "data": {"train": str(examples / "train.jsonl")}, "train": {"steps": 1}}
+    with pytest.raises(raymem.errors.BudgetError, match="there is no budget"):
+        raymem.sweep(raw, {"adapter.rank": {"type": "choice", "choices": [1, 2]}})
+
+
+BLOCKS = re.findall(r"^## (.+?)\n.*?```python\n(.+?)```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "title", [pytest.param(t, marks=pytest.mark.slow) if t.startswith("Search") else t for t, _ in BLOCKS]
+)
+def test_the_examples_of_the_page_run(title: str, llama: Path, examples: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model": {"name": str(llama)},
+        "data": {"train": str(examples / "train.jsonl"), "eval": str(examples / "eval.jsonl"), "sequence_length": 32},
+        "adapter": {"rank": 4},
+        "train": {"steps": 2, "global_batch": 4, "micro_batch": 2},
+        "scaling": {"num_workers": 0},
+        "storage": {"path": str(tmp_path / "runs")},
+        "tracking": "none",
+    }
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "example.py").write_text(dict(BLOCKS)[title])
+    root = str(Path(raymem.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path[1:]])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout or title.startswith("The methods")
