@@ -92,7 +92,6 @@ class Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._call = call or _plain_call
         self.changes: list[Change] = []
-        self.operations: Counter[str] = Counter()
         self.phase: Phase = "load"
         self.step = 0
         self.limit_bytes: int | None = None
@@ -147,7 +146,6 @@ class Tracer(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         result = self._call(func, args, kwargs or {})
         operation = func._schema.name
-        self.operations[operation] += 1
         for tensor in _tensors(result):
             self._see(tensor, operation)
         if self._workspace is not None:
