@@ -177,6 +177,16 @@ def latest_manifest(run: Storage) -> Manifest | None:
     return _read_manifest(run, steps[-1]) if steps else None
 
 
+def latest_recipe(run: Storage) -> dict[str, Any] | None:
+    """The recipe of the newest checkpoint, whether its other files are whole or not; None if there is no checkpoint.
+
+    Raises:
+        StorageError: the manifest cannot be read.
+    """
+    steps = _complete_steps(run)
+    return dict(run.read_json(f"{FOLDER}/{_name(steps[-1])}/manifest.json")["recipe"]) if steps else None
+
+
 def prune(run: Storage, keep: str, num_to_keep: int) -> None:
     """Delete all but ``num_to_keep`` checkpoints: the newest, or those of lowest evaluation loss and the newest."""
     ranked = _ranked(run, keep)
