@@ -22,7 +22,7 @@ from raymem.training.export import FACTS, artifact_name
 from raymem.training.layout import Layout
 from raymem.training.model import build_model
 from raymem.training.recipe import Base, FullBase, NoAdapter, Recipe
-from raymem.training.revision import began_with, on_hub, resolve, trained_from
+from raymem.training.revision import at_revision, began_with, on_hub, resolve, trained_from
 from raymem.training.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -122,9 +122,11 @@ def _as_trained(recipe: Recipe, place: str, storage: Storage) -> Recipe:
     if not on_hub(recipe.model):
         return recipe
     trained = None if place == "base" else trained_from(place, recipe.model.name)
-    known = trained is not None and trained.is_meant_by(recipe.model)
-    resolved = resolve(recipe, trained if known else began_with(storage.child(recipe.name)))
-    if trained is not None and resolved.model.revision != trained.commit:
+    if trained is not None and trained.is_meant_by(recipe.model):
+        return resolve(recipe, trained)
+    resolved = resolve(recipe, began_with(storage.child(recipe.name)))
+    # What others trained may name a branch.
+    if trained is not None and resolve(at_revision(recipe, trained.commit)).model.revision != resolved.model.revision:
         raise ModelError(
             f"model.revision: {recipe.model.revision} is commit {resolved.model.revision} of {recipe.model.name}, but "
             f"{place} was trained on {trained.commit}; leave it out, or name that commit"

@@ -129,6 +129,21 @@ def test_runs_of_earlier_versions_go_on(hub: Hub, recipe: Any, tmp_path: Path) -
     assert not (tmp_path / "runs" / "run" / RECORD).exists()
 
 
+def test_an_adapter_of_others_may_name_a_branch(hub: Hub, recipe: Any, tmp_path: Path) -> None:
+    launch(recipe("run"))
+    adapter = tmp_path / "runs" / "run" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "revision": "main"}))
+    (adapter / "raymem.json").unlink()
+    hub.name("v1", hub.commits[0])
+    losses = {evaluate_recipe(recipe("run", revision=same), str(adapter)).result.loss for same in (None, "main", "v1")}
+    assert len(losses) == 1
+    hub.move()
+    assert evaluate_recipe(recipe("other"), str(adapter)).result.loss not in losses
+    with pytest.raises(ModelError, match=r"^model\.revision: v1 is commit .* trained on main"):
+        evaluate_recipe(recipe("other", revision="v1"), str(adapter))
+
+
 def test_on_an_object_store_too(
     hub: Hub, recipe: Any, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
