@@ -272,6 +272,17 @@ class Pipeline:
                 self._ready = self._pruned(place, directory)
         return self._ready
 
+    def prepared(self, recipe: Recipe) -> Ready:
+        """What a run needs on a base that these stages left or checked.
+
+        Raises:
+            RaymemError: the tokenizer or the data cannot be read.
+        """
+        self._connect()
+        tokenizer = data.shared_tokenizer(recipe, self.storage)
+        train_data = data.prepare_split(recipe, "train", tokenizer, self.storage, on_ray=self.on_ray)
+        return Ready(self.recipe.model.revision, tokenizer, train_data)
+
     def find(self, *, build: bool = False) -> loram_base.Place:
         """Where the pruned model lies or will lie; with ``build`` a demo model is made on the way.
 
@@ -328,18 +339,15 @@ class Pipeline:
 
     def _trained(self, recipe: Recipe, pruned: str | None, *, fresh: bool = False) -> dict[str, Any]:
         """The outcome of a run, which is trained unless that very work is recorded as done."""
-        self._connect()
-        tokenizer = data.shared_tokenizer(recipe, self.storage)
-        train_data = data.prepare_split(recipe, "train", tokenizer, self.storage, on_ray=self.on_ray)
+        ready = self.prepared(recipe)
         values = recipe.to_dict()
         sections = [values[name] for name in ("data", "train", "optimizer", "activations", "storage")]
-        key = digest([identity_of(recipe, train_data), pruned, sections])
+        key = digest([identity_of(recipe, ready.train_data), pruned, sections])
         run_storage = self.storage.child(recipe.name)
         found = _record(run_storage, "train")
         if found.get("key") == key and not fresh and (Path(found["outcome"]["artifact"]) / FACTS).is_file():
             self.status(f"trained before: {found['outcome']['artifact']}")
             return dict(found["outcome"])
-        ready = Ready(self.recipe.model.revision, tokenizer, train_data)
         finished = launch(recipe, fresh=fresh, listeners=self.listeners, status=self.status, ready=ready)
         outcome = finished.outcome.to_dict()
         run_storage.write_json("loram/train.json", {"key": key, "outcome": outcome})

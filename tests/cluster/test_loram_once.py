@@ -11,7 +11,9 @@ import pytest
 from loram_runs import STAGES, loram_recipe, run_stages
 
 from raymem.cluster import data
+from raymem.cluster import trial as trial_module
 from raymem.cluster.loram_pipeline import Pipeline
+from raymem.cluster.trial import TrialJob
 from raymem.methods.loram import source as source_module
 
 
@@ -59,6 +61,16 @@ def test_every_stage_opens_and_prepares_once(
         assert (stage, counted(counts, getattr(pipeline, stage))) == (stage, once)
     whole = Pipeline(recipe)
     assert counted(counts, lambda: run_stages(whole, STAGES))[0] == 1
+
+
+def test_so_does_a_trial_of_a_sweep(counts: Counter[str], llama: Path, examples: Path, tmp_path: Path) -> None:
+    job = TrialJob(0, {}, 1, 0, 0, {}, None)
+
+    def trial(name: str) -> Callable[[], object]:
+        recipe = loram_recipe(llama, examples, tmp_path, align=False).model_copy(update={"name": name})
+        return lambda: trial_module._train(recipe, job, lambda rows: None)
+
+    assert counted(counts, trial("first")) == counted(counts, trial("second")) == (1, 2, 1)
 
 
 def test_a_pruned_model_that_the_recipe_names_is_held_against_the_full_one_once(
