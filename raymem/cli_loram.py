@@ -84,7 +84,7 @@ def run(
     fresh: Fresh = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """All stages in order; what is done already is not repeated."""
-    with _pipeline(recipe, set_, verbose) as pipeline:
+    with _pipeline(recipe, set_, verbose, fresh=fresh) as pipeline:
         _show_plan(pipeline.prune())
         pipeline.align()
         _show_training(pipeline.train(fresh=fresh))
@@ -96,7 +96,9 @@ def run(
 
 
 @contextmanager
-def _pipeline(path: Path, overrides: list[str], verbose: bool, *, quiet: bool = False) -> Iterator[Pipeline]:
+def _pipeline(
+    path: Path, overrides: list[str], verbose: bool, *, quiet: bool = False, fresh: bool = False
+) -> Iterator[Pipeline]:
     from raymem.training.recipe_io import load_recipe
 
     console.log_to_stderr(verbose)
@@ -106,7 +108,8 @@ def _pipeline(path: Path, overrides: list[str], verbose: bool, *, quiet: bool = 
     try:
         with console.TrainingDisplay(None) as display:
             listeners = [] if quiet else [display.show]
-            yield Pipeline(recipe, status=(lambda text: None) if quiet else display.status, listeners=listeners)
+            status = (lambda text: None) if quiet else display.status
+            yield Pipeline(recipe, status=status, listeners=listeners, fresh=fresh)
     except KeyboardInterrupt:
         console.err.print("interrupted; the same command goes on where it was")
         raise typer.Exit(130) from None

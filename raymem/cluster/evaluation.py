@@ -16,11 +16,13 @@ from raymem.methods.loram.recover import is_recovered
 from raymem.planner import settle_micro_batch
 from raymem.training.adapter import continuing
 from raymem.training.data.dataset import PackedRows
+from raymem.training.data.shards import Prepared
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.export import FACTS, artifact_name
 from raymem.training.layout import Layout
 from raymem.training.model import build_model
 from raymem.training.recipe import Base, FullBase, NoAdapter, Recipe
+from raymem.training.revision import at_revision, began_with, on_hub, resolve, trained_from
 from raymem.training.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -34,30 +36,33 @@ class Evaluated:
     result: Evaluation
 
 
-def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> Evaluated:
-    """Evaluation loss of a run's artefact.
+def evaluate_recipe(recipe: Recipe, artifact: str | None = None, *, prepared: Prepared | None = None) -> Evaluated:
+    """Evaluation loss of a run's artefact, on the revision of the base that it was trained on.
 
     Args:
         artifact: PEFT or model directory; ``base`` is the model without an adapter; by default the run's own result.
+        prepared: the evaluation data, of a caller that has checked the base too.
 
     Raises:
         DataError: the recipe has no evaluation data.
-        ModelError: there is nothing to evaluate.
+        ModelError: there is nothing to evaluate, or the recipe names another revision than it was trained on.
     """
     if recipe.data.eval is None:
         raise DataError("data.eval: this recipe has no evaluation data; add it, or --set data.eval=<path>")
     storage = Storage.open(recipe.storage.path)
-    recipe = demo.resolve(settle_micro_batch(recipe, status=log.info), storage)
     place = artifact or _own_artifact(recipe, storage)
+    recipe = _as_trained(recipe, place, storage)
+    recipe = demo.resolve(settle_micro_batch(recipe, status=log.info), storage)
     on_ray = recipe.scaling.num_workers != 0
     if on_ray:
         from raymem.cluster.connection import connect
 
         connect(recipe)
-    if not is_recovered(place):
-        recipe = loram_base.settled(recipe, storage, on_ray=on_ray)
-    tokenizer = data.shared_tokenizer(recipe, storage)
-    prepared = data.prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray)
+    if prepared is None:
+        if not is_recovered(place):
+            recipe = loram_base.settled(recipe, storage, on_ray=on_ray)
+        tokenizer = data.shared_tokenizer(recipe, storage)
+        prepared = data.prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray)
     config = {"recipe": recipe.to_dict(), "artifact": place, "data": data.to_dict(prepared)}
     return Evaluated(place, _as_task(config, recipe) if on_ray else evaluation_task(config))
 
@@ -110,6 +115,23 @@ def _own_artifact(recipe: Recipe, storage: Storage) -> str:
             "(a PEFT or model directory, or base)"
         )
     return run.join(name)
+
+
+def _as_trained(recipe: Recipe, place: str, storage: Storage) -> Recipe:
+    """The recipe at the revision that an artefact was trained on; the bare model's is that of the run."""
+    if not on_hub(recipe.model):
+        return recipe
+    trained = None if place == "base" else trained_from(place, recipe.model.name)
+    if trained is not None and trained.is_meant_by(recipe.model):
+        return resolve(recipe, trained)
+    resolved = resolve(recipe, began_with(storage.child(recipe.name)))
+    # What others trained may name a branch.
+    if trained is not None and resolve(at_revision(recipe, trained.commit)).model.revision != resolved.model.revision:
+        raise ModelError(
+            f"model.revision: {recipe.model.revision} is commit {resolved.model.revision} of {recipe.model.name}, but "
+            f"{place} was trained on {trained.commit}; leave it out, or name that commit"
+        )
+    return resolved
 
 
 def _with_weights(recipe: Recipe, artifact: str) -> Recipe:

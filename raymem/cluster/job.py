@@ -10,6 +10,17 @@ from raymem.training.storage import Storage
 
 
 @dataclass(frozen=True)
+class Ready:
+    """What a stage of LoRAM has done before it starts a run on a base that it has checked, so that it is done once."""
+
+    asked: str | None
+    """The revision that the user's recipe names; that of the run is resolved."""
+    tokenizer: str
+    """Directory in the cache."""
+    train_data: Prepared
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that is settled before the first step."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from raymem.cluster import data, demo
+from raymem.cluster.job import Ready
 from raymem.errors import ModelError
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.methods.loram.job import job_key
@@ -17,7 +18,7 @@ from raymem.training.calibration import calibration_ids
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.directories import digest
 from raymem.training.layout import Layout
-from raymem.training.model import fetch, pin_revision
+from raymem.training.model import fetch
 from raymem.training.recipe import DataSection, Recipe
 from raymem.training.recipe import Source as DataSource
 from raymem.training.recipe_io import alignment
@@ -38,7 +39,7 @@ class Place:
 
 
 def find(recipe: Recipe, storage: Storage, *, on_ray: bool) -> Place:
-    """Open the full model and prepare the calibration texts; nothing is pruned.
+    """Open the full model and prepare the calibration texts; nothing is pruned. Expects the revision to be resolved.
 
     Raises:
         ModelError: the model cannot be had, or LoRAM does not know its architecture.
@@ -46,7 +47,7 @@ def find(recipe: Recipe, storage: Storage, *, on_ray: bool) -> Place:
     """
     base = recipe.base
     assert isinstance(base, LoRAMOptions) and base.artifact is None
-    recipe = pin_revision(demo.resolve(recipe, storage))
+    recipe = demo.resolve(recipe, storage)
     source = full_source(recipe)
     ids = None
     if base.pruning.needs_calibration:
@@ -86,21 +87,29 @@ def settled(recipe: Recipe, storage: Storage, *, on_ray: bool) -> Recipe:
     if base.artifact is not None:
         check_artifact(recipe, base.artifact)
         return recipe
-    place = find(recipe, storage, on_ray=on_ray)
+    return with_artifact(recipe, pruned_model(find(recipe, storage, on_ray=on_ray), storage, on_ray=on_ray))
+
+
+def pruned_model(place: Place, storage: Storage, *, on_ray: bool) -> Path:
+    """Directory of the pruned model to train on, which is the aligned one if the recipe says so.
+
+    Raises:
+        ModelError: not pruned or aligned yet, with the command that does it.
+    """
     if not (place.pruned / MANIFEST).is_file():
         raise ModelError(
-            f"base.kind: loram: {recipe.model.name} is not pruned with these options yet in {storage.path}; run: "
+            f"base.kind: loram: {place.recipe.model.name} is not pruned with these options yet in {storage.path}; run: "
             "raymem loram prune RECIPE"
         )
-    artifact, manifest = place.pruned, read_manifest(place.pruned)
-    aligning = alignment_run(place, storage, manifest, on_ray=on_ray)
-    if aligning is not None:
-        artifact = aligned_model(aligning, storage)
-        if not (artifact / MANIFEST).is_file():
-            raise ModelError(
-                f"base.align: the pruned model {place.pruned} is not aligned yet; run: raymem loram align RECIPE"
-            )
-    return with_artifact(recipe, artifact)
+    aligning = alignment_run(place, storage, read_manifest(place.pruned), on_ray=on_ray)
+    if aligning is None:
+        return place.pruned
+    aligned = aligned_model(aligning[0], storage)
+    if not (aligned / MANIFEST).is_file():
+        raise ModelError(
+            f"base.align: the pruned model {place.pruned} is not aligned yet; run: raymem loram align RECIPE"
+        )
+    return aligned
 
 
 def with_artifact(recipe: Recipe, directory: Path) -> Recipe:
@@ -110,8 +119,10 @@ def with_artifact(recipe: Recipe, directory: Path) -> Recipe:
     return recipe.model_copy(update={"base": base})
 
 
-def alignment_run(place: Place, storage: Storage, manifest: Manifest, *, on_ray: bool) -> Recipe | None:
-    """The run that aligns a pruned model, named by its content; None if the recipe has none.
+def alignment_run(
+    place: Place, storage: Storage, manifest: Manifest, *, on_ray: bool
+) -> tuple[Recipe, Ready] | None:  # fmt: skip
+    """The run that aligns a pruned model, named by its content, and its data; None if the recipe has none.
 
     Raises:
         RecipeError, DataError: its sections are no recipe, or its data cannot be read.
@@ -125,7 +136,7 @@ def alignment_run(place: Place, storage: Storage, manifest: Manifest, *, on_ray:
     values = run.to_dict()
     what = {name: values[name] for name in ("seed", "adapter", "activations", "optimizer", "train")}
     key = digest([manifest.digest, prepared.key, what])
-    return run.model_copy(update={"name": f"loram-aligned-{key[:16]}"})
+    return run.model_copy(update={"name": f"loram-aligned-{key[:16]}"}), Ready(None, tokenizer, prepared)
 
 
 def aligned_model(run: Recipe, storage: Storage) -> Path:
@@ -133,15 +144,18 @@ def aligned_model(run: Recipe, storage: Storage) -> Path:
     return Path(storage.join(run.name, "model"))
 
 
-def check_artifact(recipe: Recipe, artifact: str) -> Manifest:
+def check_artifact(recipe: Recipe, artifact: str, source: Source | None = None) -> Manifest:
     """Refuse a pruned model of another base than the recipe's.
+
+    Args:
+        source: the recipe's full model, if it is open.
 
     Raises:
         ModelError: it is no pruned model, or was pruned from another one.
     """
     manifest, name = read_manifest(artifact), recipe.model.name or ""
     if Path(name).is_dir():
-        check_base(manifest, open_source(name))
+        check_base(manifest, source or open_source(name))
     elif (manifest.source["name"], manifest.source["revision"]) != (
         name,
         recipe.model.revision or manifest.source["revision"],

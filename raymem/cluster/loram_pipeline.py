@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.cluster import data, demo, loram_base
+from raymem.cluster.job import Ready
 from raymem.cluster.trainer import launch
 from raymem.errors import ModelError, RecipeError, StorageError
 from raymem.methods.loram import (
@@ -47,6 +48,7 @@ from raymem.training.export import FACTS
 from raymem.training.identity import identity_of
 from raymem.training.recipe import FullBase, Recipe
 from raymem.training.reporter import Listener
+from raymem.training.revision import Began, began_with, on_hub, record, resolve
 from raymem.training.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Pipeline:
         recipe: with ``base.kind: loram``.
         status: told in words what goes on.
         listeners: get the metric rows of trainings.
+        fresh: take the model as the hub has it today, whatever an earlier run of this name began with.
 
     Raises:
         RecipeError: another kind of base.
@@ -84,7 +87,9 @@ class Pipeline:
         ClusterError: Ray cannot be reached (with ``scaling.num_workers: 0`` it is not asked).
     """
 
-    def __init__(self, recipe: Recipe, *, status: Status = log.info, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(
+        self, recipe: Recipe, *, status: Status = log.info, listeners: Sequence[Listener] = (), fresh: bool = False
+    ) -> None:
         if not isinstance(recipe.base, LoRAMOptions):
             raise RecipeError(f"base.kind: {recipe.base.kind} is not pruned; set base: {{kind: loram, ...}}")
         self.storage = Storage.open(recipe.storage.path)
@@ -95,10 +100,11 @@ class Pipeline:
             )
         self.storage.check_writable()
         self.recipe, self.base = recipe, recipe.base
-        self.status, self.listeners = status, listeners
+        self.status, self.listeners, self.fresh = status, listeners, fresh
         self.on_ray = recipe.scaling.num_workers != 0
         self.run_storage = self.storage.child(recipe.name)
         self._place: loram_base.Place | None = None
+        self._ready: Pruned | None = None
         self._connected = False
 
     def prune(self) -> Pruned:
@@ -108,7 +114,7 @@ class Pipeline:
             RaymemError: see :func:`raymem.methods.loram.job.open_job` and :func:`.loram_prune.prune_on_ray`.
         """
         if self.base.artifact is not None:
-            return self._given(self.base.artifact)
+            return self.ready()
         place = self.find(build=True)
         job = open_job(place.source, place.pruned, self.base.pruning, place.calibration)
         if is_committed(job):
@@ -132,16 +138,16 @@ class Pipeline:
         Raises:
             RaymemError: not pruned yet, or see :func:`raymem.cluster.trainer.launch`.
         """
-        run = None if self.base.artifact is not None else self._alignment()
-        if run is None:
+        alignment = None if self.base.artifact is not None else self._alignment()
+        if alignment is None:
             return None
-        place = self.find()
+        (run, ready), place = alignment, self.find()
         model = loram_base.aligned_model(run, self.storage)
         if (model / MANIFEST).is_file():
             self.status(f"aligned before: {model}")
             return self._pruned(place, model)
         self.status(f"aligning the pruned model (run {run.name})")
-        finished = launch(run, listeners=self.listeners, status=self.status)
+        finished = launch(run, listeners=self.listeners, status=self.status, ready=ready)
         facts = {"run": run.name, "steps": finished.outcome.steps, "data": [s.path for s in finished.recipe.data.train]}
         mark_aligned(model, place.pruned, facts)
         demo.discard_checkpoints(run)
@@ -159,7 +165,9 @@ class Pipeline:
         """
         if self.base.artifact is not None:  # the full weights need not be on this machine
             recipe = demo.resolve(self.recipe, self.storage)
-            return self._trained(recipe, loram_base.check_artifact(recipe, self.base.artifact).digest, fresh=fresh)
+            known = self._ready
+            manifest = loram_base.check_artifact(recipe, self.base.artifact) if known is None else known.manifest
+            return self._trained(recipe, manifest.digest, fresh=fresh)
         base = self.ready()
         return self._trained(base.recipe, base.manifest.digest, fresh=fresh)
 
@@ -179,7 +187,7 @@ class Pipeline:
             self.status(f"the earlier recovery is now {aside}")
         for left in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
-        recover_adapter(adapter, base.directory, out, base.source.directory)
+        recover_adapter(adapter, base.directory, out, base.source)
         self.status(f"recovered: {out}")
         return out
 
@@ -202,9 +210,7 @@ class Pipeline:
         if found.get("key") == key:
             self.status("verified before")
             return Verification(**found["verification"])
-        checked = verify_recovery(
-            self._adapter(), base.directory, recovered, full=base.source.directory, forward=forward
-        )
+        checked = verify_recovery(self._adapter(), base.directory, recovered, full=base.source, forward=forward)
         self.run_storage.write_json("loram/verify.json", {"key": key, "verification": dataclasses.asdict(checked)})
         return checked
 
@@ -245,7 +251,7 @@ class Pipeline:
             key = digest([base.source.identity, pruned, content, split.key, recipe.train.precision, recipe.model.dtype])
             if stored.get(row, {}).get("key") != key:
                 self.status(f"evaluating: {row}")
-                result = evaluate_recipe(recipe, artifact).result
+                result = evaluate_recipe(recipe, artifact, prepared=split).result
                 stored[row] = {"key": key, "loss": result.loss, "num_targets": result.num_targets}
                 self.run_storage.write_json("loram/evaluate.json", stored)
             results[row] = {name: value for name, value in stored[row].items() if name != "key"}
@@ -257,12 +263,25 @@ class Pipeline:
         Raises:
             ModelError: not pruned or aligned yet, with the command that does it.
         """
-        if self.base.artifact is not None:
-            return self._given(self.base.artifact)
-        place = self.find()
-        settled = loram_base.settled(place.recipe, self.storage, on_ray=self.on_ray)
-        assert isinstance(settled.base, LoRAMOptions) and settled.base.artifact is not None
-        return self._pruned(place, Path(settled.base.artifact))
+        if self._ready is None:
+            if self.base.artifact is not None:
+                self._ready = self._given(self.base.artifact)
+            else:
+                place = self.find()
+                directory = loram_base.pruned_model(place, self.storage, on_ray=self.on_ray)
+                self._ready = self._pruned(place, directory)
+        return self._ready
+
+    def prepared(self, recipe: Recipe) -> Ready:
+        """What a run needs on a base that these stages left or checked.
+
+        Raises:
+            RaymemError: the tokenizer or the data cannot be read.
+        """
+        self._connect()
+        tokenizer = data.shared_tokenizer(recipe, self.storage)
+        train_data = data.prepare_split(recipe, "train", tokenizer, self.storage, on_ray=self.on_ray)
+        return Ready(self.recipe.model.revision, tokenizer, train_data)
 
     def find(self, *, build: bool = False) -> loram_base.Place:
         """Where the pruned model lies or will lie; with ``build`` a demo model is made on the way.
@@ -275,7 +294,9 @@ class Pipeline:
             self.status("opening the full model")
             if build:
                 demo.resolve(self.recipe, self.storage, build=lambda recipe: launch(recipe, status=self.status))
-            self._place = loram_base.find(self.recipe, self.storage, on_ray=self.on_ray)
+            recipe = resolve(self.recipe, None if self.fresh else began_with(self.run_storage))
+            self._place = loram_base.find(recipe, self.storage, on_ray=self.on_ray)
+            record(self.run_storage, recipe, self.recipe.model.revision)
         return self._place
 
     def _connect(self) -> None:
@@ -287,7 +308,7 @@ class Pipeline:
             preflight.check_storage_shared(self.storage.path)
             self._connected = True
 
-    def _alignment(self) -> Recipe | None:
+    def _alignment(self) -> tuple[Recipe, Ready] | None:
         if self.base.align is None:
             return None
         place = self.find()
@@ -299,11 +320,13 @@ class Pipeline:
     def _given(self, artifact: str) -> Pruned:
         """A pruned model that the recipe names."""
         recipe = demo.resolve(self.recipe, self.storage)
-        manifest = loram_base.check_artifact(recipe, artifact)
-        if not Path(recipe.model.name or "").is_dir():
-            revision = manifest.source["revision"]
-            recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
-        place = loram_base.Place(recipe, loram_base.full_source(recipe), None, Path(artifact))
+        source = None if on_hub(recipe.model) else loram_base.full_source(recipe)
+        manifest = loram_base.check_artifact(recipe, artifact, source)
+        if source is None:
+            name, commit = manifest.source["name"], manifest.source["revision"]
+            recipe = resolve(recipe, Began(name, commit, commit))
+            source = loram_base.full_source(recipe)
+        place = loram_base.Place(recipe, source, None, Path(artifact))
         return self._pruned(place, Path(artifact))
 
     def _pruned(self, place: loram_base.Place, directory: Path) -> Pruned:
@@ -316,18 +339,17 @@ class Pipeline:
 
     def _trained(self, recipe: Recipe, pruned: str | None, *, fresh: bool = False) -> dict[str, Any]:
         """The outcome of a run, which is trained unless that very work is recorded as done."""
-        self._connect()
-        tokenizer = data.shared_tokenizer(recipe, self.storage)
-        train_data = data.prepare_split(recipe, "train", tokenizer, self.storage, on_ray=self.on_ray)
+        ready = self.prepared(recipe)
         values = recipe.to_dict()
         sections = [values[name] for name in ("data", "train", "optimizer", "activations", "storage")]
-        key = digest([identity_of(recipe, train_data), pruned, sections])
+        key = digest([identity_of(recipe, ready.train_data), pruned, sections])
         run_storage = self.storage.child(recipe.name)
         found = _record(run_storage, "train")
         if found.get("key") == key and not fresh and (Path(found["outcome"]["artifact"]) / FACTS).is_file():
             self.status(f"trained before: {found['outcome']['artifact']}")
             return dict(found["outcome"])
-        outcome = launch(recipe, fresh=fresh, listeners=self.listeners, status=self.status).outcome.to_dict()
+        finished = launch(recipe, fresh=fresh, listeners=self.listeners, status=self.status, ready=ready)
+        outcome = finished.outcome.to_dict()
         run_storage.write_json("loram/train.json", {"key": key, "outcome": outcome})
         return outcome
 

@@ -21,9 +21,9 @@ from raymem.errors import BudgetError, BudgetExceeded, RaymemError, RecipeError,
 from raymem.memory.budget import bytes_text
 from raymem.planner.gate import Gate
 from raymem.tracking.start import start_tracking
-from raymem.training.model import pin_revision
 from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import nearest
+from raymem.training.revision import Began, at_revision, resolve
 from raymem.training.space import AXES, Space, sample
 from raymem.training.space_io import recipe_at
 from raymem.training.storage import Storage
@@ -110,7 +110,7 @@ def sweep(
             set_aside(storage, recipe.name)
         folder = Path(storage.join(recipe.name))
         resumed, facts = _same_sweep(folder, recipe, space, options)
-        recipe = _settled(_at_revision(recipe, facts["revision"]), storage, status)
+        recipe = _settled(recipe, _began(facts), storage, status)
         _write_facts(folder, facts | {"revision": recipe.model.revision})
         study = open_study(folder / "journal.log", options.objective, recipe.name)
         sink = start_tracking(
@@ -177,16 +177,18 @@ def _same_sweep(
     file = folder / _FACTS
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {**now, "key": secrets.token_hex(2), "revision": recipe.model.revision}
+        facts = {**now, "key": secrets.token_hex(2), "revision": None}
         _write_facts(folder, facts)
         return False, facts
     before = json.loads(file.read_text())
+    if _began(before).is_meant_by(recipe.model):
+        now["model"] = {**now["model"], "revision": before["model"]["revision"]}
     if different := [name for name in now if now[name] != before.get(name)]:
         raise RecipeError(
             f"{folder}: a sweep of this name with another {', '.join(different)} lies there; choose another "
             "--name, or start over with --fresh"
         )
-    return True, {"revision": recipe.model.revision, **before}
+    return True, {"revision": None, **before}
 
 
 def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -195,19 +197,20 @@ def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
     part.replace(folder / _FACTS)
 
 
-def _at_revision(recipe: Recipe, revision: str | None) -> Recipe:
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
+def _began(facts: dict[str, Any]) -> Began:
+    return Began(facts["model"]["name"], facts.get("revision"), facts["model"]["revision"])
 
 
-def _settled(recipe: Recipe, storage: Storage, status: Status) -> Recipe:
-    """Build and prepare once what every trial would; returns the recipe with its revision pinned."""
-    resolved = pin_revision(demo.resolve(recipe, storage, build=lambda wanted: build_demo(wanted, status)))
+def _settled(recipe: Recipe, began: Began, storage: Storage, status: Status) -> Recipe:
+    """Build and prepare once what every trial would; returns the recipe with its revision resolved."""
+    recipe = at_revision(recipe, began.commit or began.asked)
+    resolved = resolve(demo.resolve(recipe, storage, build=lambda wanted: build_demo(wanted, status)))
     status("preparing the data")
     tokenizer = data.shared_tokenizer(resolved, storage)
     data.prepare_split(resolved, "train", tokenizer, storage, on_ray=True)
     if recipe.data.eval is not None:
         data.prepare_split(resolved, "eval", tokenizer, storage, on_ray=True)
-    return _at_revision(recipe, resolved.model.revision)
+    return at_revision(recipe, resolved.model.revision)
 
 
 def _configurer(name: str, parent_run_id: str | None) -> Callable[[int, Recipe, int, int], dict[str, Any]]:

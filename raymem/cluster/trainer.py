@@ -15,7 +15,7 @@ from typing import Any
 
 from raymem.cluster import data, demo, loram_base
 from raymem.cluster.artifacts import local_copy
-from raymem.cluster.job import Job
+from raymem.cluster.job import Job, Ready
 from raymem.errors import BudgetExceeded, RaymemError, StorageError
 from raymem.memory.budget import Exceeds, bytes_text, parse_bytes
 from raymem.planner import Plan, calibration, known_plan, plan_recipe, settle_micro_batch
@@ -27,9 +27,10 @@ from raymem.training.export import artifact_name
 from raymem.training.identity import check_identity, identity_of
 from raymem.training.layout import Layout
 from raymem.training.loop import Outcome, run
-from raymem.training.model import build_model, check_fit, pin_revision
+from raymem.training.model import build_model, check_fit
 from raymem.training.recipe import Recipe
 from raymem.training.reporter import Listener, LocalReporter, Row
+from raymem.training.revision import at_revision, began_with, record, resolve
 from raymem.training.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def launch(
     listeners: Sequence[Listener] = (),
     status: Status = log.info,
     sweep: InSweep | None = None,
+    ready: Ready | None = None,
 ) -> Finished:
     """Train a recipe from its data to its artefact; a run of the same name on the same storage is resumed.
 
@@ -79,6 +81,7 @@ def launch(
         listeners: get every metric row, in this process.
         status: progress in words before the first step.
         sweep: given where the run is a trial; its artefact is then not copied to MLflow.
+        ready: given where the base is checked and the data are prepared.
 
     Raises:
         RaymemError: anything that is the user's to mend; the last good checkpoint stays.
@@ -88,6 +91,8 @@ def launch(
     if "/_ray_pkg_" in storage.path:  # Ray unpacks a job's working directory under such a name
         status(f"warning: {storage.path} is the job's temporary copy and goes with the cluster; set storage.path")
     with only_one(storage, recipe.name):
+        asked = recipe.model.revision if ready is None else ready.asked
+        recipe = resolve(recipe, None if fresh else began_with(storage.child(recipe.name)))
         on_ray = recipe.scaling.num_workers != 0
         if on_ray:
             from raymem.cluster import connection, preflight
@@ -96,14 +101,15 @@ def launch(
             connection.connect(recipe)
             preflight.check_storage_shared(storage.path)
         recipe = settle_micro_batch(recipe, status=status)
-        job = _settle(recipe, storage, on_ray=on_ray, fresh=fresh, status=status)
+        job = _settle(recipe, storage, ready, on_ray=on_ray, fresh=fresh, status=status)
         if sweep is not None:
             predicted: int | None = sweep.predicted_peak_bytes
         else:
-            plan = _predict(recipe, force=force, status=status)
+            plan = _predict(recipe, asked, force=force, status=status)
             predicted = None if plan is None else plan.step_peak_bytes
         if fresh:  # only now: a recipe that was refused above leaves the earlier run where it is
             set_aside(storage, recipe.name)
+        record(job.run, job.recipe, asked)
         manifest = latest_manifest(job.run)
         sink = start_tracking(
             job.recipe.to_dict(),
@@ -133,15 +139,18 @@ def launch(
         return Finished(outcome, summary, job.recipe, predicted, train_s)
 
 
-def _predict(recipe: Recipe, *, force: bool, status: Status) -> Plan | None:
+def _predict(recipe: Recipe, asked: str | None, *, force: bool, status: Status) -> Plan | None:
     """What a run with a budget will need; without one, what was predicted before, if anything was.
+
+    Args:
+        asked: the revision that the recipe names; ``raymem plan`` resolves none.
 
     Raises:
         BudgetExceeded: more than the budget.
         RaymemError: the recipe has a budget, but cannot be planned.
     """
     if recipe.budget is None:
-        return known_plan(recipe)
+        return known_plan(recipe) or known_plan(at_revision(recipe, asked))
     status("predicting the memory")
     try:
         plan = plan_recipe(recipe)
@@ -160,17 +169,20 @@ def _predict(recipe: Recipe, *, force: bool, status: Status) -> Plan | None:
     return plan
 
 
-def _settle(recipe: Recipe, storage: Storage, *, on_ray: bool, fresh: bool, status: Status) -> Job:
+def _settle(recipe: Recipe, storage: Storage, ready: Ready | None, *, on_ray: bool, fresh: bool, status: Status) -> Job:
     """Check the model and prepare the data, so that mistakes show before workers start."""
     recipe = demo.resolve(recipe, storage, build=lambda r: build_demo(r, status))
     status("checking the model")
-    recipe = loram_base.settled(pin_revision(recipe), storage, on_ray=on_ray)
+    recipe = loram_base.settled(recipe, storage, on_ray=on_ray) if ready is None else recipe
     model = build_model(recipe, meta=True)
-    tokenizer = data.shared_tokenizer(recipe, storage)
+    tokenizer = data.shared_tokenizer(recipe, storage) if ready is None else ready.tokenizer
     check_fit(model, load_tokenizer(tokenizer), recipe)
     del model
     status("preparing the data")
-    train_data = data.prepare_split(recipe, "train", tokenizer, storage, on_ray=on_ray)
+    if ready is None:
+        train_data = data.prepare_split(recipe, "train", tokenizer, storage, on_ray=on_ray)
+    else:
+        train_data = ready.train_data
     has_eval = recipe.data.eval is not None
     eval_data = data.prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray) if has_eval else None
     job = Job(recipe, storage, storage.child(recipe.name), train_data, eval_data)

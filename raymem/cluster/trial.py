@@ -28,6 +28,7 @@ from raymem.training.reporter import Listener, Row
 from raymem.training.storage import Storage
 
 if TYPE_CHECKING:
+    from raymem.cluster.job import Ready
     from raymem.cluster.trainer import Finished
 
 RESULT = "trial.json"
@@ -153,12 +154,13 @@ def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> Finished:
     """A whole training, on a model that is pruned first if the recipe says so."""
     from raymem.cluster.trainer import InSweep, launch
 
+    ready = None
     if isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None:
-        recipe = _pruned(recipe)
-    return launch(recipe, listeners=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes))
+        recipe, ready = _pruned(recipe)
+    return launch(recipe, listeners=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes), ready=ready)
 
 
-def _pruned(recipe: Recipe) -> Recipe:
+def _pruned(recipe: Recipe) -> tuple[Recipe, Ready]:
     """The recipe on its pruned model, which is made unless it is there; of trials that want the same, one makes it."""
     from raymem.cluster.loram_pipeline import Pipeline
 
@@ -166,7 +168,8 @@ def _pruned(recipe: Recipe) -> Recipe:
     with _turn(pipeline.storage, f"pruning-{pipeline.find().pruned.name}"):
         pipeline.prune()
         pipeline.align()
-    return pipeline.ready().recipe
+    base = pipeline.ready()
+    return base.recipe, pipeline.prepared(base.recipe)
 
 
 @contextlib.contextmanager

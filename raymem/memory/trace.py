@@ -95,7 +95,6 @@ class Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._call = call or _plain_call
         self.changes: list[Change] = []
-        self.operations: Counter[str] = Counter()
         self.phase: Phase = "load"
         self.step = 0
         self.limit_bytes: int | None = None
@@ -153,7 +152,6 @@ class Tracer(TorchDispatchMode):
         result = self._call(func, args, kwargs or {})
         operation = func._schema.name
         operation = STANDS_FOR.get(operation, operation)
-        self.operations[operation] += 1
         for tensor in _tensors(result):
             self._see(tensor, operation)
         if self._workspace is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, assert_never
 
 from torch import nn
 
@@ -19,7 +19,7 @@ from raymem.methods.moram.base import fan
 from raymem.methods.moram.config import MoRAMOptions, connections
 from raymem.planner.values import Target
 from raymem.training.model import trainable_dtype
-from raymem.training.recipe import Checkpointing, NoAdapter, Recipe
+from raymem.training.recipe import AdamW, Checkpointing, NoAdapter, Recipe
 
 _NF4_TABLES_BYTES = 4 * (16 + 256 + 1)
 """Per 4-bit weight: the code of NF4, the code of the scales, and their offset, fp32."""
@@ -94,18 +94,21 @@ def _experts_shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | Non
 
 def _state_bytes(recipe: Recipe, model: nn.Module, name: str, shape: tuple[int, ...], local: tuple[int, ...]) -> int:
     options, numel = recipe.optimizer, math.prod(local)
-    if not isinstance(options, MLorcAdamWOptions | MLorcLionOptions):
-        rounding = recipe.train.precision == "bf16" and recipe.train.master == "stochastic_rounding"
-        masters = recipe.train.precision == "bf16" and recipe.train.master == "fp32"
-        width = 4 if rounding or masters else trainable_dtype(recipe).itemsize
-        return 2 * numel * width + _COUNTER_BYTES
-    moments = 2 if isinstance(options, MLorcAdamWOptions) else 1
-    embedding = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
-    if len(shape) != 2 or min(shape) < options.min_dim or (embedding and not options.compress_embeddings):
-        return moments * numel * 4 + _COUNTER_BYTES
-    width = 4 if options.factor_dtype == "fp32" else 2
-    # Rows of the left factor lie with the rows of the weight, the right one is whole everywhere.
-    return moments * options.rank * (local[0] + shape[1]) * width + _COUNTER_BYTES
+    match options:
+        case AdamW():
+            rounding = recipe.train.precision == "bf16" and recipe.train.master == "stochastic_rounding"
+            masters = recipe.train.precision == "bf16" and recipe.train.master == "fp32"
+            width = 4 if rounding or masters else trainable_dtype(recipe).itemsize
+            return 2 * numel * width + _COUNTER_BYTES
+        case MLorcAdamWOptions() | MLorcLionOptions():
+            moments = 2 if isinstance(options, MLorcAdamWOptions) else 1
+            embedding = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+            if len(shape) != 2 or min(shape) < options.min_dim or (embedding and not options.compress_embeddings):
+                return moments * numel * 4 + _COUNTER_BYTES
+            width = 4 if options.factor_dtype == "fp32" else 2
+            # Rows of the left factor lie with the rows of the weight, the right one is whole everywhere.
+            return moments * options.rank * (local[0] + shape[1]) * width + _COUNTER_BYTES
+    assert_never(options)  # a budget is refused on this figure, so nobody's stands in for another's
 
 
 def rough_activations(recipe: Recipe, config: Any) -> int:

@@ -114,7 +114,7 @@ def _trace(model: nn.Module, make: MakeOptimizer, loss: Loss, inputs: Any, trace
         "gradients": gradient_bytes,
         "optimizer": _bytes(tree_leaves([optimizer.state.get(p, {}) for p in trained.values()])),
     }
-    return Session(list(tracer.changes), tracer.operations.total(), state, rehearsed=True, loss_note=None)
+    return Session(list(tracer.changes), state, rehearsed=True, loss_note=None)
 
 
 @contextlib.contextmanager

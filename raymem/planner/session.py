@@ -47,7 +47,6 @@ class Session:
     """What was recorded."""
 
     changes: list[Change]
-    operations: int
     state: dict[str, int]
     """Category -> bytes of weights, trainable, gradients and optimizer of one worker, when all are there."""
     rehearsed: bool
@@ -127,7 +126,7 @@ def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | No
         runner.run(limit_bytes)
         state = runner.state_bytes()
         changes = list(tracer.changes)
-    return Session(changes, tracer.operations.total(), state, runner.rehearsed, why_full(bare))
+    return Session(changes, state, runner.rehearsed, why_full(bare))
 
 
 class _Runner:

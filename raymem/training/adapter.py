@@ -45,11 +45,12 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
 
         config = _peft_config(model, adapter)
         planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
-        config.base_model_name_or_path, config.revision = (None, None) if planned else base_name(recipe)
         try:
             wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         except AdapterError as error:
             raise RecipeError(f"adapter.{error}") from None
+        # Only now: PEFT puts the directory there from which the config was read, which for a hub id is a cache.
+        config.base_model_name_or_path, config.revision = (None, None) if planned else base_name(recipe)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

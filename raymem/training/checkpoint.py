@@ -39,7 +39,8 @@ class Manifest:
     """What a checkpoint says about itself."""
 
     step: int
-    """Optimizer steps done; also the data cursor, since the sampler is a function of (seed, step)."""
+    """Optimizer steps done. Sampler, schedule and every random stream are functions of (seed, step): with the recipe
+    this is their whole state."""
     identity: dict[str, Any]
     """Settings that must be equal for the state to make sense (see :func:`raymem.training.identity.identity_of`)."""
     recipe: dict[str, Any]
@@ -56,15 +57,10 @@ class Manifest:
     """Seconds of all sessions so far."""
 
     def to_dict(self) -> dict[str, Any]:
-        cursor = {"step": self.step, "global_batch": self.identity.get("train.global_batch")}
         return {
             "schema": SCHEMA_VERSION,
             "raymem": __version__,
             "step": self.step,
-            "cursor": cursor,
-            # Every random stream is derived from (seed, purpose, step), so these two are the whole RNG state.
-            "rng": {"seed": self.identity.get("seed"), "step": self.step},
-            "schedule": {"step": self.step, **{k: self.recipe["train"][k] for k in ("schedule", "warmup")}},
             "identity": self.identity,
             "recipe": self.recipe,
             "eval_loss": self.eval_loss,
@@ -179,6 +175,16 @@ def latest_manifest(run: Storage) -> Manifest | None:
     """The newest complete checkpoint of a run directory, or None (no collective; for drivers and tools)."""
     steps = _complete_steps(run)
     return _read_manifest(run, steps[-1]) if steps else None
+
+
+def latest_recipe(run: Storage) -> dict[str, Any] | None:
+    """The recipe of the newest checkpoint, whether its other files are whole or not; None if there is no checkpoint.
+
+    Raises:
+        StorageError: the manifest cannot be read.
+    """
+    steps = _complete_steps(run)
+    return dict(run.read_json(f"{FOLDER}/{_name(steps[-1])}/manifest.json")["recipe"]) if steps else None
 
 
 def prune(run: Storage, keep: str, num_to_keep: int) -> None:

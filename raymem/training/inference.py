@@ -15,6 +15,7 @@ from raymem.methods.loram.manifest import MANIFEST
 from raymem.methods.loram.recover import is_recovered
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.peft_import import without_bitsandbytes
+from raymem.training.revision import trained_from
 
 
 def load_artifact(directory: str | Path) -> tuple[Any, Any]:
@@ -37,7 +38,8 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     try:
         if (path / "adapter_config.json").is_file():
             config = PeftConfig.from_pretrained(str(path))
-            base = _load(config.base_model_name_or_path, config.revision)
+            trained = trained_from(str(path), config.base_model_name_or_path)
+            base = _load(config.base_model_name_or_path, config.revision if trained is None else trained.commit)
             with without_bitsandbytes():
                 model = PeftModel.from_pretrained(base, str(path))
         else:

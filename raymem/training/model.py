@@ -157,20 +157,6 @@ def not_to_be_had(name: str, error: Exception) -> str:
     )
 
 
-def pin_revision(recipe: Recipe) -> Recipe:
-    """Name the exact commit of a hub id, so that a resumed run and the exported adapter mean the same base.
-
-    Raises:
-        ModelError: the model cannot be had.
-    """
-    if recipe.model.name is None or getattr(recipe.base, "artifact", None) is not None:
-        return recipe  # the manifest of a pruned model names the commit
-    directory = fetch(recipe.model.name, recipe.model.revision, Layout(), weights_too=False)
-    if Path(recipe.model.name).is_dir():
-        return recipe
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": directory.name})})
-
-
 def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
     """Refuse what would only show as an index error in the middle of a step.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Set
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, assert_never, runtime_checkable
 
 import torch
 from torch import nn
@@ -126,9 +126,12 @@ def build_updater(model: nn.Module, recipe: Recipe) -> Updater:
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
     def make(named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        if isinstance(options, AdamW):
-            return _build_adamw(named, options, recipe.seed, stochastic_rounding=rounding)
-        return _build_mlorc(named, options, recipe.seed, embeddings, stochastic_rounding=rounding)
+        match options:
+            case AdamW():
+                return _build_adamw(named, options, recipe.seed, stochastic_rounding=rounding)
+            case MLorcAdamWOptions() | MLorcLionOptions():
+                return _build_mlorc(named, options, recipe.seed, embeddings, stochastic_rounding=rounding)
+        assert_never(options)
 
     masters = low_precision and recipe.train.master == "fp32"
     return Updater(parameters, make, masters=masters, buffers=stored_buffers(model))

@@ -51,7 +51,7 @@ class ModelSection(Section):
     config: dict[str, Any] | None = None
     """A transformers config with its ``model_type``: the model starts from random weights."""
     revision: str | None = None
-    """Branch, tag or commit of a Hugging Face id."""
+    """Branch, tag or commit of a Hugging Face id; a run keeps the commit that this meant when it began."""
     tokenizer: str | None = None
     """Hugging Face id, local directory or ``demo``; by default the model's own."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"

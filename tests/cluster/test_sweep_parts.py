@@ -35,6 +35,7 @@ from raymem.errors import (
 )
 from raymem.training.loop import Outcome
 from raymem.training.recipe import Recipe
+from raymem.training.revision import Began, at_revision
 from raymem.training.space_io import load_space
 from raymem.training.storage import Storage
 
@@ -306,9 +307,13 @@ def test_a_sweep_stays_at_the_revision_that_it_began_with(recipe: Recipe, tmp_pa
     resumed, facts = sweep_module._same_sweep(tmp_path / "s", recipe, space, options)
     assert (resumed, facts["revision"]) == (False, None)
     sweep_module._write_facts(tmp_path / "s", {**facts, "revision": "c0ffee"})
-    resumed, again = sweep_module._same_sweep(tmp_path / "s", recipe, space, options)
-    assert resumed and again == {**facts, "revision": "c0ffee"}
-    assert sweep_module._at_revision(recipe, again["revision"]).model.revision == "c0ffee"
+    for revision in (None, "c0ffee"):  # what it asked for then, and the commit that this was
+        same = at_revision(recipe, revision)
+        resumed, again = sweep_module._same_sweep(tmp_path / "s", same, space, options)
+        assert resumed and again == {**facts, "revision": "c0ffee"}
+    assert sweep_module._began(again) == Began(recipe.model.name, "c0ffee", None)
+    with pytest.raises(RecipeError, match="a sweep of this name with another model lies there"):
+        sweep_module._same_sweep(tmp_path / "s", at_revision(recipe, "v2"), space, options)
 
 
 def test_where_there_is_no_room_for_any_process_the_sweep_ends(

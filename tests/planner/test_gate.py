@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from cases import case
 from support import make_recipe
 
 from raymem.planner import calibration
+from raymem.planner.analytic import closed_form
 from raymem.planner.child import answer
 from raymem.planner.gate import Admitted, Gate, Refused
 from raymem.planner.process import Planner
-from raymem.planner.values import Plan
+from raymem.planner.session import planned_model
+from raymem.planner.values import Plan, Target
 from raymem.training.recipe import Recipe
 
 
@@ -71,6 +74,14 @@ def test_it_can_be_made_ready_before_it_judges(peak: int) -> None:
         gate.warm_up(case("lora"))
         assert gate._planner._child is not None, "although the plan was known"
         gate.warm_up(make_recipe(model="nobody/nothing"))
+
+
+def test_the_closed_forms_of_an_unknown_optimizer_are_nobody_elses() -> None:
+    """The gate refuses on them before anything is traced."""
+    recipe = case("lora")
+    unknown = recipe.model_copy(update={"optimizer": SimpleNamespace(kind="new")})
+    with pytest.raises(AssertionError, match="unreachable"):
+        closed_form(unknown, Target.of(recipe), planned_model(recipe))
 
 
 def test_closed_forms_refuse_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,16 @@ def test_what_was_saved_comes_back_bitwise(run: Storage) -> None:
     assert {name: value.data_ptr() for name, value in found.items()} == places, "read into the given tensors"
 
 
+def test_a_checkpoint_of_earlier_versions_is_read(run: Storage) -> None:
+    """They also wrote down what follows from step and recipe, which nothing ever read."""
+    save(run, 3)
+    before, path = latest_manifest(run), "checkpoints/step_00000003/manifest.json"
+    raw = run.read_json(path)
+    assert not {"cursor", "rng", "schedule"} & raw.keys()
+    run.write_json(path, {**raw, "cursor": {"step": 3}, "rng": {"seed": 0, "step": 3}, "schedule": {"step": 3}})
+    assert latest_manifest(run) == before is not None
+
+
 def test_a_run_without_checkpoints_has_none(run: Storage) -> None:
     assert latest_manifest(run) is None
     assert Checkpoints(run, Layout()).best() is None

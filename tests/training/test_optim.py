@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,6 +217,12 @@ def test_a_rank_that_saves_nothing_is_refused_by_the_recipe(llama: Path, rank: i
     message = rf"optimizer\.rank: {rank} is not below min\(m, n\) = \d+ of model\.\S+ .* set optimizer.min_dim above"
     with pytest.raises(RecipeError, match=message):
         build_updater(build_model(recipe, meta=True), recipe)
+
+
+def test_an_unknown_optimizer_is_built_as_no_other() -> None:
+    unknown = make_recipe().model_copy(update={"optimizer": SimpleNamespace(kind="new")})
+    with pytest.raises(AssertionError, match="unreachable"):
+        build_updater(Toy(torch.float32), unknown)
 
 
 def test_embeddings_can_be_left_uncompressed(llama: Path) -> None:

@@ -78,7 +78,7 @@ def stamp_adapter(adapter: str | Path, pruned: str | Path) -> None:
 
 
 def recover_adapter(
-    adapter: str | Path, pruned: str | Path, out: str | Path, full: str | Path | None = None
+    adapter: str | Path, pruned: str | Path, out: str | Path, full: str | Path | Source | None = None
 ) -> Path:  # fmt: skip
     """Write the adapter of the full model: a plain PEFT directory that names the full base and its revision.
 
@@ -89,8 +89,8 @@ def recover_adapter(
             configuration names the directory of the pruned model as its base.
         pruned: what :func:`raymem.methods.loram.prune_model` wrote (or its aligned successor).
         out: directory to be made; one that holds this very recovery is fine.
-        full: directory of the full model, by default where the manifest says. Only MoRAM looks at it: its adapters
-            carry fingerprints of the weights that they are for.
+        full: the full model (a directory, or opened), by default where the manifest says. Only MoRAM looks at it: its
+            adapters carry fingerprints of the weights that they are for.
 
     Returns:
         ``out``.
@@ -116,7 +116,7 @@ def recover_adapter(
         raise ModelError(f"{out} exists and is not the recovery of {adapter}; give another directory or remove it")
     if config["peft_type"] == "MORAM":
         shapes = {name: list(weight.shape) for name, weight in meta_model(source.config()).state_dict().items()}
-        whole = open_source(full or manifest.source["name"])
+        whole = full if isinstance(full, Source) else open_source(full or manifest.source["name"])
         check_base(manifest, whole)
         recovered = recover_moram(adapter / WEIGHTS, config, shapes, coupling, manifest, whole)
     else:

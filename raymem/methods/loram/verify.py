@@ -42,7 +42,7 @@ def verify_recovery(
     pruned: str | Path,
     recovered: str | Path,
     *,
-    full: str | Path | None = None,
+    full: str | Path | Source | None = None,
     forward: bool = True,
 ) -> Verification:
     """Check a recovery from outside: factors, base weights, and what the two models compute.
@@ -50,8 +50,8 @@ def verify_recovery(
     Args:
         adapter: what was trained on ``pruned``.
         recovered: what :func:`raymem.methods.loram.recover_adapter` made of it.
-        full: the full model; its identity is then compared with the manifest and its weights with the pruned ones, one
-            tensor in memory at a time.
+        full: the full model, a directory or opened; its identity is then compared with the manifest and its weights
+            with the pruned ones, one tensor in memory at a time.
         forward: also run both models in fp32 on random tokens, which takes the memory of both.
 
     Raises:
@@ -72,7 +72,7 @@ def verify_recovery(
         num_factors = _compare_factors(adapter, recovered, coupling, manifest)
     num_weights = None
     if full is not None:
-        whole = open_source(full)
+        whole = full if isinstance(full, Source) else open_source(full)
         check_base(manifest, whole)
         num_weights = _compare_weights(source, whole, coupling, manifest)
     difference = _compare_logits(adapter, pruned, recovered, coupling, manifest) if forward else None
