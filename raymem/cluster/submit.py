@@ -20,6 +20,8 @@ from raymem.cluster.entrypoint import check_command, entrypoint
 from raymem.cluster.jobs import connect_jobs, explained
 from raymem.cluster.package import check_package
 from raymem.errors import ClusterError
+from raymem.training.places import is_local
+from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import load_recipe
 
 RUN_METADATA = "raymem.run"
@@ -95,6 +97,7 @@ def submit(
     recipe = load_recipe(recipe_path, overrides)
     recipe_name = _inside(root, Path(recipe_path), "recipe")
     needed = [recipe_name, *(_inside(root, root / name, "file") for name in files)]
+    needed += _data_beside(load_recipe(recipe_path, overrides, resolve=False), root)
     _check_storage(recipe.storage.path, root)
     for place, word in [
         *((f"--set {override.partition('=')[0]}", override) for override in overrides),
@@ -283,6 +286,30 @@ def _inside(root: Path, path: Path, what: str) -> str:
             "move it below, or give another --working-dir"
         )
     return resolved.relative_to(root).as_posix()
+
+
+def _data_beside(recipe: Recipe, root: Path) -> list[str]:
+    """Data that the recipe names relative to the working directory, from which it travels with the job."""
+    found = []
+    for split in ("train", "eval"):
+        for index, source in enumerate(getattr(recipe.data, split) or ()):
+            path = Path(source.path)
+            if not is_local(source.path, root) or path.is_absolute() or source.path.startswith("~"):
+                continue
+            place = f"data.{split}[{index}].path: {path}"
+            below = Path(os.path.normpath(root / path))  # a link stays: Ray packs what it points to
+            if not below.exists():
+                raise ClusterError(
+                    f"{place} does not exist below the working directory {root}, which is what the job gets; put it "
+                    "there, or give a path that every node sees"
+                )
+            if not below.is_relative_to(root):
+                raise ClusterError(
+                    f"{place} lies outside of the working directory {root} and would not reach the cluster; move it "
+                    "below, or give a path that every node sees"
+                )
+            found.append(below.relative_to(root).as_posix())
+    return found
 
 
 def _check_storage(path: str, root: Path) -> None:

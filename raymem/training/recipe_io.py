@@ -28,12 +28,13 @@ MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
 """Name of a demo model in a recipe -> packaged recipe that pre-trains it."""
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, resolve: bool = True) -> Recipe:
     """Read, override, validate and resolve a recipe file.
 
     Args:
         path: YAML file.
         overrides: ``a.b=value`` strings, the value in YAML syntax.
+        resolve: make relative paths absolute; else they stay as they are written.
 
     Raises:
         RecipeError: missing or malformed file, unknown key, bad value, or parts that do not go together.
@@ -43,7 +44,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     raw.setdefault("name", path.stem)
     for override in overrides:
         _apply_override(raw, override)
-    return parse_recipe(raw, place=str(path), base_dir=Path.cwd())
+    return parse_recipe(raw, place=str(path), base_dir=Path.cwd() if resolve else None)
 
 
 class _Loader(yaml.SafeLoader):

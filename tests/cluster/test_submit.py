@@ -136,6 +136,32 @@ def test_files_outside_of_the_upload(project: Path, tmp_path: Path) -> None:
         send(project)
 
 
+def test_data_that_would_not_travel(project: Path, tmp_path: Path) -> None:
+    """What the recipe names relatively must be in the upload; absolute paths, ids and URIs are the cluster's."""
+    (project / "data").mkdir()
+    for path in (project / "data" / "a.jsonl", project / "b.jsonl", tmp_path / "c.jsonl"):
+        path.write_text("{}\n")
+    (project / "link.jsonl").symlink_to(tmp_path / "c.jsonl")  # Ray packs what it points to
+    no_cluster = "no Ray cluster answers"
+    for train, words in [
+        ("data/a.jsonl", no_cluster),
+        ("data/../data", no_cluster),
+        ("link.jsonl", no_cluster),
+        ("[./b.jsonl, some/dataset, 's3://bucket/d.jsonl', /shared/d.jsonl]", no_cluster),
+        (f"{project}/gone.jsonl", no_cluster),
+        ("[some/dataset, gone.jsonl]", r"data\.train\[1\]\.path: gone\.jsonl does not exist below the working dir"),
+        ("../c.jsonl", r"data\.train\[0\]\.path: \.\./c\.jsonl lies outside of the working directory .*; move it"),
+    ]:
+        with pytest.raises(ClusterError, match=words):
+            send(project, overrides=[f"data.train={train}"])
+    (project / ".gitignore").write_text("data\nb.jsonl\n")
+    for train in ("data/a.jsonl", "data", "b.jsonl"):
+        with pytest.raises(ClusterError, match=rf"{train} exists in .*work but \.gitignore or \.rayignore keeps it"):
+            send(project, overrides=[f"data.train={train}"])
+    with pytest.raises(ClusterError, match=no_cluster):
+        send(project, overrides=[f"data.train={project}/b.jsonl"])
+
+
 def test_invalid_recipe_is_found_here(project: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.stepps"):
         send(project, overrides=["train.stepps=3"])
