@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import running_head
 from loram_runs import BASE
-from ray_processes import RayHead
+from ray_processes import RayHead, running_head
 from support import merged
 
 ROOT = Path(__file__).parents[2]
