@@ -1,6 +1,6 @@
 """Evaluate what a recipe left: ``ray job submit --working-dir . -- python jobs/evaluate.py RECIPE``.
 
-Takes what ``raymem evaluate`` takes.
+The same as ``python -m raymem evaluate``, and takes what that takes.
 """
 
 import sys

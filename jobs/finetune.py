@@ -1,6 +1,6 @@
 """Train a recipe: ``ray job submit --working-dir . -- python jobs/finetune.py jobs/recipes/quickstart.yaml``.
 
-Takes what ``raymem train`` takes.
+The same as ``python -m raymem train``, and takes what that takes.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """All stages of LoRAM: ``ray job submit --working-dir . -- python jobs/loram.py jobs/recipes/loram.yaml``.
 
-Takes what ``raymem loram run`` takes.
+The same as ``python -m raymem loram run``, and takes what that takes.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Search recipes: ``ray job submit --working-dir . -- python jobs/sweep.py RECIPE --space joint --budget 12GiB``.
 
-Takes what ``raymem sweep`` takes.
+The same as ``python -m raymem sweep``, and takes what that takes.
 """
 
 import sys

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from raymem import __version__, cli_k8s, cli_loram, cli_plan, cli_sweep, console
+from raymem import __version__, cli_k8s, cli_loram, cli_plan, cli_submit, cli_sweep, console
 from raymem.cli_options import Fresh, Overrides, RecipeFile, Verbose
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
@@ -234,54 +234,7 @@ def schema() -> None:
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
-@app.command()
-def submit(
-    recipe: RecipeFile,
-    set_: Overrides = [],  # noqa: B006
-    address: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Dashboard of the cluster, http://head:8265. Default: RAY_API_SERVER_ADDRESS."),
-    ] = None,
-    working_dir: Annotated[Path, typer.Option(help="Directory to upload; the recipe lies in it.")] = Path(),
-    follow: Annotated[bool, typer.Option(help="Print the job's output until it ends.")] = True,
-    status: Annotated[bool, typer.Option("--status", help="Only say how the run's last job is doing.")] = False,
-    stop: Annotated[bool, typer.Option("--stop", help="Only stop the run's job; submitting again resumes.")] = False,
-    submission_id: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--id", help="Submission id. Default: raymem-<name of the run>."),
-    ] = None,
-    env: Annotated[list[str], typer.Option(help="Variable that the job gets too; no secrets. Repeatable.")] = [],  # noqa: B006
-) -> None:
-    """Send a recipe to a Ray cluster as a job; the same run is never started twice."""
-    console.log_to_stderr(False)
-    from raymem.cluster import submit as jobs
-
-    if status and stop:
-        raise typer.BadParameter("give one of --status and --stop")
-    if status or stop:
-        from raymem.training.recipe_io import load_recipe
-
-        job = submission_id or jobs.last_job(load_recipe(recipe, set_).name, address)
-        state = jobs.stop(job, address) if stop else jobs.status(job, address)
-        console.out.print(f"{state.submission_id}: {state.status}", markup=False)
-        if state.status == "FAILED":
-            console.err.print(state.message, markup=False)
-            raise typer.Exit(1)
-        return
-    sent = jobs.submit(
-        recipe,
-        overrides=set_,
-        address=address,
-        working_dir=working_dir,
-        submission_id=submission_id,
-        follow=follow,
-        env_passthrough=env,
-    )
-    if not follow:
-        word = "already running as" if sent.attached else "submitted as"
-        console.out.print(f"{word} {sent.submission_id}\nnext: raymem submit {recipe} --status (or --stop)")
-    if sent.exit_code:
-        raise typer.Exit(sent.exit_code)
+cli_submit.register(app)
 
 
 def run_app(*arguments: Any) -> int:

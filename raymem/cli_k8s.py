@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from raymem import console
+from raymem.cli_jobs import Arguments, check_sweep, parse_command, split_overrides
 from raymem.cli_options import Overrides, RecipeFile
+from raymem.errors import ClusterError
 from raymem.memory.budget import bytes_text
 
 app = typer.Typer(help="Kubernetes manifests (KubeRay) for a recipe.", no_args_is_help=True)
@@ -20,7 +23,9 @@ def _group() -> None:
 
 @app.command()
 def render(
+    context: typer.Context,
     recipe: RecipeFile,
+    arguments: Arguments = None,
     overlay: Annotated[str, typer.Option(help="cpu-demo, gpu, gpu-spot-elastic or kueue.")] = "gpu",
     workers: Annotated[
         Optional[str],  # noqa: UP045
@@ -32,9 +37,12 @@ def render(
     ] = None,
     image: Annotated[Optional[str], typer.Option(help="Your image, with its tag.")] = None,  # noqa: UP045
     name: Annotated[Optional[str], typer.Option(help="Of the RayJob. Default: the recipe's.")] = None,  # noqa: UP045
-    script: Annotated[
+    command: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Entry point in the image. Default: jobs/loram.py for base: loram, else jobs/finetune.py."),
+        typer.Option(
+            help="What to run: train, sweep, evaluate, 'loram run' or another stage of LoRAM. Default: 'loram run' for "
+            "base: loram, else train."
+        ),
     ] = None,
     cpus: Annotated[Optional[int], typer.Option(min=1, help="CPU cores of a worker.")] = None,  # noqa: UP045
     worker_memory: Annotated[
@@ -50,19 +58,35 @@ def render(
     ] = False,
     set_: Overrides = [],  # noqa: B006
 ) -> None:
-    """Print manifests that train a recipe; nothing is applied."""
-    console.hush_libraries()
-    from raymem.cluster.kubernetes import render as make
+    """Print manifests that train a recipe; nothing is applied.
 
+    Options of the command itself go behind --, for example: raymem k8s render my.yaml -- --force
+    """
+    console.hush_libraries()
+    more, others = split_overrides(arguments or [])
+    overrides = [*set_, *more]
+    from raymem.cluster.entrypoint import check_command, usual_command
+    from raymem.cluster.kubernetes import render as make
+    from raymem.training.recipe_io import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    command = check_command(command or usual_command(loaded))
+    options = parse_command(context, command, recipe, others)
+    if command == "sweep" and (space := check_sweep(loaded, options, Path())):
+        raise ClusterError(
+            f"--space {space}: is a file of this machine, which the Pods do not see; write the space into the recipe's "
+            "`space` section"
+        )
     made = make(
         recipe,
         overlay=overlay,
-        overrides=set_,
+        overrides=overrides,
         workers=workers,
         gpu=gpu,
         image=image,
         name=name,
-        script=script,
+        command=command,
+        arguments=others,
         cpus=cpus,
         worker_memory=worker_memory,
         node_memory=node_memory,

@@ -12,7 +12,10 @@ from raymem.cli_options import Fresh, Overrides, RecipeFile, Verbose
 from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
+    from raymem.cluster.sweep import SweepOptions
     from raymem.cluster.sweep_report import SweepRow
+    from raymem.training.recipe import Recipe
+    from raymem.training.space import Space
 
 _SHOWN = 12
 
@@ -55,28 +58,25 @@ def sweep(
     verbose: Verbose = False,
 ) -> None:
     """Search ranks, sparsity and methods: only what is predicted to fit is tried. A killed sweep goes on."""
-    from raymem.cli_plan import budget_bytes
-    from raymem.errors import BudgetError, RecipeError
-    from raymem.training.recipe_io import load_recipe, nearest, parse_recipe
-    from raymem.training.space_io import load_space
+    from raymem.errors import RecipeError
+    from raymem.training.recipe_io import load_recipe
 
     console.log_to_stderr(verbose)
-    loaded = load_recipe(recipe, set_)
-    limit = budget_bytes(loaded, budget, gpu)
-    if limit is None:
-        raise BudgetError("there is no budget to search under; give --budget 24GiB, --gpu H100-80GB, or `budget`")
-    found = load_space(space, loaded)
-    from raymem.cluster import search
+    named, found, options = settle(
+        load_recipe(recipe, set_),
+        space=space,
+        budget=budget,
+        gpu=gpu,
+        samples=samples,
+        objective=objective,
+        also=also,
+        algorithm=algorithm,
+        early_stopping=early_stopping,
+        name=name,
+    )
     from raymem.cluster import sweep as sweeps
 
-    metrics = tuple(dict.fromkeys([objective, *(metric.strip() for metric in also.split(",") if metric.strip())]))
-    sweeps.check_metrics(metrics)
-    if algorithm not in search.ALGORITHMS:
-        raise RecipeError(f"--algorithm {algorithm}: there is no such one{nearest(algorithm, search.ALGORITHMS)}")
-    options = sweeps.SweepOptions(
-        limit, samples, search.Objective(metrics), algorithm, early_stopping=early_stopping, gpu=gpu
-    )
-    named = parse_recipe({**loaded.to_dict(), "name": name or f"{loaded.name[:57]}-sweep"}, "--name")
+    metrics = options.objective.metrics
     try:
         with SweepDisplay(metrics[0], samples) as display:
             done = sweeps.sweep(named, found, options, fresh=fresh, status=display.status, watch=display.show)
@@ -94,6 +94,51 @@ def sweep(
     if done.run_id:
         say(f"MLflow run {done.run_id}")
     say(f"next: raymem train {best}")
+
+
+def sweep_name(recipe: Recipe, name: str | None) -> str:
+    """Of the sweep, which is a run of its own."""
+    return name or f"{recipe.name[:57]}-sweep"
+
+
+def settle(
+    recipe: Recipe,
+    *,
+    space: str | None,
+    budget: str | None,
+    gpu: str | None,
+    samples: int,
+    objective: str,
+    also: str,
+    algorithm: str,
+    early_stopping: bool,
+    name: str | None,
+) -> tuple[Recipe, Space, SweepOptions]:
+    """The recipe of the sweep, its space and how it is searched.
+
+    Raises:
+        RaymemError: an option that no sweep can work with.
+    """
+    from raymem.cli_plan import budget_bytes
+    from raymem.errors import BudgetError, RecipeError
+    from raymem.training.recipe_io import nearest, parse_recipe
+    from raymem.training.space_io import load_space
+
+    limit = budget_bytes(recipe, budget, gpu)
+    if limit is None:
+        raise BudgetError("there is no budget to search under; give --budget 24GiB, --gpu H100-80GB, or `budget`")
+    found = load_space(space, recipe)
+    from raymem.cluster import search
+    from raymem.cluster import sweep as sweeps
+
+    metrics = tuple(dict.fromkeys([objective, *(metric.strip() for metric in also.split(",") if metric.strip())]))
+    sweeps.check_metrics(metrics)
+    if algorithm not in search.ALGORITHMS:
+        raise RecipeError(f"--algorithm {algorithm}: there is no such one{nearest(algorithm, search.ALGORITHMS)}")
+    options = sweeps.SweepOptions(
+        limit, samples, search.Objective(metrics), algorithm, early_stopping=early_stopping, gpu=gpu
+    )
+    return parse_recipe({**recipe.to_dict(), "name": sweep_name(recipe, name)}, "--name"), found, options
 
 
 class SweepDisplay:

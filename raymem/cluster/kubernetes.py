@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from raymem.cluster.entrypoint import entrypoint_of_attempts, usual_command
 from raymem.errors import ClusterError, RaymemError
 from raymem.memory.devices import ALIASES, GPUS
 from raymem.planner import plan_recipe, settle_micro_batch
@@ -100,7 +101,8 @@ def render(
     gpu: str | None = None,
     image: str | None = None,
     name: str | None = None,
-    script: str | None = None,
+    command: str | None = None,
+    arguments: Sequence[str] = (),
     cpus: int | None = None,
     worker_memory: str | None = None,
     node_memory: str | None = None,
@@ -111,11 +113,12 @@ def render(
     Args:
         overlay: A key of :data:`OVERLAYS`.
         overrides: ``a.b=value``, laid over the recipe.
-        workers: ``4``, or ``2-8`` for the elastic overlay; by default the recipe's.
+        workers: ``4``, or ``2-8`` for the elastic overlay; by default the recipe's. Of a sweep, which trials share.
         gpu: A key of :data:`GPU_PRODUCTS`, or ``A100`` or ``H100``; by default ``H100-80GB`` in the overlays with GPUs.
         image: Image with its tag; by default the overlay's placeholder.
         name: Of the RayJob; by default the recipe's name, with ``-`` where Kubernetes allows neither ``.`` nor ``_``.
-        script: Entry point in the image; by default ``jobs/loram.py`` for ``base: loram``, else ``jobs/finetune.py``.
+        command: One of :data:`raymem.cluster.entrypoint.COMMANDS`; by default what its ``usual_command`` says.
+        arguments: What else the command takes; the command line checks them.
         cpus: CPU cores of one worker.
         worker_memory: Memory that one worker needs (``40Gi``), where it cannot be worked out here.
         node_memory: Memory of the nodes (``64Gi``), against which the request is checked.
@@ -127,9 +130,10 @@ def render(
     """
     shape = _one_of(overlay, OVERLAYS, "--overlay")
     kind = _gpu(gpu, shape, overlay)
-    recipe, counts = _scaled(recipe_path, overrides, workers, shape, overlay, cpus)
+    command = command or usual_command(load_recipe(recipe_path, overrides))
+    line = entrypoint_of_attempts(command, RECIPE_FILE, arguments)
+    recipe, counts = _scaled(recipe_path, overrides, workers, shape, overlay, cpus, is_sweep=command == "sweep")
     job = _job_name(name, recipe)
-    script = script or ("jobs/loram.py" if str(recipe.base.kind) == "loram" else "jobs/finetune.py")
     _check_paths(recipe)
     figure = _quantity(worker_memory, "--worker-memory") if worker_memory else worker_memory_bytes(recipe, kind)
     request = memory_request_bytes(figure)
@@ -148,7 +152,7 @@ def render(
             {
                 "target": {"kind": "RayJob", "name": _JOB},
                 "options": {"allowNameChange": True},
-                "patch": json.dumps(_patch(job, recipe, counts, kind, script, cpus, request)),
+                "patch": json.dumps(_patch(job, recipe, counts, kind, line, cpus, request)),
             }
         ],
     }
@@ -213,9 +217,10 @@ def _gpu(gpu: str | None, shape: Overlay, overlay: str) -> str | None:
 
 
 def _scaled(
-    path: str | Path, overrides: Sequence[str], workers: str | None, shape: Overlay, overlay: str, cpus: int | None
-) -> tuple[Recipe, tuple[int, int]]:
-    """The recipe as it will run in the cluster, and the smallest and largest number of its workers."""
+    path: str | Path, overrides: Sequence[str], workers: str | None, shape: Overlay, overlay: str, cpus: int | None,
+    *, is_sweep: bool,
+) -> tuple[Recipe, tuple[int, int]]:  # fmt: skip
+    """The recipe as it will run in the cluster, and the smallest and largest number of Pods for its workers."""
     recipe = load_recipe(path, overrides)
     own = recipe.scaling.num_workers
     if workers is None:
@@ -240,7 +245,7 @@ def _scaled(
         )
     count = str(least) if least == most else f"[{least}, {most}]"
     scaling = [
-        f"scaling.num_workers={count}",
+        *([] if is_sweep else [f"scaling.num_workers={count}"]),  # a trial keeps its own number, beside other trials
         f"scaling.use_gpu={json.dumps(shape.gpu)}",
         f"scaling.resources_per_worker={json.dumps(share)}",
     ]
@@ -315,7 +320,7 @@ def _patch(
     recipe: Recipe,
     counts: tuple[int, int],
     kind: str | None,
-    script: str,
+    line: str,
     cpus: int | None,
     request_bytes: int,
 ) -> list[dict[str, Any]]:
@@ -331,7 +336,7 @@ def _patch(
     ]
     values: dict[str, Any] = {
         "/metadata/name": job,
-        "/spec/entrypoint": f"python {script} {RECIPE_FILE}",
+        "/spec/entrypoint": line,
         f"{_WORKERS}/replicas": counts[0],
         f"{_WORKERS}/minReplicas": counts[0],
         f"{_WORKERS}/maxReplicas": counts[1],

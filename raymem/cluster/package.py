@@ -29,14 +29,14 @@ def packaged_files(working_dir: Path) -> dict[str, int]:
 
 
 def check_package(working_dir: Path, needed: list[str], limit_bytes: int = MAX_UPLOAD_BYTES) -> None:
-    """Refuse an upload that is too large, or lacks a file that the job needs.
+    """Refuse an upload that is too large, or lacks a file or directory that the job needs.
 
     Raises:
         ClusterError: naming the five largest entries, or the missing file.
     """
     sizes = packaged_files(working_dir)
     for name in needed:
-        if name not in sizes:
+        if name not in sizes and not any(file.startswith(f"{name}/") for file in sizes):
             raise ClusterError(
                 f"{name} exists in {working_dir} but .gitignore or .rayignore keeps it out of the upload; "
                 "take it out of the ignore file"

@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raymem.cluster.entrypoint import check_command, entrypoint
 from raymem.cluster.jobs import connect_jobs, explained
 from raymem.cluster.package import check_package
 from raymem.errors import ClusterError
+from raymem.training.places import is_local
+from raymem.training.recipe import Recipe
 from raymem.training.recipe_io import load_recipe
 
 RUN_METADATA = "raymem.run"
+COMMAND_METADATA = "raymem.command"
 _SECRET = re.compile("TOKEN|SECRET|PASSWORD|KEY|CREDENTIAL", re.IGNORECASE)
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _RECONNECTS = 5
@@ -54,7 +58,10 @@ class JobState:
 def submit(
     recipe_path: str | Path,
     *,
-    script: str = "jobs/finetune.py",
+    command: str = "train",
+    arguments: Sequence[str] = (),
+    files: Sequence[str] = (),
+    run: str | None = None,
     overrides: Sequence[str] = (),
     address: str | None = None,
     working_dir: str | Path = ".",
@@ -63,14 +70,17 @@ def submit(
     env_passthrough: Sequence[str] = (),
     out: Out | None = None,
 ) -> Submission:
-    """Send ``python <script> <recipe> --set ...`` as a job; the recipe is validated here first.
+    """Send ``python -m raymem <command> <recipe> --set ... <arguments>`` as a job; the recipe is validated here first.
 
     Args:
-        script: Entry point, relative to ``working_dir``.
+        command: One of :data:`raymem.cluster.entrypoint.COMMANDS`.
+        arguments: What else the command takes; the command line checks them.
+        files: Files that the arguments name, relative to ``working_dir``.
+        run: What the job works on, of which only one job at a time is started; by default the recipe's name.
         overrides: ``a.b=value``, passed on as ``--set``.
         address: Dashboard; by default RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, then a cluster on this machine.
         working_dir: Directory that is uploaded.
-        submission_id: By default ``raymem-<run name>``; ``-2``, ``-3`` ... is appended once that job has ended.
+        submission_id: By default ``raymem-<run>``; ``-2``, ``-3`` ... is appended once that job has ended.
         env_passthrough: Names of environment variables that the job gets. They are readable by everyone who can list
             jobs, so names that look like secrets are refused.
         out: Receives the job's output while it is followed; by default it is printed.
@@ -78,32 +88,37 @@ def submit(
     Raises:
         RecipeError: the recipe with its overrides is not valid.
         ClusterError: no cluster, no permission, a file outside of the upload, an upload that is too large, a secret,
-            or a storage path that would lie in the job's temporary copy of the working directory.
+            a storage path that would lie in the job's temporary copy of the working directory, no such command, or a
+            job of this run is under way and does something else.
     """
     root = Path(working_dir).resolve()
     if not root.is_dir():
-        raise ClusterError(f"working directory {root} does not exist; give the directory that holds {script}")
+        raise ClusterError(f"working directory {root} does not exist; give the directory that holds the recipe")
     recipe = load_recipe(recipe_path, overrides)
     recipe_name = _inside(root, Path(recipe_path), "recipe")
-    script_name = _inside(root, root / script, "script")
+    needed = [recipe_name, *(_inside(root, root / name, "file") for name in files)]
+    needed += _data_beside(load_recipe(recipe_path, overrides, resolve=False), root)
     _check_storage(recipe.storage.path, root)
-    for override in overrides:
-        if re.search(r"://[^/@\s]*:[^/@\s]*@", override):
+    for place, word in [
+        *((f"--set {override.partition('=')[0]}", override) for override in overrides),
+        *((f"argument {number} of {command}", word) for number, word in enumerate(arguments, 1)),
+    ]:
+        if re.search(r"://[^/@\s]*:[^/@\s]*@", word):
             raise ClusterError(
-                f"--set {override.partition('=')[0]}: an address with a password would be visible in the list of jobs; "
-                "take it out, and mount the password on the cluster"
+                f"{place}: an address with a password would be visible in the list of jobs; take it out, and mount the "
+                "password on the cluster"
             )
     runtime_env: dict[str, Any] = {"working_dir": str(root)}
     if variables := _environment(env_passthrough):
         runtime_env["env_vars"] = variables
-    check_package(root, [recipe_name, script_name])
+    line = entrypoint(command, recipe_name, overrides, arguments)
+    check_package(root, needed)
 
     client = connect_jobs(address)
     place = client.get_address()
-    entrypoint = shlex.join(["python", script_name, recipe_name, *(a for o in overrides for a in ("--set", o))])
-    job, attached = _find_or_submit(
-        client, submission_id or f"raymem-{recipe.name}", recipe.name, entrypoint, runtime_env
-    )
+    run = run or recipe.name
+    metadata = {RUN_METADATA: run, COMMAND_METADATA: check_command(command)}
+    job, attached = _find_or_submit(client, submission_id or f"raymem-{run}", line, runtime_env, metadata)
     code = follow_logs(client, job, out) if follow else None
     return Submission(job, place, attached, code)
 
@@ -207,15 +222,18 @@ def stop(submission_id: str, address: str | None = None, timeout_s: float = 30.0
 
 
 def _find_or_submit(
-    client: Any, wanted: str, run: str, entrypoint: str, runtime_env: dict[str, Any]
+    client: Any, wanted: str, line: str, runtime_env: dict[str, Any], metadata: dict[str, str]
 ) -> tuple[str, bool]:
     with explained(client.get_address()):
         for _ in range(3):
             jobs = client.list_jobs()
             for job in jobs:
                 # By metadata: the id raymem-a-2 is the second job of run "a", or the first of run "a-2".
-                if job.status not in _ENDED and job.submission_id and (job.metadata or {}).get(RUN_METADATA) == run:
-                    return str(job.submission_id), True
+                theirs = job.metadata or {}
+                if job.status in _ENDED or not job.submission_id or theirs.get(RUN_METADATA) != metadata[RUN_METADATA]:
+                    continue
+                _check_same(job, line, metadata)
+                return str(job.submission_id), True
             taken = {job.submission_id for job in jobs}
             candidate, number = wanted, 1
             while candidate in taken:
@@ -223,16 +241,28 @@ def _find_or_submit(
                 candidate = f"{wanted}-{number}"
             try:
                 made = client.submit_job(
-                    entrypoint=entrypoint,
+                    entrypoint=line,
                     submission_id=candidate,
                     runtime_env=runtime_env,
-                    metadata={RUN_METADATA: run},
+                    metadata=metadata,
                 )
                 return str(made), False
             except RuntimeError as error:
                 if "already exists" not in str(error):  # else another submitter was faster: look again
                     raise
     raise ClusterError(f"job {wanted} could not be named: others keep submitting it; try again")
+
+
+def _check_same(job: Any, line: str, metadata: dict[str, str]) -> None:
+    """Refuse to follow a job that does something else than what was asked for, or would not start over."""
+    wanted, theirs = metadata[COMMAND_METADATA], job.metadata.get(COMMAND_METADATA, "train")
+    if line == job.entrypoint or (wanted == theirs and "--fresh" not in shlex.split(line)):
+        return
+    what = f"({theirs})" if wanted != theirs else "and would not start over"
+    raise ClusterError(
+        f"run {metadata[RUN_METADATA]!r} is under way as job {job.submission_id} {what}; wait for its end, or stop it "
+        "with --stop, and submit again"
+    )
 
 
 def _info(client: Any, submission_id: str) -> Any:
@@ -256,6 +286,30 @@ def _inside(root: Path, path: Path, what: str) -> str:
             "move it below, or give another --working-dir"
         )
     return resolved.relative_to(root).as_posix()
+
+
+def _data_beside(recipe: Recipe, root: Path) -> list[str]:
+    """Data that the recipe names relative to the working directory, from which it travels with the job."""
+    found = []
+    for split in ("train", "eval"):
+        for index, source in enumerate(getattr(recipe.data, split) or ()):
+            path = Path(source.path)
+            if not is_local(source.path, root) or path.is_absolute() or source.path.startswith("~"):
+                continue
+            place = f"data.{split}[{index}].path: {path}"
+            below = Path(os.path.normpath(root / path))  # a link stays: Ray packs what it points to
+            if not below.exists():
+                raise ClusterError(
+                    f"{place} does not exist below the working directory {root}, which is what the job gets; put it "
+                    "there, or give a path that every node sees"
+                )
+            if not below.is_relative_to(root):
+                raise ClusterError(
+                    f"{place} lies outside of the working directory {root} and would not reach the cluster; move it "
+                    "below, or give a path that every node sees"
+                )
+            found.append(below.relative_to(root).as_posix())
+    return found
 
 
 def _check_storage(path: str, root: Path) -> None:

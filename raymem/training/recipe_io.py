@@ -29,21 +29,24 @@ MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
 """Name of a demo model in a recipe -> packaged recipe that pre-trains it."""
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, resolve: bool = True) -> Recipe:
     """Read, override, validate and resolve a recipe file.
 
     Args:
         path: YAML file.
         overrides: ``a.b=value`` strings, the value in YAML syntax.
+        resolve: make relative paths absolute; else they stay as they are written.
 
     Raises:
         RecipeError: missing or malformed file, unknown key, bad value, or parts that do not go together.
     """
     path = Path(path)
-    return recipe_of({"name": path.stem, **read_yaml(path)}, overrides, place=str(path))
+    return recipe_of({"name": path.stem, **read_yaml(path)}, overrides, place=str(path), resolve=resolve)
 
 
-def recipe_of(raw: Mapping[str, Any], overrides: Sequence[str] = (), place: str = "recipe") -> Recipe:
+def recipe_of(
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), place: str = "recipe", *, resolve: bool = True
+) -> Recipe:
     """The recipe of a plain dict, as :func:`load_recipe` makes it of a file; the dict is left as it is.
 
     Raises:
@@ -52,7 +55,7 @@ def recipe_of(raw: Mapping[str, Any], overrides: Sequence[str] = (), place: str 
     changed = copy.deepcopy(dict(raw))
     for override in overrides:
         _apply_override(changed, override)
-    return parse_recipe(changed, place=place, base_dir=Path.cwd())
+    return parse_recipe(changed, place=place, base_dir=Path.cwd() if resolve else None)
 
 
 class _Loader(yaml.SafeLoader):

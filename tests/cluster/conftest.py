@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import torch
-from ray_processes import RayHead, end_session, free_ports, wait_until_up
-
-QUIET = {"RAY_enable_metrics_collection": "0", "RAY_event_stats": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""What the dashboard shows is not collected, and no actor waits for a cloud that takes this machine back."""
+from ray_processes import RayHead, running_head
 
 
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[RayHead]:
-    """``ray start --head --block`` in a session (setsid) of its own.
-
-    Never ``ray stop``: that would end every Ray of this machine, those of other people's tests included.
-    """
-    home = Path(tempfile.mkdtemp(prefix="rm-", dir="/tmp"))  # short: it holds unix sockets, with a limit of 107 bytes
-    token_path = home / "token"
-    token_path.touch(mode=0o600)
-    token_path.write_text("test-" + os.urandom(16).hex())
-    gcs, dashboard, client, agent = free_ports(4)
-    head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token_path, home, 0)
-    environment = {k: v for k, v in head.client_env().items() if k != "RAY_API_SERVER_ADDRESS"} | QUIET
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={gcs}", "--num-cpus=2"]
-    command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={home}/r", "--object-store-memory=200000000"]
-    with open(home / "head.log", "wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_until_up(process, head, home / "head.log")
-        yield RayHead(head.dashboard, head.gcs, token_path, home, process.pid)
-    finally:
-        end_session(process)
-        shutil.rmtree(home, ignore_errors=True)
+    """The head of this test session."""
+    with running_head() as head:
+        yield head
 
 
 @pytest.fixture

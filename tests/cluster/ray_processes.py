@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+
+QUIET = {"RAY_enable_metrics_collection": "0", "RAY_event_stats": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""What the dashboard shows is not collected, and no actor waits for a cloud that takes this machine back."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,39 @@ def free_ports(count: int) -> list[int]:
         if len(found) == count:
             break
     return found
+
+
+@contextlib.contextmanager
+def running_head(**environment: str) -> Iterator[RayHead]:
+    """``ray start --head --block`` in a session (setsid) of its own.
+
+    Never ``ray stop``: that would end every Ray of this machine, those of other people's tests included.
+
+    Args:
+        environment: Of the head, and so of every job.
+    """
+    home = Path(tempfile.mkdtemp(prefix="rm-", dir="/tmp"))  # short: it holds unix sockets, with a limit of 107 bytes
+    token_path = home / "token"
+    token_path.touch(mode=0o600)
+    token_path.write_text("test-" + os.urandom(16).hex())
+    gcs, dashboard, client, agent = free_ports(4)
+    head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token_path, home, 0)
+    ours = {k: v for k, v in head.client_env().items() if k != "RAY_API_SERVER_ADDRESS"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs say `python`
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={gcs}", "--num-cpus=2"]
+    command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={home}/r", "--object-store-memory=200000000"]
+    with open(home / "head.log", "wb") as log:
+        process = subprocess.Popen(
+            command, env={**ours, **QUIET, "PATH": path, **environment}, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_until_up(process, head, home / "head.log")
+        yield RayHead(head.dashboard, head.gcs, token_path, home, process.pid)
+    finally:
+        end_session(process)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def wait_until_up(process: subprocess.Popen[bytes], head: RayHead, log: Path) -> None:

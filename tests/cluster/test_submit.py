@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
+import shlex
+import shutil
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from ray_processes import RayHead
+from support import make_recipe
 
 from raymem.cluster.jobs import connect_jobs
 from raymem.cluster.package import check_package, packaged_files
-from raymem.cluster.submit import RUN_METADATA, follow_logs, status, stop, submit
+from raymem.cluster.submit import COMMAND_METADATA, RUN_METADATA, follow_logs, status, stop, submit
 from raymem.errors import ClusterError, RecipeError
 
+STEPS = 1_000_000
 RECIPE = """
 name: run1
 model: {name: demo}
@@ -28,26 +34,14 @@ train: {steps: 2}
 storage: {path: %s}
 """
 
-# Stands for jobs/finetune.py: tells what it got, or waits for the file `go` in the storage path.
-SCRIPT = """
-import json, os, sys, time
-print("JOB", json.dumps({"argv": sys.argv[1:], "files": sorted(os.listdir(".")), "env": os.environ.get("MY_SETTING")}))
-mode = os.environ.get("MODE", "0")
-while mode == "wait":
-    print("waiting", flush=True)
-    time.sleep(0.5)
-sys.exit(int(mode))
-"""
-
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a recipe and a job script, and a storage path outside of it."""
+    """A working directory with nothing but a recipe, and a storage path outside of it."""
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     root = tmp_path / "work"
-    (root / "jobs").mkdir(parents=True)
-    (root / "jobs" / "finetune.py").write_text(SCRIPT)
+    root.mkdir()
     (root / "my recipe.yaml").write_text(RECIPE % (tmp_path / "store"))
     return root
 
@@ -78,17 +72,94 @@ def test_password_in_an_override(project: Path) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+def test_password_in_an_argument(project: Path) -> None:
+    with pytest.raises(ClusterError, match=r"argument 2 of evaluate: an address with a password would be") as caught:
+        send(project, command="evaluate", arguments=["--artifact", "http://me:hunter2@host/adapter"])
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("trian", r"--command trian: no command that a job can run; did you mean 'train'\?"),
+        ("loram", r"--command loram: no command that a job can run; did you mean 'loram \w+'\?"),
+        ("xyz", r"--command xyz: .*; known here: evaluate, loram align, .*, sweep, train"),
+        ("submit", r"--command submit: no command that a job can run"),
+    ],
+)
+def test_unknown_command(project: Path, command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from raymem.cli import run_app
+
+    with pytest.raises(ClusterError, match=words):
+        send(project, command=command)
+    assert run_app("submit", project / "my recipe.yaml", "--command", command, "--status") == 1
+    assert re.match(f"error: {words}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--", "--forse"], 2, "No such option: --forse (Possible options: --force"),
+        (["--", "--force", "twice"], 2, "unexpected extra argument(s) (twice)"),
+        (["--forse"], 2, "No such option: --forse"),
+        (["--command", "loram prune", "--", "--fresh"], 2, "No such option: --fresh"),
+        (["--command", "sweep", "--", "--samples", "many"], 2, "unable to parse string as an integer"),
+        (["--command", "sweep", "--", "--samples", "3"], 1, "error: there is no budget to search under; give --budget"),
+        (["--command", "sweep", "--", "--budget", "much"], 1, "error: --budget: "),
+        (["--command", "sweep", "--", "--budget", "1GiB"], 1, "error: there is no search space: give --space (joint,"),
+        (["--command", "sweep", "--", "--budget", "1GiB", "--space", "mine.yaml"], 1, "mine.yaml: no such recipe file"),
+        (["--command", "sweep", "--", "--budget", "1GiB", "--space", "join"], 1, "did you mean 'joint'"),
+        (["--", "--set", "train.stepps=3"], 1, "train.stepps: unknown key; did you mean 'steps'?"),
+    ],
+)
+def test_wrong_arguments_are_found_here(
+    project: Path, arguments: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from raymem.cli import run_app
+
+    here = ("submit", project / "my recipe.yaml", "--working-dir", project, "--address", "http://127.0.0.1:9")
+    assert run_app(*here, *arguments) == status
+    shown = re.sub(r"[\s|\u2502]+", " ", capsys.readouterr().err)
+    assert words in shown
+
+
 def test_files_outside_of_the_upload(project: Path, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(RECIPE % "/store")
     with pytest.raises(ClusterError, match=r"recipe .*other\.yaml lies outside of the working directory .*work"):
         submit(tmp_path / "other.yaml", working_dir=project)
-    with pytest.raises(ClusterError, match=r"script .*none\.py does not exist"):
-        send(project, script="none.py")
+    with pytest.raises(ClusterError, match=r"file .*mine\.py does not exist"):
+        send(project, command="sweep", arguments=["--space", "mine.py"], files=["mine.py"])
     with pytest.raises(ClusterError, match=r"working directory .*nowhere does not exist"):
         send(project, working_dir=tmp_path / "nowhere")
     (project / ".gitignore").write_text("*.yaml\n")
     with pytest.raises(ClusterError, match=r"my recipe\.yaml exists in .* keeps it out of the upload; take it out"):
         send(project)
+
+
+def test_data_that_would_not_travel(project: Path, tmp_path: Path) -> None:
+    """What the recipe names relatively must be in the upload; absolute paths, ids and URIs are the cluster's."""
+    (project / "data").mkdir()
+    for path in (project / "data" / "a.jsonl", project / "b.jsonl", tmp_path / "c.jsonl"):
+        path.write_text("{}\n")
+    (project / "link.jsonl").symlink_to(tmp_path / "c.jsonl")  # Ray packs what it points to
+    no_cluster = "no Ray cluster answers"
+    for train, words in [
+        ("data/a.jsonl", no_cluster),
+        ("data/../data", no_cluster),
+        ("link.jsonl", no_cluster),
+        ("[./b.jsonl, some/dataset, 's3://bucket/d.jsonl', /shared/d.jsonl]", no_cluster),
+        (f"{project}/gone.jsonl", no_cluster),
+        ("[some/dataset, gone.jsonl]", r"data\.train\[1\]\.path: gone\.jsonl does not exist below the working dir"),
+        ("../c.jsonl", r"data\.train\[0\]\.path: \.\./c\.jsonl lies outside of the working directory .*; move it"),
+    ]:
+        with pytest.raises(ClusterError, match=words):
+            send(project, overrides=[f"data.train={train}"])
+    (project / ".gitignore").write_text("data\nb.jsonl\n")
+    for train in ("data/a.jsonl", "data", "b.jsonl"):
+        with pytest.raises(ClusterError, match=rf"{train} exists in .*work but \.gitignore or \.rayignore keeps it"):
+            send(project, overrides=[f"data.train={train}"])
+    with pytest.raises(ClusterError, match=no_cluster):
+        send(project, overrides=[f"data.train={project}/b.jsonl"])
 
 
 def test_invalid_recipe_is_found_here(project: Path) -> None:
@@ -243,8 +314,9 @@ def test_exit_codes(end: str, code: int | None, expected: int, told: bool) -> No
 def test_names_of_jobs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which id a job gets, when a running one is joined, and that a lost race is run again."""
 
-    def job(submission_id: str, state: str, run: str) -> Any:
-        return SimpleNamespace(submission_id=submission_id, status=state, metadata={RUN_METADATA: run})
+    def job(submission_id: str, state: str, run: str, line: str = "") -> Any:
+        metadata = {RUN_METADATA: run, COMMAND_METADATA: "train"}
+        return SimpleNamespace(submission_id=submission_id, status=state, metadata=metadata, entrypoint=line)
 
     class Client:
         def __init__(self, *jobs: Any, rival: Any = None) -> None:
@@ -283,6 +355,22 @@ def test_names_of_jobs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert sent(Client(rival=job("raymem-a", "PENDING", "a")), overrides=a) == ("raymem-a", True)
     assert sent(Client(rival=job("raymem-a", "PENDING", "b")), overrides=a) == ("raymem-a-2", False)
+
+    # What a job under way does not do is not answered by following it; the very same command line is.
+    fresh = {"overrides": a, "arguments": ["--fresh"]}
+    client = Client()
+    assert sent(client, **fresh) == ("raymem-a", False)
+    line = client.sent[0]["entrypoint"]
+    assert line == "python -m raymem train 'my recipe.yaml' --set name=a --fresh"
+    assert client.sent[0]["metadata"] == {RUN_METADATA: "a", COMMAND_METADATA: "train"}
+    assert sent(Client(job("raymem-a", "RUNNING", "a", line)), **fresh) == ("raymem-a", True)
+    assert sent(Client(job("raymem-a", "RUNNING", "a", line)), overrides=a) == ("raymem-a", True)
+    under_way = r"run 'a' is under way as job raymem-a {}; wait for its end, or stop it with --stop, and submit again"
+    with pytest.raises(ClusterError, match=under_way.format("and would not start over")):
+        sent(Client(job("raymem-a", "RUNNING", "a", "python -m raymem train")), **fresh)
+    with pytest.raises(ClusterError, match=under_way.format(r"\(train\)")):
+        sent(Client(job("raymem-a", "RUNNING", "a", line)), overrides=a, command="evaluate")
+    assert sent(Client(job("raymem-a", "FAILED", "a", line)), overrides=a, command="evaluate") == ("raymem-a-2", False)
 
 
 def test_command_line(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,8 +414,64 @@ def test_command_line(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         1,
         True,
     )
+    code, shown = run("--status", "--command", "sweep", "--", "--name", "x")
+    assert (code, shown) == (1, "other: FAILED\nwhy\n"), "a sweep is a run of its own"
+    code, shown = run("--status", "--command", "sweep")
+    assert (code, shown.startswith("error: no job of run 'run1-sweep' at")) == (1, True)
     code, shown = run("--status", "--stop")
     assert (code, "give one of --status and --stop" in shown) == (2, True)
+
+
+def test_what_the_command_line_sends(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from raymem.cli import run_app
+
+    sent: list[dict[str, Any]] = []
+
+    class Client:
+        def get_address(self) -> str:
+            return "http://head"
+
+        def list_jobs(self) -> list[Any]:
+            return []
+
+        def submit_job(self, **arguments: Any) -> str:
+            sent.append(arguments)
+            return str(arguments["submission_id"])
+
+    monkeypatch.setattr("raymem.cluster.submit.connect_jobs", lambda address: Client())
+    monkeypatch.chdir(project)
+    space = "adapter.rank: {type: choice, choices: [2, 4]}\n"
+    (project / "mine.yaml").write_text(space)
+
+    def line(*arguments: str) -> tuple[str, str]:
+        assert run_app("submit", "my recipe.yaml", "--no-follow", *arguments) == 0, capsys.readouterr().err
+        return sent[-1]["submission_id"], sent[-1]["entrypoint"].removeprefix("python -m raymem ")
+
+    recipe = "'my recipe.yaml'"
+    assert line() == ("raymem-run1", f"train {recipe}")
+    shown = capsys.readouterr().out
+    assert "submitted as raymem-run1" in shown
+    assert "next: raymem submit my recipe.yaml --id raymem-run1 --status" in shown
+    assert line("-s", "seed=1", "--", "--force", "-s", "name=a") == (
+        "raymem-a",
+        f"train {recipe} --set seed=1 --set name=a --force",
+    )
+    assert line("--command", "loram run", "--", "--with-lora", "--no-forward") == (
+        "raymem-run1",
+        f"loram run {recipe} --with-lora --no-forward",
+    )
+    assert line("--command", "loram  train", "--", "--fresh") == ("raymem-run1", f"loram train {recipe} --fresh")
+    arguments = ("--space", "mine.yaml", "--budget", "1GiB", "--name", "search")
+    assert line("--command", "sweep", "--", *arguments) == ("raymem-search", f"sweep {recipe} {' '.join(arguments)}")
+    assert sent[-1]["metadata"] == {RUN_METADATA: "search", COMMAND_METADATA: "sweep"}
+    assert line("--command", "sweep", "--", "--space", "joint", "--budget", "1GiB")[0] == "raymem-run1-sweep"
+    (project / ".gitignore").write_text("mine.yaml\n")
+    count = len(sent)
+    assert run_app("submit", "my recipe.yaml", "--command", "sweep", "--", *arguments) == 1
+    assert "mine.yaml exists in" in capsys.readouterr().err
+    assert len(sent) == count
 
 
 # ---- a real head
@@ -379,51 +523,67 @@ def test_a_job_from_start_to_end(
     ray_head: RayHead,
     login: Callable[..., None],
     project: Path,
+    tmp_path: Path,
+    llama: Path,
+    examples: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Submit and follow; then the same run again while it runs, after it was stopped, and after that."""
+    """Submit a long run and look at it; stop it, send it again and follow it to its end; then one that fails.
+
+    The data lies beside the recipe, which names it relatively, and travels with it.
+    """
     login()
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ray_head.dashboard)
     monkeypatch.setenv("MY_SETTING", "7")
-    (project / ".gitignore").write_text("ignored\n")
-    (project / "ignored").write_text("x")
-    overrides = ["name=e2e", "train.steps=3", "model.tokenizer=a b'c"]
-    monkeypatch.setenv("MODE", "wait")
-    first = send(project, address=None, overrides=overrides, env_passthrough=["MODE"], follow=False)
+    monkeypatch.chdir(project)
+    shutil.copy(examples / "train.jsonl", project)
+    recipe = make_recipe({"name": "e2e", "train": {"steps": STEPS, "save_every": 1}}, model=llama).to_dict()
+    recipe["data"]["train"] = "train.jsonl"
+    (project / "my recipe.yaml").write_text(yaml.safe_dump(recipe))
+    overrides = [f"storage.path={tmp_path}/a b'c"]  # through two shells
+    checkpoints = tmp_path / "a b'c" / "e2e" / "checkpoints"
+
+    first = send(project, address=None, overrides=overrides, arguments=["--force"], follow=False)
     assert (first.submission_id, first.attached, first.exit_code) == ("raymem-e2e", False, None)
     assert first.address == ray_head.dashboard
     second = send(project, address=None, overrides=overrides, follow=False)
     assert (second.submission_id, second.attached) == ("raymem-e2e", True)
     assert status("raymem-e2e").status in ("PENDING", "RUNNING")
-    wait_for_output("waiting", first.submission_id)
+    with pytest.raises(ClusterError, match=r"run 'e2e' is under way as job raymem-e2e \(train\); wait for its end"):
+        send(project, address=None, overrides=overrides, command="evaluate")
+    with pytest.raises(ClusterError, match=r"is under way as job raymem-e2e and would not start over"):
+        send(project, address=None, overrides=overrides, arguments=["--fresh"])
+    wait_for_checkpoint(checkpoints, "raymem-e2e")
     assert status("raymem-e2e").status == "RUNNING"
     assert stop("raymem-e2e").status == "STOPPED"
     assert stop("raymem-e2e").status == "STOPPED"
+    reached = max(int(file.parent.name.removeprefix("step_")) for file in checkpoints.glob("step_*/manifest.json"))
+    assert f"step 1/{STEPS}" in connect_jobs().get_job_logs("raymem-e2e")
     capfd.readouterr()
 
-    monkeypatch.setenv("MODE", "5")
-    third = send(project, address=None, overrides=overrides, env_passthrough=["MODE", "MY_SETTING"])
-    assert (third.submission_id, third.attached, third.exit_code) == ("raymem-e2e-2", False, 5)
+    overrides.append(f"train.steps={reached + 3}")
+    third = send(project, address=None, overrides=overrides, env_passthrough=["MY_SETTING"])
     output, errors = capfd.readouterr()
-    told = json.loads(next(line for line in output.splitlines() if line.startswith("JOB ")).removeprefix("JOB "))
-    assert told["argv"] == ["my recipe.yaml", *(part for o in overrides for part in ("--set", o))]
-    assert told["env"] == "7"
-    assert "ignored" not in told["files"]
-    assert "my recipe.yaml" in told["files"]
+    assert (third.submission_id, third.attached, third.exit_code) == ("raymem-e2e-2", False, 0), output
+    assert f"trained {reached + 3} steps (resumed at {reached})" in output
     assert errors == ""  # Ray's own chatter
-    assert status("raymem-e2e-2").status == "FAILED"
-
     info = connect_jobs().get_job_info("raymem-e2e-2")
+    assert shlex.split(info.entrypoint)[:5] == ["python", "-m", "raymem", "train", "my recipe.yaml"]
     assert set(info.runtime_env) <= {"working_dir", "env_vars", "_ray_commit"}
-    assert set(info.runtime_env["env_vars"]) == {"MODE", "MY_SETTING"}
+    assert info.runtime_env["env_vars"] == {"MY_SETTING": "7"}
+
+    fourth = send(project, address=None, arguments=["--forse"])  # the command line would have seen it
+    assert (fourth.submission_id, fourth.exit_code) == ("raymem-e2e-3", 2)
+    assert "No such option: --forse" in capfd.readouterr().out
+    assert status("raymem-e2e-3").status == "FAILED"
 
 
-def wait_for_output(text: str, submission_id: str) -> None:
-    import time
-
-    client = connect_jobs()
-    deadline = time.monotonic() + 60
-    while text not in client.get_job_logs(submission_id):
-        assert time.monotonic() < deadline, f"{submission_id} did not say {text!r} in time"
+def wait_for_checkpoint(checkpoints: Path, submission_id: str) -> int:
+    """Step of the newest one, as soon as there is one."""
+    deadline = time.monotonic() + 120
+    while not (found := list(checkpoints.glob("step_*/manifest.json"))):
+        assert time.monotonic() < deadline, connect_jobs().get_job_logs(submission_id)
+        assert status(submission_id).status in ("PENDING", "RUNNING"), connect_jobs().get_job_logs(submission_id)
         time.sleep(0.2)
+    return max(int(file.parent.name.removeprefix("step_")) for file in found)

@@ -81,26 +81,43 @@ def test_the_schemas_refuse_a_typo() -> None:
         validate(policy)
 
 
-def test_entrypoints_are_files_of_the_image(overlay: list[Document]) -> None:
+def command_line(job: Document) -> tuple[str, Path, dict[str, Any]]:
+    """The command of an entrypoint, its recipe, and what the command's own parser makes of the rest."""
+    import typer
+
+    from raymem.cli import app
+
+    python, dash_m, package, *words = shlex.split(job["entrypoint"])
+    assert (python, dash_m, package) == ("python", "-m", "raymem")
+    found: Any = typer.main.get_command(app)
+    command: list[str] = []
+    while hasattr(found, "commands"):
+        command.append(words.pop(0))
+        found = found.commands[command[-1]]
+    parsed = found.make_context(" ".join(command), words).params
+    return " ".join(command), parsed["recipe"], parsed
+
+
+def test_entrypoints_are_commands_with_files_of_the_image(overlay: list[Document]) -> None:
+    from raymem.cluster.entrypoint import COMMANDS
+
     for where, job in job_specs(overlay):
-        command, script, recipe, *options = shlex.split(job["entrypoint"])
-        assert command == "python"
-        assert (ROOT / script).is_file(), where
+        command, recipe, options = command_line(job)
+        assert command in COMMANDS, where
         assert (ROOT / recipe).is_file(), where
         # A fixed name: the next attempt of the RayJob finds the checkpoints of the last one.
-        assert "--set" in options
-        assert [o for o in options if o.startswith("name=")] or "--name" in options, where
+        assert [o for o in options["set_"] if o.startswith("name=")] or options["name"], where
 
 
 def test_recipes_of_the_entrypoints_are_valid(overlay: list[Document]) -> None:
     from raymem.training.recipe_io import load_recipe
 
     for where, job in job_specs(overlay):
-        _, script, recipe, *options = shlex.split(job["entrypoint"])
-        loaded = load_recipe(ROOT / recipe, [o for o in options if "=" in o])
+        command, recipe, options = command_line(job)
+        loaded = load_recipe(ROOT / recipe, options["set_"])
         assert loaded.storage.path == "/shared/runs"
         (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
-        if script not in ("jobs/evaluate.py", "jobs/sweep.py"):  # one task; trials of one worker each
+        if command not in ("evaluate", "sweep"):  # one task; trials of one worker each
             number = loaded.scaling.num_workers
             least, most = number if isinstance(number, tuple) else (number, number)
             assert (group["minReplicas"], group["maxReplicas"]) == (least, most), where

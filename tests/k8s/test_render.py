@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def test_every_overlay(recipe: Path, overlay: str) -> None:
         validate(document)
     (job,) = of_kind(found, "RayJob")
     assert job["metadata"]["name"] == "my-run-v1"
-    assert job["spec"]["entrypoint"] == "python jobs/finetune.py /etc/raymem/recipe.yaml"
+    assert job["spec"]["entrypoint"] == "python -m raymem train /etc/raymem/recipe.yaml"
     assert job["metadata"]["labels"]["raymem.io/run"] == "my-run-v1"
     assert "registry.example.com" not in yaml.safe_dump(found)
 
@@ -82,14 +83,35 @@ def test_every_overlay(recipe: Path, overlay: str) -> None:
 
 @needs_kubectl
 def test_gpu_kind_and_options(recipe: Path) -> None:
+    options = {"command": "loram run", "arguments": ["--with-lora"]}
     (job, *others) = documents(
-        made(recipe, gpu="L4", name="other", only_job=True, script="jobs/loram.py", cpus=7, workers="1").manifests
+        made(recipe, gpu="L4", name="other", only_job=True, cpus=7, workers="1", **options).manifests
     )[::-1]
     assert [d["metadata"]["name"] for d in others] == ["other-recipe"]
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert group["template"]["spec"]["nodeSelector"] == {"nvidia.com/gpu.product": GPU_PRODUCTS["L4"]}
     assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "7"
-    assert job["spec"]["entrypoint"].startswith("python jobs/loram.py ")
+    assert job["spec"]["entrypoint"] == "python -m raymem loram run /etc/raymem/recipe.yaml --with-lora"
+
+
+@needs_kubectl
+def test_what_a_base_and_a_command_make_of_the_job(tmp_path: Path) -> None:
+    """LoRAM's recipes run all of its stages; trials of a sweep share the workers, each with the recipe's own number."""
+
+    def job_and_recipe(path: Path, **arguments: Any) -> tuple[Any, Any]:
+        found = documents(made(path, only_job=True, **arguments).manifests)
+        ((job,), (config,)) = of_kind(found, "RayJob"), of_kind(found, "ConfigMap")
+        return job["spec"], yaml.safe_load(config["data"]["recipe.yaml"])
+
+    pruned = write(tmp_path / "small.yaml", base={"kind": "loram", "ratio": 0.5})
+    job, inside = job_and_recipe(pruned, workers="2")
+    assert job["entrypoint"] == "python -m raymem loram run /etc/raymem/recipe.yaml"
+    assert inside["scaling"]["num_workers"] == 2
+    plain = write(tmp_path / "plain.yaml", scaling={"num_workers": 1})
+    job, inside = job_and_recipe(plain, workers="3", command="sweep", arguments=["--space", "joint"])
+    assert job["entrypoint"] == "python -m raymem sweep /etc/raymem/recipe.yaml --space joint"
+    (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], inside["scaling"]["num_workers"]) == (3, 1)
 
 
 @needs_kubectl
@@ -131,6 +153,8 @@ def test_a_model_that_is_not_here_needs_a_figure(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ({"overlay": "gppu"}, r"--overlay gppu: is not one of cpu-demo, gpu, gpu-spot-elastic, kueue; choose"),
+        ({"command": "loram runn"}, r"--command loram runn: no command .*; did you mean 'loram run'\?"),
+        ({"arguments": ["--fresh"]}, r"--fresh: each attempt of a RayJob would start over, .*; give the run another"),
         ({"gpu": "B300"}, r"--gpu B300: is not in the table \(T4, .*short: A100, H100"),
         ({"overlay": "cpu-demo", "gpu": "H100"}, r"--gpu H100: overlay cpu-demo has no GPUs; leave it out"),
         ({"workers": "0"}, r"--workers 0: write a number from 1, or min-max"),
@@ -208,6 +232,19 @@ def test_command_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     assert len(documents(shown.out)) == 16
     assert re.search(r"RayJob my-run-v1: .* 10\.00 GiB.* 15\.00 GiB", " ".join(shown.err.split()))
+    render = ("k8s", "render", recipe, "--worker-memory", "10Gi", "--only-job")
+    assert run_app(*render, "--", "--force", "-s", "seed=5") == 0
+    (job,) = of_kind(documents(capsys.readouterr().out), "RayJob")
+    assert job["spec"]["entrypoint"] == "python -m raymem train /etc/raymem/recipe.yaml --force"
+    assert run_app(*render, "--", "--forse") == 2
+    assert "No such option: --forse" in capsys.readouterr().err
+    (recipe.parent / "mine.yaml").write_text("adapter.rank: {type: choice, choices: [2, 4]}\n")
+    mine = recipe.parent / "mine.yaml"
+    mine_here = os.path.relpath(mine)
+    assert run_app(*render, "--command", "sweep", "--", "--budget", "1GiB", "--space", mine_here) == 1
+    assert f"--space {mine_here}: is a file of this machine, which the" in " ".join(capsys.readouterr().err.split())
+    assert run_app(*render, "--command", "sweep", "--", "--budget", "1GiB", "--space", "join") == 1
+    assert "did you mean 'joint'" in capsys.readouterr().err
     assert run_app("k8s", "render", recipe, "--overlay", "none") == 1
     shown = capsys.readouterr()
     assert shown.out == ""
