@@ -38,6 +38,16 @@ def _libraries_are_no_garbage() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _mlflow_leaves_nothing_behind() -> Iterator[None]:
+    """mlflow writes its tracking URI into the environment, where the runs of other modules would find it."""
+    before = {name: value for name, value in os.environ.items() if "MLFLOW" in name}
+    yield
+    for name in [name for name in os.environ if "MLFLOW" in name and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with random fp32 weights and a tokenizer; read only."""

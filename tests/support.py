@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -83,6 +84,14 @@ def save_model(directory: Path, family: str = "llama", *, max_shard_size: str = 
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     save_tokenizer(directory)
     return directory
+
+
+def let_anyone_in(directory: Path) -> None:
+    """Open the way to a folder of pytest's for other users; pytest makes each of its folders 0700, however deep."""
+    for folder in (directory, *directory.parents):
+        if folder == Path(tempfile.gettempdir()):
+            break
+        folder.chmod(0o755)
 
 
 def save_tokenizer(directory: Path) -> None:

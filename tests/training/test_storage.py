@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import let_anyone_in
 
 from raymem.errors import StorageError
 from raymem.training.storage import Storage
@@ -257,8 +258,7 @@ def unprivileged(path: Path) -> str:
 
 
 def test_check_writable_without_permission(tmp_path: Path) -> None:
-    for parent in (tmp_path, *tmp_path.parents[:2]):  # pytest makes them 0700: let the other user in
-        parent.chmod(0o755)
+    let_anyone_in(tmp_path)
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     cure = "permission denied; give this user write permission there, or set storage.path to a directory that it owns"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import FAMILIES, in_processes, make_recipe, random_batch, realigned, save_model
+from support import FAMILIES, in_processes, let_anyone_in, make_recipe, random_batch, realigned, save_model
 
 from raymem.errors import ModelError
 from raymem.memory.meter import storage_bytes
@@ -80,8 +80,7 @@ def test_a_file_that_this_user_may_not_read_is_not_called_missing(copy: Any, tmp
 
 def refusal_of_nobody(directory: Path) -> str:
     build(directory)  # all is imported: the interpreter itself may be closed to others
-    for folder in (directory, *directory.parents[:2]):  # as pytest's folders are
-        folder.chmod(0o755)
+    let_anyone_in(directory)
     (directory / "model.safetensors").chmod(0o600)
     os.seteuid(65534)
     with pytest.raises(ModelError) as error:
