@@ -58,15 +58,6 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 """Name -> model, and what is laid over its recipe."""
 
-COLOURS = {
-    "weights": "#4c78a8",
-    "trainable": "#72b7b2",
-    "gradients": "#f58518",
-    "optimizer": "#b279a2",
-    "activations": "#54a24b",
-    "loss": "#e45756",
-    "workspace": "#bab0ac",
-}
 GIB = 1 << 30
 
 
@@ -137,6 +128,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def draw(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
     """Write the picture: one stacked bar per recipe and loss."""
     import matplotlib
+
+    from raymem.planner.picture import COLOURS
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

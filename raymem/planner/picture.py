@@ -8,7 +8,7 @@ from raymem.errors import BudgetError
 from raymem.memory.budget import bytes_text
 from raymem.planner.values import Plan
 
-_COLOURS = {
+COLOURS = {
     "weights": "#4c78a8",
     "trainable": "#72b7b2",
     "gradients": "#f58518",
@@ -17,6 +17,7 @@ _COLOURS = {
     "loss": "#e45756",
     "workspace": "#bab0ac",
 }
+"""Memory term -> its colour in every picture."""
 _GIB = 1 << 30
 
 
@@ -35,9 +36,9 @@ def draw(plan: Plan, path: Path, title: str, budget_bytes: int | None = None) ->
         raise BudgetError(f"--plot {path}: there is no timeline, because the model could not be traced ({plan.note})")
     figure, axes = pyplot.subplots(figsize=(11, 5.5), constrained_layout=True)
     steps = range(len(plan.timeline))
-    columns = [[point[name] / _GIB for point in plan.timeline] for name in _COLOURS]
-    axes.stackplot(steps, columns, labels=list(_COLOURS), colors=list(_COLOURS.values()), step="post")
-    sums = [sum(point[name] for name in _COLOURS) for point in plan.timeline]
+    columns = [[point[name] / _GIB for point in plan.timeline] for name in COLOURS]
+    axes.stackplot(steps, columns, labels=list(COLOURS), colors=list(COLOURS.values()), step="post")
+    sums = [sum(point[name] for name in COLOURS) for point in plan.timeline]
     at = max(steps, key=lambda index: sums[index])
     axes.plot(at, sums[at] / _GIB, "v", color="black")
     axes.annotate(
