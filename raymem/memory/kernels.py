@@ -49,6 +49,16 @@ def _flash_backward(args: tuple[Any, ...], result: Any) -> int:
     return int(sums + expanded)
 
 
+def _flash_backward_cpu(args: tuple[Any, ...], result: Any) -> int:
+    """PyTorch's CPU kernel works through blocks of queries and keys: attention and its gradient of one block in fp32,
+    in lower precision once more, and a row sum; one thread's share."""
+    query, key = args[1], args[2]
+    rows = query.shape[2]
+    queries, keys = min(256 if rows >= 768 else 64 if rows >= 192 else 32, rows), min(512, key.shape[2])
+    reduced = 0 if query.dtype == torch.float32 else query.element_size()
+    return int(2 * queries * keys * (4 + reduced) + 4 * queries)
+
+
 def _mixed_operand(args: tuple[Any, ...], result: Any) -> int:
     """CPU kernels of two operands cast one of another dtype to the common one in a temporary."""
     if not isinstance(result, torch.Tensor):
@@ -64,6 +74,7 @@ _RULES: dict[str, dict[str, Rule]] = {
     "cpu": {
         "bitsandbytes::gemm_4bit": _dequantised,
         "raymem::gemm_4bit": _dequantised,
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward_cpu,
         "aten::add.Tensor": _mixed_operand,
         "aten::add": _mixed_operand,
         "aten::mul": _mixed_operand,

@@ -8,7 +8,7 @@ from support import FAMILIES, make_recipe
 
 from raymem.training.recipe import Recipe
 
-LENGTH = 128
+LENGTH = 256
 BF16: dict[str, Any] = {"train": {"precision": "bf16"}}
 FULL: dict[str, Any] = {"adapter": "none"}
 CHECKPOINT: dict[str, Any] = {"activations": "checkpoint"}

@@ -85,7 +85,6 @@ def _forward(
     part = -(-rows // _PARTS)
     weight_VH = head_VH.to(dtype)
     logits_CV = torch.empty(rows, vocabulary, dtype=dtype, device=device)
-    part_fp32 = None if is_fp32 else torch.empty(part, vocabulary, device=device)
     grad_hidden_NH = torch.zeros_like(hidden_NH) if needs_hidden else None
     grad_head = _HeadGradient(head_VH, dtype) if needs_head else None
     loss = torch.zeros((), device=device)
@@ -95,25 +94,23 @@ def _forward(
         hidden_CH = hidden_NH.index_select(0, positions_C).to(dtype)
         targets_C1 = targets_N.index_select(0, positions_C)[:, None]
         chunk_CV = torch.mm(hidden_CH, weight_VH.T, out=logits_CV[: len(positions_C)])
-        sums: list[torch.Tensor] = []
+        part_fp32 = None if is_fp32 else torch.empty(min(part, len(chunk_CV)), vocabulary, device=device)
         for logits, targets in zip(torch.split(chunk_CV, part), torch.split(targets_C1, part), strict=True):
-            # exp(z - max) and its sum, not yet divided by it: that is done where a row has H numbers, not V.
             values = logits if part_fp32 is None else part_fp32[: len(logits)].copy_(logits)
             values.sub_(values.amax(1, keepdim=True))
             of_target = values.gather(1, targets)
             total = values.exp_().sum(1, keepdim=True)
             loss += (total.log() - of_target).sum()
             if needs_hidden or needs_head:
-                values.scatter_add_(1, targets, -total)
+                # softmax(z) - onehot, in fp32 and rounded once, as where the logits are whole.
+                values.div_(total).scatter_add_(1, targets, torch.full_like(total, -1.0))
                 if part_fp32 is not None:
                     logits.copy_(values)
-            sums.append(total)
-        sums_C1 = torch.cat(sums)
+        del values, part_fp32  # before the products, which may have buffers of their own
         if grad_hidden_NH is not None:
-            grad_CH = (chunk_CV @ weight_VH).float().div_(sums_C1)
-            grad_hidden_NH.index_copy_(0, positions_C, grad_CH.to(grad_hidden_NH.dtype))
+            grad_hidden_NH.index_copy_(0, positions_C, (chunk_CV @ weight_VH).to(grad_hidden_NH.dtype))
         if grad_head is not None:
-            grad_head.add(chunk_CV, hidden_CH.float().div_(sums_C1).to(dtype))
+            grad_head.add(chunk_CV, hidden_CH)
     return loss, grad_hidden_NH, grad_head
 
 
