@@ -127,7 +127,7 @@ class Encoder:
         pieces: list[tuple[str, bool]] = []
         at = 0
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index in example.silent:
+            if message["role"] != "assistant" or index in example.silent or self._lost(example.messages[index]):
                 continue
             before = self._render(messages[:index], tools, place, add_generation_prompt=True)
             after = self._render(messages[: index + 1], tools, place)
@@ -140,6 +140,11 @@ class Encoder:
             pieces += [(full[at : len(before)], False), (full[len(before) : len(after)], True)]
             at = len(after)
         return [*pieces, (full[at:], False)]
+
+    def _lost(self, message: dict[str, Any]) -> bool:
+        """Whether a turn consists of calls only and the template does not write them, so that it would be empty."""
+        calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
+        return bool(calls) and not message["content"] and not any(map(self.in_template, calls))
 
     def _with_contents(self, example: Messages, place: str) -> list[dict[str, Any]]:
         """The messages; a content that is None becomes "" where the template would fail or write None into the text."""

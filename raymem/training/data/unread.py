@@ -33,11 +33,9 @@ def unread(row: Row, row_format: Format, columns: dict[str, str], in_template: C
     read = columns_read(ours, row_format)
     for name, value in ours.items():
         theirs = columns.get(name, name)
-        if name not in read:
+        if name not in read or (name == "tools" and not in_template("tools")):
             if not _says_nothing(theirs, value):
                 yield theirs
-        elif name == "tools" and value and not in_template("tools"):
-            yield f"{theirs} (which the chat template does not use)"
         elif name == "system" and _other_system(ours, value):
             yield f"{theirs} (beside another system turn)"
         elif name in _CONVERSATIONS and isinstance(value, list):
@@ -52,7 +50,7 @@ def line(place: str, counts: Mapping[str, int]) -> str:
     more = f", and {len(most) - _SHOWN} more" if len(most) > _SHOWN else ""
     return (
         f"{place}: neither raymem nor the chat template reads {', '.join(names)}{more} (counted in rows, or in turns "
-        f"where the name has []): it does not change what is trained; rename with data columns what should"
+        f"where the name has []): it does not change what is trained. If it should, rename it with data columns."
     )
 
 

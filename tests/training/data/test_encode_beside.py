@@ -61,6 +61,13 @@ def test_no_content_is_as_the_template_takes_it(tokenizer: Any, content: str, tu
     assert tokenizer.decode(Encoder(changed, "x").encode(Messages(talk), PLACE).input_ids) == turns
 
 
+def test_calls_that_the_template_cannot_write_are_not_an_empty_answer(tokenizer: Any) -> None:
+    talk = [turn("user", "q"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, turn("assistant", "two")]
+    assert targeted(tokenizer, Encoder(tokenizer, "tiny").encode(Messages(talk), PLACE)) == "two<|end|>\n"
+    talk[1]["content"] = "one"
+    assert targeted(tokenizer, Encoder(tokenizer, "tiny").encode(Messages(talk), PLACE)) == "one<|end|>\ntwo<|end|>\n"
+
+
 def test_which_keys_a_template_speaks_of(tokenizer: Any) -> None:
     encoder = Encoder(with_template(tokenizer, WITH_TOOLS + "{{ messages[0]['reasoning_content'] }}"), "x")
     assert all(map(encoder.in_template, ("tools", "tool_calls", "thinking", "reasoning")))
@@ -126,7 +133,7 @@ def test_a_source_says_once_what_it_holds_beside(
     assert (source.num_examples, source.dropped) == (6, 1)
     assert source.num_targets == 5 * 3  # two, the end of the turn and a line break
     (said,) = [record.message for record in caplog.records if "neither raymem" in record.message]
-    assert "reads mood in 5, tools (which the chat template does not use) in 5 (counted" in said
+    assert "reads mood in 5, tools in 5 (counted" in said
     assert "data.train[0]: 1 of 6 examples dropped" in caplog.text
 
 

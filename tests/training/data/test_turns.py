@@ -96,7 +96,7 @@ def test_tools_are_schemas_or_the_text_of_schemas(tools: Any) -> None:
     row = {"tools": tools, "messages": [USER, GOOD]}
     assert convert(row) == Messages([USER, GOOD], [TOOL])
     assert beside(row, "tools") == []
-    assert beside(row) == ["tools (which the chat template does not use)"]
+    assert beside(row) == ["tools"]
     for nothing in ("", "[]", [], None):
         assert convert(row | {"tools": nothing}) == Messages([USER, GOOD])
 
@@ -169,7 +169,7 @@ def test_what_is_not_read_is_named(row: dict[str, Any], template: str, names: li
 def test_it_is_named_as_the_data_name_it() -> None:
     row = {"talk": [USER, GOOD | {"mood": "sad"}], "functions": [TOOL], "label": 1}
     columns = {"messages": "talk", "tools": "functions"}
-    names = ["label", "talk[].mood", "functions (which the chat template does not use)"]
+    names = ["label", "talk[].mood", "functions"]
     assert beside(row, columns=columns) == names
     said = line("data.train[0]", {"label": 3, "talk[].mood": 7} | {f"c{i:02}": 1 for i in range(20)})
     assert said.startswith(
