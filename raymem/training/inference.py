@@ -70,7 +70,11 @@ def generate(directory: str | Path, prompt: str, *, max_new_tokens: int, tempera
     """
     model, tokenizer = load_artifact(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    # A rendered conversation may begin with the begin token already; in training there was one.
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    inputs = tokenizer(prompt, add_special_tokens=not begins, return_tensors="pt", return_token_type_ids=False)
+    inputs = inputs.to(device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.to(device).generate(

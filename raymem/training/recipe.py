@@ -84,7 +84,8 @@ class Source(Section):
     format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
     """How a row is read; ``auto`` decides by the column names."""
     columns: dict[str, str] = {}
-    """Our column name -> the name in the file, for example ``{prompt: instruction, completion: output}``."""
+    """Our column name (also ``system``, ``tools``, ``history``) -> the name in the file, for example ``{prompt:
+    instruction, completion: output}``."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Times each example is seen per epoch; 0.5 takes a fresh random half each epoch."""
 

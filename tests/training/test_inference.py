@@ -40,6 +40,29 @@ def test_a_result_continues_a_text(results: dict[str, Path], kind: str) -> None:
     assert "w1 w3 w9" not in greedy[:8]
 
 
+@pytest.mark.parametrize("prompt", ["w1 w3 w9", "<unk> w1 w3 w9"])
+def test_a_prompt_begins_once(results: dict[str, Path], monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = load_artifact(results["model"])
+    tokenizer.bos_token = "<unk>"
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", begin)]
+    )
+    seen: list[list[int]] = []
+
+    def continued(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        seen.extend(input_ids.tolist())
+        return input_ids
+
+    monkeypatch.setattr(model, "generate", continued)
+    monkeypatch.setattr("raymem.training.inference.load_artifact", lambda _: (model, tokenizer))
+    generate(results["model"], prompt, max_new_tokens=1, temperature=0, seed=0)
+    words = tokenizer.backend_tokenizer.encode("w1 w3 w9", add_special_tokens=False).ids
+    assert seen == [[begin, *words]]
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(**random_batch(2, 12, packed=False).model_inputs()).logits  # type: ignore[no-any-return]

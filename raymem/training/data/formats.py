@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from raymem.errors import DataError
 from raymem.training.data.readers import Row
+from raymem.training.data.turns import history, is_learned, message, schemas, sharegpt, shown, text_of
 from raymem.training.recipe import Source
 
 Format = Literal["text", "prompt_completion", "messages", "alpaca", "sharegpt"]
@@ -20,13 +21,13 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-_OPTIONAL = ("input",)  # of alpaca
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
+_BESIDE_TURNS = ("system", "tools")
+_OPTIONAL: dict[Format, tuple[str, ...]] = {
+    "messages": _BESIDE_TURNS,
+    "sharegpt": _BESIDE_TURNS,
+    "prompt_completion": _BESIDE_TURNS,  # where prompt and completion are turns
+    "alpaca": ("input", "history", *_BESIDE_TURNS),
+    "text": (),
 }
 
 
@@ -49,13 +50,20 @@ class PromptCompletion:
 class Messages:
     """A conversation; the assistant's turns are to be predicted.
 
-    ``messages`` are dicts with ``role`` and ``content`` (both str); other keys are handed to the chat template.
+    ``messages`` are dicts with ``role`` (str) and ``content`` (str, or None beside tool calls); other keys are handed
+    to the chat template.
     """
 
     messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    """Schemas of what the assistant may call, for the chat template."""
+    silent: frozenset[int] = frozenset()
+    """Turns that are not to be predicted although they are the assistant's."""
 
 
 Example = Text | PromptCompletion | Messages
+Turn = tuple[dict[str, Any], bool]
+"""A message, and whether it may be learned."""
 
 
 def resolve_format(source: Source, first_row: Row, place: str) -> Format:
@@ -64,7 +72,9 @@ def resolve_format(source: Source, first_row: Row, place: str) -> Format:
     Raises:
         DataError: ``columns`` names a column that does not exist, or the columns fit no format.
     """
-    known = [*dict.fromkeys(name for names in COLUMNS.values() for name in names), *_OPTIONAL]
+    known = dict.fromkeys(
+        name for groups in (COLUMNS.values(), _OPTIONAL.values()) for names in groups for name in names
+    )
     for ours, theirs in source.columns.items():
         if ours not in known:
             raise DataError(f"{place}.columns: {ours!r} is no column of ours, the names are {', '.join(known)}.")
@@ -76,7 +86,7 @@ def resolve_format(source: Source, first_row: Row, place: str) -> Format:
             )
     if source.format != "auto":
         return source.format
-    row = _renamed(first_row, source.columns)
+    row = in_our_names(first_row, source.columns)
     for name, required in COLUMNS.items():
         if all(column in row for column in required):
             return name
@@ -87,37 +97,93 @@ def resolve_format(source: Source, first_row: Row, place: str) -> Format:
     )
 
 
-def to_example(row: Row, row_format: Format, columns: dict[str, str], place: str) -> Example:
+def to_example(row: Row, row_format: Format, columns: dict[str, str], place: str, *, calls: bool = True) -> Example:
     """One row as an example.
+
+    Args:
+        calls: the chat template reads ``tool_calls``; otherwise a function call that is written as text stays text.
 
     Raises:
         DataError: a column is missing, or a value is not of the expected type; begins with ``place``.
     """
-    row = _renamed(row, columns)
+    row = in_our_names(row, columns)
     if row_format == "text":
         return Text(_text(row, "text", place))
     if row_format == "prompt_completion":
-        return PromptCompletion(_text(row, "prompt", place), _text(row, "completion", place))
-    if row_format == "alpaca":
-        instruction, answer = _text(row, "instruction", place), _text(row, "output", place)
-        extra = _text(row, "input", place) if row.get("input") is not None else ""
-        question = f"{instruction}\n\n{extra}" if extra else instruction
-        return Messages([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-    if row_format == "messages":
-        return Messages(
-            [_message(turn, f"{place} messages[{i}]") for i, turn in enumerate(_turns(row, "messages", place))]
-        )
-    turns = _turns(row, "conversations", place)
-    return Messages([_sharegpt(turn, f"{place} conversations[{i}]") for i, turn in enumerate(turns)])
+        if not _has_turns(row):
+            return PromptCompletion(_text(row, "prompt", place), _answer(row, "completion", place) or "")
+        before, after = _side(row, "prompt", "user", place), _side(row, "completion", "assistant", place)
+        if not before + after:
+            return PromptCompletion("", "")
+        turns = [*((turn, False) for turn, _ in before), *after]
+    elif row_format == "alpaca":
+        turns = _alpaca(row, place)
+    elif row_format == "messages":
+        turns = _read_turns(row, "messages", place)
+    else:
+        turns = [
+            (sharegpt(turn, f"{place} conversations[{i}]", calls=calls), is_learned(turn))
+            for i, turn in enumerate(_turns(row, "conversations", place))
+        ]
+    return _conversation(row, turns, place)
 
 
-def _renamed(row: Row, columns: dict[str, str]) -> Row:
+def columns_read(row: Row, row_format: Format) -> tuple[str, ...]:
+    """Names of the columns that :func:`to_example` reads of a row in our names, were they there."""
+    optional = _OPTIONAL[row_format] if row_format != "prompt_completion" or _has_turns(row) else ()
+    return (*COLUMNS[row_format], *optional)
+
+
+def in_our_names(row: Row, columns: dict[str, str]) -> Row:
+    """The row with the columns that the recipe renames under our names, and no longer under theirs."""
     kept = {name: value for name, value in row.items() if name not in columns.values()}
     return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
+def _alpaca(row: Row, place: str) -> list[Turn]:
+    instruction, answer = _text(row, "instruction", place), _answer(row, "output", place)
+    extra = _text(row, "input", place) if row.get("input") is not None else ""
+    question = f"{instruction}\n\n{extra}" if extra else instruction
+    turns: list[Turn] = [(turn, True) for turn in history(row.get("history"), place)]
+    turns.append(({"role": "user", "content": question}, True))
+    return [*turns, ({"role": "assistant", "content": answer or ""}, answer is not None)]
+
+
+def _conversation(row: Row, turns: list[Turn], place: str) -> Messages:
+    """The turns with what the columns beside them say."""
+    system = row.get("system")
+    system = text_of(system, f"{place} column 'system'") if isinstance(system, list) else system
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"{place} column 'system' is {shown(system)}, not a string: write a string.")
+    if system:
+        turns = turns[1:] if turns[0][0] == {"role": "system", "content": ""} else turns
+        if not turns or turns[0][0]["role"] != "system":
+            turns = [({"role": "system", "content": system}, True), *turns]
+    silent = (i for i, (turn, learned) in enumerate(turns) if turn["role"] == "assistant" and not learned)
+    return Messages([turn for turn, _ in turns], schemas(row.get("tools"), place), frozenset(silent))
+
+
+def _has_turns(row: Row) -> bool:
+    return isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list)
+
+
+def _side(row: Row, column: str, role: str, place: str) -> list[Turn]:
+    """One half of a prompt and completion of which at least one is a list of turns; a text is a turn of ``role``."""
+    value = _value(row, column, place)
+    if isinstance(value, list):
+        return _read_turns(row, column, place) if value else []
+    text = _answer(row, column, place) if column == "completion" else _text(row, column, place)
+    return [({"role": role, "content": text}, True)] if text else []
+
+
+def _read_turns(row: Row, column: str, place: str) -> list[Turn]:
+    return [
+        (message(turn, f"{place} {column}[{i}]"), is_learned(turn)) for i, turn in enumerate(_turns(row, column, place))
+    ]
+
+
 def _names(row: Row) -> str:
-    return ", ".join(map(str, row)) or "none"
+    return ", ".join(map(str, row)).encode(errors="backslashreplace").decode() or "none"
 
 
 def _value(row: Row, column: str, place: str) -> Any:
@@ -129,32 +195,17 @@ def _value(row: Row, column: str, place: str) -> Any:
 def _text(row: Row, column: str, place: str) -> str:
     value = _value(row, column, place)
     if not isinstance(value, str):
-        raise DataError(f"{place} column {column!r} is {_shown(value)}, not a string: write a string.")
+        raise DataError(f"{place} column {column!r} is {shown(value)}, not a string: write a string.")
     return value
+
+
+def _answer(row: Row, column: str, place: str) -> str | None:
+    """A text that may be null: an answer that got lost."""
+    return None if _value(row, column, place) is None else _text(row, column, place)
 
 
 def _turns(row: Row, column: str, place: str) -> list[Any]:
     value = _value(row, column, place)
     if not isinstance(value, list) or not value:
-        raise DataError(f"{place} column {column!r} is {_shown(value)}, not a list of turns: write at least one turn.")
+        raise DataError(f"{place} column {column!r} is {shown(value)}, not a list of turns: write at least one turn.")
     return value
-
-
-def _message(turn: Any, place: str) -> dict[str, Any]:
-    # Parquet gives every message all the keys that any message has; the absent ones are None.
-    message = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else {}
-    if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-        raise DataError(f"{place} is {_shown(turn)}: write an object with the strings role and content.")
-    return message
-
-
-def _sharegpt(turn: Any, place: str) -> dict[str, Any]:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise DataError(f"{place} is {_shown(turn)}: write an object with the strings from and value.")
-    if turn.get("from") not in _SHAREGPT_ROLES:
-        raise DataError(f"{place} is from {turn.get('from')!r}: use one of {', '.join(_SHAREGPT_ROLES)}.")
-    return {"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
-
-
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"

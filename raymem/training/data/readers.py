@@ -132,7 +132,7 @@ def _cached_hub(path: str, subset: str | None, split: str, revision: str | None,
 def _read_hub(block: HubBlock) -> Iterator[tuple[str, Row]]:
     rows = _cached_hub(block.path, block.subset, block.split, block.revision, block.fingerprint)
     for index in range(block.first_row, block.first_row + block.num_rows):
-        yield f"{block.path}[{block.split}] row {index + 1}", rows[index]
+        yield f"{block.path}[{block.split}] row {index + 1}", _without_absent(rows[index])
 
 
 def _is_json_lines(path: Path) -> bool:
@@ -208,9 +208,20 @@ def _read_range(path: Path, block: FileBlock) -> list[Any]:
         size = metadata.row_group(group).num_rows
         if first < end and block.first_row < first + size:
             low, high = max(block.first_row - first, 0), min(end - first, size)
-            rows += _row_group(path, _stamp(path), group).slice(low, high - low).to_pylist()
+            rows += map(_without_absent, _row_group(path, _stamp(path), group).slice(low, high - low).to_pylist())
         first += size
     return rows
+
+
+def _without_absent(row: Row) -> Row:
+    """The row without the keys that Arrow fills in: every object in a column has all keys that any of them has."""
+    return {name: _present(value) for name, value in row.items()}
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _present(item) for key, item in value.items() if item is not None}
+    return [_present(item) for item in value] if isinstance(value, list) else value
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,16 +23,18 @@ from raymem.errors import DataError, StorageError
 from raymem.training.data.directories import digest, publish
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Format, resolve_format, to_example
-from raymem.training.data.pack import Packed, Packing, pack
+from raymem.training.data.pack import Encoded, Packed, Packing, pack
 from raymem.training.data.readers import Block, read_block
 from raymem.training.data.sources import OpenedSource, open_source
 from raymem.training.data.tokenizer import cached_tokenizer, load_tokenizer, tokenizer_key
+from raymem.training.data.unread import line, unread
 from raymem.training.recipe import DataSection, Source
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raise it with every change of what a shard holds for the same input."""
 BLOCK_ROWS = 2048
 _UNNAMED = ".writing-"
+_NO_COUNTS = ("shard", "unread")
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +210,10 @@ def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any
                 f"{directory / shard} was written by another process but is not here: set storage.path to a directory "
                 f"that all nodes share."
             )
-    totals = {name: sum(result[name] for result in results) for name in results[0] if name != "shard"}
+    totals = {name: sum(result[name] for result in results) for name in results[0] if name not in _NO_COUNTS}
+    beside: Counter[str] = sum((Counter(result["unread"]) for result in results), Counter())
+    if beside:
+        log.warning("%s", line(place, beside))
     if not shards:
         raise DataError(
             f"{place}.path={plan.source.path!r}: none of its {totals['num_examples']} examples has a token to predict "
@@ -222,6 +228,7 @@ def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any
             log.warning("%s: %d of %d examples %s: %s", place, totals[name], totals["num_examples"], name, reason)
     return {
         **totals,
+        "unread": dict(beside),
         "shards": shards,
         "sequence_length": plan.recipe.sequence_length,
         "packing": plan.recipe.packing,
@@ -233,13 +240,17 @@ def write_shard(recipe: _Recipe, directory: str, task: Task) -> Counts:
     """Read, encode and pack one block and write its shard.
 
     Returns:
-        plain counts, and ``shard``: the file's name in ``directory``, or None where the block gave no row.
+        plain counts; ``shard``: the file's name in ``directory``, or None where the block gave no row; and ``unread``:
+        how often the rows hold what is not read.
     """
     encoder = Encoder(cached_tokenizer(recipe.tokenizer_path, recipe.tokenizer_key), recipe.tokenizer_path)
-    examples = [
-        encoder.encode(to_example(row, recipe.row_format, recipe.columns, place), place)
-        for place, row in read_block(task.block)
-    ]
+    calls = encoder.in_template("tool_calls")
+    examples: list[Encoded] = []
+    beside: Counter[str] = Counter()
+    for place, row in read_block(task.block):
+        example = to_example(row, recipe.row_format, recipe.columns, place, calls=calls)
+        examples.append(encoder.encode(example, place))
+        beside.update(unread(row, recipe.row_format, recipe.columns, encoder.in_template))
     packed = pack(examples, recipe.sequence_length, recipe.packing, encoder.pad_id)
     name = f"shard-{task.index:06d}.arrow" if len(packed.lengths) else None
     if name is not None:
@@ -252,6 +263,7 @@ def write_shard(recipe: _Recipe, directory: str, task: Task) -> Counts:
         "num_targets": int(packed.targets.sum()),
         "dropped": packed.dropped,
         "truncated": packed.truncated,
+        "unread": dict(beside),
     }
 
 

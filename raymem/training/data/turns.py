@@ -1,0 +1,174 @@
+"""The turns of a conversation, in the layouts in which they come -> what a chat template takes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from raymem.errors import DataError
+
+MARKS = ("weight", "train", "training", "trainable", "loss")
+"""Keys of a turn that say whether it is learned; each layout has its own, and all are read in all layouts."""
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+}
+_CALLS = ("function_call", "tool_call")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def mark(value: Any) -> bool | None:
+    """Whether a mark says that its turn is learned: True, False, or None where it says neither."""
+    word = value.strip().lower() if isinstance(value, str) else value
+    if word in (0, "0", "0.0", "false", "no"):  # False == 0
+        return False
+    return True if word in (1, "1", "1.0", "true", "yes") else None
+
+
+def is_learned(turn: dict[str, Any]) -> bool:
+    """False where a mark of the turn says so."""
+    return all(mark(turn[key]) is not False for key in MARKS if turn.get(key) is not None)
+
+
+def message(turn: Any, place: str) -> dict[str, Any]:
+    """A turn with role and content, without marks and nulls; ``content`` is a string, or None beside tool calls.
+
+    Raises:
+        DataError: it is no such turn, or its content is more than text; begins with ``place``.
+    """
+    # Parquet gives every message all the keys that any message has; the absent ones are None.
+    kept = {k: v for k, v in turn.items() if v is not None and k not in MARKS} if isinstance(turn, dict) else {}
+    content = kept.get("content")
+    if not isinstance(kept.get("role"), str) or not (
+        isinstance(content, str | list) or (content is None and (kept.get("tool_calls") or kept.get("function_call")))
+    ):
+        raise DataError(
+            f"{place} is {shown(turn)}: write an object with the strings role and content (content may be a list of "
+            f"text parts, or null beside tool_calls)."
+        )
+    return kept | {"content": text_of(content, place) if isinstance(content, list) else content}
+
+
+def text_of(parts: list[Any], place: str) -> str:
+    """The text of a list of parts, one after the other.
+
+    Raises:
+        DataError: a part is no text; begins with ``place``.
+    """
+    texts: list[str] = []
+    for index, part in enumerate(parts):
+        text = part
+        if isinstance(part, dict):
+            text = part.get("text") if part.get("type", "text") in _TEXT_PARTS else None
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else None
+            what = f"of type {kind!r}" if kind is not None and kind not in _TEXT_PARTS else shown(part)
+            raise DataError(
+                f"{place} content[{index}] is {what}, but only text is trained on: leave such examples out, or write "
+                f'parts as {{"type": "text", "text": "..."}}.'
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def sharegpt(turn: Any, place: str, *, calls: bool = True) -> dict[str, Any]:
+    """A turn with from and value as :func:`message` has it.
+
+    Args:
+        calls: give a function call as ``tool_calls``; otherwise as the text that it is written in.
+
+    Raises:
+        DataError: it is no such turn; begins with ``place``.
+    """
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str | list):
+        raise DataError(f"{place} is {shown(turn)}: write an object with the strings from and value.")
+    speaker = turn.get("from")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        raise DataError(f"{place} is from {speaker!r}: use one of {', '.join(SHAREGPT_ROLES)}.")
+    value = turn["value"]
+    content = text_of(value, place) if isinstance(value, list) else value
+    # Without role and content: they are said by from and value.
+    left_out = ("from", "value", "role", "content", *MARKS)
+    said: dict[str, Any] = {"role": SHAREGPT_ROLES[speaker], "content": content}
+    said |= {k: v for k, v in turn.items() if v is not None and k not in left_out}
+    if speaker in _CALLS and calls and (found := _calls(content)):
+        said |= {"content": None, "tool_calls": found}
+    return said
+
+
+def _calls(text: str) -> list[dict[str, Any]]:
+    """The calls that a text of JSON says, as a chat template takes them; none where it says something else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return []
+    calls = value if isinstance(value, list) else [value]
+    functions = [call.get("function", call) if isinstance(call, dict) else call for call in calls]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        return []
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def schemas(value: Any, place: str) -> list[dict[str, Any]] | None:
+    """A ``tools`` column: a list of schemas, the JSON text of one, or a list of such texts; None where it is empty.
+
+    Raises:
+        DataError: it is none of these; begins with ``place``.
+    """
+    read = _parsed(value)
+    read = [_parsed(tool) for tool in read] if isinstance(read, list) else [read] if isinstance(read, dict) else read
+    if read is None or read in ("", [], [{}]):
+        return None
+    if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
+        raise DataError(
+            f"{place} column 'tools' is {shown(value)}, not a list of tools: write a list of JSON schemas, or the JSON "
+            f"text of one."
+        )
+    return read
+
+
+def history(value: Any, place: str) -> list[dict[str, Any]]:
+    """A ``history`` column, pairs of what the user and the assistant said before, as turns.
+
+    Raises:
+        DataError: it is something else; begins with ``place``.
+    """
+    pairs = _parsed(value)
+    if pairs is None or pairs == "":
+        return []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(said, str) for said in pair)
+        for pair in pairs
+    ):
+        raise DataError(
+            f"{place} column 'history' is {shown(value)}: write a list of pairs of strings, [[user, assistant], ...]."
+        )
+    return [
+        {"role": role, "content": said}
+        for pair in pairs
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def shown(value: Any) -> str:
+    """A value of any type for an error message."""
+    return f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+def _parsed(value: Any) -> Any:
+    """JSON text as what it says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value.strip()
