@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from raymem.account import refuse_quantised
 from raymem.errors import ModelError, StorageError
 from raymem.methods.loram.manifest import MANIFEST
+from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.recover import is_recovered
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.peft_import import without_bitsandbytes
 from raymem.training.revision import trained_from
+from raymem.training.weights import check_checkpoint
 
 
 def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     """Model (in its stored dtype, evaluation mode) and tokenizer of a PEFT or model directory.
 
     Raises:
-        ModelError: it is neither, or the base that the adapter names cannot be loaded.
+        ModelError: it is neither, or the base that the adapter names cannot be loaded or is quantised.
     """
     with without_bitsandbytes():
         from peft import PeftConfig, PeftModel
@@ -44,6 +47,8 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
                 model = PeftModel.from_pretrained(base, str(path))
         else:
             model = _load(str(path), None)
+    except ModelError as error:  # what training would say of the model
+        raise ModelError(f"{path} cannot be loaded: {str(error).removeprefix('model.name: ')}") from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} cannot be loaded: {reason}; check the base model that it names") from None
@@ -51,14 +56,27 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
 
 
 def _load(name: str, revision: str | None) -> Any:
-    """A full or pruned model in its stored dtype."""
+    """A full or pruned model in its stored dtype, every tensor of it accounted for."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from raymem.methods.loram import pruned_layers
 
     config = AutoConfig.from_pretrained(name, revision=revision)
+    refuse_quantised(config, name)
+    if Path(name).is_dir():
+        check_checkpoint(meta_model(config), Path(name))
     with pruned_layers(config):
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, config=config, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, config=config, dtype="auto")
+    if not Path(name).is_dir():
+        check_checkpoint(meta_model(config), _directory(name, revision))
+    return model
+
+
+def _directory(name: str, revision: str | None) -> Path:
+    """Where the files of a model lie that was loaded."""
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(name, "config.json", revision=revision))).parent
 
 
 @torch.no_grad()
