@@ -168,6 +168,25 @@ def not_to_be_had(name: str, error: Exception) -> str:
     )
 
 
+def check_model(recipe: Recipe) -> str:
+    """Refuse what loading would refuse of the recipe's model: its config, and the tensors of one that lies here.
+
+    Returns:
+        What it is, in a few words.
+
+    Raises:
+        ModelError, RecipeError: see :func:`build_model`.
+    """
+    config = load_config(recipe)
+    planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
+    name = recipe.model.name if planned else base_name(recipe)[0]
+    kind = f"{name or 'random weights'} ({config.model_type})"
+    if name is None or planned or not Path(name).is_dir():
+        return kind
+    weights.check_checkpoint(_on_meta(config, recipe), Path(name))
+    return f"{kind}, every tensor accounted for"
+
+
 def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
     """Refuse what would only show as an index error in the middle of a step.
 
