@@ -26,7 +26,7 @@ NO_USE: tuple[tuple[str, str], ...] = (
 )
 """Names of tensors that no causal language model needs, each with the reason."""
 
-_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$")
+_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$")
 _PACKED = re.compile(
     r"(^|[._])(qweight|qzeros|scales|scales_and_zeros|g_idx|absmax|quant_map|SCB|weight_format|weight_scale\w*|"
     r"weight_zero_point|weight_packed|W_q|weight_shape|input_scale|output_scale|scale_inv|k_scale|v_scale|blocks)$"
@@ -109,17 +109,18 @@ def unused(model: Any, place: object, stored: Mapping[str, tuple[str, Header]]) 
     """
     wanted = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
     reasons: dict[str, str] = {}
-    odd: list[tuple[str, Header]] = []
+    odd: dict[str, Header] = {}
+    packed: dict[str, Header] = {}
     for key, (name, header) in stored.items():
         if name in wanted:
             if wanted[name] and header.dtype not in FLOATS:
-                odd.append((key, header))
+                packed[key] = header
         elif (reason := of_no_use(model, name, header)) is not None:
             reasons[key] = reason
         else:
-            odd.append((key, header))
-    if odd:
-        raise ModelError(_refusal(model, place, odd))
+            (packed if header.dtype not in _PLAIN or _PACKED.search(key) else odd)[key] = header
+    if packed or odd:
+        raise ModelError(_refusal(model, place, packed, odd))
     return reasons
 
 
@@ -178,12 +179,11 @@ def refuse_untied(
             )
 
 
-def _refusal(model: Any, place: object, odd: list[tuple[str, Header]]) -> str:
+def _refusal(model: Any, place: object, packed: Mapping[str, Header], odd: Mapping[str, Header]) -> str:
     # Of a quantised checkpoint it is the form that tells most: a dtype before a name, whichever comes first.
-    odd = sorted(odd, key=lambda item: item[1].dtype in _PLAIN)
-    packed = [(key, header) for key, header in odd if header.dtype not in _PLAIN or _PACKED.search(key)]
-    key, header = (packed or odd)[0]
-    more = f" (one of {len(odd)} such)" if len(odd) > 1 else ""
+    found = sorted((packed or odd).items(), key=lambda item: item[1].dtype in FLOATS)
+    key, header = found[0]
+    more = f" (one of {len(packed) + len(odd)} such)" if len(packed) + len(odd) > 1 else ""
     if packed:
         return (
             f"model.name: {place} holds weights in fewer bits than their value has: tensor {key} of dtype "

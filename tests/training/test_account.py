@@ -76,6 +76,8 @@ PACKED = {
     "fp8 e4m3 without": (stored_as(torch.float8_e4m3fn, None), "F8_E4M3"),
     "fp8 e5m2": (stored_as(torch.float8_e5m2, "weight_scale"), "F8_E5M2"),
     "int8": (stored_as(torch.int8, "SCB"), "I8"),
+    "bool": (lambda tensors: tensors.update({f"{Q}.weight": tensors[f"{Q}.weight"] > 0}), "BOOL"),
+    "int64": (stored_as(torch.int64, None), "I64"),
     "uint8": (stored_as(torch.uint8, None), "U8"),
     "gptq": (packed("qweight", "qzeros", "scales", "g_idx"), "I32"),
     "nf4 tables": (
