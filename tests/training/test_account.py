@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import make_recipe, random_batch, realigned, save_model
+from support import make_recipe, random_batch, realigned, save_model, write_examples
 
 from raymem.account import NO_USE, Header, of_no_use
 from raymem.errors import ModelError
@@ -115,6 +115,26 @@ def test_a_config_that_says_quantised_is_refused_before_anything_is_read(method:
     for use in (build, lambda place: build(place, meta=True), read_config, open_source, load_artifact):
         with pytest.raises(ModelError, match=message):
             use(directory)
+
+
+def test_every_command_refuses_a_quantised_model(tmp_path: Path) -> None:
+    import raymem
+
+    directory = changed(save_model(tmp_path / "model"), lambda tensors: None, **CONFIGS["fp8"])
+    write_examples(tmp_path / "rows.jsonl", 40, 0)
+    rows = str(tmp_path / "rows.jsonl")
+    recipe = {
+        "name": "quantised",
+        "model": {"name": str(directory)},
+        "data": {"train": rows, "eval": rows, "sequence_length": 32},
+        "train": {"steps": 1},
+        "storage": {"path": str(tmp_path / "runs")},
+        "scaling": {"num_workers": 0},
+    }
+    for use in (raymem.train, raymem.plan, lambda recipe: raymem.evaluate(recipe, artifact="base")):
+        with pytest.raises(ModelError, match=rf"model\.name: {directory} is quantised: .* quant_method fp8"):
+            use(recipe)
+    assert not (tmp_path / "runs" / "cache" / "data").exists(), "and no data were prepared for it"
 
 
 def test_an_adapter_of_a_quantised_base_is_refused_by_the_name_of_the_base(tmp_path: Path) -> None:
