@@ -20,7 +20,7 @@ from raymem.training.data.shards import Prepared
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.export import FACTS, artifact_name
 from raymem.training.layout import Layout
-from raymem.training.model import build_model
+from raymem.training.model import build_model, load_config
 from raymem.training.recipe import Base, FullBase, NoAdapter, Recipe
 from raymem.training.revision import at_revision, began_with, on_hub, resolve, trained_from
 from raymem.training.storage import Storage
@@ -61,6 +61,7 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None, *, prepared: Pr
     if prepared is None:
         if not is_recovered(place):
             recipe = loram_base.settled(recipe, storage, on_ray=on_ray)
+        load_config(recipe)  # what cannot be loaded is refused before data are prepared
         tokenizer = data.shared_tokenizer(recipe, storage)
         prepared = data.prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray)
     config = {"recipe": recipe.to_dict(), "artifact": place, "data": data.to_dict(prepared)}

@@ -11,7 +11,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from raymem.errors import StorageError
+from raymem.errors import ModelError, RaymemError, StorageError
+from raymem.training.recipe import Recipe
+from raymem.training.recipe_io import MODELS
 from raymem.training.storage import Storage
 
 _GIB = 1 << 30
@@ -59,6 +61,28 @@ def check_versions() -> list[Check]:
 
 def _version(name: str, found: str, fits: bool, wanted: str, cure: str) -> Check:
     return Check(name, True, found) if fits else Check(name, False, f"{found} is outside of {wanted}", cure)
+
+
+def check_model(recipe: Recipe) -> list[Check]:
+    """The recipe's model: its config, and the tensors of a directory here; demo models are made on the spot."""
+    from raymem.planner.shapes import located
+    from raymem.training.model import check_model as described
+
+    if recipe.model.name in MODELS:
+        return []
+    try:
+        here, stand_in = located(recipe)
+    except ModelError as error:
+        return [_model_failed(error, ok=None)]  # another machine may reach it
+    try:
+        return [Check("model", True, described(here)) if stand_in is None else Check("model", None, stand_in)]
+    except RaymemError as error:
+        return [_model_failed(error, ok=False)]
+
+
+def _model_failed(error: RaymemError, *, ok: bool | None) -> Check:
+    detail, _, cure = str(error).rpartition("; ")
+    return Check("model", ok, detail or cure, cure if detail else "")
 
 
 def check_devices(use_gpu: bool) -> list[Check]:

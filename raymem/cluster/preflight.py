@@ -16,6 +16,7 @@ from raymem.cluster.local_checks import (
     check_auth,
     check_devices,
     check_home,
+    check_model,
     check_storage_here,
     check_versions,
 )
@@ -35,7 +36,8 @@ def run_doctor(recipe: Recipe | None = None, *, address: str | None = None) -> l
     """All checks, in the order of a report. Nothing is raised: a failure is a line with its cure.
 
     Args:
-        recipe: Adds its storage, tracking and devices; without one only the installation and the cluster are looked at.
+        recipe: Adds its model, storage, tracking and devices; without one only the installation and the cluster are
+            looked at.
         address: ``host:port`` of a running cluster (checked from one of its nodes) or its dashboard, ``http://...``;
             by default RAY_ADDRESS and RAY_API_SERVER_ADDRESS.
     """
@@ -43,6 +45,8 @@ def run_doctor(recipe: Recipe | None = None, *, address: str | None = None) -> l
     storage_path = recipe.storage.path if recipe else None
     if storage_path:
         checks += check_storage_here(storage_path)
+    if recipe:
+        checks += check_model(recipe)
     dashboard = address if address and ("://" in address or is_dashboard(address)) else None
     cluster = address if address and not dashboard else None
     if address is None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from raymem.errors import AdapterError, ModelError, RecipeError
 from raymem.methods.loram.config import LoRAMOptions
@@ -200,6 +201,42 @@ def continuing(directory: str | Path) -> LoraAdapter | MoRAMOptions:
     return MoRAMOptions(**sizes, targets=targets, init_from=source)
 
 
+@torch.no_grad()
+def _without_base(saved: dict[str, torch.Tensor], model: nn.Module, directory: str) -> dict[str, torch.Tensor]:
+    """The adapter's own tensors: PEFT saves the base's weights too where it adapts an embedding or an output head.
+
+    Raises:
+        ModelError: they are not those of the base in ``model``, so that without them the adapter is another function.
+    """
+    of_base = [key for key in saved if ".base_layer." in key and _has(model, key)]  # else the targets differ
+    for key in of_base:
+        held: Any = model.get_parameter(key)
+        held = held.full_tensor() if isinstance(held, DTensor) else held
+        value = saved[key]
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if value.shape != held.shape:
+            raise ModelError(
+                f"adapter.init_from: {directory} holds {name} of the base as {list(value.shape)} but this base has "
+                f"{list(held.shape)}; give the base that it was trained on as model.name, or resize this one with "
+                "transformers (resize_token_embeddings), merge the adapter into it with PEFT (merge_and_unload), save "
+                "that as model.name, and train without init_from"
+            )
+        if not torch.equal(value.to(held), held):
+            raise ModelError(
+                f"adapter.init_from: {directory} holds {name} of the base with other values than this base; merge the "
+                f"adapter (raymem merge {directory} -o MERGED), give MERGED as model.name, and train without init_from"
+            )
+    return {key: tensor for key, tensor in saved.items() if key not in of_base}
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_parameter(name)
+    except AttributeError:
+        return False
+    return True
+
+
 def read_adapter(directory: str, model: Any) -> dict[str, torch.Tensor]:
     """Tensors of a PEFT directory under the names of a wrapped model whose base is filled. Collective if it is sharded.
 
@@ -231,6 +268,7 @@ def read_adapter(directory: str, model: Any) -> dict[str, torch.Tensor]:
             saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ModelError(f"adapter.init_from: {path}: not a complete safetensors file ({error})") from None
+    saved = _without_base(saved, model, directory)
     expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     expected |= {name: buffer.shape for name, buffer in stored_buffers(model).items()}
     by_file_name = {name.removesuffix(".default").replace(".default.", "."): name for name in expected}

@@ -19,10 +19,11 @@ from raymem import __version__
 from raymem.errors import StorageError
 from raymem.methods.loram import stamp_adapter
 from raymem.training.adapter import stored_buffers
-from raymem.training.base import pruned_directory
+from raymem.training.base import base_name, pruned_directory
+from raymem.training.companions import copy_companions
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.layout import Layout
-from raymem.training.model import tokenizer_path
+from raymem.training.model import fetch, tokenizer_path
 from raymem.training.recipe import NoAdapter, Recipe
 from raymem.training.storage import Storage
 from raymem.training.weights import slots
@@ -79,6 +80,8 @@ def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Stor
             options = {} if isinstance(recipe.adapter, NoAdapter) else {"save_embedding_layers": False}
             model.save_pretrained(staging, state_dict=state, **options)
             load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
+            if isinstance(recipe.adapter, NoAdapter):
+                _complete(staging, recipe)
             if (pruned := pruned_directory(recipe)) is not None:
                 stamp_adapter(staging, pruned)
             contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
@@ -95,6 +98,18 @@ def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Stor
             "permissions, then run the same command again: it only repeats this last part"
         ) from None
     return run.join(name)
+
+
+def _complete(directory: Path, recipe: Recipe) -> None:
+    """Give a trained model what lies beside the weights of its base."""
+    name, revision = base_name(recipe)
+    if name is not None:
+        base = fetch(name, revision, Layout(), weights_too=False)
+        copy_companions(base, directory, same_tokenizer=recipe.model.tokenizer is None)
+    path = directory / "config.json"
+    config = json.loads(path.read_bytes())
+    if config.pop("quantization_config", config) is not config:  # it is of full value, whatever a null said before
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

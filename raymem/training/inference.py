@@ -10,19 +10,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from raymem.account import refuse_quantised
 from raymem.errors import ModelError, StorageError
 from raymem.methods.loram.manifest import MANIFEST
+from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.recover import is_recovered
-from raymem.training.data.tokenizer import load_tokenizer
+from raymem.training.companions import GENERATION, copy_companions
+from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
+from raymem.training.layout import Layout
+from raymem.training.model import fetch
 from raymem.training.peft_import import without_bitsandbytes
 from raymem.training.revision import trained_from
+from raymem.training.weights import check_checkpoint
 
 
 def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     """Model (in its stored dtype, evaluation mode) and tokenizer of a PEFT or model directory.
 
     Raises:
-        ModelError: it is neither, or the base that the adapter names cannot be loaded.
+        ModelError: it is neither, or the base that the adapter names cannot be loaded or is quantised.
     """
     with without_bitsandbytes():
         from peft import PeftConfig, PeftModel
@@ -37,28 +43,64 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
         )
     try:
         if (path / "adapter_config.json").is_file():
-            config = PeftConfig.from_pretrained(str(path))
-            trained = trained_from(str(path), config.base_model_name_or_path)
-            base = _load(config.base_model_name_or_path, config.revision if trained is None else trained.commit)
+            base = _load(*_base(path, PeftConfig.from_pretrained(str(path))))
             with without_bitsandbytes():
                 model = PeftModel.from_pretrained(base, str(path))
         else:
             model = _load(str(path), None)
+    except ModelError as error:  # what training would say of the model
+        raise ModelError(f"{path} cannot be loaded: {str(error).removeprefix('model.name: ')}") from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} cannot be loaded: {reason}; check the base model that it names") from None
     return model.eval(), load_tokenizer(str(path))
 
 
+def _base(adapter: Path, config: Any) -> tuple[str, str | None]:
+    """Name and revision of the model that an adapter was trained on."""
+    name = config.base_model_name_or_path
+    trained = trained_from(str(adapter), name)
+    return name, config.revision if trained is None else trained.commit
+
+
+def _base_directory(adapter: Path) -> Path:
+    """Where the model of an adapter lies, once it was loaded."""
+    with without_bitsandbytes():
+        from peft import PeftConfig
+
+        name, revision = _base(adapter, PeftConfig.from_pretrained(str(adapter)))
+    return Path(name) if Path(name).is_dir() else fetch(name, revision, Layout(), weights_too=False)
+
+
+def _same_tokenizer(tokenizer: Any, directory: Path) -> bool:
+    try:
+        return tokenizer_key(load_tokenizer(str(directory))) == tokenizer_key(tokenizer)
+    except ModelError:
+        return False
+
+
 def _load(name: str, revision: str | None) -> Any:
-    """A full or pruned model in its stored dtype."""
+    """A full or pruned model in its stored dtype, every tensor of it accounted for."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from raymem.methods.loram import pruned_layers
 
     config = AutoConfig.from_pretrained(name, revision=revision)
+    refuse_quantised(config, name)
+    if Path(name).is_dir():
+        check_checkpoint(meta_model(config), Path(name))
     with pruned_layers(config):
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, config=config, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, config=config, dtype="auto")
+    if not Path(name).is_dir():
+        check_checkpoint(meta_model(config), _directory(name, revision))
+    return model
+
+
+def _directory(name: str, revision: str | None) -> Path:
+    """Where the files of a model lie that was loaded."""
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(name, "config.json", revision=revision))).parent
 
 
 @torch.no_grad()
@@ -90,6 +132,8 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
         ModelError: no adapter there, or its base cannot be loaded.
         StorageError: ``output`` exists or cannot be written; nothing half-written is left.
     """
+    from transformers import GenerationConfig
+
     source, target = Path(adapter), Path(output)
     if not (source / "adapter_config.json").is_file():
         raise ModelError(f"{source} holds no adapter_config.json; only adapters are merged")
@@ -101,12 +145,17 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     if target.exists():
         raise StorageError(f"--output: {target} already exists; choose another directory or remove it")
     model, tokenizer = load_artifact(source)
+    base = _base_directory(source)
     staging = target.parent / f".{target.name}.part"
     try:
         staging.mkdir(parents=True)
         _untie_adapted(model)
-        model.merge_and_unload().save_pretrained(staging)
+        merged = model.merge_and_unload()
+        if (base / GENERATION).is_file():
+            merged.generation_config = GenerationConfig()  # the base's own follows, also one that would not be written
+        merged.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        copy_companions(base, staging, same_tokenizer=_same_tokenizer(tokenizer, base))
         facts = json.loads((source / "raymem.json").read_text()) if (source / "raymem.json").is_file() else {}
         (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
         staging.rename(target)

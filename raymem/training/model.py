@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from raymem.account import refuse_quantised
 from raymem.errors import ModelError, RecipeError
 from raymem.memory import nf4
 from raymem.methods.loram.config import LoRAMOptions
@@ -56,7 +57,7 @@ def build_model(
     bare = _on_meta(config, recipe)
     # Names are those of the bare model: quantising, wrapping and sharding change names or parameters, not the places.
     source = None if meta else _source(bare, config, recipe, layout)
-    tied = set(getattr(bare, "all_tied_weights_keys", None) or {})
+    tied: dict[str, str] = dict(getattr(bare, "all_tied_weights_keys", None) or {})
     blocks = [m for m in bare.modules() if type(m).__name__ in (bare._no_split_modules or ())]
     if recipe.base.quantize == "nf4":
         (_stand_in_nf4_linears if planned else _use_nf4_linears)(bare, base_dtype(recipe))
@@ -85,7 +86,7 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
 
     Raises:
         RecipeError: pruning options that leave nothing of a layer.
-        ModelError: unknown model type, no config at the path, hub not reachable.
+        ModelError: unknown model type, no config at the path, hub not reachable, a quantised model.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -105,6 +106,7 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
             config = AutoConfig.for_model(kind, **options)
         except Exception as error:  # configs raise types of their own
             raise ModelError(f"model.config: transformers refuses it: {_reason(error)}") from None
+        refuse_quantised(config, "model.config")
     else:
         name, revision = (recipe.model.name, recipe.model.revision) if planned else base_name(recipe)
         directory = fetch(name or "", revision, layout or Layout(), weights_too=False)
@@ -112,6 +114,7 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # configs raise types of their own
             raise ModelError(f"model.name: {directory}/config.json cannot be used: {_reason(error)}") from None
+        refuse_quantised(config, name)
     if planned:  # what pruning will make
         from raymem.methods.loram.nonuniform import with_counts
         from raymem.methods.loram.plan import plan_pruning
@@ -137,7 +140,15 @@ def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights_too else [])]
+    patterns = [
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        "LICENSE*",
+        "NOTICE*",
+        *(["*.safetensors"] if weights_too else []),
+    ]
     if layout.local_rank != 0:
         layout.barrier()
     try:
@@ -155,6 +166,25 @@ def not_to_be_had(name: str, error: Exception) -> str:
         f"model.name: {name!r} is no local directory and cannot be had from the Hugging Face hub ({_reason(error)}); "
         "give a path that holds config.json, or check the id, the network and HF_TOKEN"
     )
+
+
+def check_model(recipe: Recipe) -> str:
+    """Refuse what loading would refuse of the recipe's model: its config, and the tensors of one that lies here.
+
+    Returns:
+        What it is, in a few words.
+
+    Raises:
+        ModelError, RecipeError: see :func:`build_model`.
+    """
+    config = load_config(recipe)
+    planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
+    name = recipe.model.name if planned else base_name(recipe)[0]
+    kind = f"{name or 'random weights'} ({config.model_type})"
+    if name is None or planned or not Path(name).is_dir():
+        return kind
+    weights.check_checkpoint(_on_meta(config, recipe), Path(name))
+    return f"{kind}, every tensor accounted for"
 
 
 def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:

@@ -7,9 +7,8 @@ one tensor, never the model.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from raymem.account import Header, refuse_two_places, refuse_untied, unused
 from raymem.errors import ModelError
+from raymem.methods.loram.tensorfiles import shard_files
 from raymem.training.layout import Layout, local_rows
 
 log = logging.getLogger(__name__)
@@ -47,31 +48,30 @@ class SafetensorsFiles:
     """
 
     def __init__(self, directory: Path, rename: Callable[[str], str]) -> None:
-        index = directory / "model.safetensors.index.json"
-        single = directory / "model.safetensors"
-        if index.is_file():
-            try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ModelError(f"{index}: not an index of safetensors files ({error}); fetch it again") from None
-        elif single.is_file():
-            files = [single.name]
-        else:
-            raise ModelError(
-                f"model.name: {directory} holds no model.safetensors and no index of such files; raymem reads no "
-                "pickled weights: convert them with transformers' save_pretrained"
-            )
         self._where: dict[str, tuple[Path, str]] = {}
-        for file in files:
+        self.found: list[tuple[str, str, str]] = []
+        """Name in the model, key and file of every tensor."""
+        self.headers: dict[str, tuple[str, Header]] = {}
+        """Key -> name in the model, and what the file says of the tensor."""
+        for file in shard_files(directory):
             path = directory / file
             try:
                 path.open("rb").close()  # safetensors calls a file missing that it may not open
                 with safe_open(path, framework="pt") as tensors:
-                    self._where.update({rename(key): (path, key) for key in tensors.keys()})  # noqa: SIM118
+                    for key in tensors.keys():  # noqa: SIM118
+                        view, name = tensors.get_slice(key), rename(key)
+                        self.headers[key] = name, Header(view.get_dtype(), tuple(view.get_shape()))
+                        self._where[name] = (path, key)
+                        self.found.append((name, key, file))
             except PermissionError:
                 raise ModelError(f"{path}: permission denied; let this user read it") from None
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
+
+    def leave_out(self, keys: Iterable[str]) -> None:
+        """Forget tensors, by their keys in the files."""
+        for key in keys:
+            self._where.pop(self.headers[key][0], None)
 
     def names(self) -> Iterator[str]:
         return iter(self._where)
@@ -104,23 +104,11 @@ def checkpoint_source(model: Any, directory: Path) -> TensorSource:
 
     transformers renames keys of old checkpoints and, for some families, fuses tensors while loading. Renames are
     followed here; a checkpoint that needs arithmetic is loaded whole by transformers itself, and that is said.
+
+    Raises:
+        ModelError: not a complete checkpoint, or one with a tensor that is neither loaded nor known to be of no use.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    meta_state = model.state_dict()
-    converted: list[str] = []
-
-    def rename(key: str) -> str:
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta_state)
-        if pattern is not None:
-            converted.append(key)
-        return str(name)
-
-    files = SafetensorsFiles(directory, rename)
+    files, converted = _open(model, directory)
     if not converted:
         return files
     log.warning(
@@ -129,8 +117,51 @@ def checkpoint_source(model: Any, directory: Path) -> TensorSource:
         converted[0],
         len(converted) - 1,
     )
-    whole = type(model).from_pretrained(directory, dtype=model.dtype, local_files_only=True)
-    return Whole(whole.state_dict())
+    loaded, report = type(model).from_pretrained(
+        directory, dtype=model.dtype, local_files_only=True, output_loading_info=True
+    )
+    if report["missing_keys"]:  # transformers would make them up
+        raise ModelError(_missing(set(report["missing_keys"])))
+    return Whole(loaded.state_dict())
+
+
+def _open(model: Any, directory: Path) -> tuple[SafetensorsFiles, list[str]]:
+    """The files, every tensor of them accounted for, and the keys whose tensors must be converted while loading."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    meta_state = model.state_dict()
+    converted: dict[str, None] = {}
+
+    def rename(key: str) -> str:
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta_state)
+        if pattern is not None:
+            converted[key] = None
+        return str(name)
+
+    files = SafetensorsFiles(directory, rename)
+    useless = unused(model, directory, files.headers)
+    for key, reason in useless.items():
+        log.debug("%s: tensor %s is left out: %s", directory, key, reason)
+    refuse_two_places(directory, ((key if key in converted else name, key, file) for name, key, file in files.found))
+    files.leave_out(useless)
+    refuse_untied(model, directory, files.names(), lambda name: files.read(name, None), model.dtype)
+    return files, list(converted)
+
+
+def check_checkpoint(model: Any, directory: Path) -> None:
+    """Refuse a model directory that training would refuse for its tensors; headers are read, and tied tensors.
+
+    Args:
+        model: bare transformers model on the meta device, of that directory's config.
+
+    Raises:
+        ModelError: see :func:`checkpoint_source`.
+    """
+    _open(model, directory)
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:
@@ -178,32 +209,38 @@ def _empty_parameter(parameter: nn.Parameter, device: torch.device) -> nn.Parame
 
 
 @torch.no_grad()
-def fill(places: Mapping[str, Slot], source: TensorSource, layout: Layout, tied: set[str]) -> None:
+def fill(places: Mapping[str, Slot], source: TensorSource, layout: Layout, tied: Mapping[str, str]) -> None:
     """Copy every tensor of ``source`` into its place.
 
     Args:
         places: name -> slot of the bare model.
-        tied: names that share the tensor of another name and may be missing from the source.
+        tied: name -> another name of the same tensor; one of the two may be missing from the source.
 
     Raises:
-        ModelError: a tensor is missing, left over is ignored, or one has another shape.
+        ModelError: a tensor is missing or has another shape.
     """
     missing = set(places)
     for name in source.names():
         if name not in places:
-            continue  # heads and caches that this architecture does not have
+            continue  # of a complete state dict: what another class of the same family has
         module, attribute = places[name]
         target = getattr(module, attribute)
         if target is None:
             continue
         put(module, attribute, lambda rows, name=name: source.read(name, rows), layout, name)  # type: ignore[misc]
         missing.discard(name)
-    missing -= tied
+    held = set(places) - missing
+    held |= {origin for target, origin in tied.items() if target in held}
+    missing -= held | {target for target, origin in tied.items() if origin in held}
     if missing:
-        raise ModelError(
-            f"model.name: {len(missing)} tensors are missing from the checkpoint, the first is {min(missing)}; "
-            "it was made for another architecture or is incomplete"
-        )
+        raise ModelError(_missing(missing))
+
+
+def _missing(names: set[str]) -> str:
+    return (
+        f"model.name: {len(names)} tensors are missing from the checkpoint, the first is {min(names)}; "
+        "it was made for another architecture or is incomplete"
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray_processes import RayHead, end_session, free_ports
+from safetensors.torch import load_file, save_file
+from support import save_model
 
 from raymem.cluster import local_checks
 from raymem.cluster.local_checks import (
@@ -22,6 +25,7 @@ from raymem.cluster.local_checks import (
     check_auth,
     check_devices,
     check_home,
+    check_model,
     check_storage_here,
     check_versions,
     usable_memory_bytes,
@@ -181,6 +185,24 @@ def test_doctor_without_cluster(tmp_path: Path) -> None:
     assert checks["tracking"].detail == f"{tmp_path}/runs/mlflow.db will be created"
     assert not [check for check in checks.values() if check.ok is False]
     assert "storage" not in by_name(run_doctor())
+
+
+def test_doctor_looks_at_the_tensors_of_a_model_that_lies_here(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model")
+
+    def found() -> Check:
+        return by_name(check_model(recipe(tmp_path / "runs", model={"name": str(directory)})))["model"]
+
+    assert found() == Check("model", True, f"{directory} (llama), every tensor accounted for")
+    tensors = load_file(directory / "model.safetensors")
+    odd = {**tensors, "lm_head.weight": tensors["lm_head.weight"].to(torch.float8_e5m2)}
+    save_file(odd, directory / "model.safetensors", metadata={"format": "pt"})
+    assert found().ok is False and "lm_head.weight of dtype F8_E5M2" in found().detail
+    assert "base.quantize: nf4" in found().cure
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    assert found().ok is False and "quant_method awq" in found().detail
+    assert by_name(run_doctor(recipe(tmp_path / "runs", model={"name": str(directory)})))["model"] == found()
 
 
 def test_doctor_finds_everything_that_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, in_processes, make_recipe, num_targets, random_batch, save_model, snapshot
+from safetensors import safe_open
+from support import (
+    assert_same,
+    in_processes,
+    make_recipe,
+    num_targets,
+    random_batch,
+    realigned,
+    save_model,
+    save_tokenizer,
+    snapshot,
+)
 
 from raymem.errors import ModelError, RecipeError
+from raymem.training.inference import load_artifact, merge
 from raymem.training.layout import Layout
 from raymem.training.model import build_model
 from raymem.training.optim import build_updater
@@ -151,3 +163,71 @@ def loaded_by_lora(model: str) -> tuple[bool, bool]:
 def test_bitsandbytes_is_left_alone_until_a_model_has_its_layers(llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     assert in_processes(loaded_by_lora, 0, tmp_path, str(llama)) == [(False, True)]
+
+
+def with_saved_base(base: Path, directory: Path, change: Any = None) -> dict[str, Any]:
+    """An adapter of the head as plain PEFT saves it, with the head itself; and the fragment that continues it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["lm_head", "q_proj"], "init_lora_weights": False}
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options))
+    if change is not None:
+        with torch.no_grad():
+            change(model)
+    model.save_pretrained(directory)
+    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+        assert "base_model.model.lm_head.base_layer.weight" in set(file.keys())
+    return continuing(directory, rank=4, alpha=8.0, targets=["lm_head", "q_proj"])
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_an_adapter_that_holds_its_base_too_is_continued(family: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = save_model(tmp_path / "base", family)
+    fragment = with_saved_base(base, tmp_path / "adapter")
+    reference = realigned(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"))
+    inputs = random_batch(2, 12, packed=False).model_inputs()
+    with torch.no_grad():
+        found = build_model(make_recipe(fragment, model=base)).eval()(**inputs).logits
+        assert torch.equal(found, reference.eval()(**inputs).logits)
+
+
+def test_an_adapter_that_holds_another_base_is_refused_with_a_cure_that_works(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    fragment = with_saved_base(base, tmp_path / "adapter", lambda model: model.lm_head.base_layer.weight.mul_(2))
+    with pytest.raises(
+        ModelError, match=rf"holds lm_head\.weight of the base with other values .*raymem merge {tmp_path}"
+    ):
+        build_model(make_recipe(fragment, model=base))
+    save_tokenizer(tmp_path / "adapter")
+    merged = merge(tmp_path / "adapter", tmp_path / "merged")
+    expected, _ = load_artifact(tmp_path / "adapter")
+    inputs = random_batch(2, 12, packed=False).model_inputs()
+    with torch.no_grad():
+        found = build_model(make_recipe(model=merged)).eval()(**inputs).logits
+        torch.testing.assert_close(found, expected(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_a_resized_base_is_refused_with_a_cure_that_works(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = save_model(tmp_path / "base")
+    resized = AutoModelForCausalLM.from_pretrained(base)
+    resized.resize_token_embeddings(140)
+    resized.save_pretrained(tmp_path / "resized")
+    fragment = with_saved_base(tmp_path / "resized", tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"lm_head\.weight of the base as \[140, 32\] but this base has \[128, 32\]"):
+        build_model(make_recipe(fragment, model=base))
+    resized = AutoModelForCausalLM.from_pretrained(base)
+    resized.resize_token_embeddings(140)
+    merged = PeftModel.from_pretrained(resized, tmp_path / "adapter").merge_and_unload()  # type: ignore[operator]
+    merged.save_pretrained(tmp_path / "merged")
+    inputs = random_batch(2, 12, packed=False).model_inputs()
+    fresh = make_recipe({"model": {"tokenizer": str(base)}}, model=tmp_path / "merged")
+    with torch.no_grad():
+        found = build_model(fresh).eval()(**inputs).logits
+        assert torch.equal(found, realigned(merged).eval()(**inputs).logits)

@@ -65,6 +65,78 @@ def test_the_plain_tools_load_what_was_trained(family: str, fragment: dict[str, 
     assert not list(path.glob("*.bin")) and not list(path.parent.glob(".*"))
 
 
+COMPANIONS = {
+    "generation_config.json": '{"eos_token_id": [0, 5, 7], "do_sample": false, "temperature": 0.3, "top_p": 0.8}',
+    "chat_template.jinja": "{{ messages[0].content }}",
+    "special_tokens_map.json": '{"eos_token": "<end>"}',
+    "preprocessor_config.json": '{"size": 3}',
+    "processor_config.json": '{"kind": "p"}',
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+    "LICENSE": "yes",
+    "NOTICE.txt": "of something",
+}
+OF_TRAINING = ("optimizer.pt", "trainer_state.json", "rng_state.pth", "model-00009.safetensors", "x.gguf",
+               "pytorch_model.bin", "pytorch_model.bin.index.json", "training_args.bin", "LICENSE.large")  # fmt: skip
+
+
+def with_companions(directory: Path) -> Path:
+    (directory / "additional_chat_templates").mkdir()
+    for name, text in COMPANIONS.items():
+        (directory / name).write_text(text)
+    for name in OF_TRAINING:
+        (directory / name).write_text("{}" if name != "LICENSE.large" else "x" * (1 << 21))
+    return directory
+
+
+def assert_companions(directory: Path, leaving: set[str] | frozenset[str] = frozenset()) -> None:
+    for name, text in COMPANIONS.items():
+        if name in leaving:
+            assert not (directory / name).exists(), name
+        else:
+            assert (directory / name).read_text() == text, name
+    assert not [name for name in OF_TRAINING if (directory / name).exists()]
+
+
+def test_what_lies_beside_the_weights_of_a_base_leaves_with_a_trained_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = with_companions(save_model(tmp_path / "base"))
+    recipe = make_recipe(FULL, model=base)
+    path = export(trained(recipe), recipe, tmp_path / "run")
+    assert_companions(path)
+    assert AutoModelForCausalLM.from_pretrained(path).generation_config.eos_token_id == [0, 5, 7]
+    assert AutoTokenizer.from_pretrained(path).chat_template is not None
+
+
+def test_another_tokenizer_keeps_its_own_files(llama: Path, tmp_path: Path) -> None:
+    base = with_companions(save_model(tmp_path / "base"))
+    recipe = make_recipe(FULL, {"model": {"tokenizer": str(llama)}}, model=base)
+    path = export(build_model(recipe), recipe, tmp_path / "run")
+    templates = {"chat_template.jinja", "special_tokens_map.json", "additional_chat_templates/tools.jinja"}
+    assert_companions(path, templates)
+
+
+def test_a_merged_model_has_them_too(tmp_path: Path) -> None:
+    from raymem.training.inference import merge
+
+    base = with_companions(save_model(tmp_path / "base"))
+    recipe = make_recipe(model=base)
+    adapter = export(trained(recipe), recipe, tmp_path / "run")
+    assert not (adapter / "generation_config.json").exists() and not (adapter / "LICENSE").exists()
+    assert_companions(merge(adapter, tmp_path / "merged"))
+
+
+def test_a_trained_model_says_nothing_of_a_quantisation(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    (base / "quantize_config.json").write_text("{}")
+    recipe = make_recipe(FULL, model=base)
+    path = export(build_model(recipe), recipe, tmp_path / "run")
+    assert "quantization_config" not in json.loads((path / "config.json").read_text())
+    assert not (path / "quantize_config.json").exists()
+
+
 def test_a_bf16_run_leaves_bf16(llama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

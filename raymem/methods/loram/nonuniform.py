@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from raymem.account import refuse_quantised
 from raymem.errors import ModelError
 from raymem.methods.loram.coupling import couple, family_of
 
@@ -104,16 +105,18 @@ def read_config(directory: str | Path) -> Any:
     """The transformers config of a model directory.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or the model is quantised.
     """
     from transformers import AutoConfig
 
     if not (Path(directory) / "config.json").is_file():
         raise ModelError(f"model.name: {directory} has no config.json; give a directory that save_pretrained wrote")
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.name: {directory}/config.json cannot be used: {error}") from None
+    refuse_quantised(config, directory)
+    return config
 
 
 def meta_model(config: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from raymem.account import Header, refuse_two_places, refuse_untied, unused
 from raymem.errors import ModelError
 from raymem.methods.loram.coupling import Coupling, couple
 from raymem.methods.loram.nonuniform import meta_model, read_config
@@ -64,22 +65,27 @@ def open_source(directory: str | Path, name: str | None = None, revision: str | 
 
     Raises:
         ModelError: no such model, unknown architecture, a shard is missing or truncated, tensors are missing or do not
-            fit ``config.json``.
+            fit ``config.json``, are stored in fewer bits, or are not known to be of no use.
     """
     directory = Path(directory).absolute()
     config = read_config(directory)
     couple(config)  # an unknown architecture is refused before anything is read
     model = meta_model(config)
     files = shard_files(directory)
-    on_disk = {key: entry for file in files for key, entry in read_header(directory, file)[1].items()}
+    entries = [entry for file in files for entry in read_header(directory, file)[1].values()]
+    on_disk = {entry.key: entry for entry in entries}
     names = _model_names(model, list(on_disk))
-    tensors = {names[key]: entry for key, entry in on_disk.items()}
+    refuse_two_places(directory, [(names[entry.key], entry.key, entry.file) for entry in entries])
+    account = {key: (names[key], Header(entry.dtype, entry.shape)) for key, entry in on_disk.items()}
+    useless = unused(model, directory, account)
+    tensors = {names[key]: entry for key, entry in on_disk.items() if key not in useless}
     identity = {
         "config_sha256": hashlib.sha256((directory / "config.json").read_bytes()).hexdigest(),
         "files": {file: fingerprint(directory, file) for file in files},
     }
     source = Source(str(directory), name or str(directory), revision, tensors, identity)
     _check_complete(source, model)
+    refuse_untied(model, directory, tensors, source.read)
     return source
 
 

@@ -64,7 +64,7 @@ def read_header(directory: Path, file: str) -> tuple[dict[str, str], dict[str, E
     """Metadata, and the tensors of a safetensors file by key.
 
     Raises:
-        ModelError: missing, truncated, malformed, or a dtype that raymem does not slice.
+        ModelError: missing, truncated or malformed.
     """
     path = directory / file
     try:
@@ -83,9 +83,7 @@ def read_header(directory: Path, file: str) -> tuple[dict[str, str], dict[str, E
         if size < needed:
             raise ValueError(f"it has {size} bytes of {needed}")
         for entry in found.values():
-            if entry.dtype not in DTYPES:
-                raise ValueError(f"tensor {entry.key} has dtype {entry.dtype}, which cannot be sliced")
-            if entry.num_bytes != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
+            if entry.dtype in DTYPES and entry.num_bytes != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
                 raise ValueError(f"tensor {entry.key} has {entry.num_bytes} bytes for shape {list(entry.shape)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
@@ -241,21 +239,36 @@ def digest(value: Any) -> str:
 
 
 def shard_files(directory: Path) -> list[str]:
-    """The safetensors files of a model directory.
+    """The safetensors files of a model directory that transformers would read, in its order.
+
+    What ``config.json`` names as ``transformers_weights`` comes first, then the single file, then the index: of several
+    sets of files that lie together only one is the model.
 
     Raises:
         ModelError: there is none, or the index is malformed.
     """
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.is_file():
+    named = _named_file(directory)
+    single = directory / (named or "model.safetensors")
+    if single.name.endswith(".safetensors") and (single.is_file() or named):
+        return [single.name]
+    index = single if named else directory / "model.safetensors.index.json"
+    if index.is_file() or named:
         try:
             names: Iterable[str] = json.loads(index.read_bytes())["weight_map"].values()
             return sorted(set(names))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index}: not an index of safetensors files ({error}); fetch it again") from None
-    if single.is_file():
-        return [single.name]
     raise ModelError(
         f"model.name: {directory} holds no model.safetensors and no index of such files; raymem reads no pickled "
         "weights: convert them with transformers' save_pretrained"
     )
+
+
+def _named_file(directory: Path) -> str | None:
+    try:
+        name = json.loads((directory / "config.json").read_bytes()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if name is None or (isinstance(name, str) and Path(name).name == name):
+        return name
+    raise ModelError(f"{directory}/config.json: transformers_weights: {name!r} is no file of the directory; name one")

@@ -1,0 +1,75 @@
+"""What lies beside the weights of a model and goes with them wherever they go: how to generate, to render, to process.
+
+Weights, the config and the tokenizer are written by those who changed them; here is the rest, byte for byte.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from pathlib import Path
+
+GENERATION = "generation_config.json"
+"""Written by transformers too, but from the config alone: without further eos ids and sampling options."""
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+"""Names of files that may be companions."""
+_NEVER = (
+    "config.json",
+    "*.index.json",
+    "adapter_config.json",
+    "raymem*.json",
+    "loram_*.json",
+    "trainer_state.json",
+    "all_results.json",
+    "*_results.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "requirements*.txt",
+    ".*",
+)
+_OF_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template.json",
+)
+_TEMPLATES = "additional_chat_templates"
+_MOST_BYTES = 16 << 20
+_MOST_LICENCE_BYTES = 1 << 20
+
+
+def copy_companions(base: Path, target: Path, *, same_tokenizer: bool) -> None:
+    """Copy the companion files of a model directory to another that is written already; what is there stays.
+
+    Only how to generate is the base's word even where transformers has written its own.
+
+    Args:
+        base: where the weights came from.
+        target: where the changed ones lie.
+        same_tokenizer: the tokenizer in ``target`` is that of ``base``, so that its further files belong there too.
+    """
+    candidates = [*base.iterdir(), *((base / _TEMPLATES).glob("*.jinja"))]
+    for path in sorted(candidates):
+        name = path.name
+        if not path.is_file() or not _matches(name, COMPANIONS) or _matches(name, _NEVER):
+            continue
+        licence = _matches(name, ("LICENSE*", "NOTICE*"))
+        if path.stat().st_size > (_MOST_LICENCE_BYTES if licence else _MOST_BYTES):
+            continue
+        if not same_tokenizer and _matches(name, _OF_TOKENIZER):
+            continue
+        place = target / path.relative_to(base)
+        if place.exists() and name != GENERATION:
+            continue
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
