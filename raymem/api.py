@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymem.errors import BudgetError
-from raymem.memory.budget import parse_bytes
 from raymem.planner.values import Plan
 from raymem.training.recipe import Recipe
 
@@ -172,22 +170,25 @@ def sweep(
     """
     import dataclasses
 
-    from raymem.cluster.search import Objective
-    from raymem.cluster.sweep import SweepOptions
-    from raymem.cluster.sweep import sweep as run_sweep
-    from raymem.memory.devices import gpu_named
-    from raymem.training.space_io import load_space
+    from raymem.cli_sweep import settle
 
     loaded = load_recipe(recipe)
     if isinstance(space, Mapping):
         loaded, space = load_recipe({**loaded.to_dict(), "space": dict(space)}), None
-    given = budget if budget is not None else None if gpu is not None else loaded.budget
-    if given is None and gpu is None:
-        raise BudgetError("there is no budget to search under; give budget='24GiB', gpu='H100-80GB', or recipe.budget")
-    limit = gpu_named(gpu or "").capacity_bytes if given is None else _bytes(given)
-    found = load_space(None if space is None else str(space), loaded)
-    named = loaded.model_copy(update={"name": name or f"{loaded.name[:57]}-sweep"})
-    options = SweepOptions(limit, samples, Objective(tuple(metrics)), algorithm, gpu=gpu)
+    named, found, options = settle(  # the very checks of the command
+        loaded,
+        space=None if space is None else str(space),
+        budget=None if budget is None else str(budget),
+        gpu=gpu,
+        samples=samples,
+        objective=metrics[0],
+        also=",".join(metrics[1:]),
+        algorithm=algorithm,
+        early_stopping=True,
+        name=name,
+    )
+    from raymem.cluster.sweep import sweep as run_sweep
+
     done = run_sweep(named, found, options, fresh=fresh)
     best = done.folder / "report" / "best.yaml"
     trials = [dataclasses.asdict(row) for row in done.rows]
@@ -214,10 +215,3 @@ def load(artifact: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     from raymem.training.inference import load_artifact
 
     return load_artifact(artifact)
-
-
-def _bytes(amount: str | int) -> int:
-    try:
-        return parse_bytes(amount) if isinstance(amount, str) else amount
-    except ValueError as error:
-        raise BudgetError(f"budget: {error}") from None

@@ -7,7 +7,7 @@ shims here undoes one such difference; tests/planner/test_fake.py and test_proce
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def fakeify(model: nn.Module, tracer: Tracer | None = None) -> None:
             made = module._parameters[name] = fresh[id(parameter)]
             if tracer is not None:
                 full = f"{prefix}.{name}" if prefix else name
-                tracer.adopt(_local(made), "trainable" if made.requires_grad else "weights", full)
+                tracer.adopt(local(made), "trainable" if made.requires_grad else "weights", full)
                 for tensor in quantisation_tensors(made):
                     tracer.adopt(tensor, "weights", f"{full} (scales)")
         for name, buffer in module._buffers.items():
@@ -87,8 +87,39 @@ def fakeify(model: nn.Module, tracer: Tracer | None = None) -> None:
     del replaced
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This worker's part of a distributed tensor; others as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def fake_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of this worker behind fake tensors, which have no addresses; storages that are shared count once."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        storage = local(tensor).untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
+
+
+@contextlib.contextmanager
+def gradients_named(parameters: Mapping[str, nn.Parameter], tracer: Tracer) -> Iterator[None]:
+    """Inside, gradients are told from temporaries as soon as they are there."""
+    handles = []
+    for name, parameter in parameters.items():
+        if isinstance(parameter, DTensor):
+            continue  # FSDP2 puts them there itself, after reducing; they are adopted with the norm
+
+        def found(tensor: torch.Tensor, name: str = name) -> None:
+            tracer.adopt(tensor.grad, "gradients", f"{name} (gradient)")
+
+        hooks = parameter._post_accumulate_grad_hooks or {}
+        handles.append(parameter.register_post_accumulate_grad_hook(found))  # type: ignore[no-untyped-call]
+        parameter._post_accumulate_grad_hooks.move_to_end(handles[-1].id, last=not hooks)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _fake_parameter(parameter: nn.Parameter) -> nn.Parameter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from raymem.memory import kernels
 from raymem.memory.devices import gpu_named
 from raymem.memory.target import planned_for
 from raymem.memory.trace import Tracer
-from raymem.planner.fake import fakeify, shims
+from raymem.planner.fake import fake_bytes, fakeify, gradients_named, shims
 from raymem.planner.fake_cache import OutputCache
 from raymem.planner.plan import make_plan
 from raymem.planner.session import MEASURED, Session
@@ -98,44 +98,21 @@ def _trace(model: nn.Module, make: MakeOptimizer, loss: Loss, inputs: Any, trace
     gradient_bytes = 0
     for number in (1, MEASURED):
         tracer.step, tracer.phase = number, "forward"
-        with _gradients_named(trained, tracer):
+        with gradients_named(trained, tracer):
             torch.autograd.backward(loss(model, *inputs))
         tracer.phase = "step"
-        gradient_bytes = _bytes([p.grad for p in trained.values()])
+        gradient_bytes = fake_bytes(p.grad for p in trained.values() if p.grad is not None)
         optimizer.step()
         for name, parameter in trained.items():
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
                     tracer.adopt(value, "optimizer", f"{name} ({key})")
         optimizer.zero_grad()
+    states = tree_leaves([optimizer.state.get(p, {}) for p in trained.values()])
     state = {
-        "weights": _bytes([*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]),
-        "trainable": _bytes(list(trained.values())),
+        "weights": fake_bytes([*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]),
+        "trainable": fake_bytes(trained.values()),
         "gradients": gradient_bytes,
-        "optimizer": _bytes(tree_leaves([optimizer.state.get(p, {}) for p in trained.values()])),
+        "optimizer": fake_bytes(value for value in states if isinstance(value, torch.Tensor)),
     }
     return Session(list(tracer.changes), state, rehearsed=True, loss_note=None)
-
-
-@contextlib.contextmanager
-def _gradients_named(trained: dict[str, nn.Parameter], tracer: Tracer) -> Iterator[None]:
-    """Gradients are told from temporaries as soon as they are there."""
-
-    def hook(name: str) -> Callable[[torch.Tensor], None]:
-        return lambda parameter: tracer.adopt(parameter.grad, "gradients", f"{name} (gradient)")
-
-    handles = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in trained.items()]  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _bytes(values: list[Any]) -> int:
-    storages = {}
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,15 @@ from raymem.methods.loract.config import LoRActOptions
 from raymem.methods.loram.nonuniform import pruned_layers
 from raymem.methods.moram.config import MoRAMOptions
 from raymem.planner.analytic import closed_form
-from raymem.planner.fake import CudaAutocast, fakeify, quantisation_tensors, shims
+from raymem.planner.fake import (
+    CudaAutocast,
+    fake_bytes,
+    fakeify,
+    gradients_named,
+    local,
+    quantisation_tensors,
+    shims,
+)
 from raymem.planner.fake_cache import OutputCache
 from raymem.planner.replica import FakeReplica
 from raymem.planner.values import Target
@@ -119,7 +126,7 @@ def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | No
         fakeify(bare, tracer)
         updater = build_updater(bare, recipe)
         for name, master in updater.masters.items():
-            tracer.adopt(_local(master), "trainable", f"{name} (fp32 master)")
+            tracer.adopt(local(master), "trainable", f"{name} (fp32 master)")
         for handle in tracer.watch(bare):
             stack.callback(handle.remove)
         runner = _Runner(recipe, layout, tracer, mode, bare, updater)
@@ -151,12 +158,12 @@ class _Runner:
         self.tracer.limit_bytes = None  # the first step does not count
         every = getattr(self.recipe.activations, "report_every", 0)
         if self.rehearsed:
-            with self._gradients_named():
+            with gradients_named(self.updater.parameters, self.tracer):
                 self._step(1, 0, batches[:1])
         else:
             self._create_state()
         self.tracer.limit_bytes = limit_bytes
-        with self._gradients_named():
+        with gradients_named(self.updater.parameters, self.tracer):
             # More micro-batches than two repeat the second; their tokens are there all the same.
             self._step(MEASURED, every or 1, batches[:2])
         if self.recipe.data.eval is not None:
@@ -203,9 +210,9 @@ class _Runner:
             self.gradient_bytes = 0
             for name, tensor in self.updater.updated.items():
                 if tensor.grad is not None:
-                    local = _local(tensor.grad)
-                    self.gradient_bytes += local.numel() * local.element_size()
-                    self.tracer.adopt(local, "gradients", f"{name} (gradient)")
+                    gradient = local(tensor.grad)
+                    self.gradient_bytes += gradient.numel() * gradient.element_size()
+                    self.tracer.adopt(gradient, "gradients", f"{name} (gradient)")
 
         self.updater.grad_norm = grad_norm  # type: ignore[method-assign]
         train_step(
@@ -218,27 +225,7 @@ class _Runner:
     def _adopt_state(self) -> None:
         for name, parameter in self.updater.updated.items():
             for key, value in self.updater.optimizer.state.get(parameter, {}).items():
-                self.tracer.adopt(_local(value), "optimizer", f"{name} ({key})")
-
-    @contextlib.contextmanager
-    def _gradients_named(self) -> Iterator[None]:
-        """Gradients are told from temporaries as soon as they are there."""
-        handles = []
-        for name, parameter in self.updater.parameters.items():
-            if isinstance(parameter, DTensor):
-                continue  # FSDP2 puts them there itself, after reducing; they are adopted with the norm
-
-            def found(tensor: torch.Tensor, name: str = name) -> None:
-                self.tracer.adopt(tensor.grad, "gradients", f"{name} (gradient)")
-
-            hooks = parameter._post_accumulate_grad_hooks or {}
-            handles.append(parameter.register_post_accumulate_grad_hook(found))  # type: ignore[no-untyped-call]
-            parameter._post_accumulate_grad_hooks.move_to_end(handles[-1].id, last=not hooks)  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                self.tracer.adopt(local(value), "optimizer", f"{name} ({key})")
 
     def _select(self, batch: Batch) -> None:
         """MoRAM's look at gradients before the first step: the group of layers with the largest sums."""
@@ -272,23 +259,12 @@ class _Runner:
     def state_bytes(self) -> dict[str, int]:
         """The terms with a closed form as they really came out, for the cross-check (:mod:`...analytic`)."""
 
-        def total(tensors: list[torch.Tensor]) -> int:
-            kept: dict[int, int] = {}
-            for tensor in tensors:
-                storage = _local(tensor).untyped_storage()
-                kept[storage._cdata] = storage.nbytes()
-            return sum(kept.values())
-
         frozen = [p for p in self.bare.parameters() if not p.requires_grad]
         scales = [tensor for parameter in frozen for tensor in quantisation_tensors(parameter)]
         moments = [v for p in self.updater.updated.values() for v in self.updater.optimizer.state.get(p, {}).values()]
         return {
-            "weights": total([*frozen, *scales, *self.bare.buffers()]),
-            "trainable": total([*self.updater.parameters.values(), *self.updater.masters.values()]),
+            "weights": fake_bytes([*frozen, *scales, *self.bare.buffers()]),
+            "trainable": fake_bytes([*self.updater.parameters.values(), *self.updater.masters.values()]),
             "gradients": self.gradient_bytes,
-            "optimizer": total(moments),
+            "optimizer": fake_bytes(moments),
         }
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from raymem.memory.nf4 import functional
 
 # T tokens, N output features, K input features
 
@@ -93,7 +94,7 @@ class Weight:
         state = weight.quant_state
         scales: torch.Tensor = state.absmax
         if state.nested:
-            scales = _library(state).dequantize_blockwise(scales, state.state2)
+            scales = functional(state).dequantize_blockwise(scales, state.state2)
             scales += state.offset
         rows = state.shape[0] if state.shape[1] % state.blocksize == 0 else 1
         return weight.detach().view(rows, -1), scales.float().view(rows, -1)
@@ -103,15 +104,10 @@ def _dequantised(packed_NK: torch.Tensor, scales: torch.Tensor, state: Any, dtyp
     """[N, K] of some rows or columns; straight in the dtype of the product."""
     whole = packed_NK.shape[0] == 1
     shape = state.shape if whole else torch.Size((packed_NK.shape[0], 2 * packed_NK.shape[1]))
-    library = _library(state)
+    library = functional(state)
     part = library.QuantState(
         absmax=scales.reshape(-1), shape=shape, code=state.code, blocksize=state.blocksize, quant_type=state.quant_type,
         dtype=dtype,
     )  # fmt: skip
     made: torch.Tensor = library.dequantize_4bit(packed_NK.reshape(-1, 1), part)
     return made
-
-
-def _library(state: Any) -> Any:
-    """What reads weights with such a state: bitsandbytes, or what stands in its place."""
-    return sys.modules[type(state).__module__]
