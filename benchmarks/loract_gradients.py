@@ -19,20 +19,21 @@ import provenance
 import torch
 from torch import nn
 
-from raymem.cluster import data, demo
-from raymem.cluster.trainer import launch
-from raymem.console import hush_libraries
+from raymem.cli.console import hush_libraries
 from raymem.linalg import LowRank
 from raymem.methods.loract import compress_activations, packer
+from raymem.recipe.load import load_recipe, packaged_recipe
+from raymem.runs import demo
+from raymem.runs.prepare import prepare_split, shared_tokenizer
+from raymem.runs.train import launch
+from raymem.storage.storage import Storage
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
 from raymem.training.loss import forward_loss_sum
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
-from raymem.training.recipe_io import load_recipe, packaged_recipe
 from raymem.training.step import train_step
-from raymem.training.storage import Storage
 
 VARIANTS: dict[str, dict[str, Any]] = {
     f"{scope} n/{part}{'' if first == 'raw' else ', all compressed'}": {
@@ -118,8 +119,8 @@ def main() -> None:
     )
     storage = Storage.open(recipe.storage.path)
     recipe = demo.resolve(recipe, storage, build=launch)
-    tokenizer = data.shared_tokenizer(recipe, storage)
-    rows = PackedRows(data.prepare_split(recipe, "train", tokenizer, storage, on_ray=False).directories)
+    tokenizer = shared_tokenizer(recipe, storage)
+    rows = PackedRows(prepare_split(recipe, "train", tokenizer, storage, on_ray=False).directories)
     sampler = Sampler(recipe.seed, rows.sizes_and_weights, recipe.train.global_batch)
     model = build_model(recipe)
     updater = build_updater(model, recipe)

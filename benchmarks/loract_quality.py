@@ -18,10 +18,10 @@ from typing import Any
 
 import provenance
 
-from raymem.cluster.trainer import launch
-from raymem.console import hush_libraries
-from raymem.training.recipe import Recipe
-from raymem.training.recipe_io import load_recipe, packaged_recipe
+from raymem.cli.console import hush_libraries
+from raymem.recipe.load import load_recipe, packaged_recipe
+from raymem.recipe.schema import Recipe
+from raymem.runs.train import launch
 
 CONTROLS = ("layer-32-all", "sublayer-32-all")
 VARIANTS: dict[str, str] = {

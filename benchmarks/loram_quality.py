@@ -24,20 +24,20 @@ from typing import Any
 import provenance
 import torch
 
-from raymem.cluster import demo
-from raymem.cluster.evaluation import evaluate_recipe
-from raymem.cluster.loram_pipeline import Pipeline, Pruned
-from raymem.cluster.trainer import launch
-from raymem.console import hush_libraries
+from raymem.cli.console import hush_libraries
 from raymem.methods.loram.coupling import couple
+from raymem.methods.loram.index_map import place
 from raymem.methods.loram.manifest import MANIFEST, Manifest
-from raymem.methods.loram.placement import place
 from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, recover_factor
-from raymem.methods.loram.tensorfiles import read_header, read_tensor, save_tensors
+from raymem.methods.loram.safetensors_io import read_header, read_tensor, save_tensors
+from raymem.recipe.load import load_recipe, packaged_recipe, parse_recipe
+from raymem.recipe.schema import FullBase, Recipe
+from raymem.runs import demo
+from raymem.runs.evaluate import evaluate_recipe
+from raymem.runs.loram import Pipeline, Pruned
+from raymem.runs.train import launch
 from raymem.seeds import generator
-from raymem.training.recipe import FullBase, Recipe
-from raymem.training.recipe_io import load_recipe, packaged_recipe, parse_recipe
-from raymem.training.storage import Storage
+from raymem.storage.storage import Storage
 
 RATIOS = (0.25, 0.5, 0.65, 0.85)
 ROWS: list[tuple[str, float, bool]] = [

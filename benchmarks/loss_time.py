@@ -16,10 +16,10 @@ import provenance
 import torch
 
 from raymem.memory.meter import PeakMeter, resident_tensors
+from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
-from raymem.training.recipe import Recipe
 from raymem.training.step import train_step
 
 LENGTH = 256

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from raymem.cluster import demo
-from raymem.cluster.trainer import launch
-from raymem.console import TrainingDisplay, hush_libraries
-from raymem.training.recipe_io import MODELS
-from raymem.training.storage import Storage
+from raymem.cli.console import TrainingDisplay, hush_libraries
+from raymem.recipe.load import MODELS
+from raymem.runs import demo
+from raymem.runs.train import launch
+from raymem.storage.storage import Storage
 
 
 def main() -> None:

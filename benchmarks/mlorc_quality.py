@@ -21,20 +21,21 @@ import provenance
 import torch
 from torch import nn
 
-from raymem.cluster import data, demo
-from raymem.cluster.trainer import launch
-from raymem.console import hush_libraries
+from raymem.cli.console import hush_libraries
 from raymem.methods.mlorc import MLorcAdamW
+from raymem.recipe.load import load_recipe, packaged_recipe
+from raymem.recipe.schema import Recipe
+from raymem.runs import demo
+from raymem.runs.prepare import prepare_split, shared_tokenizer
+from raymem.runs.train import launch
+from raymem.storage.storage import Storage
 from raymem.training.data.batches import eval_batches, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
 from raymem.training.loss import forward_loss_sum
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 from raymem.training.optim import Updater, lr_factor
-from raymem.training.recipe import Recipe
-from raymem.training.recipe_io import load_recipe, packaged_recipe
 from raymem.training.step import train_step
-from raymem.training.storage import Storage
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/methods/mlorc"))
 from straight_line import StraightLineAdamW
@@ -76,9 +77,9 @@ def optimizer_for(configuration: str, seed: int) -> Any:
 def run(recipe: Recipe, configuration: str) -> dict[str, Any]:
     storage = Storage.open(recipe.storage.path)
     recipe = demo.resolve(recipe, storage, build=launch)
-    tokenizer = data.shared_tokenizer(recipe, storage)
+    tokenizer = shared_tokenizer(recipe, storage)
     split = {
-        name: PackedRows(data.prepare_split(recipe, name, tokenizer, storage, on_ray=False).directories)
+        name: PackedRows(prepare_split(recipe, name, tokenizer, storage, on_ray=False).directories)
         for name in ("train", "eval")
     }
     model = build_model(recipe)

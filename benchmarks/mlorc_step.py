@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from raymem.methods.mlorc import MLorcAdamW
-from raymem.training.model import build_model
-from raymem.training.recipe_io import load_recipe, packaged_recipe
+from raymem.recipe.load import load_recipe, packaged_recipe
+from raymem.training.model.build import build_model
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/methods/mlorc"))
 from straight_line import StraightLineAdamW

@@ -7,19 +7,20 @@ from typing import Any
 
 from torch import nn
 
-from raymem.cluster import data, demo
+from raymem.recipe.load import load_recipe, packaged_recipe
+from raymem.recipe.schema import NoAdapter, Recipe
+from raymem.runs import demo
+from raymem.runs.prepare import prepare_split, shared_tokenizer
+from raymem.storage.storage import Storage
 from raymem.training.data.batches import global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows, Row
 from raymem.training.data.sampler import Sampler
+from raymem.training.dist_env import Layout
 from raymem.training.evaluate import evaluate
-from raymem.training.layout import Layout
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater, lr_factor
-from raymem.training.recipe import NoAdapter, Recipe
-from raymem.training.recipe_io import load_recipe, packaged_recipe
 from raymem.training.selection import by_gradient, is_due
 from raymem.training.step import train_step
-from raymem.training.storage import Storage
 
 
 def recipe_for(model: str, storage: Path, *overrides: str) -> Recipe:
@@ -31,8 +32,8 @@ def recipe_for(model: str, storage: Path, *overrides: str) -> Recipe:
 
 def rows_of(recipe: Recipe, split: Any) -> PackedRows:
     storage = Storage.open(recipe.storage.path)
-    tokenizer = data.shared_tokenizer(recipe, storage)
-    return PackedRows(data.prepare_split(recipe, split, tokenizer, storage, on_ray=False).directories)
+    tokenizer = shared_tokenizer(recipe, storage)
+    return PackedRows(prepare_split(recipe, split, tokenizer, storage, on_ray=False).directories)
 
 
 def sampler_of(recipe: Recipe, rows: PackedRows) -> Sampler:

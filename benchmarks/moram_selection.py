@@ -15,12 +15,12 @@ import moram_demo
 import provenance
 import torch
 
-from raymem.console import hush_libraries
+from raymem.cli.console import hush_libraries
 from raymem.memory.meter import PeakMeter
 from raymem.methods.moram import select_indices
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.loss import forward_loss_sum
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 EVERYTHING = 1 << 50

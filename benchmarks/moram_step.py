@@ -13,10 +13,10 @@ import provenance
 import torch
 
 from raymem.memory.meter import PeakMeter, resident_tensors
+from raymem.recipe.load import packaged_recipe, parse_recipe, read_yaml
 from raymem.training.data.batches import Batch
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
-from raymem.training.recipe_io import packaged_recipe, parse_recipe, read_yaml
 from raymem.training.step import train_step
 
 LENGTH = 256

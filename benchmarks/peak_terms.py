@@ -85,7 +85,7 @@ def main() -> None:
 
 def recipe_of(case: str, loss: str, folder: Path) -> Any:
     """The recipe of one case; its model is a directory with a config and nothing else."""
-    from raymem.training.recipe_io import load_recipe
+    from raymem.recipe.load import load_recipe
 
     model, overrides = CASES[case]
     directory = folder / model
@@ -129,7 +129,7 @@ def draw(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
     """Write the picture: one stacked bar per recipe and loss."""
     import matplotlib
 
-    from raymem.planner.picture import COLOURS
+    from raymem.planner.plot import COLOURS
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -27,18 +27,20 @@ import provenance
 import psutil
 import torch
 
-from raymem.cluster import data, demo, ray_train
-from raymem.cluster.trainer import launch
-from raymem.console import hush_libraries
+from raymem.cli.console import hush_libraries
+from raymem.cluster.train import controller
+from raymem.recipe.load import load_recipe, packaged_recipe
+from raymem.recipe.schema import Recipe
+from raymem.runs import demo
+from raymem.runs.prepare import prepare_split, shared_tokenizer
+from raymem.runs.train import launch
+from raymem.storage.storage import Storage
 from raymem.training.data.batches import global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
-from raymem.training.recipe import Recipe
-from raymem.training.recipe_io import load_recipe, packaged_recipe
 from raymem.training.step import train_step
-from raymem.training.storage import Storage
 
 WARM_UP = 5
 """Steps left out on both sides; they include the two that raymem meters."""
@@ -47,7 +49,7 @@ TURN_S = 15.0
 
 def bare_loop(recipe: Recipe) -> Iterator[float]:
     """Seconds of each step: load rows, train_step, nothing else."""
-    prepared = data.prepare_split(recipe, "train", data.shared_tokenizer(recipe, storage(recipe)), storage(recipe),
+    prepared = prepare_split(recipe, "train", shared_tokenizer(recipe, storage(recipe)), storage(recipe),
                                   on_ray=False)  # fmt: skip
     rows = PackedRows(prepared.directories)
     sampler = Sampler(recipe.seed, rows.sizes_and_weights, recipe.train.global_batch)
@@ -111,14 +113,14 @@ def take_turns(recipe: Recipe, overrides: list[str]) -> tuple[list[float], list[
 def train_under_ray(overrides: list[str]) -> None:
     """The run itself, in a process of its own; its worker leaves the number of its threads in a file."""
     recipe = load_recipe(packaged_recipe("quickstart"), overrides)
-    worker, path = ray_train.train_worker, threads_file(recipe)
+    worker, path = controller.train_worker, threads_file(recipe)
 
     def noting_threads(config: Any) -> Any:
         outcome = worker(config)
         path.write_text(str(torch.get_num_threads()))
         return outcome
 
-    ray_train.train_worker = noting_threads
+    controller.train_worker = noting_threads
     launch(recipe)
 
 

@@ -20,18 +20,18 @@ from typing import Any
 import optuna
 import provenance
 
-from raymem.cluster import search
-from raymem.cluster.search import Objective, open_study, started
-from raymem.cluster.sweep import SweepOptions, sweep
-from raymem.cluster.sweep_report import SweepRow
-from raymem.console import hush_libraries
+from raymem.cli.console import hush_libraries
 from raymem.errors import RecipeError
 from raymem.planner import Planner
+from raymem.recipe.load import load_recipe, packaged_recipe
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space import Space, sample
+from raymem.recipe.space_load import load_space, recipe_at
 from raymem.seeds import derive
-from raymem.training.recipe import Recipe
-from raymem.training.recipe_io import load_recipe, packaged_recipe
-from raymem.training.space import Space, sample
-from raymem.training.space_io import load_space, recipe_at
+from raymem.sweeps import search
+from raymem.sweeps.driver import SweepOptions, sweep
+from raymem.sweeps.report import SweepRow
+from raymem.sweeps.search import Objective, open_study, started
 
 OBJECTIVE = Objective(("eval_loss",))
 UNLIMITED = 1 << 40
@@ -97,7 +97,7 @@ def main() -> None:
     hush_libraries()
     storage = options.storage.resolve()
     storage.mkdir(parents=True, exist_ok=True)
-    from raymem.training.demo import ensure_demo
+    from raymem.training.data.demo import ensure_demo
 
     corpus = ensure_demo(storage / "cache").corpus("functions", "eval")
     (storage / "sweep-eval.jsonl").write_text("".join(corpus.read_text().splitlines(keepends=True)[:24]))

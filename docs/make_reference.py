@@ -11,14 +11,14 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from raymem.training import compat, space
-from raymem.training import recipe as r
-from raymem.training.section import kind_of
+from raymem.recipe import compat, space
+from raymem.recipe import schema as r
+from raymem.recipe.base import kind_of
 
 PAGE = Path(__file__).with_name("recipe.md")
 HEAD = """# Recipe reference
 
-Made by `python docs/make_reference.py` from `raymem/training/recipe.py`; do not edit by hand.
+Made by `python docs/make_reference.py` from `raymem/recipe/schema.py`; do not edit by hand.
 
 A recipe is one YAML file. Unknown keys are errors. `--set path=value` overrides any key (`--set adapter.rank=8`). Where
 a kind needs no options its bare name will do (`adapter: none`), and options without a kind belong to the default kind.

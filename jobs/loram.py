@@ -5,7 +5,7 @@ The same as ``python -m raymem loram run``, and takes what that takes.
 
 import sys
 
-from raymem.cli import main
+from raymem.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["loram", "run"]

@@ -5,7 +5,7 @@ The same as ``python -m raymem sweep``, and takes what that takes.
 
 import sys
 
-from raymem.cli import main
+from raymem.cli.main import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "sweep")

@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "EvaluationResult": "raymem.api",
-    "Plan": "raymem.planner.values",
-    "Recipe": "raymem.training.recipe",
+    "Plan": "raymem.planner.types",
+    "Recipe": "raymem.recipe.schema",
     "SweepResult": "raymem.api",
     "TrainResult": "raymem.api",
     "evaluate": "raymem.api",

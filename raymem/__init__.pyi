@@ -11,8 +11,8 @@ from raymem.api import plan as plan
 from raymem.api import sweep as sweep
 from raymem.api import train as train
 from raymem.planner.module import plan_module as plan_module
-from raymem.planner.values import Plan as Plan
-from raymem.training.recipe import Recipe as Recipe
+from raymem.planner.types import Plan as Plan
+from raymem.recipe.schema import Recipe as Recipe
 
 __version__: str
 __all__: list[str]

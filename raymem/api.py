@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymem.planner.values import Plan
-from raymem.training.recipe import Recipe
+from raymem.planner.types import Plan
+from raymem.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,13 +74,13 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line per problem.
     """
-    from raymem.training import recipe_io
+    from raymem.recipe import load
 
     if isinstance(recipe, str | Path):
-        return recipe_io.load_recipe(Path(recipe), overrides)
+        return load.load_recipe(Path(recipe), overrides)
     if isinstance(recipe, Recipe):
-        return recipe_io.recipe_of(recipe.to_dict(), overrides) if overrides else recipe
-    return recipe_io.recipe_of({"name": "run", **recipe}, overrides)
+        return load.recipe_of(recipe.to_dict(), overrides) if overrides else recipe
+    return load.recipe_of({"name": "run", **recipe}, overrides)
 
 
 def plan(recipe: RecipeLike, *, gpu: str | None = None) -> Plan:
@@ -111,7 +111,7 @@ def train(
     Raises:
         RaymemError: the last good checkpoint stays.
     """
-    from raymem.cluster.trainer import launch
+    from raymem.runs.train import launch
 
     finished = launch(load_recipe(recipe), fresh=fresh, force=force, listeners=list(on_metrics))
     outcome = finished.outcome
@@ -135,7 +135,7 @@ def evaluate(recipe: RecipeLike, *, artifact: str | Path | None = None) -> Evalu
     Raises:
         RaymemError: no evaluation data, or nothing to evaluate.
     """
-    from raymem.cluster.evaluation import evaluate_recipe
+    from raymem.runs.evaluate import evaluate_recipe
 
     done = evaluate_recipe(load_recipe(recipe), None if artifact is None else str(artifact))
     return EvaluationResult(done.artifact, done.result.loss, done.result.perplexity, done.result.num_targets)
@@ -170,7 +170,7 @@ def sweep(
     """
     import dataclasses
 
-    from raymem.cli_sweep import settle
+    from raymem.cli.sweep import settle
 
     loaded = load_recipe(recipe)
     if isinstance(space, Mapping):
@@ -187,7 +187,7 @@ def sweep(
         early_stopping=True,
         name=name,
     )
-    from raymem.cluster.sweep import sweep as run_sweep
+    from raymem.sweeps.driver import sweep as run_sweep
 
     done = run_sweep(named, found, options, fresh=fresh)
     best = done.folder / "report" / "best.yaml"
@@ -201,7 +201,7 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     Raises:
         RaymemError: no adapter there, its base cannot be loaded, or ``output`` exists.
     """
-    from raymem.training.inference import merge as merge_adapter
+    from raymem.training.artifacts.load import merge as merge_adapter
 
     return merge_adapter(adapter, output)
 
@@ -212,6 +212,6 @@ def load(artifact: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     Raises:
         RaymemError: it is neither, or the base that the adapter names cannot be loaded.
     """
-    from raymem.training.inference import load_artifact
+    from raymem.training.artifacts.load import load_artifact
 
     return load_artifact(artifact)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support import in_processes
 
-from raymem.cli import run_app
+from raymem.cli.main import run_app
 
 
 def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -19,14 +19,14 @@ import pytest
 import torch
 from torch import nn
 
+from raymem.recipe.load import parse_recipe
+from raymem.recipe.schema import Recipe
+from raymem.storage.storage import Storage
 from raymem.training.data.batches import Batch
 from raymem.training.data.shards import Prepared, prepare
-from raymem.training.layout import Layout
+from raymem.training.dist_env import Layout
 from raymem.training.loop import Outcome, run
-from raymem.training.recipe import Recipe
-from raymem.training.recipe_io import parse_recipe
 from raymem.training.reporter import LocalReporter, Row
-from raymem.training.storage import Storage
 
 VOCABULARY = 128
 _SHAPE = {
@@ -310,7 +310,7 @@ class PlansHere:
     """Stands for the planner's process, which takes longer to start than a tiny plan; it has a test of its own."""
 
     def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        from raymem.planner.child import answer
+        from raymem.planner.subprocess_main import answer
 
         with warnings.catch_warnings(action="ignore"):
             return answer(job)

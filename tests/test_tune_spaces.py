@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from support import make_recipe
 
-from raymem.training.model import build_model
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space import Point, grid
+from raymem.recipe.space_load import load_space, recipe_at, shipped
+from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
-from raymem.training.recipe import Recipe
-from raymem.training.space import Point, grid
-from raymem.training.space_io import load_space, recipe_at, shipped
 
 METHODS: dict[str, dict[str, Any]] = {
     "joint": {},

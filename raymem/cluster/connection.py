@@ -8,9 +8,9 @@ import secrets
 
 import ray
 
-from raymem.cluster.jobs import knock
+from raymem.cluster.jobs.client import knock
 from raymem.errors import ClusterError
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
 
 _QUIET = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
 """What Ray's daemons collect for its dashboard; on a laptop nobody looks, and they run on the cores that train."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from raymem.errors import RecipeError
 from raymem.memory.budget import Fits
 from raymem.planner.process import plan_many
-from raymem.planner.values import Plan
-from raymem.training.recipe import Recipe
+from raymem.planner.types import Plan
+from raymem.recipe.schema import Recipe
 
 _MOST_TOGETHER = 3
 

@@ -17,9 +17,9 @@ from raymem.methods.loram.plan import nf4_weight_bytes
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.methods.moram.base import fan
 from raymem.methods.moram.config import MoRAMOptions, connections
-from raymem.planner.values import Target
-from raymem.training.model import trainable_dtype
-from raymem.training.recipe import AdamW, Checkpointing, NoAdapter, Recipe
+from raymem.planner.types import Target
+from raymem.recipe.schema import AdamW, Checkpointing, NoAdapter, Recipe
+from raymem.training.model.build import trainable_dtype
 
 _NF4_TABLES_BYTES = 4 * (16 + 256 + 1)
 """Per 4-bit weight: the code of NF4, the code of the scales, and their offset, fp32."""

@@ -12,12 +12,12 @@ import torch
 
 from raymem.memory.meter import Peak, PeakMeter, resident_tensors
 from raymem.methods.moram.config import MoRAMOptions
+from raymem.recipe.schema import Recipe
 from raymem.training import activations
 from raymem.training.data.batches import Batch
-from raymem.training.layout import Layout, replicate
-from raymem.training.model import build_model
+from raymem.training.dist_env import Layout, replicate
+from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
-from raymem.training.recipe import Recipe
 from raymem.training.step import train_step
 
 

@@ -20,8 +20,8 @@ from raymem.memory.trace import Tracer
 from raymem.planner.fake import fake_bytes, fakeify, gradients_named, shims
 from raymem.planner.fake_cache import OutputCache
 from raymem.planner.plan import make_plan
-from raymem.planner.session import MEASURED, Session
-from raymem.planner.values import Plan, Target
+from raymem.planner.step_trace import MEASURED, Session
+from raymem.planner.types import Plan, Target
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Loss = Callable[..., torch.Tensor]

@@ -25,10 +25,10 @@ from raymem.cache import cache_root, read_json, write_json
 from raymem.errors import PlanError
 from raymem.memory.devices import gpu_named
 from raymem.planner.shapes import circumstances
-from raymem.planner.values import Above, Plan
-from raymem.training.recipe import Recipe
-from raymem.training.recipe_io import MODELS, packaged_recipe, read_yaml
-from raymem.training.space import AXES
+from raymem.planner.types import Above, Plan
+from raymem.recipe.load import MODELS, packaged_recipe, read_yaml
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space import AXES
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class Child:
         read, write = os.pipe()
         self._answers = os.fdopen(read, "rb", buffering=0)
         self._unread = b""
-        command = [sys.executable, "-m", "raymem.planner.child", str(write)]
+        command = [sys.executable, "-m", "raymem.planner.subprocess_main", str(write)]
         self._process = subprocess.Popen(  # noqa: S603 - our own module
             command, env=environment, stdin=subprocess.PIPE, stdout=self._errors, stderr=self._errors, pass_fds=[write]
         )

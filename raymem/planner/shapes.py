@@ -16,7 +16,7 @@ from typing import Any
 
 from raymem.errors import ModelError
 from raymem.methods.loram.config import LoRAMOptions
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def located(recipe: Recipe) -> tuple[Recipe, str | None]:
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    from raymem.training.model import not_to_be_had
+    from raymem.training.model.build import not_to_be_had
 
     try:
         directory = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json"]))

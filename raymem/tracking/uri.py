@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from raymem.errors import TrackingError
-from raymem.training.storage import Storage
+from raymem.storage.storage import Storage
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raymem.errors import ModelError, RecipeError
 from raymem.methods.loract import Compression, compress_activations
 from raymem.methods.loract.config import LoRActOptions
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
 
 log = logging.getLogger(__name__)
 

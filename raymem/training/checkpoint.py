@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from raymem import __version__
 from raymem.errors import CheckpointError, RaymemError, StorageError
-from raymem.training.layout import Layout
+from raymem.storage.storage import Storage, sync
+from raymem.training.dist_env import Layout
 from raymem.training.reporter import Row
-from raymem.training.storage import Storage, sync
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Manifest:
     """Optimizer steps done. Sampler, schedule and every random stream are functions of (seed, step): with the recipe
     this is their whole state."""
     identity: dict[str, Any]
-    """Settings that must be equal for the state to make sense (see :func:`raymem.training.identity.identity_of`)."""
+    """Settings that the state depends on (:func:`raymem.training.resume_rules.identity_of`)."""
     recipe: dict[str, Any]
     """The resolved recipe."""
     eval_loss: float | None

@@ -11,7 +11,7 @@ from torch import nn
 
 from raymem.training.data.batches import eval_batches
 from raymem.training.data.dataset import PackedRows
-from raymem.training.layout import Layout
+from raymem.training.dist_env import Layout
 from raymem.training.loss import forward_loss_sum
 
 

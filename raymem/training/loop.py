@@ -14,24 +14,24 @@ import torch
 
 from raymem.errors import NonFiniteError, OutOfMemory
 from raymem.memory.meter import PeakMeter, resident_tensors
+from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
+from raymem.storage.storage import Storage
 from raymem.training import activations, selection
+from raymem.training.artifacts.export import export_final
 from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
 from raymem.training.data.shards import Prepared
+from raymem.training.dist_env import Layout, bucket_bytes, replicate
 from raymem.training.evaluate import Evaluation, evaluate
-from raymem.training.export import export_final
-from raymem.training.identity import check_identity, identity_of
-from raymem.training.layout import Layout, bucket_bytes, replicate
 from raymem.training.loss import forward_loss_sum
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater, lr_factor
-from raymem.training.recipe import Recipe
 from raymem.training.reporter import Reporter, Row
+from raymem.training.resume_rules import check_identity, identity_of
 from raymem.training.step import finite_guard, train_step
-from raymem.training.storage import Storage
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from torch.optim.adamw import adamw
 from raymem.errors import RecipeError
 from raymem.linalg import stochastic_round
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
+from raymem.recipe.schema import AdamW, Recipe
 from raymem.seeds import generator
-from raymem.training.adapter import stored_buffers
-from raymem.training.recipe import AdamW, Recipe
+from raymem.training.model.adapter import stored_buffers
 
 
 @runtime_checkable

@@ -13,12 +13,12 @@ from torch import nn
 
 from raymem.errors import AdapterError, ModelError
 from raymem.methods.moram.config import MoRAMOptions
+from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
-from raymem.training.layout import Layout
+from raymem.training.dist_env import Layout
 from raymem.training.loss import forward_loss_sum
-from raymem.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from support import make_recipe, run_fragment
 
-from raymem.cluster.loram_pipeline import Pipeline
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
+from raymem.runs.loram import Pipeline
 
 STAGES = ("prune", "align", "train", "recover", "evaluate")
 BASE: dict[str, Any] = {

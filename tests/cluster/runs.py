@@ -7,7 +7,7 @@ from typing import Any
 
 from support import make_recipe, run_fragment, train
 
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
 
 
 def ray_recipe(model: Path, examples: Path, storage: Path, name: str, **sections: Any) -> Recipe:

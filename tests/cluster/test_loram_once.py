@@ -11,10 +11,10 @@ import pytest
 from loram_runs import STAGES, loram_recipe, run_stages
 
 from raymem.cluster import data
-from raymem.cluster import trial as trial_module
-from raymem.cluster.loram_pipeline import Pipeline
-from raymem.cluster.trial import TrialJob
 from raymem.methods.loram import source as source_module
+from raymem.runs.loram import Pipeline
+from raymem.sweeps import trial as trial_module
+from raymem.sweeps.trial import TrialJob
 
 
 @pytest.fixture

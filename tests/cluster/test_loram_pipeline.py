@@ -25,17 +25,17 @@ from ray_processes import RayHead
 from safetensors.torch import load_file, save_file
 from support import in_processes, make_recipe, run_fragment, save_model
 
-from raymem.cli import run_app
-from raymem.cluster.data import ray_map
-from raymem.cluster.loram_pipeline import Pipeline
-from raymem.cluster.trainer import launch
+from raymem.cli.main import run_app
+from raymem.cluster.tasks import ray_map
 from raymem.errors import ModelError
 from raymem.methods.loram import read_manifest
 from raymem.methods.loram.manifest import MANIFEST
 from raymem.methods.loram.recover import is_recovered
 from raymem.methods.loram.steps import Step
+from raymem.recipe.schema import Recipe
+from raymem.runs.loram import Pipeline
+from raymem.runs.train import launch
 from raymem.training.data import shards
-from raymem.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
@@ -214,7 +214,7 @@ def test_sigkill_of_a_task_changes_nothing(
             os.replace = replace
         run_step(job, step)
 
-    monkeypatch.setattr("raymem.cluster.loram_prune.run_task", dying_task)
+    monkeypatch.setattr("raymem.cluster.prune.run_task", dying_task)
     pipeline = Pipeline(on_ray(llama, examples, tmp_path))
     pipeline.prune()
     assert marker.exists()
@@ -228,7 +228,7 @@ def test_data_of_several_blocks_is_prepared_by_tasks(
     monkeypatch.setattr(shards, "BLOCK_ROWS", 25)
     section = make_recipe(run_fragment(examples, tmp_path)).data
     here = shards.prepare(section, "train", str(llama), tmp_path / "here")
-    monkeypatch.setattr("raymem.cluster.data.serial", None)
+    monkeypatch.setattr("raymem.cluster.tasks.serial", None)
     there = shards.prepare(section, "train", str(llama), tmp_path / "there", ray_map)
     assert there.key == here.key
     ((mine, _),), ((theirs, _),) = here.directories, there.directories
@@ -369,7 +369,7 @@ def test_a_full_disk(
 
     with monkeypatch.context() as patch:
         others = {name: getattr(os, name) for name in ("open", "close", "O_RDONLY")}
-        patch.setattr("raymem.methods.loram.tensorfiles.os", SimpleNamespace(fsync=full, **others))
+        patch.setattr("raymem.methods.loram.safetensors_io.os", SimpleNamespace(fsync=full, **others))
         line = refused(capsys, "prune", recipe_file)
     assert "No space left on device" in line and "free some space" in line
     assert not list((tmp_path / "runs" / "cache" / "loram").glob("[!.]*"))

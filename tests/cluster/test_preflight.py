@@ -19,8 +19,9 @@ from ray_processes import RayHead, end_session, free_ports
 from safetensors.torch import load_file, save_file
 from support import save_model
 
-from raymem.cluster import local_checks
-from raymem.cluster.local_checks import (
+from raymem.cluster.doctor import local
+from raymem.cluster.doctor.checks import run_doctor
+from raymem.cluster.doctor.local import (
     Check,
     check_auth,
     check_devices,
@@ -30,8 +31,7 @@ from raymem.cluster.local_checks import (
     check_versions,
     usable_memory_bytes,
 )
-from raymem.cluster.preflight import run_doctor
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
-    monkeypatch.setattr(local_checks, "_bf16", lambda device: "works")
+    monkeypatch.setattr(local, "_bf16", lambda device: "works")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (79 * gib, 80 * gib))
     gpu = by_name(check_devices(use_gpu=True))["GPU 0"]
     assert (gpu.ok, gpu.detail) == (True, "H100, 80.0 GiB, 79.0 GiB free, bf16 works")
@@ -139,7 +139,7 @@ def test_storage_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, disk = check_storage_here(str(tmp_path / "new" / "runs"))
     assert storage == Check("storage", True, f"{tmp_path}/new/runs is writable")
     assert disk.name == "disk"
-    monkeypatch.setattr(local_checks, "_LITTLE_DISK_BYTES", 1 << 60)
+    monkeypatch.setattr(local, "_LITTLE_DISK_BYTES", 1 << 60)
     assert check_storage_here(str(tmp_path))[1].ok is None
     (tmp_path / "file").write_text("")
     (bad,) = check_storage_here(str(tmp_path / "file"))
@@ -219,8 +219,8 @@ def test_doctor_finds_everything_that_is_down(tmp_path: Path, monkeypatch: pytes
 
 DOCTOR = """
 import dataclasses, json, sys, ray
-from raymem.cluster.preflight import check_storage_shared, run_doctor
-from raymem.training.recipe import Recipe
+from raymem.cluster.doctor.checks import check_storage_shared, run_doctor
+from raymem.recipe.schema import Recipe
 checks = run_doctor(Recipe.model_validate(json.loads(sys.argv[1])))
 assert not ray.is_initialized()
 nodes = 0

@@ -30,8 +30,8 @@ import yaml
 from ray_processes import RayHead, clean_environment, end_session, free_ports, wait_until_up
 from runs import ray_recipe
 
-from raymem.cluster import kubernetes
-from raymem.cluster.kubernetes import render
+from raymem.k8s import render as k8s
+from raymem.k8s.render import render
 
 ROOT = Path(__file__).parents[2]
 STEPS = 200
@@ -113,14 +113,14 @@ def manifests(recipe: Path, tmp_path: Path, tracking: str) -> Pods:
     (job,) = [d for d in found if d["kind"] == "RayJob"]
     (server,) = [d for d in found if d["kind"] == "Deployment"]
     settings = {d["metadata"]["name"]: d["data"] for d in found if d["kind"] == "ConfigMap"}
-    Path(kubernetes.RECIPE_FILE).parent.mkdir(exist_ok=True)
-    Path(kubernetes.RECIPE_FILE).write_text(settings["rehearsal-recipe"]["recipe.yaml"])
+    Path(k8s.RECIPE_FILE).parent.mkdir(exist_ok=True)
+    Path(k8s.RECIPE_FILE).write_text(settings["rehearsal-recipe"]["recipe.yaml"])
     (mlflow,) = server["spec"]["template"]["spec"]["containers"]
     port = tracking.rpartition(":")[2]
     here = {"--port=5000": f"--port={port}", "--host=0.0.0.0": "--host=127.0.0.1"}
     arguments = [here.get(a, a).replace("/mlflow/", f"{tmp_path}/mlflow/") for a in mlflow["args"]]
     environment = {
-        name: value.replace("/shared/", f"{kubernetes.MOUNT}/")
+        name: value.replace("/shared/", f"{k8s.MOUNT}/")
         for name, value in {**settings["raymem-settings"], "MLFLOW_TRACKING_URI": tracking}.items()
     }
     cluster = job["spec"]["rayClusterSpec"]
@@ -243,8 +243,8 @@ def test_a_rendered_job(
     image: Image, home: Path, tmp_path: Path, llama: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = tmp_path / "shared"
-    monkeypatch.setattr(kubernetes, "MOUNT", str(shared))
-    monkeypatch.setattr(kubernetes, "RECIPE_FILE", str(tmp_path / "etc" / "recipe.yaml"))
+    monkeypatch.setattr(k8s, "MOUNT", str(shared))
+    monkeypatch.setattr(k8s, "RECIPE_FILE", str(tmp_path / "etc" / "recipe.yaml"))
     shutil.copytree(llama, shared / "model")
     shutil.copytree(examples, shared / "data", ignore=shutil.ignore_patterns("cache"))
     steps = {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "eval_every": 100, "save_every": 4, "warmup": 0}

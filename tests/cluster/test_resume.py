@@ -18,7 +18,7 @@ from run_files import losses, result_bytes
 from runs import ray_recipe, train_here
 from support import in_processes
 
-from raymem.cluster.trainer import launch
+from raymem.runs.train import launch
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def test_exit_in_the_middle_of_a_step_changes_nothing(
     marker = storage / f"{name}.marker"
 
     def exiting_worker(config: dict[str, Any]) -> dict[str, Any] | None:
-        from raymem.cluster.worker import train_worker
+        from raymem.cluster.train.worker import train_worker
         from raymem.training import loop
 
         original = loop.train_step
@@ -102,7 +102,7 @@ def test_exit_in_the_middle_of_a_step_changes_nothing(
         loop.train_step = train_step
         return train_worker(config)
 
-    monkeypatch.setattr("raymem.cluster.ray_train.train_worker", exiting_worker)
+    monkeypatch.setattr("raymem.cluster.train.controller.train_worker", exiting_worker)
     launch(ray_recipe(llama, examples, storage, name, scaling=LAYOUTS[layout]))
     assert marker.exists()
     assert (losses(storage / name), result_bytes(storage / name)) == uninterrupted(layout, "plain")

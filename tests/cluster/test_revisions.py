@@ -15,16 +15,16 @@ from loram_runs import loram_recipe, run_stages
 from safetensors.torch import load_file
 from support import Stopped, make_recipe, run_fragment
 
-from raymem.cluster import sweep as sweep_module
-from raymem.cluster.evaluation import evaluate_recipe
-from raymem.cluster.loram_pipeline import Pipeline
-from raymem.cluster.trainer import launch
 from raymem.errors import CheckpointError, ModelError
-from raymem.training.inference import load_artifact, merge
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
+from raymem.runs.evaluate import evaluate_recipe
+from raymem.runs.loram import Pipeline
+from raymem.runs.revision import RECORD
+from raymem.runs.train import launch
+from raymem.storage.storage import Storage
+from raymem.sweeps import driver as sweep_module
+from raymem.training.artifacts.load import load_artifact, merge
 from raymem.training.reporter import Row
-from raymem.training.revision import RECORD
-from raymem.training.storage import Storage
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from ray import cloudpickle
 from ray.tune.search import Searcher
 from support import make_recipe
 
-from raymem.cluster import search as search_module
-from raymem.cluster.search import BudgetedSearch, Objective, open_study, started
-from raymem.cluster.sweep_report import best_of, best_recipe, pareto, rows_of, write_report
 from raymem.memory.budget import bytes_text
-from raymem.planner.gate import Admitted, Judged, Refused
-from raymem.training.recipe import Recipe
-from raymem.training.recipe_io import load_recipe
-from raymem.training.space_io import load_space
+from raymem.planner.admission import Admitted, Judged, Refused
+from raymem.recipe.load import load_recipe
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space_load import load_space
+from raymem.sweeps import search as search_module
+from raymem.sweeps.report import best_of, best_recipe, pareto, rows_of, write_report
+from raymem.sweeps.search import BudgetedSearch, Objective, open_study, started
 
 SPACE = {
     "adapter.rank": {"type": "int", "low": 1, "high": 64, "log": True},

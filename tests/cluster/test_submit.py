@@ -20,9 +20,9 @@ import yaml
 from ray_processes import RayHead
 from support import make_recipe
 
-from raymem.cluster.jobs import connect_jobs
-from raymem.cluster.package import check_package, packaged_files
-from raymem.cluster.submit import COMMAND_METADATA, RUN_METADATA, follow_logs, status, stop, submit
+from raymem.cluster.jobs.client import connect_jobs
+from raymem.cluster.jobs.submit import COMMAND_METADATA, RUN_METADATA, follow_logs, status, stop, submit
+from raymem.cluster.jobs.upload import check_package, packaged_files
 from raymem.errors import ClusterError, RecipeError
 
 STEPS = 1_000_000
@@ -88,7 +88,7 @@ def test_password_in_an_argument(project: Path) -> None:
     ],
 )
 def test_unknown_command(project: Path, command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from raymem.cli import run_app
+    from raymem.cli.main import run_app
 
     with pytest.raises(ClusterError, match=words):
         send(project, command=command)
@@ -115,7 +115,7 @@ def test_unknown_command(project: Path, command: str, words: str, capsys: pytest
 def test_wrong_arguments_are_found_here(
     project: Path, arguments: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from raymem.cli import run_app
+    from raymem.cli.main import run_app
 
     here = ("submit", project / "my recipe.yaml", "--working-dir", project, "--address", "http://127.0.0.1:9")
     assert run_app(*here, *arguments) == status
@@ -279,7 +279,7 @@ class Flaky:
 
 @pytest.fixture
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymem.cluster.submit.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("raymem.cluster.jobs.submit.time.sleep", lambda seconds: None)
 
 
 @pytest.mark.usefixtures("_no_pauses")
@@ -337,7 +337,7 @@ def test_names_of_jobs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             return str(arguments["submission_id"])
 
     def sent(client: Client, **arguments: Any) -> tuple[str, bool]:
-        monkeypatch.setattr("raymem.cluster.submit.connect_jobs", lambda address: client)
+        monkeypatch.setattr("raymem.cluster.jobs.submit.connect_jobs", lambda address: client)
         done = send(project, follow=False, **arguments)
         return done.submission_id, done.attached
 
@@ -375,7 +375,7 @@ def test_names_of_jobs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_command_line(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """--status and --stop look at the newest job of the run, and --id at any."""
-    from raymem.cli import run_app
+    from raymem.cli.main import run_app
 
     def job(submission_id: str, state: str, start: int, run: str = "run1") -> Any:
         return SimpleNamespace(
@@ -400,7 +400,7 @@ def test_command_line(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         def stop_job(self, submission_id: str) -> None:
             jobs[submission_id].status = "STOPPED"
 
-    monkeypatch.setattr("raymem.cluster.submit.connect_jobs", lambda address: Client())
+    monkeypatch.setattr("raymem.cluster.jobs.submit.connect_jobs", lambda address: Client())
 
     def run(*arguments: str) -> tuple[int, str]:
         code = run_app("submit", project / "my recipe.yaml", "--set", "name=run1", *arguments)
@@ -425,7 +425,7 @@ def test_command_line(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_what_the_command_line_sends(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from raymem.cli import run_app
+    from raymem.cli.main import run_app
 
     sent: list[dict[str, Any]] = []
 
@@ -440,7 +440,7 @@ def test_what_the_command_line_sends(
             sent.append(arguments)
             return str(arguments["submission_id"])
 
-    monkeypatch.setattr("raymem.cluster.submit.connect_jobs", lambda address: Client())
+    monkeypatch.setattr("raymem.cluster.jobs.submit.connect_jobs", lambda address: Client())
     monkeypatch.chdir(project)
     space = "adapter.rank: {type: choice, choices: [2, 4]}\n"
     (project / "mine.yaml").write_text(space)

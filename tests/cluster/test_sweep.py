@@ -22,15 +22,15 @@ from ray_processes import RayHead, clean_environment, end_session, free_ports
 from runs import MONITOR, ray_recipe
 from support import PlansHere
 
-from raymem.cluster import search as search_module
-from raymem.cluster import sweep_tune
-from raymem.cluster.search import Objective, open_study
-from raymem.cluster.sweep import SweepOptions, Swept, sweep
-from raymem.cluster.sweep_report import SweepRow
 from raymem.errors import BudgetExceeded, RecipeError
 from raymem.planner import Planner, process
-from raymem.training.recipe import Recipe
-from raymem.training.space_io import load_space
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space_load import load_space
+from raymem.sweeps import search as search_module
+from raymem.sweeps import tune
+from raymem.sweeps.driver import SweepOptions, Swept, sweep
+from raymem.sweeps.report import SweepRow
+from raymem.sweeps.search import Objective, open_study
 
 SPACE = {
     "adapter.rank": {"type": "choice", "choices": [2, 4, 8, 16]},
@@ -111,7 +111,7 @@ def dying_trial(config: dict[str, Any]) -> None:
     """Every fifth trial runs out of memory, every fourth one's process is killed on the first try."""
     import torch
 
-    from raymem.cluster.trial import TrialJob, run_trial
+    from raymem.sweeps.trial import TrialJob, run_trial
     from raymem.training import loop
 
     job = TrialJob.of(config)
@@ -139,7 +139,7 @@ def test_memory_that_runs_out_is_a_result_and_a_crash_is_tried_again(
     cluster: RayHead, recipe: Recipe, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(sweep_tune, "run_trial", dying_trial)
+    monkeypatch.setattr(tune, "run_trial", dying_trial)
     try:
         swept = run(recipe, sizes[-1], samples=10)
     finally:
@@ -214,7 +214,7 @@ def test_a_stopped_trial_with_workers_ends_with_them(cluster: RayHead, recipe: R
 
 def killed_trial(config: dict[str, Any]) -> None:
     """The second trial's process is killed at its first try."""
-    from raymem.cluster.trial import TrialJob, run_trial
+    from raymem.sweeps.trial import TrialJob, run_trial
     from raymem.training import loop
 
     job = TrialJob.of(config)
@@ -252,7 +252,7 @@ def test_a_trial_that_rays_memory_monitor_kills_does_not_end_the_sweep(
         original(self, tracked_actor_task, exception)
 
     monkeypatch.setattr(RayActorManager, "_actor_task_failed", failed)
-    monkeypatch.setattr(sweep_tune, "run_trial", killed_trial)
+    monkeypatch.setattr(tune, "run_trial", killed_trial)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
         swept = run(recipe, 2 * sizes[-1], samples=4)

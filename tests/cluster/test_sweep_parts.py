@@ -15,14 +15,6 @@ from commands import run_command
 from runs import MONITOR
 from support import make_recipe
 
-from raymem.cluster import sweep as sweep_module
-from raymem.cluster import sweep_tune
-from raymem.cluster import trial as trial_module
-from raymem.cluster.search import Objective, open_study
-from raymem.cluster.sweep import SweepOptions, sweep
-from raymem.cluster.sweep_report import rows_of
-from raymem.cluster.sweep_resources import RUNTIME_BYTES, admitted_bytes, most_at_once, nested, resources_of
-from raymem.cluster.trial import TrialJob
 from raymem.errors import (
     BudgetError,
     ClusterError,
@@ -33,11 +25,19 @@ from raymem.errors import (
     StorageError,
     TrackingError,
 )
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space_load import load_space
+from raymem.runs.revision import Began, at_revision
+from raymem.storage.storage import Storage
+from raymem.sweeps import driver as sweep_module
+from raymem.sweeps import trial as trial_module
+from raymem.sweeps import tune
+from raymem.sweeps.driver import SweepOptions, sweep
+from raymem.sweeps.report import rows_of
+from raymem.sweeps.resources import RUNTIME_BYTES, admitted_bytes, most_at_once, nested, resources_of
+from raymem.sweeps.search import Objective, open_study
+from raymem.sweeps.trial import TrialJob
 from raymem.training.loop import Outcome
-from raymem.training.recipe import Recipe
-from raymem.training.revision import Began, at_revision
-from raymem.training.space_io import load_space
-from raymem.training.storage import Storage
 
 SPACE = {"adapter.rank": {"type": "choice", "choices": [2, 4]}}
 
@@ -119,13 +119,13 @@ def test_a_trial_fits_on_every_node_that_may_get_it(recipe: Recipe, monkeypatch:
 
 
 def test_the_memory_monitor_also_names_those_that_it_let_live() -> None:
-    assert sweep_tune.killed_workers(MONITOR.format("728f")) == {"728f"}
+    assert tune.killed_workers(MONITOR.format("728f")) == {"728f"}
 
 
 def test_a_resumed_trial_is_judged_by_its_step() -> None:
     """Its reports begin anew."""
     recipe = make_recipe({"train": {"steps": 90}})
-    asha = sweep_tune.early_stopping(recipe, Objective(("eval_loss",)))
+    asha = tune.early_stopping(recipe, Objective(("eval_loss",)))
     assert asha is not None
     trials = {name: SimpleNamespace(trial_id=name) for name in ("good", "resumed", "bad")}
     for trial in trials.values():
@@ -138,7 +138,7 @@ def test_a_resumed_trial_is_judged_by_its_step() -> None:
     assert told("resumed", 27, 4.6) == "CONTINUE", "better than the other one at that step"
     assert told("resumed", 36, 4.65) == "CONTINUE", "judged at 9, 27 and 81 steps only"
     assert told("bad", 9, 4.95) == "STOP"
-    assert sweep_tune.early_stopping(recipe, Objective(("eval_loss", "peak_bytes"))) is None
+    assert tune.early_stopping(recipe, Objective(("eval_loss", "peak_bytes"))) is None
 
 
 def test_a_trial_that_was_killed_for_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +271,8 @@ def test_what_a_trial_held_is_given_back_however_it_ends(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     freed: list[str] = []
-    monkeypatch.setattr(sweep_tune, "free_reservation", freed.append)
-    follow = sweep_tune.Follow(SimpleNamespace(problems={}), Storage.open(str(tmp_path)), lambda: None)  # type: ignore[arg-type]
+    monkeypatch.setattr(tune, "free_reservation", freed.append)
+    follow = tune.Follow(SimpleNamespace(problems={}), Storage.open(str(tmp_path)), lambda: None)  # type: ignore[arg-type]
     checkpoints = tmp_path / "t-0003" / "checkpoints"
     checkpoints.mkdir(parents=True)
     config = job_of(recipe).to_config()
@@ -325,8 +325,8 @@ def test_where_there_is_no_room_for_any_process_the_sweep_ends(
         tries.append(1)
         raise RuntimeError("Caught unexpected exception") from ray.exceptions.OutOfMemoryError(MONITOR)
 
-    monkeypatch.setattr(sweep_tune, "_fit", fails)
+    monkeypatch.setattr(tune, "_fit", fails)
     search: Any = SimpleNamespace(problems={})
     with pytest.raises(ClusterError, match="memory: Ray's memory monitor kills processes of this sweep before they"):
-        sweep_tune.tune(lambda: search, recipe, Storage.open(str(tmp_path)), 1, None, lambda: None)
-    assert len(tries) == 1 + sweep_tune.CRASHES
+        tune.tune(lambda: search, recipe, Storage.open(str(tmp_path)), 1, None, lambda: None)
+    assert len(tries) == 1 + tune.CRASHES

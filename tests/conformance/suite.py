@@ -17,14 +17,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from raymem.errors import RecipeError
+from raymem.recipe.schema import Recipe
+from raymem.storage.storage import Storage
 from raymem.training.checkpoint import Checkpoints, Manifest
 from raymem.training.data.batches import Batch
-from raymem.training.layout import Layout, replicate
-from raymem.training.model import build_model
+from raymem.training.dist_env import Layout, replicate
+from raymem.training.model.build import build_model
 from raymem.training.optim import Updater, build_updater
-from raymem.training.recipe import Recipe
 from raymem.training.step import StepResult, train_step
-from raymem.training.storage import Storage
 
 AXES = ("base", "adapter", "activations", "optimizer")
 LENGTH = 16

@@ -9,7 +9,7 @@ from suite import MethodSuite
 from support import make_recipe, merged
 
 from raymem.methods.loram import PruneOptions, prune_model
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
 
 
 @pytest.fixture(scope="module")

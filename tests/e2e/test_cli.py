@@ -17,7 +17,7 @@ from commands import run_command
 from small_disk import mount_small_disk
 from support import FAMILIES, in_processes
 
-from raymem.cli import run_app
+from raymem.cli.main import run_app
 
 LOADED_BY_HELP = (
     "import sys; from raymem.cli import run_app; run_app('--help'); print(sorted(sys.modules), file=sys.stderr)"
@@ -287,7 +287,7 @@ def command_on_small_disk(command: list[str], runs: Path) -> tuple[subprocess.Co
 
 
 def test_init_writes_a_recipe_that_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from raymem.training.recipe_io import load_recipe
+    from raymem.recipe.load import load_recipe
 
     assert run_app("init", tmp_path / "mine.yaml") == 0
     assert load_recipe(tmp_path / "mine.yaml").name == "mine"

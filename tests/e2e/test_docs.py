@@ -26,7 +26,7 @@ def test_recipe_reference_is_up_to_date() -> None:
 
 
 def test_every_command_is_in_the_readme() -> None:
-    from raymem.cli import app
+    from raymem.cli.main import app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert names == {name for name in names if re.search(rf"`(raymem )?{name}[ `]", README)}

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from support import make_recipe, run_fragment
 
-from raymem.cluster.evaluation import evaluate_recipe
-from raymem.cluster.trainer import launch
 from raymem.errors import StorageError
-from raymem.training.recipe import Recipe
-from raymem.training.storage import Storage
+from raymem.recipe.schema import Recipe
+from raymem.runs.evaluate import evaluate_recipe
+from raymem.runs.train import launch
+from raymem.storage.storage import Storage
 
 
 def recipe_on(storage: str, llama: Path, examples: Path, steps: int) -> Recipe:

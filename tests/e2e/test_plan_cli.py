@@ -9,11 +9,11 @@ import pytest
 import yaml
 from support import FAMILIES, run_fragment
 
-from raymem.cli import run_app
-from raymem.cluster import trainer
+from raymem.cli.main import run_app
 from raymem.errors import BudgetExceeded
 from raymem.planner import known_plan
-from raymem.training.recipe_io import load_recipe
+from raymem.recipe.load import load_recipe
+from raymem.runs import train
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 
@@ -79,9 +79,9 @@ def test_training_is_refused_above_the_budget_before_anything_starts(
     path.write_text(yaml.safe_dump(raw))
     loaded = load_recipe(path)
     with pytest.raises(BudgetExceeded, match=r"budget: 100KiB is less than .* by .*; the largest term is .* --force"):
-        trainer.launch(loaded)
+        train.launch(loaded)
     assert not (tmp_path / "runs" / "r").exists()
-    finished = trainer.launch(loaded, force=True)
+    finished = train.launch(loaded, force=True)
     plan, measured = known_plan(loaded), finished.outcome.peak_bytes
     assert plan is not None and measured is not None
     assert finished.predicted_peak_bytes == plan.step_peak_bytes == pytest.approx(measured, rel=0.1)

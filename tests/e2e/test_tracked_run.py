@@ -11,7 +11,7 @@ from commands import kill_command
 from run_files import losses
 from test_cli import write_recipe
 
-from raymem.cli import run_app
+from raymem.cli.main import run_app
 
 
 def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(
@@ -19,8 +19,8 @@ def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(
 ) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    from raymem.training.model import build_model
-    from raymem.training.recipe_io import load_recipe
+    from raymem.recipe.load import load_recipe
+    from raymem.training.model.build import build_model
 
     recipe = write_recipe(tmp_path / "tracked.yaml", tmp_path, llama, examples, tracking={"register_as": "tiny-lora"})
     assert run_app("train", recipe) == 0

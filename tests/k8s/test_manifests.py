@@ -28,8 +28,8 @@ from manifests import (
 )
 
 import raymem
-from raymem.cluster.kubernetes import MAX_NAME
-from raymem.cluster.kubernetes import OVERLAYS as RENDERED
+from raymem.k8s.render import MAX_NAME
+from raymem.k8s.render import OVERLAYS as RENDERED
 
 pytestmark = needs_kubectl
 
@@ -85,7 +85,7 @@ def command_line(job: Document) -> tuple[str, Path, dict[str, Any]]:
     """The command of an entrypoint, its recipe, and what the command's own parser makes of the rest."""
     import typer
 
-    from raymem.cli import app
+    from raymem.cli.main import app
 
     python, dash_m, package, *words = shlex.split(job["entrypoint"])
     assert (python, dash_m, package) == ("python", "-m", "raymem")
@@ -99,7 +99,7 @@ def command_line(job: Document) -> tuple[str, Path, dict[str, Any]]:
 
 
 def test_entrypoints_are_commands_with_files_of_the_image(overlay: list[Document]) -> None:
-    from raymem.cluster.entrypoint import COMMANDS
+    from raymem.cluster.jobs.entrypoint import COMMANDS
 
     for where, job in job_specs(overlay):
         command, recipe, options = command_line(job)
@@ -110,7 +110,7 @@ def test_entrypoints_are_commands_with_files_of_the_image(overlay: list[Document
 
 
 def test_recipes_of_the_entrypoints_are_valid(overlay: list[Document]) -> None:
-    from raymem.training.recipe_io import load_recipe
+    from raymem.recipe.load import load_recipe
 
     for where, job in job_specs(overlay):
         command, recipe, options = command_line(job)

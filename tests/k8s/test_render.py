@@ -11,11 +11,11 @@ import pytest
 import yaml
 from manifests import cluster_specs, documents, needs_kubectl, of_kind, quantity, validate
 
-from raymem.cluster import kubernetes
-from raymem.cluster.kubernetes import GPU_PRODUCTS, MARGIN, MAX_NAME, RUNTIME_BYTES, memory_request_bytes, render
 from raymem.errors import ClusterError, RecipeError
+from raymem.k8s import render as k8s
+from raymem.k8s.render import GPU_PRODUCTS, MARGIN, MAX_NAME, RUNTIME_BYTES, memory_request_bytes, render
 from raymem.planner import plan_recipe
-from raymem.training.recipe_io import load_recipe
+from raymem.recipe.load import load_recipe
 
 RECIPE: dict[str, Any] = {
     "model": {"name": "some/model"},
@@ -44,7 +44,7 @@ def made(recipe: Path, **arguments: Any) -> Any:
 
 
 @needs_kubectl
-@pytest.mark.parametrize("overlay", kubernetes.OVERLAYS)
+@pytest.mark.parametrize("overlay", k8s.OVERLAYS)
 def test_every_overlay(recipe: Path, overlay: str) -> None:
     workers = "2-8" if overlay == "gpu-spot-elastic" else "4"
     found = documents(made(recipe, overlay=overlay, workers=workers, image="reg.io:5000/me/raymem:1.2").manifests)
@@ -129,7 +129,7 @@ def test_runs_on_an_object_store_have_no_shared_volume(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("planned_here")
 def test_the_memory_request_is_the_figure_with_its_margin() -> None:
     overrides = ["storage.path=/shared/runs", "scaling.num_workers=2"]
-    path = Path(kubernetes.__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
+    path = Path(k8s.__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
     done = render(path, overlay="cpu-demo", overrides=overrides)
     assert done.figure_bytes == plan_recipe(load_recipe(path, overrides)).capacity_bytes
     assert done.request_bytes >= done.figure_bytes * MARGIN + RUNTIME_BYTES
@@ -226,7 +226,7 @@ def test_no_kubectl(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_kubectl
 def test_command_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from raymem.cli import run_app
+    from raymem.cli.main import run_app
 
     assert run_app("k8s", "render", recipe, "--worker-memory", "10Gi", "--workers", "3", "-s", "seed=5") == 0
     shown = capsys.readouterr()

@@ -6,7 +6,7 @@ from typing import Any
 
 from support import FAMILIES, make_recipe
 
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
 
 LENGTH = 256
 BF16: dict[str, Any] = {"train": {"precision": "bf16"}}

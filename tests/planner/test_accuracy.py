@@ -15,9 +15,9 @@ from support import in_processes, make_recipe, save_model
 from raymem.planner.analytic import closed_form
 from raymem.planner.measure import measure_step
 from raymem.planner.plan import make_plan
-from raymem.planner.session import planned_model, trace_session
-from raymem.planner.values import Target
-from raymem.training.recipe import Recipe
+from raymem.planner.step_trace import planned_model, trace_session
+from raymem.planner.types import Target
+from raymem.recipe.schema import Recipe
 
 TOLERANCE = 0.01
 WIDER = {

@@ -10,8 +10,8 @@ from support import make_recipe
 
 from raymem.errors import RecipeError
 from raymem.planner import Planner, settle_micro_batch
-from raymem.planner.batch import with_micro_batch
-from raymem.planner.gate import Gate, Refused
+from raymem.planner.admission import Gate, Refused
+from raymem.planner.micro_batch import with_micro_batch
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 ROWS = 12

@@ -13,10 +13,10 @@ from support import make_recipe
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from raymem.memory.trace import Tracer
-from raymem.planner import session
+from raymem.planner import step_trace
 from raymem.planner.fake import CudaAutocast
 from raymem.planner.fake_cache import OutputCache
-from raymem.planner.values import Target
+from raymem.planner.types import Target
 
 Program = Callable[[], list[torch.Tensor]]
 
@@ -81,10 +81,10 @@ def test_rows_of_one_example_get_no_mask_thanks_to_a_shim(monkeypatch: pytest.Mo
     recipe = make_recipe(case("lora").to_dict(), {"data": {"packing": "wrapped"}})
 
     def allocated_bytes() -> int:
-        return sum(max(0, change.num_bytes) for change in session.trace_session(recipe, Target("cpu", 1)).changes)
+        return sum(max(0, change.num_bytes) for change in step_trace.trace_session(recipe, Target("cpu", 1)).changes)
 
     shimmed = allocated_bytes()
-    monkeypatch.setattr(session, "shims", lambda **options: contextlib.nullcontext())
+    monkeypatch.setattr(step_trace, "shims", lambda **options: contextlib.nullcontext())
     assert allocated_bytes() > shimmed
 
 

@@ -11,14 +11,14 @@ import pytest
 from cases import case
 from support import make_recipe
 
-from raymem.planner import calibration
+from raymem.planner import prediction_error
+from raymem.planner.admission import Admitted, Gate, Refused
 from raymem.planner.analytic import closed_form
-from raymem.planner.child import answer
-from raymem.planner.gate import Admitted, Gate, Refused
 from raymem.planner.process import Planner
-from raymem.planner.session import planned_model
-from raymem.planner.values import Plan, Target
-from raymem.training.recipe import Recipe
+from raymem.planner.step_trace import planned_model
+from raymem.planner.subprocess_main import answer
+from raymem.planner.types import Plan, Target
+from raymem.recipe.schema import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_the_closed_forms_of_an_unknown_optimizer_are_nobody_elses() -> None:
 
 
 def test_closed_forms_refuse_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymem.planner.session._Runner", None)
+    monkeypatch.setattr("raymem.planner.step_trace._Runner", None)
     with Gate(1000) as gate:
         refused = gate.judge(case("lora"))
     assert isinstance(refused, Refused) and "alone take" in refused.reason
@@ -117,10 +117,10 @@ def test_a_trace_ends_with_the_phase_that_is_above(name: str, changes: dict[str,
 
 
 def test_a_run_above_its_prediction_makes_the_gate_narrower(peak: int) -> None:
-    calibration.record(case("lora"), 1000, 900)
+    prediction_error.record(case("lora"), 1000, 900)
     with Gate(peak) as gate:
         assert isinstance(gate.judge(case("lora")), Admitted), "a run below its prediction is no reason to admit less"
-    calibration.record(case("lora"), 1000, 1100)
+    prediction_error.record(case("lora"), 1000, 1100)
     with Gate(peak) as gate:
         refused = gate.judge(case("lora"))
         assert isinstance(refused, Refused) and refused.needed_bytes == int(peak * 1.1)

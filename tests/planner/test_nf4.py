@@ -12,10 +12,10 @@ from support import make_recipe, save_model
 from torch import nn
 
 from raymem.memory import nf4
-from raymem.planner.child import answer
-from raymem.planner.session import planned_model
-from raymem.training import model as models
-from raymem.training.recipe import Recipe
+from raymem.planner.step_trace import planned_model
+from raymem.planner.subprocess_main import answer
+from raymem.recipe.schema import Recipe
+from raymem.training.model.build import build as models
 
 WIDE = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 256, "head_dim": 32}
 MORAM = {"adapter": {"kind": "moram", "rank": 4, "density": 0.1, "criterion": "gradient"}}

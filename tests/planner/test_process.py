@@ -14,10 +14,10 @@ from support import make_recipe
 
 from raymem.errors import BudgetError, ModelError, PlanError
 from raymem.memory.budget import Exceeds
-from raymem.planner import Planner, advise, calibration, known_plan, plan_recipe, process
-from raymem.planner.child import answer, describe
-from raymem.planner.values import Above, Plan
-from raymem.training.recipe import Recipe
+from raymem.planner import Planner, advise, known_plan, plan_recipe, prediction_error, process
+from raymem.planner.subprocess_main import answer, describe
+from raymem.planner.types import Above, Plan
+from raymem.recipe.schema import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -232,11 +232,11 @@ def test_every_candidate_is_a_valid_override() -> None:
 
 def test_calibration_is_the_mean_ratio_of_a_method() -> None:
     recipe = case("lora checkpoint")
-    assert calibration.ratio(recipe) is None
-    calibration.record(recipe, 100, 104)
-    calibration.record(recipe, 100, 100)
-    assert calibration.ratio(recipe) == (pytest.approx(1.02), 2)
-    assert calibration.ratio(case("lora")) is None
+    assert prediction_error.ratio(recipe) is None
+    prediction_error.record(recipe, 100, 104)
+    prediction_error.record(recipe, 100, 100)
+    assert prediction_error.ratio(recipe) == (pytest.approx(1.02), 2)
+    assert prediction_error.ratio(case("lora")) is None
 
 
 def llama(shape: tuple[int, ...], ratio: float, directory: Path) -> Any:
@@ -259,8 +259,8 @@ def llama(shape: tuple[int, ...], ratio: float, directory: Path) -> Any:
 
 def weights(model: Path, quantize: str) -> int:
     from raymem.planner.analytic import closed_form
-    from raymem.planner.session import planned_model
-    from raymem.planner.values import Target
+    from raymem.planner.step_trace import planned_model
+    from raymem.planner.types import Target
 
     recipe = make_recipe({"base": {"quantize": quantize}, "train": {"precision": "bf16"}}, model=model)
     buffers = 4 * 64 * 2  # rotary frequencies, twice

@@ -15,10 +15,10 @@ from support import make_recipe
 from raymem.errors import ModelError
 from raymem.methods.loram.nonuniform import meta_model
 from raymem.planner import Planner, plan_recipe, process, shapes
-from raymem.planner.child import answer
-from raymem.planner.values import Above
-from raymem.training.model import load_config
-from raymem.training.recipe import Recipe
+from raymem.planner.subprocess_main import answer
+from raymem.planner.types import Above
+from raymem.recipe.schema import Recipe
+from raymem.training.model.build import load_config
 
 PUBLISHED = {
     "meta-llama/Llama-3.1-8B": 8_030_261_248,

@@ -17,8 +17,8 @@ from raymem.account import NO_USE, Header, of_no_use
 from raymem.errors import ModelError
 from raymem.methods.loram.nonuniform import read_config
 from raymem.methods.loram.source import open_source
-from raymem.training.inference import load_artifact
-from raymem.training.model import build_model
+from raymem.training.artifacts.load import load_artifact
+from raymem.training.model.build import build_model
 
 FULL = {"adapter": {"kind": "none"}}
 Q = "model.layers.0.self_attn.q_proj"

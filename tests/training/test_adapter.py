@@ -23,9 +23,9 @@ from support import (
 )
 
 from raymem.errors import ModelError, RecipeError
-from raymem.training.inference import load_artifact, merge
-from raymem.training.layout import Layout
-from raymem.training.model import build_model
+from raymem.training.artifacts.load import load_artifact, merge
+from raymem.training.dist_env import Layout
+from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
 from raymem.training.step import train_step
 

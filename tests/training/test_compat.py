@@ -8,7 +8,7 @@ import pytest
 from support import make_recipe
 
 from raymem.errors import RecipeError
-from raymem.training import compat
+from raymem.recipe import compat
 
 NF4 = {"base": {"quantize": "nf4"}}
 LORAM = {"base": {"kind": "loram"}}

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from raymem.training import demo
-from raymem.training.data.directories import verify
-from raymem.training.demo import CORPORA, SPLITS, DemoPaths, build_corpus, ensure_demo, split_of, train_tokenizer
+from raymem.storage.publish import verify
+from raymem.training.data import demo
+from raymem.training.data.demo import CORPORA, SPLITS, DemoPaths, build_corpus, ensure_demo, split_of, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_another_library_is_another_corpus(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_demo_may_be_imported_first_and_is_light() -> None:
     code = (
-        "import raymem.training.demo, raymem.training.data, sys; "
+        "import raymem.training.data.demo, raymem.training.data, sys; "
         "assert not {'transformers', 'datasets', 'ray', 'mlflow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -10,9 +10,9 @@ import torch
 from support import make_recipe, prepare_split, run_fragment
 
 from raymem.training.data.dataset import PackedRows
+from raymem.training.dist_env import Layout
 from raymem.training.evaluate import Evaluation, evaluate
-from raymem.training.layout import Layout
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 
 
 @pytest.fixture

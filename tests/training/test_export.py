@@ -11,13 +11,13 @@ import torch
 from support import FAMILIES, make_recipe, num_targets, random_batch, realigned, save_model
 
 from raymem.errors import StorageError
-from raymem.training.export import artifact_name, export_final
-from raymem.training.layout import Layout
-from raymem.training.model import build_model
+from raymem.recipe.schema import Recipe
+from raymem.storage.storage import Storage
+from raymem.training.artifacts.export import artifact_name, export_final
+from raymem.training.dist_env import Layout
+from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
-from raymem.training.recipe import Recipe
 from raymem.training.step import train_step
-from raymem.training.storage import Storage
 
 FULL = {"adapter": {"kind": "none"}}
 
@@ -117,7 +117,7 @@ def test_another_tokenizer_keeps_its_own_files(llama: Path, tmp_path: Path) -> N
 
 
 def test_a_merged_model_has_them_too(tmp_path: Path) -> None:
-    from raymem.training.inference import merge
+    from raymem.training.artifacts.load import merge
 
     base = with_companions(save_model(tmp_path / "base"))
     recipe = make_recipe(model=base)

@@ -10,7 +10,7 @@ from support import make_recipe
 
 from raymem.errors import CheckpointError
 from raymem.training.data.shards import Prepared, PreparedSource
-from raymem.training.identity import check_identity, identity_of
+from raymem.training.resume_rules import check_identity, identity_of
 
 QUANTIZED = {"base": {"quantize": "nf4"}, "train": {"precision": "bf16"}}
 

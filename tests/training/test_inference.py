@@ -12,7 +12,7 @@ import torch
 from support import make_recipe, random_batch, run_fragment, save_model, train
 
 from raymem.errors import ModelError, StorageError
-from raymem.training.inference import generate, load_artifact, merge
+from raymem.training.artifacts.load import generate, load_artifact, merge
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_prompt_begins_once(results: dict[str, Path], monkeypatch: pytest.Monk
         return input_ids
 
     monkeypatch.setattr(model, "generate", continued)
-    monkeypatch.setattr("raymem.training.inference.load_artifact", lambda _: (model, tokenizer))
+    monkeypatch.setattr("raymem.training.artifacts.load.load_artifact", lambda _: (model, tokenizer))
     generate(results["model"], prompt, max_new_tokens=1, temperature=0, seed=0)
     words = tokenizer.backend_tokenizer.encode("w1 w3 w9", add_special_tokens=False).ids
     assert seen == [[begin, *words]]

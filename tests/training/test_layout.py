@@ -8,7 +8,7 @@ import torch
 from support import in_processes, make_recipe
 
 from raymem.errors import DataError, RecipeError
-from raymem.training.layout import Layout
+from raymem.training.dist_env import Layout
 
 
 def test_a_gpu_that_is_not_there_is_named() -> None:

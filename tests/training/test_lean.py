@@ -19,13 +19,13 @@ from raymem.memory.trace import Tracer, peak_of
 from raymem.methods.loract.config import LoRActOptions
 from raymem.planner.measure import measure_step
 from raymem.planner.plan import make_plan
-from raymem.planner.session import trace_session
-from raymem.planner.values import Target
+from raymem.planner.step_trace import trace_session
+from raymem.planner.types import Target
 from raymem.training import lean
 from raymem.training.lean import functions, nf4
 from raymem.training.lean.forwards import Lean, LeanLora, LeanMlp, LeanNorm
 from raymem.training.lean.functions import LoraFunction
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 
 # T tokens, H hidden size, I inner size, R rank
 TOKENS, HIDDEN, INNER, RANK = 512, 64, 256, 4

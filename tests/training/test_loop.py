@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from support import assert_same, column, make_recipe, run_fragment, run_storage, train
 
 from raymem.errors import CheckpointError, NonFiniteError
+from raymem.recipe.schema import Recipe
 from raymem.training import loop
 from raymem.training.checkpoint import latest_manifest
-from raymem.training.recipe import Recipe
 
 STEPS = {"train": {"steps": 4, "save_every": 2}}
 SIX = {"train": {"steps": 6}}

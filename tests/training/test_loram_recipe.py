@@ -12,14 +12,14 @@ from support import make_recipe, prepare_split, run_fragment
 from raymem.errors import DataError, ModelError, RecipeError
 from raymem.methods.loram import LoRAMOptions, PruneOptions, prune_model
 from raymem.methods.loram.manifest import read_manifest
+from raymem.recipe.load import alignment, parse_recipe
+from raymem.recipe.schema import Recipe
+from raymem.storage.storage import Storage
+from raymem.training.artifacts.export import export_final
 from raymem.training.calibration import calibration_ids
 from raymem.training.data.dataset import PackedRows
-from raymem.training.export import export_final
-from raymem.training.layout import Layout
-from raymem.training.model import build_model
-from raymem.training.recipe import Recipe
-from raymem.training.recipe_io import alignment, parse_recipe
-from raymem.training.storage import Storage
+from raymem.training.dist_env import Layout
+from raymem.training.model.build import build_model
 
 BASE = {"kind": "loram", "layer_ratios": [0.5, 0.75]}
 TRAIN = {"steps": 3, "global_batch": 2, "micro_batch": 2}

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from raymem.errors import RecipeError
 from raymem.methods.chunked_loss import choice
 from raymem.methods.chunked_loss.probing import Verdict
+from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
-from raymem.training.layout import Layout, replicate
+from raymem.training.dist_env import Layout, replicate
 from raymem.training.loss import forward_loss_sum, is_chunked, prepare, why_full
-from raymem.training.model import build_model
-from raymem.training.recipe import Recipe
+from raymem.training.model.build import build_model
 
 _MORE = {**FAMILIES["llama"], "head_dim": 8}
 _EXPERTS = {**_MORE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}

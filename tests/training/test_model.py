@@ -13,7 +13,7 @@ from torch import nn
 
 from raymem.errors import ModelError
 from raymem.memory.meter import resident_tensors, storage_bytes
-from raymem.training.model import build_model, load_config, tokenizer_path
+from raymem.training.model.build import build_model, load_config, tokenizer_path
 from raymem.training.optim import build_updater
 from raymem.training.step import train_step
 

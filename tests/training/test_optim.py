@@ -16,7 +16,7 @@ from torch import nn
 from raymem.errors import RecipeError
 from raymem.linalg import stochastic_round
 from raymem.seeds import generator
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 from raymem.training.optim import StochasticRoundingAdamW, Updater, build_updater, lr_factor
 
 pytestmark = pytest.mark.numerics

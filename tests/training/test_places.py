@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raymem.training.places import absolute, is_local
+from raymem.recipe.paths import absolute, is_local
 
 
 @pytest.mark.parametrize("path", ["/data/x", "./x", "../x", "~/x", "x.csv", "a/b.parquet"])

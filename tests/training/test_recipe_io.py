@@ -11,8 +11,8 @@ import yaml
 from support import PLAIN, make_recipe, merged
 
 from raymem.errors import RecipeError
-from raymem.training.recipe import Recipe
-from raymem.training.recipe_io import load_recipe, packaged_recipe, parse_recipe
+from raymem.recipe.load import load_recipe, packaged_recipe, parse_recipe
+from raymem.recipe.schema import Recipe
 
 MINIMAL = "model: {name: org/model}\ndata: {train: data.jsonl}\ntrain: {steps: 10}\n"
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from support import PLAIN, merged
 
-from raymem.training.recipe_io import load_recipe, recipe_schema
+from raymem.recipe.load import load_recipe, recipe_schema
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
 

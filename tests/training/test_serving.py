@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from raymem.errors import ModelError, StorageError
-from raymem.training.serving import copy_adapter, lint_vllm
+from raymem.training.artifacts.vllm import copy_adapter, lint_vllm
 
 
 def write_adapter(directory: Path, base: Path, *, modules: tuple[str, ...] = ("q_proj",), **options: Any) -> Path:

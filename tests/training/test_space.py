@@ -9,9 +9,9 @@ import pytest
 from support import make_recipe
 
 from raymem.errors import RecipeError
-from raymem.training.recipe import Recipe
-from raymem.training.space import Space, apply, grid, sample
-from raymem.training.space_io import load_space, recipe_at, shipped
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space import Space, apply, grid, sample
+from raymem.recipe.space_load import load_space, recipe_at, shipped
 
 KIND = {"adapter.kind": {"type": "choice", "choices": ["lora", "moram", "none"]}}
 RANK = {"adapter.rank": {"type": "int", "low": 2, "high": 8, "log": True, "when": {"adapter.kind": ["lora", "moram"]}}}

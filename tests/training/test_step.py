@@ -11,11 +11,11 @@ from support import assert_same, make_recipe, num_targets, random_batch, snapsho
 from torch import nn
 
 from raymem.errors import NonFiniteError
+from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
 from raymem.training.loss import forward_loss_sum
-from raymem.training.model import build_model
+from raymem.training.model.build import build_model
 from raymem.training.optim import Updater, build_updater
-from raymem.training.recipe import Recipe
 from raymem.training.step import finite_guard, train_step
 
 pytestmark = pytest.mark.numerics

@@ -16,7 +16,7 @@ import pytest
 from support import let_anyone_in
 
 from raymem.errors import StorageError
-from raymem.training.storage import Storage
+from raymem.storage.storage import Storage
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -96,7 +96,7 @@ def test_upload_replaces_and_merges(storage: Storage, tmp_path: Path) -> None:
 
 def test_marker_is_written_last_and_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails in the middle of a copy and of a deletion: neither may leave a marker behind."""
-    from raymem.training import storage as module
+    from raymem.storage import storage as module
 
     storage = Storage.open(str(tmp_path / "root"))
     local = checkpoint(tmp_path / "ck", z=b"late", a=b"early")
@@ -242,7 +242,7 @@ def unprivileged(path: Path) -> str:
         """
         import os, sys
         from raymem.errors import StorageError
-        from raymem.training.storage import Storage
+        from raymem.storage.storage import Storage
         storage = Storage.open(sys.argv[1])
         if os.geteuid() == 0:
             os.setgroups([]); os.setegid(65534); os.seteuid(65534)
@@ -296,7 +296,7 @@ def test_full_disk(tmp_path: Path) -> None:
         f"""
         import os, sys
         from raymem.errors import StorageError
-        from raymem.training.storage import Storage
+        from raymem.storage.storage import Storage
         storage = Storage.open(sys.argv[1])
         try:
             storage.upload_dir({str(tmp_path / "ck")!r}, "c")
@@ -331,7 +331,7 @@ def test_read_only_file_system(tmp_path: Path) -> None:
         """
         import sys
         from raymem.errors import StorageError
-        from raymem.training.storage import Storage
+        from raymem.storage.storage import Storage
         try:
             Storage.open(sys.argv[1]).check_writable()
         except StorageError as error:

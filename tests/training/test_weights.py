@@ -14,9 +14,9 @@ from support import FAMILIES, in_processes, let_anyone_in, make_recipe, random_b
 
 from raymem.errors import ModelError
 from raymem.memory.meter import storage_bytes
-from raymem.training.layout import Layout, local_rows
-from raymem.training.model import build_model
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
+from raymem.training.dist_env import Layout, local_rows
+from raymem.training.model.build import build_model
 
 FULL = {"adapter": {"kind": "none"}}
 MIB = 1 << 20

@@ -24,17 +24,17 @@ from support import (
 )
 
 from raymem.planner.plan import make_plan
-from raymem.planner.session import trace_session
-from raymem.planner.values import Target
+from raymem.planner.step_trace import trace_session
+from raymem.planner.types import Target
+from raymem.recipe.schema import Recipe
+from raymem.storage.storage import Storage
 from raymem.training import loop
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.dataset import PackedRows
+from raymem.training.dist_env import Layout
 from raymem.training.evaluate import evaluate
-from raymem.training.layout import Layout
 from raymem.training.loss import prepare as prepare_loss
-from raymem.training.model import build_model
-from raymem.training.recipe import Recipe
-from raymem.training.storage import Storage
+from raymem.training.model.build import build_model
 
 pytestmark = pytest.mark.numerics
 
@@ -225,8 +225,8 @@ def export_from_a_hub_id(recipe: Recipe, snapshot: str, folder: str) -> str:
     """Build and export with a hub id whose download is replaced by a directory."""
     import huggingface_hub
 
-    from raymem.training.export import export_final
-    from raymem.training.model import build_model
+    from raymem.training.artifacts.export import export_final
+    from raymem.training.model.build import build_model
 
     huggingface_hub.snapshot_download = lambda *_, **__: snapshot
     layout = Layout.current(recipe)

@@ -24,8 +24,7 @@ from raymem.methods.loram.coupling import Coupling
 from raymem.methods.loram.manifest import MANIFEST, Manifest, read_manifest
 from raymem.methods.loram.nonuniform import Counts, counts_of, with_counts
 from raymem.methods.loram.plan import plan_pruning
-from raymem.methods.loram.source import Source, open_source
-from raymem.methods.loram.tensorfiles import (
+from raymem.methods.loram.safetensors_io import (
     Entry,
     Spec,
     digest,
@@ -35,6 +34,7 @@ from raymem.methods.loram.tensorfiles import (
     write_json,
     write_tensors,
 )
+from raymem.methods.loram.source import Source, open_source
 from raymem.methods.loram.validate import validate_coupling
 
 _TAG = "raymem"

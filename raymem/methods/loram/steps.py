@@ -23,13 +23,13 @@ from typing import Literal
 import torch
 
 from raymem.errors import ModelError
-from raymem.methods.loram import sweeps
+from raymem.methods.loram import layer_passes
+from raymem.methods.loram.index_map import take
 from raymem.methods.loram.job import PruneJob, is_committed, read_shard, shard_name, write_shard
 from raymem.methods.loram.layerwise import LayerwiseModel
 from raymem.methods.loram.masks import magnitude_mask
-from raymem.methods.loram.placement import take
+from raymem.methods.loram.safetensors_io import DTYPES, Entry, Spec, write_json
 from raymem.methods.loram.scores import best, magnitude_scores, random_scores
-from raymem.methods.loram.tensorfiles import DTYPES, Entry, Spec, write_json
 
 Kind = Literal["rest", "layer", "embed", "forward", "loss", "backward", "mask"]
 
@@ -104,22 +104,22 @@ def run_step(job: PruneJob, step: Step, model: LayerwiseModel | None = None) -> 
     else:
         _sweep(job, step, model or layerwise_model(job))
         write_json(_marker(job, step), step.name)
-        sweeps.remove_used(job, step.kind, step.layer)
+        layer_passes.remove_used(job, step.kind, step.layer)
     _return_freed_memory()
 
 
 def _sweep(job: PruneJob, step: Step, model: LayerwiseModel) -> None:
     match step.kind:
         case "embed":
-            sweeps.embed(job, model)
+            layer_passes.embed(job, model)
         case "forward":
-            sweeps.forward(job, model, step.layer)
+            layer_passes.forward(job, model, step.layer)
         case "loss":
-            sweeps.loss(job, model)
+            layer_passes.loss(job, model)
         case "backward":
-            sweeps.backward(job, model, step.layer)
+            layer_passes.backward(job, model, step.layer)
         case "mask":
-            sweeps.mask(job, model, step.layer)
+            layer_passes.mask(job, model, step.layer)
 
 
 def _return_freed_memory() -> None:
@@ -163,7 +163,7 @@ def layerwise_model(job: PruneJob, device: torch.device | str = "cpu") -> Layerw
     Raises:
         ModelError: the calibration file of the job is missing.
     """
-    return LayerwiseModel(job.source, sweeps.calibration(job).shape[1], device)
+    return LayerwiseModel(job.source, layer_passes.calibration(job).shape[1], device)
 
 
 def _marker(job: PruneJob, step: Step) -> Path:
@@ -198,7 +198,7 @@ def _write_layer(job: PruneJob, layer: int) -> None:
 def _choose(job: PruneJob, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
     """The units that stay, by the criterion."""
     prefix = job.coupling.prefix(layer)
-    stored = sweeps.scores(job, layer) if job.options.needs_calibration else {}
+    stored = layer_passes.scores(job, layer) if job.options.needs_calibration else {}
     kept = {}
     for group in job.coupling.groups:
         match job.options.criterion:

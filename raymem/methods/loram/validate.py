@@ -13,8 +13,8 @@ import torch
 
 from raymem.errors import ModelError
 from raymem.methods.loram.coupling import Coupling, couple
+from raymem.methods.loram.index_map import Kept, put, take
 from raymem.methods.loram.nonuniform import from_config, with_counts
-from raymem.methods.loram.placement import Kept, put, take
 from raymem.methods.tiny_model import VOCABULARY, random_weights, tiny_config
 from raymem.seeds import generator
 

@@ -11,13 +11,13 @@ import torch
 
 from raymem.errors import RecoveryMismatch
 from raymem.methods.loram.coupling import Coupling, couple
+from raymem.methods.loram.index_map import place, put, take
 from raymem.methods.loram.manifest import Manifest, check_base, read_manifest
 from raymem.methods.loram.nonuniform import from_config, load_pruned, without_counts
-from raymem.methods.loram.placement import place, put, take
 from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, check_belongs, read_adapter_config
 from raymem.methods.loram.recover_moram import compare_moram, rebased
+from raymem.methods.loram.safetensors_io import read_header, read_tensor
 from raymem.methods.loram.source import Source, open_source
-from raymem.methods.loram.tensorfiles import read_header, read_tensor
 from raymem.seeds import generator
 
 _TOLERANCE = 1e-4

@@ -4,9 +4,9 @@
 :class:`Sampler` which rows a step takes, and build their share with :func:`rank_batches`.
 """
 
+from raymem.storage.publish import verify
 from raymem.training.data.batches import Batch, eval_batches, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
-from raymem.training.data.directories import verify
 from raymem.training.data.sampler import Sampler
 from raymem.training.data.shards import MapBlocks, Prepared, PreparedSource, prepare, serial, source_keys
 

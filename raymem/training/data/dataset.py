@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raymem.errors import DataError
-from raymem.training.data.directories import read_manifest
+from raymem.storage.publish import read_manifest
 from raymem.training.data.pack import Ids, Mask, Packing
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raymem.errors import DataError
+from raymem.recipe.schema import Source
 from raymem.training.data.readers import Row
 from raymem.training.data.turns import history, is_learned, message, schemas, sharegpt, shown, text_of
-from raymem.training.recipe import Source
 
 Format = Literal["text", "prompt_completion", "messages", "alpaca", "sharegpt"]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError
-from raymem.training.data.directories import file_sha256
-from raymem.training.places import DATA_SUFFIXES
+from raymem.recipe.paths import DATA_SUFFIXES
+from raymem.storage.publish import file_sha256
 
 Row = dict[str, Any]
 

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from raymem.errors import DataError, StorageError
-from raymem.training.data.directories import digest, publish
+from raymem.recipe.schema import DataSection, Source
+from raymem.storage.publish import digest, publish
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Format, resolve_format, to_example
 from raymem.training.data.pack import Encoded, Packed, Packing, pack
@@ -28,7 +29,6 @@ from raymem.training.data.readers import Block, read_block
 from raymem.training.data.sources import OpenedSource, open_source
 from raymem.training.data.tokenizer import cached_tokenizer, load_tokenizer, tokenizer_key
 from raymem.training.data.unread import line, unread
-from raymem.training.recipe import DataSection, Source
 
 SCHEMA_VERSION = 2
 """Raise it with every change of what a shard holds for the same input."""

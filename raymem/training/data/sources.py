@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raymem.errors import DataError
+from raymem.recipe.paths import DATA_SUFFIXES, is_local
+from raymem.recipe.schema import Source
 from raymem.training.data.readers import Block, Row, index_file, index_hub, read_block
-from raymem.training.places import DATA_SUFFIXES, is_local
-from raymem.training.recipe import Source
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _files_in(directory: Path, place: str) -> list[Path]:
 
 def _demo_file(source: Source, place: str, cache_dir: Path) -> Path:
     # Here, because the demo itself is built on this package and may be imported first.
-    from raymem.training.demo import CORPORA, SPLITS, ensure_demo
+    from raymem.training.data.demo import CORPORA, SPLITS, ensure_demo
 
     corpus = source.path.removeprefix("demo:")
     if corpus not in CORPORA:

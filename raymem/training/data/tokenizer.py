@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from raymem.errors import ModelError
-from raymem.training.data.directories import digest
+from raymem.storage.publish import digest
 
 
 def load_tokenizer(path: str) -> Any:

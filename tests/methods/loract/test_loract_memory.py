@@ -139,7 +139,7 @@ def factors(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
 
 
 def _tracked(made: list[weakref.ref[Any]]) -> Any:
-    from raymem.methods.loract.held import Factors
+    from raymem.methods.loract.saved import Factors
 
     def init(self: Any, *args: Any) -> None:
         Factors.__init__(self, *args)

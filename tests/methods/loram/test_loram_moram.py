@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from raymem.errors import RecoveryMismatch
 from raymem.methods.loram import PruneOptions, load_pruned, prune_model, recover_adapter, stamp_adapter, verify_recovery
 from raymem.methods.loram.coupling import couple
+from raymem.methods.loram.index_map import place
 from raymem.methods.loram.manifest import read_manifest
-from raymem.methods.loram.placement import place
 from raymem.methods.moram import MoRAMConfig, select_indices
 from raymem.methods.moram.layer import layers
 

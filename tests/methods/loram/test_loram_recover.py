@@ -25,7 +25,7 @@ from raymem.methods.loram import (
     verify_recovery,
 )
 from raymem.methods.loram.coupling import couple
-from raymem.methods.loram.placement import place
+from raymem.methods.loram.index_map import place
 
 pytestmark = pytest.mark.numerics
 

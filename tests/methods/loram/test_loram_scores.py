@@ -11,7 +11,7 @@ import pytest
 import torch
 from loram_families import config_of, random_model, save, token_ids
 
-from raymem.methods.loram import PruneOptions, sweeps
+from raymem.methods.loram import PruneOptions, layer_passes
 from raymem.methods.loram.coupling import Group, Member, couple
 from raymem.methods.loram.job import PruneJob, open_job, read_shard, shard_name
 from raymem.methods.loram.masks import magnitude_mask, sparsegpt, wanda_mask
@@ -81,7 +81,7 @@ def whole_model_scores(family: str, criterion: str) -> dict[tuple[int, str], tor
 def test_streamed_scores_are_those_of_the_whole_model(family: str, criterion: str, tmp_path: Path) -> None:
     job = run_all(tmp_path, family, criterion, IDS)
     for (layer, group), expected in whole_model_scores(family, criterion).items():
-        found = sweeps.scores(job, layer)[group]
+        found = layer_passes.scores(job, layer)[group]
         torch.testing.assert_close(found, expected, rtol=3e-5, atol=1e-7)
         kept = read_shard(job, shard_name(job, layer))[0][group]  # type: ignore[index]
         assert kept == sorted(expected.topk(len(expected) // 2).indices.tolist())
@@ -100,11 +100,11 @@ def test_scores_do_not_depend_on_how_texts_are_batched(
     criterion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = run_all(tmp_path / "together", "gemma3", criterion, IDS)
-    monkeypatch.setattr(sweeps, "_BATCH_TOKENS", 32)  # two texts, then the third
+    monkeypatch.setattr(layer_passes, "_BATCH_TOKENS", 32)  # two texts, then the third
     apart = run_all(tmp_path / "apart", "gemma3", criterion, IDS)
     for layer in (1, 2):
-        for group, expected in sweeps.scores(together, layer).items():
-            torch.testing.assert_close(sweeps.scores(apart, layer)[group], expected, rtol=1e-5, atol=1e-8)
+        for group, expected in layer_passes.scores(together, layer).items():
+            torch.testing.assert_close(layer_passes.scores(apart, layer)[group], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_magnitude_scores_sum_squares_of_everything_that_goes() -> None:

@@ -14,10 +14,10 @@ from support import assert_same, column, in_processes, make_recipe, realigned, r
 from raymem.errors import ModelError, RecipeError
 from raymem.methods.moram import MoRAMConfig, select_indices
 from raymem.methods.moram.layer import layers
-from raymem.training.adapter import stored_buffers
-from raymem.training.layout import Layout
-from raymem.training.model import build_model
-from raymem.training.recipe import Recipe
+from raymem.recipe.schema import Recipe
+from raymem.training.dist_env import Layout
+from raymem.training.model.adapter import stored_buffers
+from raymem.training.model.build import build_model
 
 MORAM = {"kind": "moram", "rank": 4, "density": 0.25, "selection_batches": 2}
 
@@ -73,7 +73,7 @@ def moram_recipe(llama: Path, examples: Path, storage: Path, *fragments: dict[st
 
 
 def test_a_run_selects_trains_evaluates_merges_and_is_continued(llama: Path, examples: Path, tmp_path: Path) -> None:
-    from raymem.training.inference import load_artifact, merge
+    from raymem.training.artifacts.load import load_artifact, merge
 
     recipe = moram_recipe(llama, examples, tmp_path)
     outcome, rows = train(recipe)
@@ -99,7 +99,7 @@ def test_a_run_selects_trains_evaluates_merges_and_is_continued(llama: Path, exa
 
 
 def test_evaluation_of_a_run_reads_its_adapter(llama: Path, examples: Path, tmp_path: Path) -> None:
-    from raymem.training.adapter import continuing
+    from raymem.training.model.adapter import continuing
 
     outcome, _ = train(moram_recipe(llama, examples, tmp_path))
     assert outcome is not None

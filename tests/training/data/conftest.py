@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raymem.training.demo import train_tokenizer
+from raymem.training.data.demo import train_tokenizer
 
 WORDS = ["def", "return", "the", "a", "of", "value", "answer", "question", "blue", "sky", "first", "second"]
 WORDS += ["one", "two", "three", "four", "five", "six", "seven"]

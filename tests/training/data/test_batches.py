@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from raymem.recipe.schema import DataSection
 from raymem.training.data.batches import Batch, eval_batches, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import PromptCompletion
 from raymem.training.data.shards import prepare
-from raymem.training.recipe import DataSection
 
 S = 80
 

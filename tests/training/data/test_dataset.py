@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from raymem.errors import DataError
+from raymem.recipe.schema import DataSection
 from raymem.training.data import shards
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Text
 from raymem.training.data.pack import pack
 from raymem.training.data.shards import prepare
-from raymem.training.recipe import DataSection
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError, StorageError
-from raymem.training.data.directories import MANIFEST, digest, publish, read_manifest, verify
+from raymem.storage.publish import MANIFEST, digest, publish, read_manifest, verify
 
 
 def write_two(directory: Path) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError
+from raymem.recipe.schema import Source
 from raymem.training.data.formats import Messages, PromptCompletion, Text, resolve_format, to_example
-from raymem.training.recipe import Source
 
 PLACE = "data.train[0]"
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

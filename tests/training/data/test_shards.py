@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError, StorageError
+from raymem.recipe.schema import DataSection
+from raymem.storage.publish import file_sha256, publish, read_manifest, verify
 from raymem.training.data import shards
-from raymem.training.data.directories import file_sha256, publish, read_manifest, verify
 from raymem.training.data.shards import Counts, Task, prepare, source_keys
-from raymem.training.recipe import DataSection
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_counts(write_jsonl: Callable[..., Path], tokenizer_dir: Path, tmp_path:
 def test_killed_between_shards_and_manifest(
     data: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directories = "raymem.training.data.directories"
+    directories = "raymem.storage.publish"
 
     class Killed(BaseException):
         pass

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError
-from raymem.training import demo
+from raymem.recipe.schema import Source
+from raymem.training.data import demo
 from raymem.training.data.readers import read_block
 from raymem.training.data.sources import OpenedSource, open_source
-from raymem.training.recipe import Source
 
 
 def opened(path: Path | str, **options: Any) -> OpenedSource:

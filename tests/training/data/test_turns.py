@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from raymem.recipe.schema import Source
 from raymem.training.data.formats import Messages, PromptCompletion, resolve_format, to_example
 from raymem.training.data.readers import index_file, read_block
 from raymem.training.data.unread import line, unread
-from raymem.training.recipe import Source
 
 USER, BAD, GOOD = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "bad"), ("assistant", "good")))
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}

@@ -1,0 +1,268 @@
+"""The ``raymem`` command. Heavy imports happen inside commands, so that help answers at once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from raymem import __version__
+from raymem.cli import console, k8s, loram, plan, submit, sweep
+from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
+from raymem.errors import RaymemError
+from raymem.memory.budget import bytes_text
+
+app = typer.Typer(
+    help="Fine-tune large language models inside a memory budget, on a Ray cluster or on this machine.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(k8s.app, name="k8s")
+app.add_typer(loram.app, name="loram")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"raymem {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
+    template: Annotated[
+        str, typer.Option("--from", help="Recipe that ships with raymem to start from.")
+    ] = "quickstart",
+) -> None:
+    """Write a commented recipe to start from."""
+    from raymem.errors import RecipeError
+    from raymem.recipe.load import packaged_recipe
+
+    source = packaged_recipe(template)
+    if path.exists():
+        raise RecipeError(f"{path} already exists; choose another name or remove it")
+    try:
+        path.write_text(source.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from None
+    console.out.print(f"wrote {path}\nnext: edit model and data, then  raymem train {path}")
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    set_: Overrides = [],  # noqa: B006
+    fresh: Fresh = False,
+    force: Annotated[bool, typer.Option("--force", help="Train even if it is predicted not to fit.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a recipe; a run of the same name on the same storage is resumed."""
+    console.log_to_stderr(verbose)
+    from raymem.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, set_)  # before the slow imports: a typo is answered at once
+    from raymem.runs.train import launch
+
+    try:
+        with console.TrainingDisplay(loaded.train.steps) as display:
+            finished = launch(loaded, fresh=fresh, force=force, listeners=[display.show], status=display.status)
+    except KeyboardInterrupt:
+        console.err.print("interrupted; the same command resumes from the last checkpoint")
+        raise typer.Exit(130) from None
+    outcome, tracking = finished.outcome, finished.tracking
+    say = console.out.print
+    if outcome.loss is None:
+        say(f"run {loaded.name!r} was already complete at step {outcome.steps}; raise train.steps or use --fresh")
+    else:
+        resumed = f" (resumed at {outcome.started_at})" if outcome.started_at else ""
+        say(f"trained {outcome.steps} steps{resumed}: loss {outcome.loss:.4f}")
+    if outcome.eval_loss is not None:
+        say(f"evaluation: loss {outcome.eval_loss:.4f}, perplexity {outcome.eval_perplexity:.2f}")
+    if outcome.peak_bytes is not None:
+        predicted = finished.predicted_peak_bytes
+        beside = "" if predicted is None else f" (predicted: {bytes_text(predicted)})"
+        say(f"peak memory of a worker: {bytes_text(outcome.peak_bytes)}{beside}")
+    say(f"result: {outcome.artifact}")
+    if tracking.run_id:
+        say(f"MLflow run {tracking.run_id} at {tracking.uri}")
+    if tracking.model_version:
+        say(f"registered as {tracking.model_version}")
+    if tracking.problem:
+        console.err.print(f"warning: {tracking.problem}")
+    say(f"next: raymem generate {outcome.artifact} --prompt '...'   or   raymem evaluate {recipe}")
+    if tracking.uri and tracking.uri.startswith("sqlite"):
+        say(f"look at the curves: mlflow ui --backend-store-uri {tracking.uri}")
+
+
+plan.register(app)
+sweep.register(app)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile,
+    set_: Overrides = [],  # noqa: B006
+    artifact: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="PEFT or model directory, or 'base'; by default the run's own result."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Loss and perplexity on the recipe's evaluation data."""
+    console.log_to_stderr(verbose)
+    from raymem.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, set_)
+    from raymem.runs.evaluate import evaluate_recipe
+
+    found = evaluate_recipe(loaded, artifact)
+    result = found.result
+    if as_json:
+        facts = {"artifact": found.artifact, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
+        typer.echo(json.dumps({**facts, "num_targets": result.num_targets}))
+        return
+    console.out.print(f"{found.artifact}")
+    console.out.print(
+        f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f} over {result.num_targets} target tokens"
+    )
+
+
+@app.command()
+def generate(
+    artifact: Annotated[str, typer.Argument(help="Adapter or model directory of a run.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Continue a text with what a run left."""
+    console.log_to_stderr(False)
+    from raymem.runs.artifacts import local_copy
+    from raymem.training.artifacts import load
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with local_copy(artifact) as directory:
+        typer.echo(load.generate(directory, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="PEFT directory of a run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Model directory to write.")],
+) -> None:
+    """Fold an adapter into its base and write the full model."""
+    console.log_to_stderr(False)
+    from raymem.runs.artifacts import local_copy
+    from raymem.training.artifacts import load
+
+    with local_copy(adapter) as directory:
+        console.out.print(f"wrote {load.merge(directory, output)}")
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="PEFT directory of a run.")],
+    check: Annotated[str, typer.Option(help="Server whose rules are checked: vllm.")] = "vllm",
+    allow_lm_head: Annotated[bool, typer.Option("--allow-lm-head", help="The server adapts output heads.")] = False,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also copy it to this directory.")] = None,  # noqa: UP045
+) -> None:
+    """Check that a server takes an adapter, and print the command that serves it."""
+    console.log_to_stderr(False)
+    from raymem.errors import ModelError, RecipeError
+    from raymem.runs.artifacts import local_copy
+    from raymem.training.artifacts import vllm
+
+    if check != "vllm":
+        raise RecipeError(f"--check {check}: its rules are not known; vllm is")
+    with local_copy(adapter) as directory:
+        found = vllm.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=str(output or adapter))
+        if found.problems:
+            raise ModelError("\n".join(f"{adapter}: {problem}" for problem in found.problems))
+        if output is not None:
+            vllm.copy_adapter(directory, output)
+    console.out.print(f"vLLM takes it:\n{found.command}")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Optional[Path], typer.Argument(metavar="[RECIPE]", help="Also check what it needs.")] = None,  # noqa: UP045
+    set_: Overrides = [],  # noqa: B006
+    address: Annotated[Optional[str], typer.Option(help="Ray cluster to look at.")] = None,  # noqa: UP045
+) -> None:
+    """Check versions, devices, storage, Ray and MLflow, and say how to mend what is wrong."""
+    console.log_to_stderr(False)
+    from raymem.cluster.doctor.checks import run_doctor
+    from raymem.recipe.load import load_recipe
+
+    checks = run_doctor(load_recipe(recipe, set_) if recipe else None, address=address)
+    console.out.print(console.checks_table([(c.name, c.ok, c.detail, c.cure) for c in checks]))
+    if any(c.ok is False for c in checks):
+        raise typer.Exit(1)
+
+
+@app.command("demo-data")
+def demo_data(
+    storage: Annotated[Path, typer.Option(help="Storage path of the recipes that will use it.")] = Path("raymem-runs"),
+) -> None:
+    """Build the demo corpus and tokenizer from this Python's standard library (recipes do so on their own)."""
+    console.log_to_stderr(False)
+    from raymem.training.data.demo import ensure_demo
+
+    paths = ensure_demo(storage.resolve() / "cache")
+    console.out.print(f"corpus and tokenizer: {paths.directory}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors and validators."""
+    from raymem.recipe.load import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+submit.register(app)
+
+
+def run_app(*arguments: Any) -> int:
+    """Run the command line; errors for the user become one line each on stderr.
+
+    Returns:
+        Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted.
+    """
+    # Read when torch loads. Threads that wait in a busy loop make a CPU step five times as long as soon as anything
+    # else (Ray itself, say) wants one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app(args=[str(a) for a in arguments] or None, standalone_mode=True)
+    except RaymemError as error:
+        for line in str(error).splitlines():
+            console.err.print(f"error: {line}", markup=False)
+        return 1
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
+    return 0
+
+
+def main() -> None:
+    """Entry point of the ``raymem`` script."""
+    # `ray job stop` and Kubernetes send SIGTERM: unwind like Ctrl-C, so that the tracked run is not left running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    gc.set_threshold(10_000, 10, 10)  # looking for garbage was a sixth of the time that it takes to import libraries
+    sys.exit(run_app())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Functions as Ray tasks: over many items, or one call with resources of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from raymem.errors import RaymemError
+from raymem.recipe.schema import Recipe
+from raymem.training.data.shards import Counts, Task, serial
+
+Result = TypeVar("Result")
+
+
+def ray_map(function: Callable[[Task], Counts], tasks: Sequence[Task]) -> list[Counts]:
+    """``map`` with one Ray task per item; a block is written atomically, so a retried task does no harm.
+
+    A single item is done here: a worker would have to start and import for longer than that takes.
+    """
+    if len(tasks) == 1:
+        return serial(function, tasks)
+    import ray
+
+    remote = ray.remote(num_cpus=1)(function_of).options(max_retries=3)
+    references = [remote.remote(function, task) for task in tasks]
+    try:
+        return ray.get(references)  # type: ignore[no-any-return]
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaymemError):
+            raise error.cause from None
+        raise
+
+
+def function_of(function: Callable[[Task], Counts], task: Task) -> Counts:
+    """A named function, because Ray cannot make a task of a ``functools.partial``."""
+    return function(task)
+
+
+def call_as_worker(function: Callable[[dict[str, Any]], Result], config: dict[str, Any], recipe: Recipe) -> Result:
+    """One call as a Ray task with what the recipe gives to one worker; plain data in, plain values out."""
+    import ray
+
+    from raymem.cluster.connection import worker_resources
+
+    resources = worker_resources(recipe)
+    threads = max(1, int(resources.get("CPU", 1)))
+    names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {option: resources.pop(kind) for kind, option in names.items() if kind in resources}
+    options["resources"] = resources
+    try:
+        result: Result = ray.get(ray.remote(_with_threads).options(**options).remote(function, config, threads))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaymemError):
+            raise error.cause from None
+        raise
+    return result
+
+
+def _with_threads(function: Callable[[dict[str, Any]], Result], config: dict[str, Any], threads: int) -> Result:
+    torch.set_num_threads(threads)
+    return function(config)

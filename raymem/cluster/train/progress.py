@@ -1,0 +1,131 @@
+"""From the workers to the people watching: paced reports, a relay in the controller, a board that the driver reads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raymem.errors import RaymemError
+from raymem.tracking.sink import TrackingSink, sink_from
+from raymem.training.dist_env import Layout
+from raymem.training.reporter import Listener, Row
+
+REPORT_EVERY_S = 5.0
+"""``ray.train.report`` waits until the controller, which polls, took the report before; this is far above its poll."""
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """A small actor between controller and driver: metric rows, and the error that ends a run for good."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+        self._error: RaymemError | None = None
+
+    def push(self, rows: Sequence[Row]) -> None:
+        self._rows += rows
+
+    def take(self) -> list[Row]:
+        rows, self._rows = self._rows, []
+        return rows
+
+    def fail(self, error: RaymemError) -> None:
+        """Remember the user's error: Ray would retry it like a crash, and it would only come again."""
+        self._error = self._error or error
+
+    def error(self) -> RaymemError | None:
+        return self._error
+
+
+def new_board() -> Any:
+    """A board on the driver's own node: it must outlive every other one."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+class Relay(ray.train.UserCallback):  # type: ignore[misc]
+    """Runs in the Ray Train controller: hands each report to the tracking sink and to the board."""
+
+    def __init__(self, sink_spec: Mapping[str, str] | None, board: Any) -> None:
+        self._sink_spec = sink_spec
+        self._board = board
+        self._sink: TrackingSink | None = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        rows = metrics[0].get("rows", [])
+        if self._sink is None:
+            self._sink = sink_from(self._sink_spec)
+        self._board.push.remote(rows)
+        self._sink.log_history(rows)
+
+
+class RayReporter:
+    """Sends rows through ``ray.train.report``, often enough to watch and seldom enough to cost nothing.
+
+    All ranks must report equally often, so rank 0 fixes the step of the next report from the pace of the last ones
+    and tells the others.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._rows: list[Row] = []
+        self._next_step = 0.0
+        self._last_report = (0.0, time.monotonic())
+
+    def log(self, row: Row) -> None:
+        self._rows.append(row)
+        if row["step"] >= self._next_step:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._rows:
+            return
+        step = self._rows[-1]["step"]
+        ray.train.report({"rows": self._rows if self._layout.is_main else []})
+        self._rows = []
+        last_step, last_time = self._last_report
+        seconds_per_step = (time.monotonic() - last_time) / max(1.0, step - last_step)
+        ahead = torch.tensor(max(1.0, REPORT_EVERY_S // max(seconds_per_step, 1e-6)))
+        if dist.is_initialized():
+            dist.broadcast(ahead, src=0)
+        self._next_step = step + float(ahead)
+        self._last_report = (step, time.monotonic())
+
+
+class Watcher:
+    """Reads the board in a thread while the driver waits for the run."""
+
+    def __init__(self, board: Any, listeners: Sequence[Listener]) -> None:
+        self._board = board
+        self._listeners = listeners
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._deliver()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.5):
+            self._deliver()
+
+    def _deliver(self) -> None:
+        try:
+            rows = ray.get(self._board.take.remote(), timeout=10)
+        except ray.exceptions.RayError:
+            return  # the cluster is going away; the run itself will say so
+        for listener in self._listeners if rows else ():
+            listener(rows)

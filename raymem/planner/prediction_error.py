@@ -1,0 +1,51 @@
+"""What runs measured beside what was predicted for them, per kind of device and method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raymem.cache import cache_root, read_json, write_json
+from raymem.recipe.schema import Recipe
+
+
+def method_of(recipe: Recipe) -> str:
+    """The five axes in a word, such as ``full+lora+checkpoint+auto+adamw``."""
+    base = "nf4" if getattr(recipe.base, "quantize", "none") == "nf4" else recipe.base.kind
+    return "+".join((base, recipe.adapter.kind, recipe.activations.kind, recipe.loss.kind, recipe.optimizer.kind))
+
+
+def record(recipe: Recipe, predicted_bytes: int, measured_bytes: int) -> None:
+    """Take in one run."""
+    found, key = _read(), _key(recipe)
+    before, now = found.get(key, {}), measured_bytes / predicted_bytes
+    found[key] = {
+        "runs": before.get("runs", 0) + 1,
+        "sum": before.get("sum", 0.0) + now,
+        "highest": max(before.get("highest", 0.0), now),
+    }
+    write_json(_file(), found)
+
+
+def ratio(recipe: Recipe) -> tuple[float, int] | None:
+    """Mean of measured over predicted peak, and the number of runs; None before the first one."""
+    found = _read().get(_key(recipe))
+    return None if found is None else (found["sum"] / found["runs"], found["runs"])
+
+
+def highest(recipe: Recipe) -> float | None:
+    """The largest measured over predicted peak of these methods; None before the first run."""
+    found: float | None = _read().get(_key(recipe), {}).get("highest")
+    return found
+
+
+def _key(recipe: Recipe) -> str:
+    return f"{'cuda' if recipe.scaling.use_gpu else 'cpu'}/{method_of(recipe)}"
+
+
+def _file() -> Path:
+    return cache_root() / "calibration.json"
+
+
+def _read() -> dict[str, Any]:
+    return read_json(_file()) or {}

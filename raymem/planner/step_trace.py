@@ -1,0 +1,270 @@
+"""The traced session: a recipe's model on fake tensors, through two real steps, an evaluation and a save.
+
+The first step creates the optimizer state, so it is the second that has the whole footprint. On one worker nothing else
+tells the two apart, and the state is made as a resumed run makes it; sharded and replicated models take both steps,
+because gathering and reducing settle in the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+
+from raymem.memory import kernels
+from raymem.memory.target import planned_for
+from raymem.memory.trace import Change, LimitPassed, Tracer
+from raymem.methods.loract.config import LoRActOptions
+from raymem.methods.loram.nonuniform import pruned_layers
+from raymem.methods.moram.config import MoRAMOptions
+from raymem.planner.analytic import closed_form
+from raymem.planner.fake import (
+    CudaAutocast,
+    fake_bytes,
+    fakeify,
+    gradients_named,
+    local,
+    quantisation_tensors,
+    shims,
+)
+from raymem.planner.fake_cache import OutputCache
+from raymem.planner.fake_ddp import FakeReplica
+from raymem.planner.types import Target
+from raymem.recipe.schema import Recipe
+from raymem.training.data.batches import Batch
+from raymem.training.dist_env import Layout
+from raymem.training.loss import forward_loss_sum, why_full
+from raymem.training.model.build import build_model, load_config
+from raymem.training.optim import Updater, build_updater
+from raymem.training.step import train_step
+
+MEASURED = 2
+"""Number of the step that counts, from 1."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What was recorded."""
+
+    changes: list[Change]
+    state: dict[str, int]
+    """Category -> bytes of weights, trainable, gradients and optimizer of one worker, when all are there."""
+    rehearsed: bool
+    """Whether step 1 was taken too, rather than only its optimizer state made."""
+    loss_note: str | None
+    """Why the loss is not taken in chunks although the recipe leaves that open."""
+
+
+def trace_session(recipe: Recipe, target: Target, limit_bytes: int | None = None) -> Session:
+    """Run the recipe's step on fake tensors. Patches libraries and starts a fake process group: one per process.
+
+    Args:
+        limit_bytes: end with the first phase whose peak is above this, or before all of them if weights, gradients
+            and states together are.
+
+    Raises:
+        RaymemError: the recipe does not go with its model.
+        LimitPassed: see ``limit_bytes``; of the phase ``load`` for what is always there.
+        Exception: whatever model code raises that decides by values.
+    """
+    recipe = _on_cpu(recipe)
+    grouped = target.num_workers > 1 or recipe.scaling.strategy == "fsdp2"
+    if grouped:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=target.num_workers)
+    try:
+        layout = Layout(0, target.num_workers, 0, torch.device("cpu"), recipe.scaling.strategy)
+        with planned_for(target.kind):
+            return _trace(recipe, target, layout, limit_bytes)
+    finally:
+        if grouped:
+            dist.destroy_process_group()
+
+
+def planned_model(recipe: Recipe, layout: Layout | None = None) -> nn.Module:
+    """The recipe's model on the meta device; a config with pruned layers gives the pruned model.
+
+    Raises:
+        RaymemError: as building does.
+    """
+    with pruned_layers(load_config(recipe)):
+        return build_model(recipe, layout, meta=True, planned=True)
+
+
+def _on_cpu(recipe: Recipe) -> Recipe:
+    """The recipe as far as fake CPU tensors can take it."""
+    updates: dict[str, Any] = {}
+    if recipe.model.attention == "flash_attention_2":
+        # PyTorch's own fused attention holds the same for backward, and needs no package here.
+        updates["model"] = recipe.model.model_copy(update={"attention": "sdpa"})
+    if isinstance(recipe.activations, LoRActOptions) and recipe.activations.side_stream:
+        updates["activations"] = dataclasses.replace(recipe.activations, side_stream=False)
+    return recipe.model_copy(update=updates) if updates else recipe
+
+
+def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | None) -> Session:
+    bare = planned_model(recipe, layout)
+    if limit_bytes is not None:
+        held = sum(closed_form(recipe, target, bare).values())
+        if held > limit_bytes:
+            raise LimitPassed(held, "load")
+    flash = recipe.model.attention == "flash_attention_2"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(shims(one_segment_per_row=recipe.data.packing != "bfd" or flash))
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+        tracer = stack.enter_context(Tracer(kernels.workspace(target.kind), OutputCache(mode)))
+        if target.kind == "cuda" and recipe.train.precision == "bf16_mixed":
+            stack.enter_context(CudaAutocast())
+        fakeify(bare, tracer)
+        updater = build_updater(bare, recipe)
+        for name, master in updater.masters.items():
+            tracer.adopt(local(master), "trainable", f"{name} (fp32 master)")
+        for handle in tracer.watch(bare):
+            stack.callback(handle.remove)
+        runner = _Runner(recipe, layout, tracer, mode, bare, updater)
+        runner.run(limit_bytes)
+        state = runner.state_bytes()
+        changes = list(tracer.changes)
+    return Session(changes, state, runner.rehearsed, why_full(bare))
+
+
+class _Runner:
+    """One worker's part, phase by phase."""
+
+    def __init__(
+        self, recipe: Recipe, layout: Layout, tracer: Tracer, mode: FakeTensorMode, bare: nn.Module, updater: Updater
+    ) -> None:
+        self.recipe, self.layout, self.tracer, self.mode = recipe, layout, tracer, mode
+        self.bare, self.updater = bare, updater
+        self.mixed = recipe.train.precision == "bf16_mixed"
+        self.gradient_bytes = 0
+        self.rehearsed = layout.world_size > 1 or layout.sharded
+
+    def run(self, limit_bytes: int | None) -> None:
+        single = self.layout.sharded or self.layout.world_size == 1
+        self.model = self.bare if single else FakeReplica(self.bare, self.tracer)
+        batches = [self._batch() for _ in range(self._num_batches())]
+        self.tracer.limit_bytes = limit_bytes
+        if isinstance(self.recipe.adapter, MoRAMOptions) and self.recipe.adapter.needs_data:
+            self._select(batches[0])
+        self.tracer.limit_bytes = None  # the first step does not count
+        every = getattr(self.recipe.activations, "report_every", 0)
+        if self.rehearsed:
+            with gradients_named(self.updater.parameters, self.tracer):
+                self._step(1, 0, batches[:1])
+        else:
+            self._create_state()
+        self.tracer.limit_bytes = limit_bytes
+        with gradients_named(self.updater.parameters, self.tracer):
+            # More micro-batches than two repeat the second; their tokens are there all the same.
+            self._step(MEASURED, every or 1, batches[:2])
+        if self.recipe.data.eval is not None:
+            self._evaluate(batches[0])
+        self._save()
+
+    def _create_state(self) -> None:
+        self.tracer.step, self.tracer.phase = 1, "step"
+        self.updater.allocate_state()
+        self._adopt_state()
+
+    def _num_batches(self) -> int:
+        """Micro-batches of one worker per step, as :func:`raymem.training.data.batches.rank_batches` divides them."""
+        train = self.recipe.train
+        per_rank = -(-train.global_batch // self.layout.world_size)
+        return -(-per_rank // train.rows_per_pass)
+
+    def _batch(self) -> Batch:
+        """Rows as the data would give them; with ``packing: none`` padded, since some batch will be."""
+        train, data = self.recipe.train, self.recipe.data
+        per_rank = -(-train.global_batch // self.layout.world_size)
+        rows = -(-per_rank // self._num_batches())
+
+        def tokens(what: str) -> torch.Tensor:
+            made = torch.empty(rows, data.sequence_length, dtype=torch.int64)
+            self.tracer.adopt(made, "activations", f"batch ({what})")
+            return made
+
+        positions = tokens("position ids") if data.packing == "bfd" else None
+        mask = tokens("attention mask") if data.packing == "none" else None
+        targets = torch.empty(rows * (data.sequence_length - 1), dtype=torch.int64)  # the most that there can be
+        self.tracer.adopt(targets, "activations", "batch (target positions)")
+        return Batch(tokens("input ids"), tokens("labels"), positions, mask, targets)
+
+    def _step(self, number: int, position: int, batches: list[Batch]) -> None:
+        self.tracer.step, self.tracer.phase = number, "forward"
+        norm = self.updater.grad_norm
+
+        def grad_norm() -> torch.Tensor:
+            self.tracer.phase = "step"
+            return norm()
+
+        def guard(loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+            self.gradient_bytes = 0
+            for name, tensor in self.updater.updated.items():
+                if tensor.grad is not None:
+                    gradient = local(tensor.grad)
+                    self.gradient_bytes += gradient.numel() * gradient.element_size()
+                    self.tracer.adopt(gradient, "gradients", f"{name} (gradient)")
+
+        self.updater.grad_norm = grad_norm  # type: ignore[method-assign]
+        train_step(
+            self.model, batches, 1000, self.updater, position, 1e-3,
+            clip_norm=self.recipe.train.clip_norm, mixed=self.mixed, guard=guard,
+        )  # fmt: skip
+        self.updater.grad_norm = norm  # type: ignore[method-assign]
+        self._adopt_state()
+
+    def _adopt_state(self) -> None:
+        for name, parameter in self.updater.updated.items():
+            for key, value in self.updater.optimizer.state.get(parameter, {}).items():
+                self.tracer.adopt(local(value), "optimizer", f"{name} ({key})")
+
+    def _select(self, batch: Batch) -> None:
+        """MoRAM's look at gradients before the first step: the group of layers with the largest sums."""
+        from raymem.methods.moram import selection
+        from raymem.methods.moram.layer import layers
+
+        self.tracer.step, self.tracer.phase = 0, "selection"
+        groups = selection._groups(layers(self.bare), None)
+        largest = max(groups, key=lambda group: sum(layer.out_features * layer.in_features for _, layer in group))
+        listeners = {name: selection._Listener(layer, absolute=False) for name, layer in largest}
+
+        def loss(of: nn.Module, given: Batch) -> torch.Tensor:
+            return forward_loss_sum(of, given, mixed=self.mixed)
+
+        selection._listen(self.bare, listeners, [batch], loss, self.recipe.seed)
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch) -> None:
+        self.tracer.step, self.tracer.phase = MEASURED, "evaluation"
+        self.model.eval()
+        forward_loss_sum(self.model, batch, mixed=self.mixed).double()
+        self.model.train()
+
+    def _save(self) -> None:
+        """Checkpoints write what each worker has; only the export of sharded weights gathers them, one at a time."""
+        self.tracer.step, self.tracer.phase = MEASURED, "save"
+        for parameter in self.updater.parameters.values():
+            if isinstance(parameter, DTensor):
+                self.tracer.passing(parameter.numel() * parameter.element_size(), "export")
+
+    def state_bytes(self) -> dict[str, int]:
+        """The terms with a closed form as they really came out, for the cross-check (:mod:`...analytic`)."""
+
+        frozen = [p for p in self.bare.parameters() if not p.requires_grad]
+        scales = [tensor for parameter in frozen for tensor in quantisation_tensors(parameter)]
+        moments = [v for p in self.updater.updated.values() for v in self.updater.optimizer.state.get(p, {}).values()]
+        return {
+            "weights": fake_bytes([*frozen, *scales, *self.bare.buffers()]),
+            "trainable": fake_bytes([*self.updater.parameters.values(), *self.updater.masters.values()]),
+            "gradients": self.gradient_bytes,
+            "optimizer": fake_bytes(moments),
+        }

@@ -1,0 +1,347 @@
+"""Reading a recipe: YAML file + ``--set`` overrides -> :class:`Recipe`, or one :class:`RecipeError`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from typing_extensions import TypeAliasType
+
+from raymem.errors import RecipeError
+from raymem.methods.loram.config import LoRAMOptions
+from raymem.recipe import compat
+from raymem.recipe.base import fields_of, is_section, kind_of
+from raymem.recipe.paths import absolute, is_local
+from raymem.recipe.schema import Recipe
+
+DEMO_PREFIX = "demo"
+MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
+"""Name of a demo model in a recipe -> packaged recipe that pre-trains it."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, resolve: bool = True) -> Recipe:
+    """Read, override, validate and resolve a recipe file.
+
+    Args:
+        path: YAML file.
+        overrides: ``a.b=value`` strings, the value in YAML syntax.
+        resolve: make relative paths absolute; else they stay as they are written.
+
+    Raises:
+        RecipeError: missing or malformed file, unknown key, bad value, or parts that do not go together.
+    """
+    path = Path(path)
+    return recipe_of({"name": path.stem, **read_yaml(path)}, overrides, place=str(path), resolve=resolve)
+
+
+def recipe_of(
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), place: str = "recipe", *, resolve: bool = True
+) -> Recipe:
+    """The recipe of a plain dict, as :func:`load_recipe` makes it of a file; the dict is left as it is.
+
+    Raises:
+        RecipeError: as there.
+    """
+    changed = copy.deepcopy(dict(raw))
+    for override in overrides:
+        _apply_override(changed, override)
+    return parse_recipe(changed, place=place, base_dir=Path.cwd() if resolve else None)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-3`` is a number (YAML 1.1 wants ``1.0e-3``) and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, not validated yet.
+
+    Raises:
+        RecipeError: missing file, not YAML, or no mapping.
+    """
+    try:
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file; `raymem init` writes one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as text: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a YAML mapping (model:, data:, train:, ...), got {type(raw).__name__}")
+    return raw
+
+
+def parse_recipe(raw: dict[str, Any], place: str = "recipe", base_dir: Path | None = None) -> Recipe:
+    """Validate a plain dict; with ``base_dir`` relative paths are made absolute, since workers have another directory.
+
+    Raises:
+        RecipeError: one line per problem, each naming the YAML path, the value, the rule and the nearest valid name.
+    """
+    recipe = validated(raw, place)
+    if base_dir is not None:
+        recipe = _absolute(recipe, base_dir)
+    compat.check(recipe, place)
+    return _with_alignment(recipe, place, base_dir)
+
+
+def validated(raw: dict[str, Any], place: str) -> Recipe:
+    """A plain dict as a recipe of valid parts; whether they go together is not looked at.
+
+    Raises:
+        RecipeError: as :func:`parse_recipe`.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{place}: {problem}" for problem in _problems(error))) from None
+
+
+def alignment(recipe: Recipe, **changes: Any) -> Recipe | None:
+    """The recipe that trains the pruned model before its adapter; None if ``base.align`` does not ask for it.
+
+    Args:
+        changes: what the caller knows better, such as ``model`` and ``storage``.
+
+    Raises:
+        RecipeError: its sections are no recipe.
+    """
+    if not isinstance(recipe.base, LoRAMOptions) or recipe.base.align is None:
+        return None
+    plain = {"base": "full", "adapter": {"kind": "none", "freeze": ["lm_head"]}, "tracking": "none"}
+    return parse_recipe({**recipe.to_dict(), **plain, **recipe.base.align, **changes}, "base.align")
+
+
+def _with_alignment(recipe: Recipe, place: str, base_dir: Path | None) -> Recipe:
+    """The recipe with ``base.align`` validated, complete and its paths made absolute."""
+    if not isinstance(recipe.base, LoRAMOptions) or recipe.base.align is None:
+        return recipe
+    if odd := sorted(set(recipe.base.align) - set(ALIGNED)):
+        raise RecipeError(f"{place}: base.align.{odd[0]}: not a section of it; known here: {', '.join(ALIGNED)}")
+    aligned = alignment(recipe)
+    assert aligned is not None
+    values = (_absolute(aligned, base_dir) if base_dir else aligned).to_dict()
+    base = dataclasses.replace(recipe.base, align={name: values[name] for name in recipe.base.align})
+    return recipe.model_copy(update={"base": base})
+
+
+ALIGNED = ("data", "activations", "loss", "optimizer", "train", "scaling", "seed", "tracking")
+"""Sections that ``base.align`` may hold."""
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file as a person writes it: with the shorthands, and the name left to the file's."""
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    for axis in ("Base", "Adapter", "Activations", "Loss", "Optimizer", "Tracking"):
+        sections = _sections_in(fields_of(Recipe)[axis.lower()])
+        kinds = [kind_of(section) for section in sections]
+        default = Recipe.model_fields[axis.lower()].default.kind
+        for section in sections:
+            if kind_of(section) != default:  # options without a kind are the default kind's
+                definitions[section.__name__].setdefault("required", []).append("kind")
+        definitions[axis] = {"anyOf": [definitions[axis], {"enum": kinds}]}
+    for split in ("train", "eval"):
+        sources = definitions["DataSection"]["properties"][split]
+        one = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
+        definitions["DataSection"]["properties"][split] = {
+            "description": sources.get("description", ""),
+            "anyOf": [one, {"type": "array", "items": one, "minItems": 1}, {"type": "null"}],
+        }
+    schema["required"].remove("name")
+    return schema
+
+
+def packaged_recipe(name: str) -> Path:
+    """File of a recipe that ships with raymem, for example ``quickstart``.
+
+    Raises:
+        RecipeError: no such recipe.
+    """
+    installed = Path(str(resources.files("raymem"))) / "recipes"
+    folder = installed if installed.is_dir() else Path(__file__).parents[2] / "jobs" / "recipes"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise RecipeError(f"no recipe named {name!r} ships with raymem{nearest(name, names)}")
+    return path
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {override}: write it as path=value, for example --set train.steps=100")
+    try:
+        value = _parse_yaml(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    node: Any = raw
+    for depth, part in enumerate(parents):
+        child = _child(node, part, override)
+        if child is None:
+            child = {}
+            _assign(node, part, child)
+        elif isinstance(child, str) and depth == 0:
+            child = {"kind": child}  # `adapter: lora` and `--set adapter.rank=8` belong together
+            _assign(node, part, child)
+        node = child
+    _child(node, last, override)
+    _assign(node, last, value)
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, dict):
+        return node.get(part)
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    raise RecipeError(f"--set {override}: {part!r} cannot be looked up in {type(node).__name__} {node!r}")
+
+
+def _assign(node: Any, part: str, value: Any) -> None:
+    node[int(part) if isinstance(node, list) else part] = value
+
+
+def _absolute(recipe: Recipe, base_dir: Path) -> Recipe:
+    """Make every local path absolute; ids of the Hugging Face hub and URIs stay as they are."""
+
+    def local(value: str | None) -> str | None:
+        if value is None or value.startswith(f"{DEMO_PREFIX}:") or not is_local(value, base_dir):
+            return value
+        return absolute(value, base_dir)
+
+    def sources(items: Any) -> Any:
+        return items and [{**item, "path": local(item["path"])} for item in items]
+
+    raw = recipe.to_dict()
+    raw["model"].update({key: local(raw["model"][key]) for key in ("name", "tokenizer")})
+    raw["data"].update({key: sources(raw["data"][key]) for key in ("train", "eval")})
+    if raw["adapter"].get("init_from"):
+        raw["adapter"]["init_from"] = absolute(raw["adapter"]["init_from"], base_dir)
+    for key in ("artifact", "calibration"):
+        if raw["base"].get(key):
+            raw["base"][key] = local(raw["base"][key]) if key == "calibration" else absolute(raw["base"][key], base_dir)
+    raw["storage"]["path"] = absolute(raw["storage"]["path"], base_dir)
+    return Recipe.model_validate(raw)
+
+
+def _problems(error: ValidationError) -> Iterable[str]:
+    seen: dict[str, str] = {}
+    for item in error.errors():
+        path, fields = _resolve(item["loc"])
+        kind, message, value = item["type"], item["msg"], item.get("input")
+        if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+            text = f"unknown key{nearest(path.rpartition('.')[2], fields)}"
+        elif kind == "missing":
+            text = "is missing"
+        elif kind == "union_tag_not_found":
+            tag = item["ctx"]["discriminator"].strip("'")
+            path, text = f"{path}.{tag}", "is missing"
+        elif kind in ("union_tag_invalid", "literal_error"):
+            context = item["ctx"]
+            expected = [tag.strip("' ") for tag in str(context.get("expected_tags", context.get("expected"))).replace(
+                " or ", ",").split(",")]  # fmt: skip
+            given = context.get("tag", value)
+            path = path if kind == "literal_error" else f"{path}.{context['discriminator'].strip(chr(39))}"
+            text = f"{given!r} is not one of {', '.join(expected)}{nearest(str(given), expected)}"
+        elif kind == "value_error":
+            text = message.removeprefix("Value error, ")
+            name, separator, rest = text.partition(": ")
+            if separator and name in fields:  # the options of a method begin with the field
+                path, text = f"{path}.{name}", rest
+        elif kind in ("model_type", "model_attributes_type", "dataclass_type"):
+            text = f"{value!r}: expected keys with values (a YAML mapping)"
+        else:
+            text = f"{value!r}: {message[0].lower()}{message[1:]}"
+        # A union reports every arm that failed; one line per place is what a person can act on.
+        seen[path] = f"{seen[path]}, or {text.partition(': ')[2]}" if path in seen else text
+    return [f"{path}: {text}" if path else text for path, text in seen.items()]
+
+
+def _resolve(location: Sequence[int | str]) -> tuple[str, list[str]]:
+    """Dotted YAML path of a pydantic location, and the names that are valid where its last part stands.
+
+    pydantic puts union tags (``lora``) and arms (``constrained-int``) into the location; they are no part of the YAML.
+    """
+    parts: list[str] = []
+    sections: list[type] = [Recipe]
+    fields: list[str] = list(fields_of(Recipe))
+    keyed = False
+    for index, part in enumerate(location):
+        last = index == len(location) - 1
+        if keyed:  # the key of a mapping whose values are sections
+            parts.append(str(part))
+            keyed = False
+            continue
+        if isinstance(part, int):
+            if parts:
+                parts[-1] += f"[{part}]"
+                continue
+            part = str(part)  # a key that is no text
+        tagged = [s for s in sections if kind_of(s) == part]
+        if tagged:
+            sections, fields = tagged, list(fields_of(tagged[0]))
+            continue
+        owners = [s for s in sections if part in fields_of(s)]
+        if not owners and not last:
+            continue
+        if not owners and sections == []:  # the arm of a union of plain types
+            continue
+        parts.append(part)
+        fields = sorted({name for s in sections for name in fields_of(s)})
+        keyed = any(_is_mapping(fields_of(s)[part]) for s in owners)
+        sections = [inner for s in owners for inner in _sections_in(fields_of(s)[part])]
+    return ".".join(parts), fields
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether an annotation is a mapping to sections, perhaps an optional one."""
+    if typing.get_origin(annotation) is dict:
+        return bool(_sections_in(annotation))
+    return any(_is_mapping(argument) for argument in typing.get_args(annotation))
+
+
+def _sections_in(annotation: Any) -> list[type]:
+    """Every recipe section that an annotation can hold."""
+    if is_section(annotation):
+        return [annotation]
+    if isinstance(annotation, TypeAliasType):
+        return _sections_in(annotation.__value__)
+    if isinstance(annotation, types.GenericAlias | types.UnionType) or typing.get_args(annotation):
+        return [section for argument in typing.get_args(annotation) for section in _sections_in(argument)]
+    return []
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the one that was probably meant, or all that there are."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    listed = sorted(candidates)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(listed)}"

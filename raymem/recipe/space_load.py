@@ -1,0 +1,131 @@
+"""Reading a search space and holding it against a recipe."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from raymem.errors import RecipeError
+from raymem.recipe.load import nearest, parse_recipe, read_yaml, validated
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space import Point, Space, apply, sample
+
+
+def load_space(source: str | None, recipe: Recipe) -> Space:
+    """The space that is meant, checked: every dimension exists somewhere, and every end of it is a valid value.
+
+    Args:
+        source: a Python file with ``SPACE``, a YAML file, or the name of a space that ships with raymem (``joint``); by
+            default the recipe's own ``space``.
+
+    Raises:
+        RecipeError: there is none, it cannot be read, or its paths or values are none of the recipe's.
+    """
+    if source is None:
+        if recipe.space is None:
+            raise RecipeError(
+                f"there is no search space: give --space ({', '.join(shipped())}, or a file), or write one into the "
+                "recipe's `space` section"
+            )
+        space, place = recipe.space, "space"
+    else:
+        path = _file(source)
+        place = str(path)
+        # The recipe's own schema says what a space is, and what is wrong with one.
+        found = validated({**recipe.to_dict(), "space": _read(path)}, place)
+        assert found.space is not None
+        space = found.space
+    check_space(space, recipe, place)
+    return space
+
+
+def shipped() -> list[str]:
+    """Names of the spaces that ship with raymem."""
+    return sorted(file.stem for file in _folder().glob("*.py") if file.stem != "__init__")
+
+
+def recipe_at(recipe: Recipe, point: Point, place: str) -> Recipe:
+    """The recipe of a point.
+
+    Raises:
+        RecipeError: its values are not valid, or do not go together.
+    """
+    return parse_recipe({**apply(recipe.to_dict(), point), "space": None}, place)
+
+
+def check_space(space: Space, recipe: Recipe, place: str) -> None:
+    """See :func:`load_space`; which values go together is left to each point."""
+    raw = recipe.to_dict()
+    for path, dimension in space.items():
+        wanted = _reachable(space, raw, path, place)
+        for value in dimension.grid():
+            forced = {**wanted, path: value}
+            point = sample(space, raw, lambda p, d, forced=forced: forced.get(p, d.grid()[0]))  # type: ignore[misc]
+            if path not in point:
+                raise RecipeError(
+                    f"{place}: {path}: its `when` is never true with this recipe: {dimension.when}; put what it asks "
+                    "for earlier in the space, or into the recipe"
+                )
+            # Only what this dimension and its conditions say: others may not go with it.
+            own = {p: v for p, v in point.items() if p in forced}
+            validated({**apply(raw, own), "space": None}, place)
+
+
+def _reachable(space: Space, raw: Mapping[str, Any], path: str, place: str) -> dict[str, Any]:
+    """Values of earlier dimensions with which one exists."""
+    wanted: dict[str, Any] = {}
+    order = list(space)
+    for asked, allowed in space[path].when.items():
+        if asked not in space:
+            continue  # the recipe's own value, which `sample` looks at
+        if order.index(asked) >= order.index(path):
+            raise RecipeError(
+                f"{place}: {path}: its `when` asks about {asked}, which has no value there yet; put {asked} earlier in "
+                "the space"
+            )
+        possible = [value for value in allowed if _may_be(space[asked], value)]
+        if not possible:
+            raise RecipeError(f"{place}: {path}: when {asked} is {allowed}, but the space never puts that there")
+        wanted |= {asked: possible[0], **_reachable(space, raw, asked, place)}
+    return wanted
+
+
+def _may_be(dimension: Any, value: Any) -> bool:
+    if dimension.type == "choice":
+        return value in dimension.choices
+    return isinstance(value, int | float) and dimension.low <= value <= dimension.high
+
+
+def _file(source: str) -> Path:
+    path = Path(source)
+    if path.suffix in (".py", ".yaml", ".yml"):
+        return path
+    if source not in shipped():
+        raise RecipeError(
+            f"--space {source}: no space of that name ships with raymem{nearest(source, shipped())}; a file ends in "
+            ".py or .yaml"
+        )
+    return _folder() / f"{source}.py"
+
+
+def _folder() -> Path:
+    installed = Path(str(resources.files("raymem"))) / "spaces"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "tune_spaces"
+
+
+def _read(path: Path) -> Any:
+    if path.suffix != ".py":
+        raw = read_yaml(path)
+        return raw.get("space", raw)
+    try:
+        names = runpy.run_path(str(path))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; {', '.join(shipped())} ship with raymem") from None
+    except Exception as error:  # a user's code may raise anything
+        raise RecipeError(f"{path}: cannot be run: {type(error).__name__}: {error}") from None
+    if "SPACE" not in names:
+        raise RecipeError(f"{path}: has no SPACE; write SPACE = {{'adapter.rank': {{'type': 'choice', ...}}}}")
+    return names["SPACE"]

@@ -1,0 +1,29 @@
+"""Artefacts that may lie on an object store, as local files."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from raymem.storage.storage import Storage
+from raymem.training.artifacts.export import FACTS
+
+
+@contextlib.contextmanager
+def local_copy(place: str) -> Iterator[str]:
+    """A local directory with the artefact at ``place``: itself, or for ``s3://`` and ``gs://`` a temporary copy.
+
+    Raises:
+        StorageError: it cannot be fetched.
+    """
+    if "://" not in place:
+        yield place
+        return
+    parent, _, rest = place.partition("?")
+    base, _, name = parent.rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="raymem-artifact-") as folder:
+        directory = Path(folder) / name
+        Storage.open(f"{base}?{rest}" if rest else base).download_dir(name, directory, last=FACTS)
+        yield str(directory)

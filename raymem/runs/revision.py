@@ -1,0 +1,123 @@
+"""Which commit of the Hugging Face hub a recipe means: the one that its run began with, else what the hub has today.
+
+A branch such as ``main`` moves. A run, its evaluation and its artefact mean one commit all the same, so whoever starts
+something asks :func:`resolve`, with what is known of the run or of the artefact.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from raymem.recipe.load import MODELS
+from raymem.recipe.schema import ModelSection, Recipe
+from raymem.storage.storage import Storage
+from raymem.training.artifacts.export import FACTS
+from raymem.training.checkpoint import FOLDER, latest_recipe
+from raymem.training.dist_env import Layout
+from raymem.training.model.build import fetch
+
+RECORD = "revision.json"
+"""In the directory of a run, from its start: what it began with."""
+
+
+@dataclass(frozen=True)
+class Began:
+    """What a run began with."""
+
+    name: str | None
+    """Of the model."""
+    commit: str | None
+    asked: str | None
+    """The recipe's ``model.revision``, which may name a branch, a tag, the commit, or nothing."""
+
+    def is_meant_by(self, model: ModelSection) -> bool:
+        """Whether a recipe goes on with it: it asks for the same as the run's did, for that commit, or for nothing."""
+        return model.name == self.name and model.revision in (None, self.asked, self.commit)
+
+
+def resolve(recipe: Recipe, *earlier: Began | None) -> Recipe:
+    """The recipe with the exact commit of a hub id as its revision; one that means another model is left alone.
+
+    Args:
+        earlier: what it may go on with; the first one that it means counts, and without any it is today's commit.
+
+    Raises:
+        ModelError: that commit of the model cannot be had.
+    """
+    model = recipe.model
+    if not on_hub(model):
+        return recipe
+    for began in earlier:
+        if began is not None and began.is_meant_by(model):
+            return recipe if began.commit is None else at_revision(recipe, _commit(model.name, began.commit))
+    if getattr(recipe.base, "artifact", None) is not None:
+        return recipe  # the manifest of a pruned model names the commit
+    return at_revision(recipe, _commit(model.name, model.revision))
+
+
+def at_revision(recipe: Recipe, revision: str | None) -> Recipe:
+    """The recipe with another ``model.revision``."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
+
+
+def began_with(run: Storage) -> Began | None:
+    """What a run began with, or None if it has not begun.
+
+    Raises:
+        StorageError: its record, or the manifest of its last checkpoint, cannot be read.
+    """
+    if run.exists(RECORD):
+        return Began(**run.read_json(RECORD))
+    recipe = latest_recipe(run)  # runs of earlier versions have no record
+    return None if recipe is None else _of_model(recipe["model"])
+
+
+def trained_from(artifact: str, name: str | None) -> Began | None:
+    """What a PEFT or model directory says that it was trained from, if that is a commit of the model ``name``.
+
+    Raises:
+        StorageError: one of its files is damaged.
+    """
+    directory = Storage.open(artifact if "://" in artifact else os.path.abspath(artifact))
+    found = []
+    if directory.exists("adapter_config.json"):
+        config = directory.read_json("adapter_config.json")
+        found.append(Began(config.get("base_model_name_or_path"), config.get("revision"), config.get("revision")))
+    if directory.exists(FACTS):
+        found.append(_of_model(directory.read_json(FACTS).get("recipe", {}).get("model", {})))
+    return next((began for began in found if began.name == name and began.commit is not None), None)
+
+
+def record(run: Storage, recipe: Recipe, asked: str | None) -> None:
+    """Write down what a run begins with. Once it has checkpoints, which are tied to that, nothing changes any more.
+
+    Args:
+        recipe: as it was resolved.
+        asked: ``model.revision`` of the recipe as it was given.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if recipe.model.revision is None or not on_hub(recipe.model) or run.list_dirs(FOLDER):
+        return
+    began = Began(recipe.model.name, recipe.model.revision, asked)
+    if run.exists(RECORD) and asked in (None, began.commit):  # says less than the recipe before may have said
+        before = Began(**run.read_json(RECORD))
+        if (before.name, before.commit) == (began.name, began.commit):
+            return
+    run.write_json(RECORD, asdict(began))
+
+
+def on_hub(model: ModelSection) -> bool:
+    """Whether the model is named by an id of the hub, rather than a directory, a demo model or a config."""
+    return model.name is not None and model.name not in MODELS and not Path(model.name).is_dir()
+
+
+def _of_model(plain: dict[str, str | None]) -> Began:
+    return Began(plain.get("name"), plain.get("revision"), plain.get("revision"))
+
+
+def _commit(name: str | None, revision: str | None) -> str:
+    return fetch(name or "", revision, Layout(), weights_too=False).name

@@ -1,0 +1,308 @@
+"""One storage root: a local directory, ``s3://`` or ``gs://``, with the few operations that runs need.
+
+Names given to a :class:`Storage` are ``/``-separated and relative to its root; :meth:`Storage.join` turns one into the
+absolute path or URI that another process can open. A directory counts as whole once its *marker* file (by default
+``manifest.json``) is there: uploads write the marker last, deletions remove it first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from pyarrow import fs as pafs
+
+from raymem.errors import StorageError
+from raymem.storage.errors import explain
+
+MARKER = "manifest.json"
+_CHUNK_BYTES = 8 << 20
+
+
+class Storage:
+    """A storage root. Pickles as its path, so that it can travel to any process that sees the same storage."""
+
+    def __init__(self, path: str, filesystem: pafs.FileSystem, root: str) -> None:
+        self.path = path
+        """Absolute local path, or the URI as given."""
+        self.filesystem = filesystem
+        """For Ray's ``RunConfig(storage_filesystem=)`` and ``torch.distributed.checkpoint``."""
+        self.root = root
+        """The same place in the words of ``filesystem``: no scheme, no options."""
+
+    @classmethod
+    def open(cls, path: str) -> Storage:
+        """Open a storage root; nothing is created, and local paths are not touched.
+
+        Raises:
+            StorageError: relative path, unknown scheme, malformed URI, secrets in the URI, unknown bucket region.
+        """
+        if "://" not in path:
+            if not os.path.isabs(path):
+                raise StorageError(
+                    f"storage.path: {path!r} is relative, which means another place in each worker; "
+                    "give an absolute path, s3:// or gs://"
+                )
+            root = os.path.normpath(path)
+            return cls(root, pafs.LocalFileSystem(), root)
+        parts = urlsplit(path)
+        if parts.scheme == "file":
+            return cls.open(unquote(parts.path))
+        if parts.scheme not in ("s3", "gs", "gcs"):
+            raise StorageError(
+                f"storage.path: scheme {parts.scheme}:// is not supported; give an absolute path, s3:// or gs://"
+            )
+        if "@" in parts.netloc and parts.username != "anonymous":
+            raise StorageError(
+                f"storage.path: {parts.scheme}:// with a user or key before the @ would write credentials into logs "
+                "and checkpoints; take them out and use the environment (AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or the role of the machine"
+            )
+        if not parts.hostname:
+            raise StorageError(f"storage.path: {path!r} names no bucket; write {parts.scheme}://bucket/path")
+        try:
+            filesystem, root = pafs.FileSystem.from_uri(path)
+        except Exception as error:  # Arrow raises its own, ValueError and OSError here
+            raise explain(error, "open", path) from error
+        return cls(path, filesystem, root.rstrip("/"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Storage.open, (self.path,))
+
+    def __repr__(self) -> str:
+        return f"Storage({self.path!r})"
+
+    @property
+    def is_local(self) -> bool:
+        """True for a path of this machine's file tree (which may still be a network mount)."""
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def join(self, *names: str) -> str:
+        """Absolute path or URI of a name below the root; the options of a URI (``?endpoint_override=``) survive."""
+        name = _clean("/".join(names))
+        if self.is_local:
+            return os.path.join(self.root, name) if name else self.root
+        parts = urlsplit(self.path)
+        below = f"{parts.path.rstrip('/')}/{quote(name)}" if name else parts.path
+        return urlunsplit(parts._replace(path=below))
+
+    def child(self, *names: str) -> Storage:
+        """The storage whose root is a directory below this one."""
+        return Storage(self.join(*names), self.filesystem, self._at("/".join(names)))
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or directory is there. Raises StorageError when that cannot be known."""
+        with self._explained("look up", name):
+            return bool(self.filesystem.get_file_info(self._at(name)).type != pafs.FileType.NotFound)
+
+    def list_dirs(self, name: str = "") -> list[str]:
+        """Names of the directories directly below ``name``, sorted; empty if it does not exist."""
+        with self._explained("list", name):
+            infos = self.filesystem.get_file_info(pafs.FileSelector(self._at(name), allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """File name -> bytes of the files directly in a directory. Raises StorageError when they cannot be listed."""
+        with self._explained("list", name):
+            infos = self.filesystem.get_file_info(pafs.FileSelector(self._at(name), allow_not_found=True))
+        return {info.base_name: info.size for info in sorted(infos, key=lambda i: i.path) if info.is_file}
+
+    def read_json(self, name: str) -> Any:
+        """Parse a JSON file. Raises StorageError if it is missing, unreadable or not JSON."""
+        with self._explained("read", name), self.filesystem.open_input_stream(self._at(name)) as stream:
+            text = stream.read()
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise StorageError(
+                f"{self.join(name)} is not JSON ({error}); the file is damaged: delete it, or restore it from a copy"
+            ) from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file that is seen either whole or not at all. Raises StorageError."""
+        data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+        with self._explained("write", name):
+            self._put(name, data)
+
+    def upload_dir(self, local: str | Path, name: str, last: str | None = MARKER) -> None:
+        """Copy a local directory to ``name``, replacing what is there; the file ``last`` is written last.
+
+        With ``last=None`` the files are merged into the directory instead (several ranks upload their own shards; one
+        of them then writes the marker with :meth:`write_json`). A failed upload is removed again, to give back space.
+
+        Raises:
+            StorageError: the copy failed, or the local directory lacks its marker.
+        """
+        local = Path(local)
+        files = sorted(p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file())
+        if last is not None:
+            if last not in files:
+                raise StorageError(f"{local} has no {last}, which marks a complete directory; it was not uploaded")
+            files = [f for f in files if f != last] + [last]
+            self.delete_dir(name, last)
+        source = pafs.LocalFileSystem()
+        try:
+            for file in files:
+                with self._explained("write", f"{name}/{file}"):
+                    target = self._at(f"{name}/{file}")
+                    self._make_parent(target)
+                    _copy(source, str(local / file), self.filesystem, target)
+                    if self.is_local:
+                        sync(target)
+        except StorageError:
+            if last is not None:
+                with contextlib.suppress(StorageError):
+                    self.delete_dir(name, last)
+            raise
+        if self.is_local and files:
+            sync(self._at(name))
+
+    def download_dir(self, name: str, local: str | Path, last: str | None = MARKER) -> None:
+        """Copy the directory ``name`` to ``local``, which must not exist yet and appears only when whole.
+
+        If the marker is a JSON object with ``files: {name: {bytes, sha256}}``, each of these is verified.
+
+        Raises:
+            StorageError: marker or a listed file missing, wrong size or digest, ``local`` taken, or the copy failed.
+        """
+        local = Path(local)
+        if local.exists() and (not local.is_dir() or any(local.iterdir())):
+            raise StorageError(f"{local} already exists; remove it, or download {self.join(name)} to another place")
+        if last is not None and not self.exists(f"{name}/{last}"):
+            raise StorageError(
+                f"{self.join(name)} has no {last}: its upload never finished, or it was deleted; use another one"
+            )
+        manifest = self.read_json(f"{name}/{last}") if last is not None and last.endswith(".json") else {}
+        expected = manifest.get("files", {}) if isinstance(manifest, dict) else {}
+        target = pafs.LocalFileSystem()
+        scratch = local.parent / f".{local.name}.part-{uuid.uuid4().hex[:8]}"
+        try:
+            with self._explained("download", name):
+                base = self._at(name)
+                infos = self.filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
+                files = sorted(i.path[len(base) :].strip("/") for i in infos if i.type == pafs.FileType.File)
+            _verify_names(self.join(name), expected, files)
+            for file in files:
+                with self._explained("download", f"{name}/{file}"):
+                    (scratch / file).parent.mkdir(parents=True, exist_ok=True)
+                    found = _copy(self.filesystem, f"{base}/{file}", target, str(scratch / file))
+                _verify(self.join(name, file), expected.get(file), found)
+            with self._explained("download", name):
+                scratch.mkdir(parents=True, exist_ok=True)
+                os.rename(scratch, local)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def delete_dir(self, name: str, last: str | None = MARKER) -> None:
+        """Delete a directory, marker first, so that an interrupted deletion never looks whole; absent is fine."""
+        assert _clean(name), "the storage root itself is never deleted"
+        with self._explained("delete", name):
+            for path, delete in ((f"{name}/{last}", "delete_file"), (name, "delete_dir")):
+                if last is None and delete == "delete_file":
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    getattr(self.filesystem, delete)(self._at(path))
+
+    def check_writable(self) -> None:
+        """Write, read back and delete a probe file, creating a local root that is missing.
+
+        Raises:
+            StorageError: names the path, the system's words and the cure.
+        """
+        probe = f".raymem-probe-{uuid.uuid4().hex}"
+        data = probe.encode()
+        action = "create" if self.is_local and not os.path.isdir(self.root) else "write to"
+        try:
+            self._put(probe, data)
+            with self.filesystem.open_input_stream(self._at(probe)) as stream:
+                back = stream.read()
+        except OSError as error:
+            raise explain(error, action, self.path) from error
+        finally:
+            with contextlib.suppress(OSError):
+                self.filesystem.delete_file(self._at(probe))
+        if back != data:
+            raise StorageError(f"storage: {self.path} gave back other bytes than were written; check its mount")
+
+    def _at(self, name: str) -> str:
+        name = _clean(name)
+        return f"{self.root.rstrip('/')}/{name}" if name else self.root
+
+    def _make_parent(self, target: str) -> None:
+        # Object stores have no directories; creating some would only leave empty marker objects behind.
+        if self.is_local:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+
+    def _put(self, name: str, data: bytes) -> None:
+        target = self._at(name)
+        self._make_parent(target)
+        if not self.is_local:  # one put of an object is atomic
+            with self.filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        scratch = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}"
+        try:
+            with open(scratch, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(scratch)
+            raise
+        sync(os.path.dirname(target))
+
+    @contextlib.contextmanager
+    def _explained(self, action: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise explain(error, action, self.join(name)) from error
+
+
+def _clean(name: str) -> str:
+    path = PurePosixPath(name)
+    assert not path.is_absolute() and ".." not in path.parts, f"{name!r} leaves the storage root"
+    return "" if str(path) == "." else str(path)
+
+
+def _copy(source: pafs.FileSystem, path: str, target: pafs.FileSystem, to: str) -> dict[str, Any]:
+    """Copy one file in chunks; returns what was copied as ``{bytes, sha256}``."""
+    digest, size = hashlib.sha256(), 0
+    with source.open_input_stream(path) as reader, target.open_output_stream(to) as writer:
+        while chunk := reader.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+            writer.write(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def sync(path: str | Path) -> None:
+    """Flush a file or directory to disk: the marker must not survive a power cut that its files do not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _verify_names(place: str, expected: dict[str, Any], files: list[str]) -> None:
+    if missing := sorted(set(expected) - set(files)):
+        raise StorageError(f"{place} is damaged: {missing[0]} is listed but missing; use another one")
+
+
+def _verify(place: str, expected: dict[str, Any] | None, found: dict[str, Any]) -> None:
+    for key, value in found.items():
+        if expected is not None and expected.get(key, value) != value:
+            raise StorageError(
+                f"{place} is damaged: it has {key} {value}, its manifest says {expected[key]}; use another one"
+            )

@@ -1,0 +1,258 @@
+"""The driver of a sweep: Ray Tune over the points that fit, one journal, one report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raymem.errors import BudgetError, BudgetExceeded, RaymemError, RecipeError, StorageError
+from raymem.memory.budget import bytes_text
+from raymem.planner.admission import Gate
+from raymem.recipe.load import nearest
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space import AXES, Space, sample
+from raymem.recipe.space_load import recipe_at
+from raymem.runs import demo
+from raymem.runs.prepare import prepare_split, shared_tokenizer
+from raymem.runs.revision import Began, at_revision, resolve
+from raymem.runs.train import Status, build_demo, only_one, set_aside
+from raymem.storage.storage import Storage
+from raymem.sweeps.report import SweepRow, best_of, rows_of, write_report
+from raymem.sweeps.resources import admitted_bytes, resources_of
+from raymem.sweeps.search import METRICS, BudgetedSearch, Objective, open_study, started
+from raymem.sweeps.trial import TrialJob
+from raymem.sweeps.tune import early_stopping, tune
+from raymem.tracking.start import start_tracking
+
+log = logging.getLogger(__name__)
+
+_FACTS = "sweep.json"
+Watch = Callable[[list[SweepRow]], None]
+"""Told all rows whenever one has changed."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep looks for what."""
+
+    budget_bytes: int
+    """Of one worker's device."""
+    samples: int = 50
+    """Trials to start; refused proposals do not count."""
+    objective: Objective = field(default_factory=lambda: Objective(("eval_loss",)))
+    algorithm: str = "tpe"
+    """One of :data:`raymem.sweeps.search.ALGORITHMS`."""
+    early_stopping: bool = True
+    """Stop what is clearly worse at its evaluations (ASHA); with several objectives nothing is stopped."""
+    gpu: str | None = None
+    """Kind of GPU, for the planner."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep that came to its end."""
+
+    folder: Path
+    """Report, journal and best recipe."""
+    rows: list[SweepRow]
+    gave_up: str | None
+    """Why it ended before all samples, if it did."""
+    run_id: str | None
+    """MLflow run whose children are the trials."""
+
+
+def check_metrics(names: tuple[str, ...]) -> None:
+    """Refuse a metric that no trial reports. Raises RecipeError."""
+    for name in names:
+        if name not in METRICS:
+            raise RecipeError(f"objective {name!r}: no trial reports that{nearest(name, METRICS)}")
+
+
+def sweep(
+    recipe: Recipe, space: Space, options: SweepOptions, *,
+    fresh: bool = False, status: Status = log.info, watch: Watch = lambda rows: None,
+) -> Swept:  # fmt: skip
+    """Search a space under a budget; a sweep of the same name on the same storage goes on.
+
+    Args:
+        recipe: what every trial starts from; its name is the sweep's.
+
+    Raises:
+        BudgetExceeded: nothing in the space fits; names the smallest figure.
+        RaymemError: whatever makes every trial impossible.
+    """
+    check_metrics(options.objective.metrics)
+    if recipe.data.eval is None and "eval_loss" in options.objective.metrics:
+        raise RecipeError("objective 'eval_loss': the recipe has no data.eval; add it, or use --objective loss")
+    if options.gpu is not None and not recipe.scaling.use_gpu:
+        raise BudgetError(
+            f"--gpu {options.gpu}: scaling.use_gpu is false, so trials would run on CPU; set scaling.use_gpu: true, or "
+            "give --budget alone"
+        )
+    storage = Storage.open(recipe.storage.path)
+    if not storage.is_local:
+        raise StorageError(
+            f"storage.path: {recipe.storage.path} is an object store, and a sweep keeps a journal that is appended to; "
+            "use a directory that every node sees"
+        )
+    storage.check_writable()
+    from raymem.cluster import connection
+    from raymem.cluster.doctor import checks
+
+    with only_one(storage, recipe.name):
+        status("starting Ray")
+        connection.connect(recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"num_workers": 0})}))
+        checks.check_storage_shared(storage.path)
+        if fresh:
+            set_aside(storage, recipe.name)
+        folder = Path(storage.join(recipe.name))
+        resumed, facts = _same_sweep(folder, recipe, space, options)
+        recipe = _settled(recipe, _began(facts), storage, status)
+        _write_facts(folder, facts | {"revision": recipe.model.revision})
+        study = open_study(folder / "journal.log", options.objective, recipe.name)
+        sink = start_tracking(
+            recipe.to_dict(),
+            storage_path=storage.path,
+            resume=resumed,
+            device="cuda" if recipe.scaling.use_gpu else "cpu",
+            tags={"raymem.sweep": recipe.name, "raymem.budget": bytes_text(options.budget_bytes)},
+        )
+        ended = "FINISHED"
+        try:
+            admitted = admitted_bytes(recipe, options.budget_bytes, status)
+            with Gate(admitted, gpu=options.gpu) as gate:
+                configure = _configurer(f"{recipe.name[:53]}-{facts['key']}", sink.run_id)
+                if sum(map(started, study.get_trials(deepcopy=False))) < options.samples:
+                    status("starting the planner")
+                    gate.warm_up(recipe)
+                status(f"searching {len(space)} dimensions under {bytes_text(options.budget_bytes)}")
+                try:
+                    search = tune(
+                        lambda: BudgetedSearch(
+                            study, space, recipe, gate, options.objective,
+                            algorithm=options.algorithm, samples=options.samples, configure=configure,
+                        ),
+                        recipe, storage, admitted,
+                        early_stopping(recipe, options.objective) if options.early_stopping else None,
+                        lambda: watch(rows_of(study.get_trials(deepcopy=False))),
+                    )  # fmt: skip
+                finally:
+                    trials = study.get_trials(deepcopy=False)
+                    rows = write_report(folder / "report", trials, recipe, options.objective, options.budget_bytes)
+                if not any(row.status != "refused" for row in rows):
+                    raise _nothing_fits(space, recipe, gate, rows)
+            if (best := best_of(rows, options.objective)) is not None:
+                sink.log_history([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
+        except BaseException as error:
+            ended = "FAILED" if isinstance(error, Exception) else "KILLED"  # Ctrl-C, or SIGTERM
+            raise
+        finally:
+            report = folder / "report"
+            sink.finish(ended, {"sweep": report} if report.is_dir() else {})  # type: ignore[arg-type]
+        return Swept(folder, rows, search.gave_up, sink.run_id)
+
+
+def _same_sweep(
+    folder: Path, recipe: Recipe, space: Space, options: SweepOptions
+) -> tuple[bool, dict[str, Any]]:  # fmt: skip
+    """Whether this sweep was begun before, and its facts; another one of the same name is refused.
+
+    Besides what it looks for, the facts have a ``key`` that is in its trials' names, so that a sweep that starts over
+    does not find the trials of the one that it replaces; and the ``revision`` of the model, once it is known.
+
+    Raises:
+        RecipeError: names what differs.
+    """
+    plain = recipe.to_dict()
+    now = {
+        **{section: plain[section] for section in ("seed", "model", "data", *AXES, "train", "scaling")},
+        "space": {path: dimension.model_dump(mode="json") for path, dimension in space.items()},
+        "budget": options.budget_bytes,
+        "objective": list(options.objective.metrics),
+        "algorithm": options.algorithm,
+    }
+    file = folder / _FACTS
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {**now, "key": secrets.token_hex(2), "revision": None}
+        _write_facts(folder, facts)
+        return False, facts
+    before = json.loads(file.read_text())
+    if _began(before).is_meant_by(recipe.model):
+        now["model"] = {**now["model"], "revision": before["model"]["revision"]}
+    if different := [name for name in now if now[name] != before.get(name)]:
+        raise RecipeError(
+            f"{folder}: a sweep of this name with another {', '.join(different)} lies there; choose another "
+            "--name, or start over with --fresh"
+        )
+    return True, {"revision": None, **before}
+
+
+def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    part = folder / f"{_FACTS}.part"
+    part.write_text(json.dumps(facts, indent=1) + "\n")
+    part.replace(folder / _FACTS)
+
+
+def _began(facts: dict[str, Any]) -> Began:
+    return Began(facts["model"]["name"], facts.get("revision"), facts["model"]["revision"])
+
+
+def _settled(recipe: Recipe, began: Began, storage: Storage, status: Status) -> Recipe:
+    """Build and prepare once what every trial would; returns the recipe with its revision resolved."""
+    recipe = at_revision(recipe, began.commit or began.asked)
+    resolved = resolve(demo.resolve(recipe, storage, build=lambda wanted: build_demo(wanted, status)))
+    status("preparing the data")
+    tokenizer = shared_tokenizer(resolved, storage)
+    prepare_split(resolved, "train", tokenizer, storage, on_ray=True)
+    if recipe.data.eval is not None:
+        prepare_split(resolved, "eval", tokenizer, storage, on_ray=True)
+    return at_revision(recipe, resolved.model.revision)
+
+
+def _configurer(name: str, parent_run_id: str | None) -> Callable[[int, Recipe, int, int], dict[str, Any]]:
+    """Makes a trial's config."""
+
+    def configure(number: int, point: Recipe, predicted_bytes: int, needed_bytes: int) -> dict[str, Any]:
+        scaling, resources, memory, threads = resources_of(point, needed_bytes)
+        plain = point.to_dict() | {"name": f"{name}-{number:04d}", "scaling": scaling, "budget": None}
+        job = TrialJob(number, plain, predicted_bytes, memory, threads, resources, parent_run_id)
+        return job.to_config()
+
+    return configure
+
+
+def _nothing_fits(space: Space, recipe: Recipe, gate: Gate, rows: list[SweepRow]) -> RaymemError:
+    """The error of a sweep in which no trial was started, with the least that any point needs."""
+    sized = [(row.predicted_bytes, row.point) for row in rows if row.predicted_bytes is not None]
+    if not sized:
+        problem = rows[-1].problem if rows else "the space has no point"
+        return RecipeError(f"no point of the space can be trained; the last one: {problem}")
+    at_least, point = min(sized, key=lambda found: found[0])
+    needed: int | None = None
+    for _ in range(2):  # from the smallest proposal along one dimension after the other
+        for path, dimension in space.items():
+            for value in dimension.grid():
+                near = _replaced(space, recipe, point, path, value)
+                try:
+                    size = gate.needed_bytes(recipe_at(recipe, near, "point"))
+                except RaymemError:
+                    continue
+                if needed is None or size < needed:
+                    needed, point = size, near
+    figure = bytes_text(needed) if needed is not None else f"at least {bytes_text(at_least)}"
+    return BudgetExceeded(
+        f"budget: {bytes_text(gate.budget_bytes)} is below the smallest point of the space that was found, which needs "
+        f"{figure}: {point}; raise the budget to that, or widen the space"
+    )
+
+
+def _replaced(space: Space, recipe: Recipe, point: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A point with another value in one dimension; what exists only then is at its smallest entry."""
+    wanted = {**point, path: value}
+    return sample(space, recipe.to_dict(), lambda name, dimension: wanted.get(name, dimension.grid()[0]))

@@ -1,0 +1,190 @@
+"""What a sweep came to: rows, the Pareto front of quality and memory, its table and figure, and the best recipe."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from raymem.memory.budget import bytes_text
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space_load import recipe_at
+from raymem.sweeps.search import METRICS, Objective, started
+
+STATUSES = ("running", "finished", "stopped", "infeasible", "failed", "crashed", "refused")
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One proposal."""
+
+    number: int
+    status: str
+    """One of :data:`STATUSES`; ``stopped`` is early, ``refused`` never started."""
+    point: dict[str, Any]
+    metrics: dict[str, float]
+    """Those of :data:`raymem.sweeps.search.METRICS` that it reported."""
+    predicted_bytes: int | None
+    """Peak of a step; of a refused one what it would need at least."""
+    measured_bytes: int | None
+    """What the meter saw; of one that ran out of memory what it had by then."""
+    overhead_s: float | None
+    """Of a finished one: seconds besides its training."""
+    problem: str | None
+
+
+def rows_of(trials: Sequence[FrozenTrial]) -> list[SweepRow]:
+    """Every proposal that was judged, in order."""
+    found = []
+    for trial in trials:
+        facts = trial.user_attrs
+        if not started(trial) and facts.get("status") != "refused":  # repeated, or cut off before it was judged
+            continue
+        status = facts.get("status", "running" if trial.state == TrialState.RUNNING else "crashed")
+        metrics = {name: facts[name] for name in METRICS if name in facts}
+        measured = facts.get("measured_bytes") or metrics.get("peak_bytes")
+        found.append(SweepRow(
+            trial.number, status, facts["point"], metrics, facts.get("predicted_bytes"),
+            None if measured is None else int(measured), facts.get("overhead_s"), facts.get("problem"),
+        ))  # fmt: skip
+    return found
+
+
+def finished(rows: Sequence[SweepRow], metrics: Sequence[str]) -> list[SweepRow]:
+    """Those that came to their end and have all of these metrics."""
+    return [row for row in rows if row.status == "finished" and all(name in row.metrics for name in metrics)]
+
+
+def pareto(rows: Sequence[SweepRow], metrics: Sequence[str]) -> list[SweepRow]:
+    """Finished rows that no other one beats in every metric, sorted by the first."""
+    done = finished(rows, metrics)
+
+    def costs(row: SweepRow) -> tuple[float, ...]:
+        return tuple(row.metrics[name] * (1 if METRICS[name] == "min" else -1) for name in metrics)
+
+    def beaten(row: SweepRow) -> bool:
+        mine = costs(row)
+        return any(
+            all(a <= b for a, b in zip(costs(other), mine, strict=True)) and costs(other) != mine for other in done
+        )
+
+    front = [row for row in done if not beaten(row)]
+    return sorted(front, key=costs)
+
+
+def best_of(rows: Sequence[SweepRow], objective: Objective) -> SweepRow | None:
+    """The finished row with the best first metric."""
+    front = pareto(rows, objective.metrics)
+    return front[0] if front else None
+
+
+def write_report(
+    folder: Path, trials: Sequence[FrozenTrial], recipe: Recipe, objective: Objective, budget_bytes: int
+) -> list[SweepRow]:
+    """Write ``trials.json``, ``pareto.md``, ``pareto.png`` and, if any trial finished, ``best.yaml``.
+
+    The front in the table is that of all objectives and of memory; the figure shows the first of them against memory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = rows_of(trials)
+    (folder / "trials.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    names = list(dict.fromkeys([*objective.metrics, "peak_bytes"]))
+    (folder / "pareto.md").write_text(_page(rows, pareto(rows, names), trials, names, budget_bytes))
+    quality = next((name for name in objective.metrics if name != "peak_bytes"), "eval_loss")
+    _draw(folder / "pareto.png", rows, pareto(rows, (quality, "peak_bytes")), quality, budget_bytes)
+    best = best_of(rows, objective)
+    if best is not None:
+        (folder / "best.yaml").write_text(best_recipe(recipe, best, objective.metrics[0], budget_bytes))
+    return rows
+
+
+def best_recipe(recipe: Recipe, best: SweepRow, metric: str, budget_bytes: int) -> str:
+    """The recipe of a row as YAML, to train it anew."""
+    chosen = recipe_at(recipe, best.point, "best").to_dict()
+    del chosen["space"], chosen["name"]  # it is named by its file
+    chosen["budget"] = f"{budget_bytes}B"
+    comment = f"# Trial {best.number} of sweep {recipe.name}: {metric} {_value_text(best, metric)}"
+    if metric != "peak_bytes" and "peak_bytes" in best.metrics:
+        comment += f", peak {_value_text(best, 'peak_bytes')}"
+    return f"{comment}\n" + yaml.safe_dump(chosen, sort_keys=False)
+
+
+def point_text(point: dict[str, Any]) -> str:
+    """A point on one line."""
+    return " ".join(f"{path}={_short(value)}" for path, value in point.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _value_text(row: SweepRow, metric: str) -> str:
+    value = row.metrics[metric]
+    return bytes_text(int(value)) if metric.endswith("_bytes") else f"{value:.4f}"
+
+
+def _page(
+    rows: Sequence[SweepRow], front: Sequence[SweepRow], trials: Sequence[FrozenTrial], names: Sequence[str],
+    budget: int,
+) -> str:  # fmt: skip
+    counts = Counter(row.status for row in rows)
+    told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+    repeated = sum("same_as" in trial.user_attrs for trial in trials)
+    lines = [
+        f"Budget {bytes_text(budget)}. {sum(map(started, trials))} trials of {len(rows)} proposals: {told}"
+        + (f"; {repeated} more had been trained before." if repeated else "."),
+        "",
+        f"| trial | {' | '.join(names)} | predicted peak | of budget | point |",
+        f"|---|{'---|' * len(names)}---|---|---|",
+    ]
+    for row in front:
+        measured, predicted = row.metrics["peak_bytes"], row.predicted_bytes or 0
+        values = " | ".join(_value_text(row, name) for name in names)
+        lines.append(
+            f"| {row.number} | {values} | {bytes_text(predicted)} ({measured / max(1, predicted) - 1:+.2%}) | "
+            f"{measured / budget:.0%} | `{point_text(row.point)}` |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _draw(path: Path, rows: Sequence[SweepRow], front: Sequence[SweepRow], quality: str, budget: int) -> None:
+    """Quality against measured memory: the front in colour, dominated points grey, what is above the budget shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    done = finished(rows, (quality, "peak_bytes"))
+    refused = [row.predicted_bytes for row in rows if row.status == "refused" and row.predicted_bytes]
+    every = [*(row.measured_bytes or 0 for row in done), *refused, budget]
+    unit, name = next((size, name) for size, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1, "B")) if budget >= size)
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    right = max(every) / unit * 1.05
+    axes.axvspan(budget / unit, right, color="tab:red", alpha=0.08, label="above the budget")
+    axes.axvline(budget / unit, color="tab:red", linewidth=1)
+    on_front = {row.number for row in front}
+    grey = [row for row in done if row.number not in on_front]
+    axes.scatter([(r.measured_bytes or 0) / unit for r in grey], [r.metrics[quality] for r in grey], color="0.7",
+                 label="dominated")  # fmt: skip
+    by_memory = sorted(front, key=lambda row: row.measured_bytes or 0)
+    axes.plot([(r.measured_bytes or 0) / unit for r in by_memory], [r.metrics[quality] for r in by_memory],
+              "o-", color="tab:blue", drawstyle="steps-post", label="Pareto front")  # fmt: skip
+    for row in by_memory:
+        axes.annotate(str(row.number), ((row.measured_bytes or 0) / unit, row.metrics[quality]), xytext=(4, 4),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    if refused:
+        low = axes.get_ylim()[0]
+        axes.plot([size / unit for size in refused], [low] * len(refused), "|", color="tab:red", markersize=10,
+                  label="refused (at least)", clip_on=False)  # fmt: skip
+    axes.set_xlim(0, right)
+    axes.set_xlabel(f"peak memory of a worker [{name}]")
+    axes.set_ylabel(quality)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,152 @@
+"""What a trial of a sweep takes from the cluster, and how many fit at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from raymem.cluster.connection import worker_resources
+from raymem.errors import BudgetError
+from raymem.memory.budget import bytes_text
+from raymem.recipe.schema import Recipe
+from raymem.runs.train import Status
+
+RUNTIME_BYTES = 1 << 30
+"""Host memory of a trial's process besides its tensors: Python, Ray and torch."""
+
+
+def nested(recipe: Recipe) -> bool:
+    """Whether a trial has worker processes of its own; else it trains in the trial's."""
+    return recipe.scaling.num_workers not in (0, 1) or recipe.scaling.strategy == "fsdp2"
+
+
+def admitted_bytes(recipe: Recipe, budget_bytes: int, status: Status) -> int:
+    """The budget, or on CPU what the nodes have for a worker of any trial, if that is less.
+
+    Raises:
+        BudgetError: they have nothing, or cannot hold one trial.
+    """
+    if recipe.scaling.use_gpu:
+        return budget_bytes
+    if nested(recipe):
+        most, where = _most_of_workers(recipe), "the cluster has for each worker"
+    else:
+        able = [node for node in _nodes() if _holds(node["Resources"], _of_process(recipe))]
+        if not able:
+            status(f"warning: no node has {_of_process(recipe)} yet; trials wait for one")
+            return budget_bytes
+        # Ray Tune looks at cores only, so any of them may get the largest trial.
+        node = min(able, key=lambda node: float(node["Resources"].get("memory", 0)))
+        most = int(node["Resources"].get("memory", 0)) - RUNTIME_BYTES
+        where = f"node {node['NodeManagerAddress']} has"
+    if most <= 0:
+        raise BudgetError(
+            f"memory: {where} no more than the {bytes_text(RUNTIME_BYTES)} that a process takes besides its tensors; "
+            "use nodes with more"
+        )
+    if most < budget_bytes:
+        status(f"warning: the budget is more than {where}; trials may take {bytes_text(most)}")
+    return min(most, budget_bytes)
+
+
+def resources_of(recipe: Recipe, needed_bytes: int) -> tuple[dict[str, Any], dict[str, float], int, int]:
+    """``scaling`` of a trial, the Ray resources of its process, host memory that it reserves itself, and its threads.
+
+    On GPUs a trial takes whole devices, except where nodes advertise ``gpu_memory_mib``: then the largest even share
+    of a device that holds it.
+    """
+    scaling = recipe.scaling.model_dump(mode="json")
+    if nested(recipe):
+        wanted = worker_resources(recipe)
+        if not recipe.scaling.use_gpu:
+            wanted["memory"] = float(needed_bytes + RUNTIME_BYTES)
+        # The trial itself only waits, for workers that have a placement group of their own: with a share of a core it
+        # would leave too little for those that want all cores of a node.
+        return scaling | {"resources_per_worker": wanted}, {"memory": float(RUNTIME_BYTES)}, 0, 0
+    wanted = _of_process(recipe)
+    scaling |= {"num_workers": 0, "resources_per_worker": None}
+    if recipe.scaling.use_gpu:
+        wanted = {"GPU": 1.0, **wanted}
+        if (per_gpu := _advertised_gpu_mib()) and wanted["GPU"] == 1.0:
+            share = max(1, per_gpu // max(1, -(-needed_bytes >> 20)))
+            # Rounded down: Ray counts in ten-thousandths, and six times 0.1667 is more than a GPU.
+            wanted |= {"GPU": math.floor(1e4 / share) / 1e4, "gpu_memory_mib": per_gpu // share}
+        return scaling, wanted, RUNTIME_BYTES, max(1, int(wanted["CPU"]))
+    return scaling, wanted, needed_bytes + RUNTIME_BYTES, max(1, int(wanted["CPU"]))
+
+
+def _advertised_gpu_mib() -> int:
+    """Memory of one GPU as the nodes advertise it, the least of all nodes; 0 if any has GPUs but does not say."""
+    found = [node["Resources"] for node in _nodes() if node["Resources"].get("GPU")]
+    return int(min((node.get("gpu_memory_mib", 0) / node["GPU"] for node in found), default=0))
+
+
+def most_at_once(recipe: Recipe, admitted_bytes: int) -> int | None:
+    """Trials whose workers fit beside each other; None where their processes' own resources see to it.
+
+    A trial with workers waits for them holding no core, so without a limit all of them could wait for one another.
+
+    Args:
+        admitted_bytes: what a worker may need at most.
+
+    Raises:
+        BudgetError: not one fits.
+    """
+    if not nested(recipe):
+        return None
+    wanted = _of_worker(recipe, admitted_bytes)
+    places, least = _places(wanted), _least_workers(recipe)
+    if places < least:
+        raise BudgetError(
+            f"scaling: {least} workers with {wanted} each do not fit on this cluster, which has room for {places}; "
+            "lower scaling.num_workers or scaling.resources_per_worker"
+        )
+    return places // least
+
+
+def _most_of_workers(recipe: Recipe) -> int:
+    """On CPU: memory that each worker of a trial may need so that as many as it has fit; 0 or less if none may."""
+    least, beside = _least_workers(recipe), _of_worker(recipe, 0)
+    del beside["memory"]
+    shares = {int(node["Resources"].get("memory", 0)) // count for node in _nodes() for count in range(1, least + 1)}
+    fitting = [share for share in shares if _places({**beside, "memory": share}) >= least]
+    if not fitting:
+        most_at_once(recipe, 0)  # says what is missing besides memory
+    return max(fitting, default=0) - math.ceil(_of_worker(recipe, 0)["memory"])
+
+
+def _of_process(recipe: Recipe) -> dict[str, float]:
+    """What a trial that trains in its own process takes besides memory and GPUs, unless the recipe says otherwise."""
+    return {"CPU": 1.0, **(recipe.scaling.resources_per_worker or {})}
+
+
+def _of_worker(recipe: Recipe, needed_bytes: int) -> dict[str, float]:
+    """What a worker of a trial takes, with its share of the process that waits for it."""
+    wanted = dict(resources_of(recipe, needed_bytes)[0]["resources_per_worker"])
+    if "memory" in wanted:
+        wanted["memory"] += RUNTIME_BYTES / _least_workers(recipe)
+    return wanted
+
+
+def _least_workers(recipe: Recipe) -> int:
+    workers = recipe.scaling.num_workers
+    return workers[0] if isinstance(workers, tuple) else max(1, workers)
+
+
+def _places(wanted: Mapping[str, float]) -> int:
+    """How many of something fit on the cluster, each on one node."""
+    return sum(
+        min(int(node["Resources"].get(kind, 0.0) // amount) for kind, amount in wanted.items() if amount)
+        for node in _nodes()
+    )
+
+
+def _holds(has: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
+    return all(has.get(kind, 0.0) >= amount for kind, amount in wanted.items())
+
+
+def _nodes() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]

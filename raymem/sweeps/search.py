@@ -1,0 +1,293 @@
+"""The sampler of a sweep: Optuna proposes, the gate admits, Ray Tune runs.
+
+Every proposal, refusal and result is an Optuna trial in one journal file, which is all that a sweep knows: a killed one
+goes on from it. (Ray Tune's own snapshots are pickles, and lag behind; they are not read.)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+
+from raymem.errors import RecipeError
+from raymem.planner.admission import Gate, Refused
+from raymem.recipe.schema import Recipe
+from raymem.recipe.space import ChoiceDimension, FloatDimension, IntDimension, Point, Space, grid, sample
+from raymem.recipe.space_load import recipe_at
+from raymem.seeds import derive
+
+log = logging.getLogger(__name__)
+
+ALGORITHMS = ("tpe", "nsga2", "random", "grid")
+METRICS = {"eval_loss": "min", "loss": "min", "peak_bytes": "min", "train_s": "min", "tokens_per_s": "max"}
+"""What a trial reports and a sweep can look for, and which way is better."""
+PATIENCE = 200
+"""Proposals in a row that are refused before a search gives up."""
+TRIES_PER_CALL = 2
+"""Proposals that are judged at a time while trials run; in between Ray Tune listens to those."""
+
+Configure = Callable[[int, Recipe, int, int], dict[str, Any]]
+"""``(number, recipe, predicted step peak, needed bytes)`` -> what a trial's process is given."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is looked for."""
+
+    metrics: tuple[str, ...]
+    """Keys of :data:`METRICS`; the first one chooses among the best."""
+
+    @property
+    def directions(self) -> list[StudyDirection]:
+        """In Optuna's words."""
+        both = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
+        return [both[METRICS[name]] for name in self.metrics]
+
+
+def open_study(journal: Path, objective: Objective, name: str) -> optuna.Study:
+    """The study in a journal file, which is made if it is not there."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
+    return optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name=name,
+        directions=objective.directions,
+        load_if_exists=True,
+    )
+
+
+class BudgetedSearch(Searcher):  # type: ignore[misc]
+    """Proposes only what fits.
+
+    A refused proposal never becomes a trial: the sampler is told how far it is from feasible, and asked again. What was
+    under way when an earlier driver died comes first. A point that is being trained, or that came to an end of its own,
+    is not trained again; one whose process died may be.
+
+    Args:
+        samples: trials to start, those of earlier drivers included.
+        configure: makes the config of a trial.
+    """
+
+    def __init__(
+        self, study: optuna.Study, space: Space, recipe: Recipe, gate: Gate, objective: Objective, *,
+        algorithm: str, samples: int, configure: Configure,
+    ) -> None:  # fmt: skip
+        super().__init__(metric=list(objective.metrics), mode=[METRICS[name] for name in objective.metrics])
+        self.study, self.objective = study, objective
+        self.gave_up: str | None = None
+        """Why it ended before all samples."""
+        self.problems: dict[str, str] = {}
+        """Id of a trial -> why its process died, as far as somebody has told."""
+        self._space, self._recipe, self._gate = space, recipe, gate
+        self._raw = recipe.to_dict()
+        self._algorithm, self._samples, self._configure = algorithm, samples, configure
+        self._running: dict[str, optuna.Trial] = {}
+        # An earlier driver asked for it and died before it was judged: it has no config, and is of no use.
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if not started(trial):
+                study.tell(trial.number, state=TrialState.FAIL)
+        trials = study.get_trials(deepcopy=False)
+        self._interrupted = [
+            optuna.Trial(study, trial._trial_id) for trial in trials if trial.state == TrialState.RUNNING
+        ]
+        self._started = sum(started(trial) for trial in trials) - len(self._interrupted)
+        self._in_a_row = 0
+        if algorithm == "grid":
+            known = {_text(_point(trial)) for trial in trials if trial.state != TrialState.FAIL or started(trial)}
+            for point in grid(space, self._raw):
+                if _text(point) not in known:
+                    study.enqueue_trial(point)
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """The space is known already."""
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """A config, None to be asked again, or FINISHED."""
+        if self._interrupted:  # also beyond the samples, of which there may be fewer now: they would never end
+            return self._start(trial_id, self._interrupted.pop(0))
+        if self._started >= self._samples or self.gave_up:
+            return str(Searcher.FINISHED)
+        # Where nothing runs nobody has to be listened to, and Ray Tune would sleep a second after every call.
+        for _ in range(TRIES_PER_CALL if self._running else PATIENCE):
+            if self._algorithm == "grid" and not self._study_waits():
+                self.gave_up = "every point of the grid was tried"
+                return str(Searcher.FINISHED)
+            trial = self._ask()
+            if self._admit(trial):
+                self._in_a_row = 0
+                return self._start(trial_id, trial)
+            self._in_a_row += 1
+            if self._in_a_row >= PATIENCE:
+                self.gave_up = f"{PATIENCE} proposals in a row were refused, or had been trained before"
+                return str(Searcher.FINISHED)
+        return None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A step on the way, which tells the sampler about trials that are stopped early."""
+        trial, value = self._running.get(trial_id), result.get(self.objective.metrics[0])
+        if trial is None or value is None or len(self.objective.metrics) > 1:
+            return
+        with warnings.catch_warnings(action="ignore"):  # a step that was reported before it was interrupted
+            trial.report(value, int(result["step"]))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The end of a trial, in whatever way."""
+        trial = self._running.pop(trial_id, None)
+        if trial is None:
+            return
+        result = result or {}
+        for name in (*METRICS, "overhead_s", "elapsed_s", "step"):
+            if result.get(name) is not None:
+                trial.set_user_attr(name, result[name])
+        status = "crashed" if error else result.get("status", "stopped")
+        trial.set_user_attr("status", status)
+        if status == "infeasible":
+            measured = result.get("measured_bytes") or 0
+            trial.set_user_attr("measured_bytes", measured)
+            trial.set_constraint("budget", max(1e-3, measured / self._gate.budget_bytes - 1))
+        if problem := result.get("problem") or (self.problems.get(trial_id) if error else None):
+            trial.set_user_attr("problem", problem)
+        values = [float(result[name]) for name in self.objective.metrics if result.get(name) is not None]
+        if status == "finished" and len(values) == len(self.objective.metrics):
+            self.study.tell(trial, values)
+        elif status == "crashed":  # which says nothing about the point
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:  # TPE learns from these too; what diverged at once counts as the worst
+            self.study.tell(trial, state=TrialState.PRUNED)
+
+    def close(self) -> None:
+        """Nothing is left running in the study; what Ray Tune never reported back counts as crashed."""
+        for trial_id in list(self._running):
+            self.on_trial_complete(trial_id, error=True)
+
+    def _ask(self) -> optuna.Trial:
+        # A sampler of its own for every proposal, so that a sweep that was interrupted draws as if it had not been.
+        self.study.sampler = sampler(
+            self._algorithm, derive(self._recipe.seed, "sweep", len(self.study.get_trials(deepcopy=False)))
+        )
+        return self.study.ask()
+
+    def _admit(self, trial: optuna.Trial) -> bool:
+        """Whether a proposal may start; else the study is told why not."""
+        point = sample(self._space, self._raw, partial(draw, trial))
+        trial.set_user_attr("point", point)
+        if (known := self._trained_before(point)) is not None:
+            self._repeat(trial, known)
+            return False
+        try:
+            recipe = recipe_at(self._recipe, point, f"point {trial.number}")
+        except RecipeError as error:
+            judged: Any = Refused(str(error), None, 1.0)
+        else:
+            began = time.perf_counter()
+            judged = self._gate.judge(recipe)
+            trial.set_user_attr("judged_s", round(time.perf_counter() - began, 3))
+        if isinstance(judged, Refused):
+            trial.set_user_attr("status", "refused")
+            trial.set_user_attr("problem", judged.reason)
+            trial.set_user_attr("predicted_bytes", judged.needed_bytes)
+            trial.set_constraint("budget", judged.excess)
+            self.study.tell(trial, state=TrialState.PRUNED)
+            return False
+        trial.set_user_attr("predicted_bytes", judged.step_peak_bytes)
+        trial.set_user_attr("needed_bytes", judged.needed_bytes)
+        return True
+
+    def _repeat(self, trial: optuna.Trial, known: FrozenTrial) -> None:
+        """Tell the study of a proposal what it knows of the same point already."""
+        trial.set_user_attr("same_as", known.number)
+        for name, value in known.user_attrs.items():
+            trial.set_user_attr(name, value)
+        if known.state == TrialState.COMPLETE:
+            self.study.tell(trial, known.values)
+        elif known.state == TrialState.RUNNING:  # nothing is known yet; TPE keeps away from what runs by itself
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            for name, value in known.constraints.items():
+                trial.set_constraint(name, value)
+            for step, value in known.intermediate_values.items():
+                trial.report(value, step)
+            self.study.tell(trial, state=TrialState.PRUNED)
+
+    def _start(self, trial_id: str, trial: optuna.Trial) -> dict[str, Any]:
+        attributes = trial.user_attrs
+        recipe = recipe_at(self._recipe, attributes["point"], f"point {trial.number}")
+        self._running[trial_id] = trial
+        self._started += 1
+        return self._configure(trial.number, recipe, attributes["predicted_bytes"], attributes["needed_bytes"])
+
+    def _trained_before(self, point: Point) -> FrozenTrial | None:
+        """The trial of this point that runs or came to an end of its own."""
+        states = [TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED]
+        trials = self.study.get_trials(deepcopy=False, states=states)
+        return next((trial for trial in trials if started(trial) and trial.user_attrs["point"] == point), None)
+
+    def _study_waits(self) -> bool:
+        return bool(self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to do: the journal has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See :meth:`save`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune pickles its search for a restore that never comes; processes and files cannot be."""
+        return {}
+
+    def get_state(self) -> dict[str, Any]:
+        """See :meth:`save`."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`save`."""
+
+
+def sampler(algorithm: str, seed: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler of a name in :data:`ALGORITHMS`."""
+    seed %= 2**32
+    with warnings.catch_warnings(action="ignore"):  # multivariate TPE is marked experimental
+        if algorithm == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+        if algorithm == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def started(trial: FrozenTrial) -> bool:
+    """Whether a proposal became a trial."""
+    attributes = trial.user_attrs
+    return "needed_bytes" in attributes and "same_as" not in attributes
+
+
+def draw(trial: optuna.Trial, path: str, dimension: FloatDimension | IntDimension | ChoiceDimension) -> Any:
+    """A value of a dimension, as the sampler of a trial proposes it."""
+    if dimension.type == "choice":
+        return trial.suggest_categorical(path, dimension.choices)
+    if dimension.type == "int":
+        return trial.suggest_int(path, dimension.low, dimension.high, log=dimension.log)
+    return trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
+
+
+def _point(trial: FrozenTrial) -> Point:
+    """Where a proposal is, or is to be once it is asked for."""
+    found: Point = trial.user_attrs.get("point") or trial.system_attrs.get("fixed_params", {})
+    return found
+
+
+def _text(point: Point) -> str:
+    return json.dumps(point, sort_keys=True)

@@ -1,0 +1,128 @@
+"""What leaves a run: a PEFT directory, or a model directory, as the Hugging Face tools write and read them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from raymem import __version__
+from raymem.errors import StorageError
+from raymem.methods.loram import stamp_adapter
+from raymem.recipe.schema import NoAdapter, Recipe
+from raymem.storage.storage import Storage
+from raymem.training.data.tokenizer import load_tokenizer
+from raymem.training.dist_env import Layout
+from raymem.training.model.adapter import stored_buffers
+from raymem.training.model.base_name import base_name, pruned_directory
+from raymem.training.model.build import fetch, tokenizer_path
+from raymem.training.model.companions import copy_companions
+from raymem.training.model.weights import slots
+
+FACTS = "raymem.json"
+"""raymem's own facts, beside the standard files and written last: with it the directory is whole."""
+
+
+def artifact_name(recipe: Recipe) -> str:
+    """Directory of the final artefact inside the run: ``adapter`` or ``model``."""
+    return "model" if isinstance(recipe.adapter, NoAdapter) else "adapter"
+
+
+def export_final(model: nn.Module, recipe: Recipe, layout: Layout, run: Storage, facts: dict[str, Any]) -> str:
+    """Write the trained adapter, or the whole model, with its tokenizer. Collective.
+
+    Args:
+        facts: what raymem knows about it (step, losses, peak), stored in ``raymem.json``.
+
+    Returns:
+        Path or URI of the directory.
+
+    Raises:
+        StorageError: it cannot be written; an earlier export stays.
+    """
+    kept = None if isinstance(recipe.adapter, NoAdapter) else _trainable(model) | set(stored_buffers(model))
+    state = _gather(model, layout, kept)
+    return layout.on_main(lambda: _write(model, state, recipe, run, facts))
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _gather(model: nn.Module, layout: Layout, only: set[str] | None) -> dict[str, torch.Tensor]:
+    """Full tensors (persistent buffers too) on the host of rank 0, one at a time; other ranks only take part."""
+    state: dict[str, torch.Tensor] = {}
+    for name, (module, attribute) in slots(model).items():
+        if only is not None and name not in only:
+            continue
+        value = getattr(module, attribute).detach()
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if layout.is_main:
+            state[name] = value.cpu()
+    return state
+
+
+def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Storage, facts: dict[str, Any]) -> str:
+    name = artifact_name(recipe)
+    try:
+        with _staging(run) as staging:
+            # PEFT would save the base's head beside the adapter of a head, to overwrite another model's with.
+            options = {} if isinstance(recipe.adapter, NoAdapter) else {"save_embedding_layers": False}
+            model.save_pretrained(staging, state_dict=state, **options)
+            load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
+            if isinstance(recipe.adapter, NoAdapter):
+                _complete(staging, recipe)
+            if (pruned := pruned_directory(recipe)) is not None:
+                stamp_adapter(staging, pruned)
+            contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
+            (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
+            if run.is_local:
+                run.delete_dir(name, last=FACTS)
+                staging.rename(run.join(name))
+            else:
+                run.upload_dir(staging, name, last=FACTS)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"{run.join(name)}: the result cannot be written: {reason}; free some space or check "
+            "permissions, then run the same command again: it only repeats this last part"
+        ) from None
+    return run.join(name)
+
+
+def _complete(directory: Path, recipe: Recipe) -> None:
+    """Give a trained model what lies beside the weights of its base."""
+    name, revision = base_name(recipe)
+    if name is not None:
+        base = fetch(name, revision, Layout(), weights_too=False)
+        copy_companions(base, directory, same_tokenizer=recipe.model.tokenizer is None)
+    path = directory / "config.json"
+    config = json.loads(path.read_bytes())
+    if config.pop("quantization_config", config) is not config:  # it is of full value, whatever a null said before
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def _staging(run: Storage) -> Iterator[Path]:
+    """A directory to write in, which is gone afterwards unless it was moved."""
+    if run.is_local:
+        # Beside its place and always of the same name: what a killed run left there does not stay.
+        staging = Path(run.join(".export"))
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    else:
+        staging = Path(tempfile.mkdtemp(prefix="raymem-export-"))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,183 @@
+"""Using what training left: loading a PEFT or model directory, generating text, merging."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from raymem.account import refuse_quantised
+from raymem.errors import ModelError, StorageError
+from raymem.methods.loram.manifest import MANIFEST
+from raymem.methods.loram.nonuniform import meta_model
+from raymem.methods.loram.recover import is_recovered
+from raymem.runs.revision import trained_from
+from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
+from raymem.training.dist_env import Layout
+from raymem.training.model.build import fetch
+from raymem.training.model.companions import GENERATION, copy_companions
+from raymem.training.model.peft_import import without_bitsandbytes
+from raymem.training.model.weights import check_checkpoint
+
+
+def load_artifact(directory: str | Path) -> tuple[Any, Any]:
+    """Model (in its stored dtype, evaluation mode) and tokenizer of a PEFT or model directory.
+
+    Raises:
+        ModelError: it is neither, or the base that the adapter names cannot be loaded or is quantised.
+    """
+    with without_bitsandbytes():
+        from peft import PeftConfig, PeftModel
+
+        import raymem.methods.moram  # noqa: F401 - makes PEFT know the method
+
+    path = Path(directory)
+    if not (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path} holds neither adapter_config.json nor config.json; give the adapter or model directory of a run, "
+            "for example raymem-runs/quickstart/adapter"
+        )
+    try:
+        if (path / "adapter_config.json").is_file():
+            base = _load(*_base(path, PeftConfig.from_pretrained(str(path))))
+            with without_bitsandbytes():
+                model = PeftModel.from_pretrained(base, str(path))
+        else:
+            model = _load(str(path), None)
+    except ModelError as error:  # what training would say of the model
+        raise ModelError(f"{path} cannot be loaded: {str(error).removeprefix('model.name: ')}") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path} cannot be loaded: {reason}; check the base model that it names") from None
+    return model.eval(), load_tokenizer(str(path))
+
+
+def _base(adapter: Path, config: Any) -> tuple[str, str | None]:
+    """Name and revision of the model that an adapter was trained on."""
+    name = config.base_model_name_or_path
+    trained = trained_from(str(adapter), name)
+    return name, config.revision if trained is None else trained.commit
+
+
+def _base_directory(adapter: Path) -> Path:
+    """Where the model of an adapter lies, once it was loaded."""
+    with without_bitsandbytes():
+        from peft import PeftConfig
+
+        name, revision = _base(adapter, PeftConfig.from_pretrained(str(adapter)))
+    return Path(name) if Path(name).is_dir() else fetch(name, revision, Layout(), weights_too=False)
+
+
+def _same_tokenizer(tokenizer: Any, directory: Path) -> bool:
+    try:
+        return tokenizer_key(load_tokenizer(str(directory))) == tokenizer_key(tokenizer)
+    except ModelError:
+        return False
+
+
+def _load(name: str, revision: str | None) -> Any:
+    """A full or pruned model in its stored dtype, every tensor of it accounted for."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from raymem.methods.loram import pruned_layers
+
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    refuse_quantised(config, name)
+    if Path(name).is_dir():
+        check_checkpoint(meta_model(config), Path(name))
+    with pruned_layers(config):
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, config=config, dtype="auto")
+    if not Path(name).is_dir():
+        check_checkpoint(meta_model(config), _directory(name, revision))
+    return model
+
+
+def _directory(name: str, revision: str | None) -> Path:
+    """Where the files of a model lie that was loaded."""
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(name, "config.json", revision=revision))).parent
+
+
+@torch.no_grad()
+def generate(directory: str | Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """Continue ``prompt``; temperature 0 is greedy.
+
+    Raises:
+        ModelError: see :func:`load_artifact`.
+    """
+    model, tokenizer = load_artifact(directory)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # A rendered conversation may begin with the begin token already; in training there was one.
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    inputs = tokenizer(prompt, add_special_tokens=not begins, return_tensors="pt", return_token_type_ids=False)
+    inputs = inputs.to(device)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    output = model.to(device).generate(
+        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+    )
+    return str(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def merge(adapter: str | Path, output: str | Path) -> Path:
+    """Write the base with the adapter folded in, in the base's own dtype, as a model directory.
+
+    Raises:
+        ModelError: no adapter there, or its base cannot be loaded.
+        StorageError: ``output`` exists or cannot be written; nothing half-written is left.
+    """
+    from transformers import GenerationConfig
+
+    source, target = Path(adapter), Path(output)
+    if not (source / "adapter_config.json").is_file():
+        raise ModelError(f"{source} holds no adapter_config.json; only adapters are merged")
+    if (source / MANIFEST).is_file() and not is_recovered(source):
+        raise ModelError(
+            f"{source} was trained on a pruned model, and the full one is what is wanted; recover it first: "
+            "raymem loram recover RECIPE"
+        )
+    if target.exists():
+        raise StorageError(f"--output: {target} already exists; choose another directory or remove it")
+    model, tokenizer = load_artifact(source)
+    base = _base_directory(source)
+    staging = target.parent / f".{target.name}.part"
+    try:
+        staging.mkdir(parents=True)
+        _untie_adapted(model)
+        merged = model.merge_and_unload()
+        if (base / GENERATION).is_file():
+            merged.generation_config = GenerationConfig()  # the base's own follows, also one that would not be written
+        merged.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        copy_companions(base, staging, same_tokenizer=_same_tokenizer(tokenizer, base))
+        facts = json.loads((source / "raymem.json").read_text()) if (source / "raymem.json").is_file() else {}
+        (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
+        staging.rename(target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"--output: {target} cannot be written: {reason}; free some space or choose another"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _untie_adapted(model: Any) -> None:
+    """Give adapted layers weights of their own: folded into a tied head, an update would change the embedding too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    base = model.get_base_model()
+    embedded = {id(embedding.weight) for embedding in base.modules() if isinstance(embedding, torch.nn.Embedding)}
+    for layer in layers:
+        if not isinstance(layer, torch.nn.Embedding) and id(layer.weight) in embedded:
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+            for config in (base.config, base.config.get_text_config()):
+                config.tie_word_embeddings = False

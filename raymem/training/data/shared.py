@@ -1,0 +1,62 @@
+"""Where prepared data lies, and how it comes to a worker's node."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from raymem.errors import RaymemError, StorageError
+from raymem.storage.publish import read_manifest
+from raymem.storage.storage import Storage
+from raymem.training.data.shards import Prepared, PreparedSource
+
+CACHE = "cache"
+
+
+def cache_dir(storage: Storage) -> Path:
+    """Where prepared data lies as plain files: in the storage itself, or for an object store on local disk."""
+    if storage.is_local:
+        return Path(storage.join(CACHE))
+    directory = Path(tempfile.gettempdir()) / f"raymem-cache-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.stat().st_uid != os.getuid():
+        raise StorageError(f"{directory} belongs to another user; remove it, or set TMPDIR to a directory of your own")
+    return directory
+
+
+def to_dict(prepared: Prepared) -> dict[str, Any]:
+    """Plain data, for a worker's config."""
+    return {"key": prepared.key, "sources": [{**asdict(s), "directory": str(s.directory)} for s in prepared.sources]}
+
+
+def localise(plain: dict[str, Any], storage: Storage) -> Prepared:
+    """The inverse of :func:`to_dict` on a worker's node, fetching from an object store what its disk lacks.
+
+    Raises:
+        StorageError: it cannot be fetched, or a file has another hash than its manifest says.
+    """
+    here = cache_dir(storage) / "data"  # another node may have another temporary directory
+    sources = tuple(PreparedSource(**{**s, "directory": here / Path(s["directory"]).name}) for s in plain["sources"])
+    if not storage.is_local:
+        for source in sources:
+            download_source(source.directory.name, storage)
+    return Prepared(plain["key"], sources)
+
+
+def download_source(key: str, storage: Storage) -> None:
+    """Fetch one prepared source from an object store, unless it is here already or not there either.
+
+    Raises:
+        StorageError: it cannot be fetched, or a file has another hash than its manifest says.
+    """
+    local, remote = cache_dir(storage) / "data" / key, f"{CACHE}/data/{key}"
+    if read_manifest(local) is not None or not storage.exists(f"{remote}/manifest.json"):
+        return
+    try:
+        storage.download_dir(remote, local)
+    except RaymemError:
+        if read_manifest(local) is None:  # another worker of this node may have been faster
+            raise

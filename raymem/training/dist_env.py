@@ -1,0 +1,132 @@
+"""Where this process stands among the workers of a run, and how the model is spread over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raymem.errors import RaymemError, RecipeError
+from raymem.recipe.schema import Recipe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One process's place; the default is a single process without a process group, as with ``num_workers: 0``."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    strategy: str = "ddp"
+
+    @staticmethod
+    def current(recipe: Recipe, local_rank: int = 0, device: torch.device | None = None) -> Layout:
+        """The layout of this process, from its process group if there is one.
+
+        Raises:
+            RecipeError: ``scaling.use_gpu`` without a CUDA device.
+        """
+        grouped = dist.is_initialized()
+        if device is None:
+            device = torch.device("cuda", 0) if recipe.scaling.use_gpu else torch.device("cpu")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RecipeError("scaling.use_gpu: true, but PyTorch sees no CUDA device here; set it to false")
+        return Layout(
+            rank=dist.get_rank() if grouped else 0,
+            world_size=dist.get_world_size() if grouped else 1,
+            local_rank=local_rank,
+            device=device,
+            strategy=recipe.scaling.strategy,
+        )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are DTensors; FSDP2 on one worker shards trivially and keeps one code path."""
+        return self.strategy == "fsdp2"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest ``value`` of all ranks, on every rank."""
+        if self.world_size == 1:
+            return value
+        gathered = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(gathered, op=dist.ReduceOp.MAX)
+        return int(gathered)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on rank 0 alone; every rank gets its result, or raises its error.
+
+        The action must take no part in collectives: the other ranks are already waiting for its outcome.
+        """
+        if self.world_size == 1:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except Exception as error:  # whatever it is, the others must not wait for it
+                outcome[1] = error if isinstance(error, RaymemError) else RuntimeError(f"rank 0: {error!r}")
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
+
+
+def shard(model: nn.Module, blocks: list[nn.Module], layout: Layout) -> None:
+    """FSDP2: every transformer block is one unit, what is left (embeddings, head) the root's.
+
+    Works on meta parameters, so that no rank ever holds more than its shard.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # Named explicitly: the default is the machine's accelerator even where the run is to use the CPU.
+    mesh = init_device_mesh(layout.device.type, (layout.world_size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def replicate(model: nn.Module, layout: Layout) -> nn.Module:
+    """DDP around a materialised model; one worker needs none."""
+    if layout.world_size == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    device_ids = [layout.device.index] if layout.device.type == "cuda" else None
+    return DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        init_sync=False,  # ranks load or draw the same weights
+        broadcast_buffers=False,  # and compute the same buffers
+        gradient_as_bucket_view=True,
+    )
+
+
+def bucket_bytes(model: nn.Module) -> int:
+    """Bytes of DDP's gradient buckets, which stay allocated when gradients are dropped; 0 without DDP."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not isinstance(model, DistributedDataParallel):
+        return 0
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def local_rows(num_rows: int, rank: int, world_size: int) -> slice:
+    """Rows of dimension 0 that FSDP2 gives to ``rank`` (the split of ``torch.chunk``)."""
+    size = -(-num_rows // world_size)
+    return slice(min(rank * size, num_rows), min((rank + 1) * size, num_rows))

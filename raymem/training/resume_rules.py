@@ -1,0 +1,68 @@
+"""Which settings must not change while a run goes on, so that its checkpoints keep their meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raymem.errors import CheckpointError
+from raymem.recipe.schema import Recipe
+from raymem.training.data.shards import Prepared
+
+FIXED = (
+    "seed",
+    "model",
+    "base",
+    "adapter",
+    "optimizer.kind",
+    "train.global_batch",
+    "train.precision",
+    "train.master",
+    "data.sequence_length",
+    "data.packing",
+)
+
+
+def identity_of(recipe: Recipe, train_data: Prepared) -> dict[str, Any]:
+    """The settings that a checkpoint is tied to; worker count, batch split, schedule and length are free."""
+    raw = recipe.to_dict()
+    del raw["model"]["attention"]  # another kernel computes the same thing
+    found = {path: _lookup(raw, path.split(".")) for path in FIXED}
+    found["data.train"] = [[source.directory.name, source.weight] for source in train_data.sources]
+    return found
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any], place: str) -> None:
+    """Refuse to continue a run whose recipe changed where that makes no sense.
+
+    Raises:
+        CheckpointError: names the first setting that differs, both values and the cure.
+    """
+    for path, value in current.items():
+        if (found := _difference(path, saved.get(path), value)) is not None:
+            where, before, now = found
+            raise CheckpointError(
+                f"{place}: this run was started with {where}={_shown(before)} but the recipe now says {_shown(now)}; "
+                "restore it, choose another name, or start over with --fresh"
+            )
+
+
+def _difference(path: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """Path and values of the first setting that differs; of two kinds of one axis, the kind."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}, key=lambda key: (key != "kind", key)):
+            if (found := _difference(f"{path}.{key}", before.get(key), now.get(key))) is not None:
+                return found
+        return None
+    return None if before == now else (path, before, now)
+
+
+def _lookup(raw: Any, parts: Sequence[str]) -> Any:
+    for part in parts:
+        raw = raw[part]
+    return raw
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else text[:117] + "..."
