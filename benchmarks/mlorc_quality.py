@@ -37,8 +37,8 @@ from raymem.training.model.build import build_model
 from raymem.training.optim import Updater, lr_factor
 from raymem.training.step import train_step
 
-sys.path.append(str(Path(__file__).parents[1] / "tests/methods/mlorc"))
-from straight_line import StraightLineAdamW
+sys.path.append(str(Path(__file__).parents[1]))
+from tests.helpers.straight_line import StraightLineAdamW
 
 CONFIGURATIONS = (
     "adamw", "mlorc r4", "mlorc r32", "mlorc r1", "paper r4", "paper r32", "mlorc sqrt r4", "mlorc sqrt r32",

@@ -22,8 +22,8 @@ from raymem.methods.mlorc import MLorcAdamW
 from raymem.recipe.load import load_recipe, packaged_recipe
 from raymem.training.model.build import build_model
 
-sys.path.append(str(Path(__file__).parents[1] / "tests/methods/mlorc"))
-from straight_line import StraightLineAdamW
+sys.path.append(str(Path(__file__).parents[1]))
+from tests.helpers.straight_line import StraightLineAdamW
 
 Shape = tuple[int, int]
 SETS: dict[str, list[Shape]] = {

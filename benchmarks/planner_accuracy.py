@@ -16,8 +16,7 @@ from typing import Any
 
 import provenance
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "planner")]
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 def main() -> None:
@@ -27,9 +26,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="cases to run; by default all")
     parser.add_argument("--gpu", action="store_true", help="measure on this machine's GPU")
     arguments = parser.parse_args()
-    from cases import FRAGMENTS
-
     from raymem.planner import plan_many
+    from tests.helpers.planner_cases import FRAGMENTS
 
     chosen = [
         (name, family, layers)
@@ -53,7 +51,7 @@ def main() -> None:
 
 def recipe_of(name: str, family: str, layers: int, *, gpu: bool) -> Any:
     """The recipe of one case."""
-    from cases import case
+    from tests.helpers.planner_cases import case
 
     recipe = case(name, family, layers)
     return recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"use_gpu": gpu})})

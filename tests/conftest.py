@@ -18,6 +18,8 @@ os.environ["RAYMEM_CACHE"] = os.path.join(tempfile.gettempdir(), f"raymem-tests-
 
 import pytest
 
+pytest_plugins = ["tests.helpers.ray_fixtures"]
+
 
 def pytest_collection() -> None:
     gc.disable()  # libraries are imported now, which make a million objects to keep
@@ -51,7 +53,7 @@ def _mlflow_leaves_nothing_behind() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with random fp32 weights and a tokenizer; read only."""
-    from support import save_model, start_server
+    from tests.helpers.support import save_model, start_server
 
     start_server()  # most tests with a model are in files that also start processes
     return save_model(tmp_path_factory.mktemp("models") / "llama")
@@ -60,7 +62,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with ``train.jsonl`` and ``eval.jsonl``, and the cache of what is prepared from them."""
-    from support import write_examples
+    from tests.helpers.support import write_examples
 
     directory = tmp_path_factory.mktemp("examples")
     write_examples(directory / "train.jsonl", 40, seed=0)
@@ -71,9 +73,8 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans are made in this process."""
-    from support import PlansHere
-
     from raymem.planner import process
+    from tests.helpers.support import PlansHere
 
     monkeypatch.setattr(process, "Child", PlansHere)
 

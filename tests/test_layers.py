@@ -137,7 +137,7 @@ def test_methods_load_neither_ray_nor_mlflow_nor_pydantic() -> None:
 
 def test_the_command_line_answers_without_the_heavy_libraries() -> None:
     heavy = {"torch", "transformers", "ray", "mlflow"}
-    assert loaded_after("import raymem.cli", heavy) == set()
+    assert loaded_after("import raymem.cli.main", heavy) == set()
     assert loaded_after("import decimal", {"decimal"}) == {"decimal"}, "the check itself works"
 
 

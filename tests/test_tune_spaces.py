@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import make_recipe
 
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space import Point, grid
 from raymem.recipe.space_load import load_space, recipe_at, shipped
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
+from tests.helpers.support import make_recipe
 
 METHODS: dict[str, dict[str, Any]] = {
     "joint": {},

@@ -14,7 +14,6 @@ from raymem.recipe.schema import Base, FullBase, NoAdapter, Recipe
 from raymem.runs import demo, loram_base
 from raymem.runs.artifacts import local_copy
 from raymem.runs.prepare import prepare_split, shared_tokenizer
-from raymem.runs.revision import at_revision, began_with, on_hub, resolve, trained_from
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS, artifact_name
 from raymem.training.data.dataset import PackedRows
@@ -24,6 +23,7 @@ from raymem.training.dist_env import Layout
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.model.adapter import continuing
 from raymem.training.model.build import build_model, load_config
+from raymem.training.model.revision import at_revision, began_with, on_hub, resolve, trained_from
 
 log = logging.getLogger(__name__)
 

@@ -43,12 +43,12 @@ from raymem.methods.loram.steps import is_done, steps
 from raymem.recipe.schema import FullBase, Recipe
 from raymem.runs import demo, loram_base
 from raymem.runs.prepare import prepare_split, shared_tokenizer
-from raymem.runs.revision import Began, began_with, on_hub, record, resolve
 from raymem.runs.train import launch
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS
 from raymem.training.job import Ready
+from raymem.training.model.revision import Began, began_with, on_hub, record, resolve
 from raymem.training.reporter import Listener
 from raymem.training.resume_rules import identity_of
 

@@ -20,7 +20,6 @@ from raymem.recipe.schema import Recipe
 from raymem.runs import demo, loram_base
 from raymem.runs.artifacts import local_copy
 from raymem.runs.prepare import prepare_split, shared_tokenizer
-from raymem.runs.revision import at_revision, began_with, record, resolve
 from raymem.storage.storage import Storage
 from raymem.tracking.sink import TrackingSink, TrackingSummary
 from raymem.tracking.start import start_tracking
@@ -31,6 +30,7 @@ from raymem.training.dist_env import Layout
 from raymem.training.job import Job, Ready
 from raymem.training.loop import Outcome, run
 from raymem.training.model.build import build_model, check_fit
+from raymem.training.model.revision import at_revision, began_with, record, resolve
 from raymem.training.reporter import Listener, LocalReporter, Row
 from raymem.training.resume_rules import check_identity, identity_of
 

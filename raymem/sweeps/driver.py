@@ -19,7 +19,6 @@ from raymem.recipe.space import AXES, Space, sample
 from raymem.recipe.space_load import recipe_at
 from raymem.runs import demo
 from raymem.runs.prepare import prepare_split, shared_tokenizer
-from raymem.runs.revision import Began, at_revision, resolve
 from raymem.runs.train import Status, build_demo, only_one, set_aside
 from raymem.storage.storage import Storage
 from raymem.sweeps.report import SweepRow, best_of, rows_of, write_report
@@ -28,6 +27,7 @@ from raymem.sweeps.search import METRICS, BudgetedSearch, Objective, open_study,
 from raymem.sweeps.trial import TrialJob
 from raymem.sweeps.tune import early_stopping, tune
 from raymem.tracking.start import start_tracking
+from raymem.training.model.revision import Began, at_revision, resolve
 
 log = logging.getLogger(__name__)
 

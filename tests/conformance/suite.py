@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, frozen, in_processes, make_recipe, merged, num_targets, random_batch, snapshot
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -25,6 +24,16 @@ from raymem.training.dist_env import Layout, replicate
 from raymem.training.model.build import build_model
 from raymem.training.optim import Updater, build_updater
 from raymem.training.step import StepResult, train_step
+from tests.helpers.support import (
+    assert_same,
+    frozen,
+    in_processes,
+    make_recipe,
+    merged,
+    num_targets,
+    random_batch,
+    snapshot,
+)
 
 AXES = ("base", "adapter", "activations", "optimizer")
 LENGTH = 16

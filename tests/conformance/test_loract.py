@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from suite import MethodSuite
+from tests.conformance.suite import MethodSuite
 
 
 class TestLayerScope(MethodSuite):

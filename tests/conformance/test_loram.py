@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from suite import MethodSuite
-from support import make_recipe, merged
 
 from raymem.methods.loram import PruneOptions, prune_model
 from raymem.recipe.schema import Recipe
+from tests.conformance.suite import MethodSuite
+from tests.helpers.support import make_recipe, merged
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from suite import MethodSuite
+from tests.conformance.suite import MethodSuite
 
 # Square, wide and tall matrices are left; each takes seconds on fake tensors.
 NONE = {"kind": "none", "freeze": ["k_proj", "v_proj", "gate_proj", "up_proj"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from suite import MethodSuite
+from tests.conformance.suite import MethodSuite
 
 MORAM = {"kind": "moram", "rank": 4, "density": 0.25, "criterion": "random"}
 

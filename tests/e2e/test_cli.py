@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import run_command
-from small_disk import mount_small_disk
-from support import FAMILIES, in_processes
 
 from raymem.cli.main import run_app
+from tests.helpers.commands import run_command
+from tests.helpers.small_disk import mount_small_disk
+from tests.helpers.support import FAMILIES, in_processes
 
 LOADED_BY_HELP = (
-    "import sys; from raymem.cli import run_app; run_app('--help'); print(sorted(sys.modules), file=sys.stderr)"
+    "import sys; from raymem.cli.main import run_app; run_app('--help'); print(sorted(sys.modules), file=sys.stderr)"
 )
 
 
@@ -248,7 +248,7 @@ def test_unreadable_storage_is_an_error_and_a_read_only_home_is_none(
             path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
         recipe = write_recipe(root / "tiny.yaml", storage, root / "llama", root / "examples", tracking="mlflow")
         recipe.chmod(0o644)
-        train = [sys.executable, "-m", "raymem.cli", "train", str(recipe)]
+        train = [sys.executable, "-m", "raymem", "train", str(recipe)]
         done = as_nobody(*train, HOME=str(home))
         if "Permission" in done.stderr and "site-packages" in done.stderr:
             pytest.skip("this Python is not readable for other users")

@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support import make_recipe, run_fragment
 
 from raymem.errors import StorageError
 from raymem.recipe.schema import Recipe
 from raymem.runs.evaluate import evaluate_recipe
 from raymem.runs.train import launch
 from raymem.storage.storage import Storage
+from tests.helpers.support import make_recipe, run_fragment
 
 
 def recipe_on(storage: str, llama: Path, examples: Path, steps: int) -> Recipe:

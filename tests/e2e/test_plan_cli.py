@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import FAMILIES, run_fragment
 
 from raymem.cli.main import run_app
 from raymem.errors import BudgetExceeded
 from raymem.planner import known_plan
 from raymem.recipe.load import load_recipe
 from raymem.runs import train
+from tests.helpers.support import FAMILIES, run_fragment
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from commands import kill_command
-from run_files import losses
 from test_cli import write_recipe
 
 from raymem.cli.main import run_app
+from tests.helpers.commands import kill_command
+from tests.helpers.run_files import losses
 
 
 def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(

@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import (
+
+import raymem
+from raymem.k8s.render import MAX_NAME
+from raymem.k8s.render import OVERLAYS as RENDERED
+from tests.helpers.manifests import (
     K8S,
     OVERLAYS,
     ROOT,
@@ -26,10 +30,6 @@ from manifests import (
     quantity,
     validate,
 )
-
-import raymem
-from raymem.k8s.render import MAX_NAME
-from raymem.k8s.render import OVERLAYS as RENDERED
 
 pytestmark = needs_kubectl
 

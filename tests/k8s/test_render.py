@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import cluster_specs, documents, needs_kubectl, of_kind, quantity, validate
 
 from raymem.errors import ClusterError, RecipeError
 from raymem.k8s import render as k8s
 from raymem.k8s.render import GPU_PRODUCTS, MARGIN, MAX_NAME, RUNTIME_BYTES, memory_request_bytes, render
 from raymem.planner import plan_recipe
 from raymem.recipe.load import load_recipe
+from tests.helpers.manifests import cluster_specs, documents, needs_kubectl, of_kind, quantity, validate
 
 RECIPE: dict[str, Any] = {
     "model": {"name": "some/model"},

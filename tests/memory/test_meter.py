@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import in_processes
 from torch import nn
 
 from raymem.memory.meter import PeakMeter, heap_in_use_bytes, resident_tensors, storage_bytes
+from tests.helpers.support import in_processes
 
 CPU = torch.device("cpu")
 KIB = 1024

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import FRAGMENTS, LENGTH, case, model_config
-from support import in_processes, make_recipe, save_model
 
 from raymem.planner.analytic import closed_form
 from raymem.planner.measure import measure_step
@@ -18,6 +16,8 @@ from raymem.planner.plan import make_plan
 from raymem.planner.step_trace import planned_model, trace_session
 from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
+from tests.helpers.planner_cases import FRAGMENTS, LENGTH, case, model_config
+from tests.helpers.support import in_processes, make_recipe, save_model
 
 TOLERANCE = 0.01
 WIDER = {

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import case
-from support import make_recipe
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from raymem.memory.trace import Tracer
@@ -17,6 +15,8 @@ from raymem.planner import step_trace
 from raymem.planner.fake import CudaAutocast
 from raymem.planner.fake_cache import OutputCache
 from raymem.planner.types import Target
+from tests.helpers.planner_cases import case
+from tests.helpers.support import make_recipe
 
 Program = Callable[[], list[torch.Tensor]]
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import make_recipe, save_model
 from torch import nn
 
 from raymem.memory import nf4
 from raymem.planner.step_trace import planned_model
 from raymem.planner.subprocess_main import answer
 from raymem.recipe.schema import Recipe
-from raymem.training.model.build import build as models
+from raymem.training.model import build as models
+from tests.helpers.support import make_recipe, save_model
 
 WIDE = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 256, "head_dim": 32}
 MORAM = {"adapter": {"kind": "moram", "rank": 4, "density": 0.1, "criterion": "gradient"}}

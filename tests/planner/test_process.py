@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import CHECKPOINT, FULL, MORAM, case, model_config
-from support import make_recipe
 
 from raymem.errors import BudgetError, ModelError, PlanError
 from raymem.memory.budget import Exceeds
@@ -18,6 +16,8 @@ from raymem.planner import Planner, advise, known_plan, plan_recipe, prediction_
 from raymem.planner.subprocess_main import answer, describe
 from raymem.planner.types import Above, Plan
 from raymem.recipe.schema import Recipe
+from tests.helpers.planner_cases import CHECKPOINT, FULL, MORAM, case, model_config
+from tests.helpers.support import make_recipe
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import make_recipe
 
 from raymem.errors import ModelError
 from raymem.methods.loram.nonuniform import meta_model
@@ -19,6 +18,7 @@ from raymem.planner.subprocess_main import answer
 from raymem.planner.types import Above
 from raymem.recipe.schema import Recipe
 from raymem.training.model.build import load_config
+from tests.helpers.support import make_recipe
 
 PUBLISHED = {
     "meta-llama/Llama-3.1-8B": 8_030_261_248,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tracking_helpers import Server, recipe
+
+from tests.helpers.tracking import Server, recipe
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tracking_helpers import Server, recipe
 
 from raymem.tracking import MlflowSink, NullSink, sink_from, start_tracking
 from raymem.tracking.client import connect
+from tests.helpers.tracking import Server, recipe
 
 
 def history(sink: MlflowSink, key: str) -> list[tuple[int, float]]:

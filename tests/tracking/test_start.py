@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from tracking_helpers import Server, recipe
 
 from raymem.errors import TrackingError
 from raymem.tracking import MlflowSink, NullSink, check_tracking, start_tracking
 from raymem.tracking.client import connect
 from raymem.tracking.start import flatten
+from tests.helpers.tracking import Server, recipe
 
 
 def start(storage: str, resume: bool = False, **changes: Any) -> MlflowSink:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_disk import mount_small_disk
-from support import assert_same, in_processes, make_recipe
 
 from raymem.errors import CheckpointError, StorageError
 from raymem.storage.storage import Storage
 from raymem.training.checkpoint import SCHEMA_VERSION, Checkpoints, Manifest, latest_manifest
 from raymem.training.dist_env import Layout
+from tests.helpers.small_disk import mount_small_disk
+from tests.helpers.support import assert_same, in_processes, make_recipe
 
 RECIPE = make_recipe().to_dict()
 

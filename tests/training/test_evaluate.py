@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import make_recipe, prepare_split, run_fragment
 
 from raymem.training.data.dataset import PackedRows
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.model.build import build_model
+from tests.helpers.support import make_recipe, prepare_split, run_fragment
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from support import FAMILIES, make_recipe, save_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,6 +25,7 @@ from raymem.training.lean import functions, nf4
 from raymem.training.lean.forwards import Lean, LeanLora, LeanMlp, LeanNorm
 from raymem.training.lean.functions import LoraFunction
 from raymem.training.model.build import build_model
+from tests.helpers.support import FAMILIES, make_recipe, save_model
 
 # T tokens, H hidden size, I inner size, R rank
 TOKENS, HIDDEN, INNER, RANK = 512, 64, 256, 4

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import assert_same, column, make_recipe, run_fragment, run_storage, train
 
 from raymem.errors import CheckpointError, NonFiniteError
 from raymem.recipe.schema import Recipe
 from raymem.training import loop
 from raymem.training.checkpoint import latest_manifest
+from tests.helpers.support import assert_same, column, make_recipe, run_fragment, run_storage, train
 
 STEPS = {"train": {"steps": 4, "save_every": 2}}
 SIX = {"train": {"steps": 6}}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import FAMILIES, VOCABULARY, in_processes, make_recipe, random_batch, save_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +19,7 @@ from raymem.training.data.batches import Batch
 from raymem.training.dist_env import Layout, replicate
 from raymem.training.loss import forward_loss_sum, is_chunked, prepare, why_full
 from raymem.training.model.build import build_model
+from tests.helpers.support import FAMILIES, VOCABULARY, in_processes, make_recipe, random_batch, save_model
 
 _MORE = {**FAMILIES["llama"], "head_dim": 8}
 _EXPERTS = {**_MORE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, make_recipe, snapshot
 from torch import nn
 
 from raymem.errors import RecipeError
@@ -18,6 +17,7 @@ from raymem.linalg import stochastic_round
 from raymem.seeds import generator
 from raymem.training.model.build import build_model
 from raymem.training.optim import StochasticRoundingAdamW, Updater, build_updater, lr_factor
+from tests.helpers.support import assert_same, make_recipe, snapshot
 
 pytestmark = pytest.mark.numerics
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, make_recipe, num_targets, random_batch, snapshot
 from torch import nn
 
 from raymem.errors import NonFiniteError
@@ -17,6 +16,7 @@ from raymem.training.loss import forward_loss_sum
 from raymem.training.model.build import build_model
 from raymem.training.optim import Updater, build_updater
 from raymem.training.step import finite_guard, train_step
+from tests.helpers.support import assert_same, make_recipe, num_targets, random_batch, snapshot
 
 pytestmark = pytest.mark.numerics
 

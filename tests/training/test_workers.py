@@ -11,17 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import (
-    column,
-    in_processes,
-    make_recipe,
-    merged,
-    prepare_split,
-    run_fragment,
-    run_storage,
-    save_model,
-    train,
-)
 
 from raymem.planner.plan import make_plan
 from raymem.planner.step_trace import trace_session
@@ -35,6 +24,17 @@ from raymem.training.dist_env import Layout
 from raymem.training.evaluate import evaluate
 from raymem.training.loss import prepare as prepare_loss
 from raymem.training.model.build import build_model
+from tests.helpers.support import (
+    column,
+    in_processes,
+    make_recipe,
+    merged,
+    prepare_split,
+    run_fragment,
+    run_storage,
+    save_model,
+    train,
+)
 
 pytestmark = pytest.mark.numerics
 

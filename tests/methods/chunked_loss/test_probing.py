@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import FAMILIES
 from transformers import AutoConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from raymem.methods.chunked_loss import choose, probe
 from raymem.methods.chunked_loss.choice import verdict_of
 from raymem.methods.tiny_model import random_clone
+from tests.helpers.support import FAMILIES
 
 BOTH = {"llama", "llama_tied", "qwen3", "gemma3_text", "gpt_neox", "gpt2", "opt", "phi3", "qwen3_moe"}
 MORE: dict[str, tuple[dict[str, Any], bool]] = {

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import WIDTH, batch, build, difference, gradients, lora
 from torch import nn
 
 from raymem.methods.loract import compress_activations
+from tests.helpers.loract_families import WIDTH, batch, build, difference, gradients, lora
 
 pytestmark = pytest.mark.numerics
 

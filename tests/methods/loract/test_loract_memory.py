@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import batch, build
 from torch import nn
 
 from raymem.memory.meter import PeakMeter, heap_in_use_bytes, resident_tensors
 from raymem.methods.loract import compress_activations
+from tests.helpers.loract_families import batch, build
 
 LARGE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8,
          "head_dim": 64, "num_hidden_layers": 4, "max_position_embeddings": 512, "attention_dropout": 0.0}  # fmt: skip

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import WIDTH, batch, build, difference, gradients
 from torch import nn
 
 from raymem.linalg import LowRank, row_sampled_qb
@@ -19,6 +18,7 @@ from raymem.methods.loract.norms import NormForm, NormFunction, recognise
 from raymem.methods.loract.packer import Packer, Site
 from raymem.methods.loract.saved import Factors, Raw, Saved
 from raymem.seeds import generator
+from tests.helpers.loract_families import WIDTH, batch, build, difference, gradients
 
 
 def make_packer(**options: Any) -> Packer:

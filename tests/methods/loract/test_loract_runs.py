@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import column, in_processes, make_recipe, run_fragment, run_storage, train
 
 from raymem.errors import RecipeError
 from raymem.recipe.schema import Recipe
 from raymem.training import loop
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.model.build import build_model
+from tests.helpers.support import column, in_processes, make_recipe, run_fragment, run_storage, train
 
 LOSSY: dict[str, Any] = {"kind": "loract", "rank": 4, "first_input": "compressed"}
 AUTO: dict[str, Any] = {"kind": "loract", "rank": "auto", "max_rank": 16, "tolerance": 0.3, "report_every": 2}

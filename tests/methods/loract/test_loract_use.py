@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import WIDTH, batch, build, gradients
 from torch import nn
 
 from raymem.errors import ModelError
 from raymem.methods.loract import compress_activations
 from raymem.methods.loract.config import LoRActOptions
+from tests.helpers.loract_families import WIDTH, batch, build, gradients
 
 
 def patched(model: nn.Module) -> list[str]:

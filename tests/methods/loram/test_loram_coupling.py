@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from loram_families import FAMILIES, config_of
 from transformers import AutoConfig, LlamaConfig, Phi3Config
 
 from raymem.errors import ModelError
 from raymem.methods.loram import coupling as coupling_module
 from raymem.methods.loram.coupling import Group, Member, couple
 from raymem.methods.loram.validate import tiny_config, validate_coupling
+from tests.helpers.loram_families import FAMILIES, config_of
 
 
 def test_indices_of_a_fused_layer_lie_as_its_rows_do() -> None:

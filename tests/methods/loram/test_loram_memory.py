@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from loram_families import save, token_ids
 from peft import LoraConfig, get_peft_model
 
 from raymem.memory.meter import PeakMeter
@@ -23,6 +22,7 @@ from raymem.methods.loram.job import PruneJob, open_job
 from raymem.methods.loram.nonuniform import read_config
 from raymem.methods.loram.plan import nf4_weight_bytes
 from raymem.methods.loram.steps import layerwise_model, memory_bytes, run_step, steps
+from tests.helpers.loram_families import save, token_ids
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "head_dim": 32, "num_hidden_layers": 6}
 IDS = token_ids(2, 8)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from loram_families import config_of, logits, random_model, save, token_ids
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +16,7 @@ from raymem.methods.loram.index_map import place
 from raymem.methods.loram.manifest import read_manifest
 from raymem.methods.moram import MoRAMConfig, select_indices
 from raymem.methods.moram.layer import layers
+from tests.helpers.loram_families import config_of, logits, random_model, save, token_ids
 
 pytestmark = pytest.mark.numerics
 

@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from loram_families import FAMILIES, config_of, logits, random_model, save, token_ids
 from safetensors.torch import load_file
-from support import realigned
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raymem.methods.loram import PruneOptions, load_pruned, prune_model
@@ -27,6 +25,8 @@ from raymem.methods.loram.nonuniform import pruned_layers
 from raymem.methods.loram.source import open_source
 from raymem.methods.loram.steps import run_step, steps
 from raymem.methods.loram.validate import zeroed
+from tests.helpers.loram_families import FAMILIES, config_of, logits, random_model, save, token_ids
+from tests.helpers.support import realigned
 
 RATIOS = (0.0, 0.5, 0.7, 0.25)
 RANDOM = PruneOptions(layer_ratios=RATIOS)

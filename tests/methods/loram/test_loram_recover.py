@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from loram_families import FAMILIES, config_of, logits, random_model, save, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +25,7 @@ from raymem.methods.loram import (
 )
 from raymem.methods.loram.coupling import couple
 from raymem.methods.loram.index_map import place
+from tests.helpers.loram_families import FAMILIES, config_of, logits, random_model, save, token_ids
 
 pytestmark = pytest.mark.numerics
 

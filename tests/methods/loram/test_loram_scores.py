@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from loram_families import config_of, random_model, save, token_ids
 
 from raymem.methods.loram import PruneOptions, layer_passes
 from raymem.methods.loram.coupling import Group, Member, couple
@@ -17,6 +16,7 @@ from raymem.methods.loram.job import PruneJob, open_job, read_shard, shard_name
 from raymem.methods.loram.masks import magnitude_mask, sparsegpt, wanda_mask
 from raymem.methods.loram.scores import best, magnitude_scores, random_scores
 from raymem.methods.loram.steps import run_step, steps
+from tests.helpers.loram_families import config_of, random_model, save, token_ids
 
 STREAMED = ["llama", "qwen3", "gemma3", "granite", "phi3", "gpt_neox", "opt"]
 IDS = token_ids(3, 16)

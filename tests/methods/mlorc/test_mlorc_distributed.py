@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support import in_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from raymem.methods.mlorc import MLorcAdamW, MLorcLion
+from tests.helpers.support import in_processes
 
 CLASSES = {"adamw": MLorcAdamW, "lion": MLorcLion}
 ROWS = 16

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from straight_line import StraightLineAdamW, StraightLineLion
-from streams import gradient_stream
 from torch import nn
 
 from raymem.methods.mlorc import MLorcAdamW, MLorcLion
+from tests.helpers.straight_line import StraightLineAdamW, StraightLineLion
+from tests.helpers.streams import gradient_stream
 
 pytestmark = pytest.mark.numerics
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from moram_cases import logits, ready, small_gpt2, small_llama
 
 from raymem.errors import AdapterError
 from raymem.methods.moram import export_lora, export_shira
 from raymem.methods.moram.layer import layers
+from tests.helpers.moram_cases import logits, ready, small_gpt2, small_llama
 
 
 def test_shira_in_stock_peft_is_the_same_update(tmp_path: Path) -> None:

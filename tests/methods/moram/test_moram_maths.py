@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from moram_cases import Case, dense_reference, random_case
 from torch import nn
 
 from raymem.methods.moram.base import BaseWeight
 from raymem.methods.moram.ops import choose_formulation, moram_linear, sampled_dots, selected_delta
+from tests.helpers.moram_cases import Case, dense_reference, random_case
 
 pytestmark = pytest.mark.numerics
 

@@ -12,15 +12,25 @@ from typing import Any
 
 import pytest
 import torch
-from moram_cases import BATCH, logits, randomised, ready, small_gpt2, small_llama, token_batches, trainable, with_moram
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import realigned
 
 from raymem.errors import AdapterError
 from raymem.methods.moram import MoRAMConfig, select_indices
 from raymem.methods.moram._on_import import after_import
 from raymem.methods.moram.layer import layers
+from tests.helpers.moram_cases import (
+    BATCH,
+    logits,
+    randomised,
+    ready,
+    small_gpt2,
+    small_llama,
+    token_batches,
+    trainable,
+    with_moram,
+)
+from tests.helpers.support import realigned
 
 
 @pytest.fixture(scope="module")

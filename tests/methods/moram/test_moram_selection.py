@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from moram_cases import randomised, small_gpt2, small_llama, token_batches, trainable, with_moram
-from support import in_processes
 
 from raymem.errors import AdapterError
 from raymem.methods.moram import check_base, select_indices
 from raymem.methods.moram.indices import top_columns
 from raymem.methods.moram.layer import layers
+from tests.helpers.moram_cases import randomised, small_gpt2, small_llama, token_batches, trainable, with_moram
+from tests.helpers.support import in_processes
 
 
 def held_gradients(model: Any, batches: list[Any], *, absolute: bool = False) -> dict[str, torch.Tensor]:

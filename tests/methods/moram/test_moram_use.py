@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from moram_cases import small_llama, token_batches, trainable, with_moram
-from support import assert_same, column, in_processes, make_recipe, realigned, run_fragment, save_model, train
 
 from raymem.errors import ModelError, RecipeError
 from raymem.methods.moram import MoRAMConfig, select_indices
@@ -18,6 +16,17 @@ from raymem.recipe.schema import Recipe
 from raymem.training.dist_env import Layout
 from raymem.training.model.adapter import stored_buffers
 from raymem.training.model.build import build_model
+from tests.helpers.moram_cases import small_llama, token_batches, trainable, with_moram
+from tests.helpers.support import (
+    assert_same,
+    column,
+    in_processes,
+    make_recipe,
+    realigned,
+    run_fragment,
+    save_model,
+    train,
+)
 
 MORAM = {"kind": "moram", "rank": 4, "density": 0.25, "selection_batches": 2}
 

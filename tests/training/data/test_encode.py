@@ -3,11 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from talks import PLACE, TALK, plain, sentencepiece_like, targeted, with_template
 
 from raymem.errors import DataError, ModelError
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Messages, PromptCompletion, Text
+from tests.helpers.talks import PLACE, TALK, plain, sentencepiece_like, targeted, with_template
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talks import PLACE, TALK, plain, sentencepiece_like, targeted, turn, with_template
 
 from raymem.errors import DataError
 from raymem.recipe.schema import DataSection
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Messages, PromptCompletion, Text
 from raymem.training.data.shards import prepare
+from tests.helpers.talks import PLACE, TALK, plain, sentencepiece_like, targeted, turn, with_template
 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
 CALL = {"type": "function", "function": {"name": "blue", "arguments": {"one": "two"}}}
