@@ -30,8 +30,9 @@ from raymem.methods.loram.index_map import place
 from raymem.methods.loram.manifest import MANIFEST, Manifest
 from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, recover_factor
 from raymem.methods.loram.safetensors_io import read_header, read_tensor, save_tensors
+from raymem.recipe.axes import full_base
 from raymem.recipe.load import load_recipe, packaged_recipe, parse_recipe
-from raymem.recipe.schema import FullBase, Recipe
+from raymem.recipe.schema import Recipe
 from raymem.runs import demo
 from raymem.runs.evaluate import evaluate_recipe
 from raymem.runs.loram import Pipeline, Pruned
@@ -74,7 +75,7 @@ def loram_row(options: argparse.Namespace, criterion: str, ratio: float, aligned
     recovered = pipeline.recover()
     pipeline.verify()
     base = pipeline.ready()
-    full = base.recipe.model_copy(update={"base": FullBase()})
+    full = base.recipe.model_copy(update={"base": full_base()})
     wrong = scattered_wrongly(Path(outcome["artifact"]), recovered, base, seed)
     return {
         "pruned_bytes": 4 * base.plan.pruned.parameters,
@@ -92,7 +93,7 @@ def control_row(
 ) -> dict[str, Any]:  # fmt: skip
     """The negative control again, on the pruned layers' share of a finished row's adapters alone."""
     base = pipeline_for(options, criterion, ratio, aligned, seed).ready()
-    full = base.recipe.model_copy(update={"base": FullBase()})
+    full = base.recipe.model_copy(update={"base": full_base()})
     run = Path(options.storage.resolve(), base.recipe.name)
     return {
         "pruned layers": loss(full, of_pruned_layers(run / "recovered", base)),

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from raymem.recipe.axes import no_adapter
 from raymem.recipe.load import load_recipe, packaged_recipe
-from raymem.recipe.schema import NoAdapter, Recipe
+from raymem.recipe.schema import Recipe
 from raymem.runs import demo
 from raymem.runs.prepare import prepare_split, shared_tokenizer
 from raymem.storage.storage import Storage
@@ -44,7 +45,7 @@ def shira(recipe: Recipe) -> nn.Module:
     """The recipe's base with PEFT's SHiRA of the recipe's rank, on the layers that ``all-linear`` means."""
     from peft import ShiraConfig, get_peft_model
 
-    base: Any = build_model(recipe.model_copy(update={"adapter": NoAdapter()}))
+    base: Any = build_model(recipe.model_copy(update={"adapter": no_adapter()}))
     config = ShiraConfig(r=recipe.adapter.rank, target_modules="all-linear", random_seed=recipe.seed)  # type: ignore[union-attr]
     return get_peft_model(base, config).train()  # type: ignore[no-any-return]
 

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from raymem.recipe import compat, space
 from raymem.recipe import schema as r
+from raymem.recipe.axes import AXES
 from raymem.recipe.base import kind_of
 
 PAGE = Path(__file__).with_name("recipe.md")
@@ -31,11 +32,7 @@ SECTIONS: dict[str, list[type]] = {
     "model": [r.ModelSection],
     "data": [r.DataSection],
     "data.train[], data.eval[]": [r.Source],
-    "base": [r.FullBase, r.LoRAMOptions],
-    "adapter": [r.NoAdapter, r.LoraAdapter, r.MoRAMOptions],
-    "activations": [r.NoActivationSaving, r.Checkpointing, r.LoRActOptions],
-    "loss": [r.AutoLoss, r.ChunkedLoss, r.FullLoss],
-    "optimizer": [r.AdamW, r.MLorcAdamWOptions, r.MLorcLionOptions],
+    **{name: [kind.options for kind in axis.kinds()] for name, axis in AXES.items()},
     "train": [r.TrainSection],
     "scaling": [r.ScalingSection],
     "storage": [r.StorageSection],
@@ -66,13 +63,21 @@ def _table(model: type) -> str:
         if name == "kind":
             continue
         facts = _inherited(model, name) | facts
-        default = "required" if name in required else f"`{json.dumps(facts.get('default'))}`"
+        default = "required" if name in required else f"`{json.dumps(facts.get('default', _made(model, name)))}`"
+        if name in AXES and model is r.Recipe:
+            facts, default = {**facts, "$ref": name}, "see below"
         if "$ref" in facts or (isinstance(facts.get("default"), dict) and facts["default"]):
             default = "see below" if name not in required else "required"
         rows.append(f"| `{name}` | {_type(facts)} | {default} | {facts.get('description', '')} |".replace("\n", " "))
     if not rows:
         return text
     return text + "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _made(model: type, name: str) -> object:
+    """Default of a dataclass field that is made anew each time, which pydantic's schema leaves out."""
+    factory = getattr(model, "__dataclass_fields__", {}).get(name)
+    return None if factory is None or factory.default_factory is dataclasses.MISSING else factory.default_factory()
 
 
 def _inherited(model: type, name: str) -> dict[str, object]:

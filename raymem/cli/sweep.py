@@ -121,7 +121,8 @@ def settle(
     """
     from raymem.cli.plan import budget_bytes
     from raymem.errors import BudgetError, RecipeError
-    from raymem.recipe.load import nearest, parse_recipe
+    from raymem.recipe.load import parse_recipe
+    from raymem.recipe.sentences import nearest
     from raymem.recipe.space_load import load_space
 
     limit = budget_bytes(recipe, budget, gpu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -53,26 +54,18 @@ class Exceeds:
 
 Verdict = Fits | Exceeds
 
-HELP: dict[str, tuple[str, ...]] = {
-    "weights": ("base.quantize=nf4", "scaling.strategy=fsdp2", "base.kind=loram"),
-    "trainable": ("adapter=lora", "scaling.strategy=fsdp2"),
-    "gradients": ("adapter=lora", "scaling.strategy=fsdp2"),
-    "optimizer": ("optimizer=mlorc_adamw", "adapter=lora", "scaling.strategy=fsdp2"),
-    "activations": ("activations=checkpoint", "activations=loract", "train.micro_batch=1", "data.sequence_length"),
-    "loss": ("loss=auto", "train.micro_batch=1", "data.sequence_length"),
-    "workspace": ("train.micro_batch=1", "optimizer.implementation=fused", "data.sequence_length"),
-}
-"""Memory category -> settings that lower it."""
 
-
-def verdict(needed_bytes: int, budget_bytes: int, at_peak: dict[str, int]) -> Verdict:
+def verdict(
+    needed_bytes: int, budget_bytes: int, at_peak: dict[str, int], would_help: Callable[[str], tuple[str, ...]]
+) -> Verdict:
     """Compare a prediction with a budget.
 
     Args:
         needed_bytes: what the device must have.
         at_peak: category -> bytes at the peak.
+        would_help: category -> settings that lower it.
     """
     if needed_bytes <= budget_bytes:
         return Fits(budget_bytes - needed_bytes)
     largest = max(at_peak, key=lambda name: at_peak[name])
-    return Exceeds(needed_bytes - budget_bytes, largest, HELP.get(largest, ()))
+    return Exceeds(needed_bytes - budget_bytes, largest, would_help(largest))

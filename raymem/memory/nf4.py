@@ -7,6 +7,7 @@ bitsandbytes imports. tests/planner/test_nf4.py holds the plans of both to the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +17,13 @@ from torch import nn
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Weights per NF4 scale, and scales per scale of scales (bitsandbytes' double quantisation)."""
+
+
+def weight_bytes(numel: int) -> int:
+    """Bytes of one linear layer's weights in NF4 with double quantisation: 4 + 8/64 + 32/(64*256) bits each."""
+    blocks = math.ceil(numel / BLOCK)
+    return math.ceil(numel / 2) + blocks + 4 * math.ceil(blocks / NESTED_BLOCK)
+
 
 _OPERATIONS = ("gemm_4bit", "dequantize_blockwise", "dequantize_4bit")
 STANDS_FOR = {f"raymem::{name}": f"bitsandbytes::{name}" for name in _OPERATIONS}

@@ -6,9 +6,6 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-OPTIONS_RULES = {"extra": "forbid", "strict": True, "allow_inf_nan": False, "use_attribute_docstrings": True}
-"""``__pydantic_config__`` of every option dataclass, so that the recipe reads it as strictly as its own sections."""
-
 
 def lazy_exports(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
     """A ``__getattr__`` for a method's package, which imports what it exports on first use.

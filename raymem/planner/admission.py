@@ -13,18 +13,11 @@ from raymem.planner import prediction_error
 from raymem.planner.micro_batch import with_micro_batch
 from raymem.planner.process import Planner, without_free
 from raymem.planner.types import Above, Target
+from raymem.recipe.axes import AXES
 from raymem.recipe.schema import Recipe
 
-GROWS = {
-    "train": ("micro_batch",),
-    "data": ("sequence_length",),
-    "adapter": ("rank",),
-    "activations": ("rank",),
-    "optimizer": ("rank",),
-}
-"""Section -> options of which more never takes less memory. A recipe that has at least as much of each as one that was
-too large, and is the same otherwise, is too large as well. (Not MoRAM's density: its layers change their formulation.)
-"""
+_GROWS = {"train": ("micro_batch",), "data": ("sequence_length",)}
+"""Section -> options of which more never takes less memory, as a kind's ``grows`` says of its own."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +119,12 @@ class Gate:
 
 
 def _split(recipe: Recipe) -> tuple[dict[str, Any], dict[str, float]]:
-    """What two recipes must share to be compared, and the amounts that compare them."""
+    """What two recipes must share to be compared, and the amounts that compare them.
+
+    A recipe that has at least as much of each as one that was too large, and is the same otherwise, is too large too.
+    """
     rest, amounts = without_free(recipe.to_dict()), {}
-    for section, options in GROWS.items():
+    for section, options in {**_GROWS, **{name: axis.of(recipe).grows for name, axis in AXES.items()}}.items():
         for option in options:
             value = rest[section].get(option)
             if isinstance(value, int | float):

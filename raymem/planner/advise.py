@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from raymem.errors import RecipeError
 from raymem.memory.budget import Fits
+from raymem.planner.help import candidates
 from raymem.planner.process import plan_many
 from raymem.planner.types import Plan
 from raymem.recipe.schema import Recipe
@@ -62,33 +63,3 @@ def _try_each(load: Load, chosen: tuple[str, ...], gpu: str | None) -> list[Advi
             continue
     plans = plan_many([changed for _, changed in combined], gpu=gpu)
     return [Advice(o, plan) for (o, _), plan in zip(combined, plans, strict=True) if isinstance(plan, Plan)]
-
-
-def candidates(recipe: Recipe) -> list[str]:
-    """Overrides that may lower the peak of a recipe, the cheapest in time and quality first."""
-    found = []
-    train = recipe.train
-    if getattr(recipe.optimizer, "implementation", "fused") != "fused":
-        found.append("optimizer.implementation=fused")
-    if recipe.loss.kind == "full":
-        found.append("loss=auto")
-    smaller = train.rows_per_pass // 2
-    while smaller >= 1:
-        found.append(f"train.micro_batch={smaller}")
-        smaller = 1 if smaller > 3 else smaller - 1 if smaller == 2 else 0
-    if recipe.activations.kind == "none":
-        found += ["activations=checkpoint", "activations=loract"]
-    if recipe.adapter.kind == "none" and recipe.optimizer.kind == "adamw":
-        found.append("optimizer=mlorc_adamw")
-    if recipe.adapter.kind != "none" and getattr(recipe.base, "quantize", "") == "none":
-        found.append("base.quantize=nf4")
-    workers = recipe.scaling.num_workers
-    if recipe.scaling.strategy == "ddp" and (workers if isinstance(workers, int) else workers[0]) > 1:
-        found.append("scaling.strategy=fsdp2")
-    if recipe.adapter.kind == "none":
-        found.append("adapter=lora")
-    if train.precision == "fp32":
-        found.append("train.precision=bf16")
-    if recipe.data.sequence_length >= 512:
-        found.append(f"data.sequence_length={recipe.data.sequence_length // 2}")
-    return found

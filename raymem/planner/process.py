@@ -26,17 +26,15 @@ from raymem.errors import PlanError
 from raymem.memory.devices import gpu_named
 from raymem.planner.shapes import circumstances
 from raymem.planner.types import Above, Plan
+from raymem.recipe.axes import AXES, outside_code, registered
 from raymem.recipe.load import MODELS, packaged_recipe, read_yaml
 from raymem.recipe.schema import Recipe
-from raymem.recipe.space import AXES
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0
-FREE = {"optimizer": ("lr", "betas", "eps", "weight_decay"), "adapter": ("alpha", "selection_batches")}
-"""Section -> options that take no memory, so that plans are shared between their values."""
 _LIBRARIES = ("torch", "transformers", "peft")
-_READ = ("memory", "planner", "methods", "linalg", "training")
+_READ = ("memory", "planner", "methods", "linalg", "recipe", "training")
 """Rooms whose code decides what a plan says."""
 
 
@@ -161,7 +159,10 @@ def known_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan | None:
 
 def _job(recipe: Recipe, gpu: str | None) -> dict[str, Any]:
     """What the process is asked."""
-    return {"recipe": _plannable(recipe, gpu).to_dict(), "gpu": gpu, "problem": None}
+    plannable = _plannable(recipe, gpu)
+    job = {"recipe": plannable.to_dict(), "gpu": gpu, "problem": None}
+    outside = outside_code(plannable)
+    return job if outside is None else {**job, "kinds": registered(), "code": outside}
 
 
 def _file(job: dict[str, Any]) -> Path:
@@ -259,16 +260,16 @@ def _key(job: dict[str, Any]) -> str:
     config = Path(recipe["model"]["name"] or "") / "config.json"
     if recipe["model"]["name"] is not None and config.is_file():
         parts["config"] = config.read_text()
-    facts = [parts, job["gpu"], {name: _version(name) for name in _LIBRARIES}, _source_digest()]
+    facts = [parts, job["gpu"], {name: _version(name) for name in _LIBRARIES}, _source_digest(), job.get("code")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def without_free(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of a recipe, as a plain dict, has to do with memory."""
     parts = {section: dict(recipe[section]) for section in ("model", *AXES)}
-    for section, options in FREE.items():
-        for option in options:
-            parts[section].pop(option, None)
+    for name, axis in AXES.items():
+        for option in axis[parts[name]["kind"]].free:
+            parts[name].pop(option, None)
     parts["data"] = {key: recipe["data"][key] for key in ("sequence_length", "packing")}
     parts["data"]["evaluated"] = recipe["data"]["eval"] is not None
     parts["train"] = {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import ModelError
-from raymem.methods.loram.config import LoRAMOptions
+from raymem.recipe.axes import BASES
 from raymem.recipe.schema import Recipe
 
 
@@ -43,7 +43,8 @@ def located(recipe: Recipe) -> tuple[Recipe, str | None]:
         ModelError: the config cannot be had, and no shape of that name is shipped.
     """
     name, revision = recipe.model.name, recipe.model.revision
-    stands_alone = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is not None
+    base = BASES.of(recipe)
+    stands_alone = not base.is_planned(recipe.base) and base.directory(recipe.base) is not None
     if name is None or stands_alone or Path(name).is_dir() or Path(name).is_absolute():
         return recipe, None
     from huggingface_hub import snapshot_download, try_to_load_from_cache

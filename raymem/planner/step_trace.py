@@ -8,7 +8,6 @@ because gathering and reducing settle in the first.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from raymem.memory import kernels
 from raymem.memory.target import planned_for
 from raymem.memory.trace import Change, LimitPassed, Tracer
-from raymem.methods.loract.config import LoRActOptions
 from raymem.methods.loram.nonuniform import pruned_layers
 from raymem.methods.moram.config import MoRAMOptions
 from raymem.planner.analytic import closed_form
@@ -37,10 +35,11 @@ from raymem.planner.fake import (
 from raymem.planner.fake_cache import OutputCache
 from raymem.planner.fake_ddp import FakeReplica
 from raymem.planner.types import Target
+from raymem.recipe.axes import ACTIVATIONS
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
 from raymem.training.dist_env import Layout
-from raymem.training.loss import forward_loss_sum, why_full
+from raymem.training.loss import forward_loss_sum, loss_of
 from raymem.training.model.build import build_model, load_config
 from raymem.training.optim import Updater, build_updater
 from raymem.training.step import train_step
@@ -105,9 +104,8 @@ def _on_cpu(recipe: Recipe) -> Recipe:
     if recipe.model.attention == "flash_attention_2":
         # PyTorch's own fused attention holds the same for backward, and needs no package here.
         updates["model"] = recipe.model.model_copy(update={"attention": "sdpa"})
-    if isinstance(recipe.activations, LoRActOptions) and recipe.activations.side_stream:
-        updates["activations"] = dataclasses.replace(recipe.activations, side_stream=False)
-    return recipe.model_copy(update=updates) if updates else recipe
+    updates["activations"] = ACTIVATIONS.of(recipe).on_cpu(recipe.activations)
+    return recipe.model_copy(update=updates)
 
 
 def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | None) -> Session:
@@ -133,7 +131,7 @@ def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | No
         runner.run(limit_bytes)
         state = runner.state_bytes()
         changes = list(tracer.changes)
-    return Session(changes, state, runner.rehearsed, why_full(bare))
+    return Session(changes, state, runner.rehearsed, loss_of(bare).note)
 
 
 class _Runner:

@@ -19,6 +19,7 @@ from raymem.errors import RaymemError
 from raymem.planner.imports import compiler_is_put_off, do_without
 from raymem.planner.shapes import located
 from raymem.planner.types import Above, Plan, Target
+from raymem.recipe.axes import register_again
 from raymem.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: ``recipe``, ``gpu``, ``problem`` if tracing has failed before, and ``limit_bytes`` if a plan above it is of
-            no use.
+            no use; ``kinds`` that are not raymem's own.
     """
     began = time.perf_counter()
+    register_again(job.get("kinds", {}))
     recipe = Recipe.model_validate(job["recipe"])
     target = Target.of(recipe)
     try:
@@ -116,14 +118,14 @@ def _rough(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
     from raymem.memory.trace import CATEGORIES
     from raymem.planner.analytic import closed_form, rough_activations, rough_loss
     from raymem.planner.step_trace import planned_model
-    from raymem.training.loss import is_chunked
+    from raymem.training.loss import loss_of
     from raymem.training.model.build import load_config
 
     model, config = planned_model(recipe), load_config(recipe)
     state = closed_form(recipe, target, model)
     passing = {
         "activations": rough_activations(recipe, config),
-        "loss": rough_loss(recipe, config, chunked=is_chunked(model)),
+        "loss": rough_loss(recipe, config, loss_of(model)),
     }
     terms = dict.fromkeys(CATEGORIES, 0) | state | passing
     peak = sum(terms.values())

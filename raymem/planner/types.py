@@ -91,4 +91,6 @@ class Plan:
 
     def verdict(self, budget_bytes: int) -> Verdict:
         """Compare with a budget per worker device."""
-        return verdict(self.capacity_bytes, budget_bytes, self.terms)
+        from raymem.planner.help import would_help
+
+        return verdict(self.capacity_bytes, budget_bytes, self.terms, would_help)

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
 import re
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from typing_extensions import TypeAliasType
 
 from raymem.errors import RecipeError
-from raymem.methods.loram.config import LoRAMOptions
 from raymem.recipe import compat
-from raymem.recipe.base import fields_of, is_section, kind_of
+from raymem.recipe.axes import AXES, BASES
+from raymem.recipe.axis_field import adapter_of
+from raymem.recipe.base import fields_of, kind_of
 from raymem.recipe.paths import absolute, is_local
 from raymem.recipe.schema import Recipe
+from raymem.recipe.sentences import nearest, problems, sections_in
 
 DEMO_PREFIX = "demo"
 MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
@@ -122,7 +119,7 @@ def validated(raw: dict[str, Any], place: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{place}: {problem}" for problem in _problems(error))) from None
+        raise RecipeError("\n".join(f"{place}: {problem}" for problem in problems(error, Recipe))) from None
 
 
 def alignment(recipe: Recipe, **changes: Any) -> Recipe | None:
@@ -134,22 +131,25 @@ def alignment(recipe: Recipe, **changes: Any) -> Recipe | None:
     Raises:
         RecipeError: its sections are no recipe.
     """
-    if not isinstance(recipe.base, LoRAMOptions) or recipe.base.align is None:
+    sections = BASES.of(recipe).alignment(recipe.base)
+    if sections is None:
         return None
     plain = {"base": "full", "adapter": {"kind": "none", "freeze": ["lm_head"]}, "tracking": "none"}
-    return parse_recipe({**recipe.to_dict(), **plain, **recipe.base.align, **changes}, "base.align")
+    return parse_recipe({**recipe.to_dict(), **plain, **sections, **changes}, "base.align")
 
 
 def _with_alignment(recipe: Recipe, place: str, base_dir: Path | None) -> Recipe:
     """The recipe with ``base.align`` validated, complete and its paths made absolute."""
-    if not isinstance(recipe.base, LoRAMOptions) or recipe.base.align is None:
+    kind = BASES.of(recipe)
+    sections = kind.alignment(recipe.base)
+    if sections is None:
         return recipe
-    if odd := sorted(set(recipe.base.align) - set(ALIGNED)):
+    if odd := sorted(set(sections) - set(ALIGNED)):
         raise RecipeError(f"{place}: base.align.{odd[0]}: not a section of it; known here: {', '.join(ALIGNED)}")
     aligned = alignment(recipe)
     assert aligned is not None
     values = (_absolute(aligned, base_dir) if base_dir else aligned).to_dict()
-    base = dataclasses.replace(recipe.base, align={name: values[name] for name in recipe.base.align})
+    base = kind.with_alignment(recipe.base, {name: values[name] for name in sections})
     return recipe.model_copy(update={"base": base})
 
 
@@ -161,14 +161,21 @@ def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe file as a person writes it: with the shorthands, and the name left to the file's."""
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
-    for axis in ("Base", "Adapter", "Activations", "Loss", "Optimizer", "Tracking"):
-        sections = _sections_in(fields_of(Recipe)[axis.lower()])
-        kinds = [kind_of(section) for section in sections]
-        default = Recipe.model_fields[axis.lower()].default.kind
-        for section in sections:
-            if kind_of(section) != default:  # options without a kind are the default kind's
-                definitions[section.__name__].setdefault("required", []).append("kind")
-        definitions[axis] = {"anyOf": [definitions[axis], {"enum": kinds}]}
+    for name, axis in AXES.items():
+        title = name.capitalize()
+        refs = []
+        for kind in axis.kinds():
+            section = adapter_of(kind.options).json_schema(ref_template="#/$defs/{model}")
+            definitions |= section.pop("$defs", {})
+            if kind.name != axis.default:  # options without a kind are the default kind's
+                section.setdefault("required", []).append("kind")
+            definitions[kind.options.__name__] = section
+            refs.append({"$ref": f"#/$defs/{kind.options.__name__}"})
+        definitions[title] = {"anyOf": [*refs, {"enum": list(axis)}]}
+        described = schema["properties"][name].get("description", "")
+        default = {"kind": axis.initial}
+        schema["properties"][name] = {"$ref": f"#/$defs/{title}", "default": default, "description": described}
+    _also_by_name(definitions, "Tracking")
     for split in ("train", "eval"):
         sources = definitions["DataSection"]["properties"][split]
         one = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
@@ -178,6 +185,15 @@ def recipe_schema() -> dict[str, Any]:
         }
     schema["required"].remove("name")
     return schema
+
+
+def _also_by_name(definitions: dict[str, Any], axis: str) -> None:
+    sections = sections_in(fields_of(Recipe)[axis.lower()])
+    default = Recipe.model_fields[axis.lower()].default.kind
+    for section in sections:
+        if kind_of(section) != default:
+            definitions[section.__name__].setdefault("required", []).append("kind")
+    definitions[axis] = {"anyOf": [definitions[axis], {"enum": [kind_of(section) for section in sections]}]}
 
 
 def packaged_recipe(name: str) -> Path:
@@ -244,104 +260,9 @@ def _absolute(recipe: Recipe, base_dir: Path) -> Recipe:
     raw = recipe.to_dict()
     raw["model"].update({key: local(raw["model"][key]) for key in ("name", "tokenizer")})
     raw["data"].update({key: sources(raw["data"][key]) for key in ("train", "eval")})
-    if raw["adapter"].get("init_from"):
-        raw["adapter"]["init_from"] = absolute(raw["adapter"]["init_from"], base_dir)
-    for key in ("artifact", "calibration"):
-        if raw["base"].get(key):
-            raw["base"][key] = local(raw["base"][key]) if key == "calibration" else absolute(raw["base"][key], base_dir)
+    for name, axis in AXES.items():
+        options, kind = raw[name], axis.of(recipe)
+        options |= {key: absolute(options[key], base_dir) for key in kind.paths if options.get(key)}
+        options |= {key: local(options[key]) for key in kind.paths_or_ids if options.get(key)}
     raw["storage"]["path"] = absolute(raw["storage"]["path"], base_dir)
     return Recipe.model_validate(raw)
-
-
-def _problems(error: ValidationError) -> Iterable[str]:
-    seen: dict[str, str] = {}
-    for item in error.errors():
-        path, fields = _resolve(item["loc"])
-        kind, message, value = item["type"], item["msg"], item.get("input")
-        if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-            text = f"unknown key{nearest(path.rpartition('.')[2], fields)}"
-        elif kind == "missing":
-            text = "is missing"
-        elif kind == "union_tag_not_found":
-            tag = item["ctx"]["discriminator"].strip("'")
-            path, text = f"{path}.{tag}", "is missing"
-        elif kind in ("union_tag_invalid", "literal_error"):
-            context = item["ctx"]
-            expected = [tag.strip("' ") for tag in str(context.get("expected_tags", context.get("expected"))).replace(
-                " or ", ",").split(",")]  # fmt: skip
-            given = context.get("tag", value)
-            path = path if kind == "literal_error" else f"{path}.{context['discriminator'].strip(chr(39))}"
-            text = f"{given!r} is not one of {', '.join(expected)}{nearest(str(given), expected)}"
-        elif kind == "value_error":
-            text = message.removeprefix("Value error, ")
-            name, separator, rest = text.partition(": ")
-            if separator and name in fields:  # the options of a method begin with the field
-                path, text = f"{path}.{name}", rest
-        elif kind in ("model_type", "model_attributes_type", "dataclass_type"):
-            text = f"{value!r}: expected keys with values (a YAML mapping)"
-        else:
-            text = f"{value!r}: {message[0].lower()}{message[1:]}"
-        # A union reports every arm that failed; one line per place is what a person can act on.
-        seen[path] = f"{seen[path]}, or {text.partition(': ')[2]}" if path in seen else text
-    return [f"{path}: {text}" if path else text for path, text in seen.items()]
-
-
-def _resolve(location: Sequence[int | str]) -> tuple[str, list[str]]:
-    """Dotted YAML path of a pydantic location, and the names that are valid where its last part stands.
-
-    pydantic puts union tags (``lora``) and arms (``constrained-int``) into the location; they are no part of the YAML.
-    """
-    parts: list[str] = []
-    sections: list[type] = [Recipe]
-    fields: list[str] = list(fields_of(Recipe))
-    keyed = False
-    for index, part in enumerate(location):
-        last = index == len(location) - 1
-        if keyed:  # the key of a mapping whose values are sections
-            parts.append(str(part))
-            keyed = False
-            continue
-        if isinstance(part, int):
-            if parts:
-                parts[-1] += f"[{part}]"
-                continue
-            part = str(part)  # a key that is no text
-        tagged = [s for s in sections if kind_of(s) == part]
-        if tagged:
-            sections, fields = tagged, list(fields_of(tagged[0]))
-            continue
-        owners = [s for s in sections if part in fields_of(s)]
-        if not owners and not last:
-            continue
-        if not owners and sections == []:  # the arm of a union of plain types
-            continue
-        parts.append(part)
-        fields = sorted({name for s in sections for name in fields_of(s)})
-        keyed = any(_is_mapping(fields_of(s)[part]) for s in owners)
-        sections = [inner for s in owners for inner in _sections_in(fields_of(s)[part])]
-    return ".".join(parts), fields
-
-
-def _is_mapping(annotation: Any) -> bool:
-    """Whether an annotation is a mapping to sections, perhaps an optional one."""
-    if typing.get_origin(annotation) is dict:
-        return bool(_sections_in(annotation))
-    return any(_is_mapping(argument) for argument in typing.get_args(annotation))
-
-
-def _sections_in(annotation: Any) -> list[type]:
-    """Every recipe section that an annotation can hold."""
-    if is_section(annotation):
-        return [annotation]
-    if isinstance(annotation, TypeAliasType):
-        return _sections_in(annotation.__value__)
-    if isinstance(annotation, types.GenericAlias | types.UnionType) or typing.get_args(annotation):
-        return [section for argument in typing.get_args(annotation) for section in _sections_in(argument)]
-    return []
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the one that was probably meant, or all that there are."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    listed = sorted(candidates)
-    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(listed)}"

@@ -2,9 +2,9 @@
 
 A recipe is frozen once validated. It travels to the workers as the plain dict of :meth:`Recipe.to_dict`, and the same
 dict is stored with every checkpoint and every tracked run. The five *axes* (``base``, ``adapter``, ``activations``,
-``loss``, ``optimizer``) are unions told apart by ``kind``; where a kind needs no options its bare name will do
-(``adapter: none``). A method of raymem's own brings its options as a dataclass. Which kinds go together is decided in
-one place, :mod:`raymem.recipe.compat`.
+``loss``, ``optimizer``) hold the options of one kind each, told apart by ``kind``; where a kind needs no options its
+bare name will do (``adapter: none``). Which kinds there are, and what their options are, the registries of
+:mod:`raymem.recipe.axes` know; which go together, :mod:`raymem.recipe.compat`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    GetCoreSchemaHandler,
     model_validator,
 )
 from typing_extensions import TypeAliasType
 
+from raymem.kinds import BaseOptions, OptimizerOptions, Options
 from raymem.memory.budget import parse_bytes
-from raymem.methods.loract.config import LoRActOptions
-from raymem.methods.loram.config import LoRAMOptions
-from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
-from raymem.methods.moram.config import MoRAMOptions
+from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, OPTIMIZERS
+from raymem.recipe.axis_field import AxisField
 from raymem.recipe.base import Section
 from raymem.recipe.space import Dimension
 
@@ -117,137 +115,6 @@ class DataSection(Section):
     cut at the row length; ``none`` gives every example its own padded row."""
 
 
-class FullBase(Section):
-    """The model as it is."""
-
-    kind: Literal["full"] = "full"
-    quantize: Literal["none", "nf4"] = "none"
-    """``nf4`` stores the frozen linear layers in 4 bits (bitsandbytes, ``pip install raymem[quant]``)."""
-
-
-class NoAdapter(Section):
-    """Full-parameter training."""
-
-    kind: Literal["none"] = "none"
-    freeze: list[str] = []
-    """Modules whose weights stay as they are, for example ``[lm_head]``; what is tied to them stays too."""
-
-
-class LoraAdapter(Section):
-    """LoRA through PEFT (Hu et al. 2021)."""
-
-    kind: Literal["lora"] = "lora"
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    dropout: Fraction = 0.0
-    targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """``all-linear`` (every linear layer but the output head), or names such as ``[q_proj, v_proj]``, or regular
-    expressions for whole module names."""
-    init_from: str | None = None
-    """PEFT directory whose adapter is continued."""
-
-
-class NoActivationSaving(Section):
-    """Everything that backward needs is kept."""
-
-    kind: Literal["none"] = "none"
-
-
-class Checkpointing(Section):
-    """Gradient checkpointing by transformers: layers are recomputed in backward."""
-
-    kind: Literal["checkpoint"] = "checkpoint"
-
-
-class AutoLoss(Section):
-    """``chunked`` where it is right for the model, which is tried on a small clone; else ``full``, with a warning."""
-
-    kind: Literal["auto"] = "auto"
-
-
-class ChunkedLoss(Section):
-    """Exact cross-entropy by chunks of positions: logits of all tokens are never there at once."""
-
-    kind: Literal["chunked"] = "chunked"
-
-
-class FullLoss(Section):
-    """Cross-entropy of the logits of all tokens, held three times in fp32."""
-
-    kind: Literal["full"] = "full"
-
-
-class AdamW(Section):
-    """``torch.optim.AdamW`` (Loshchilov and Hutter 2017)."""
-
-    kind: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    implementation: Literal["fused", "foreach"] = "fused"
-    """``fused`` needs no temporaries; ``foreach`` holds one copy of the trainable weights while it steps."""
-
-
-class _FromMapping:
-    """Lets a strict dataclass be written as a mapping, as sections are; its fields stay strict."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        schema = handler(source)
-        handler.resolve_ref_schema(schema)["strict"] = False  # type: ignore[index]
-        return schema
-
-
-def _tuple(name: str) -> BeforeValidator:
-    """YAML has lists only; some options are tuples."""
-
-    def convert(value: Any) -> Any:
-        given = value.get(name) if isinstance(value, dict) else None
-        return {**value, name: tuple(given)} if isinstance(given, list) else value
-
-    return BeforeValidator(convert)
-
-
-# Named aliases become named definitions in the JSON schema. A method adds its kinds here and nowhere else in this file.
-Base = TypeAliasType(
-    "Base",
-    Annotated[
-        FullBase | Annotated[LoRAMOptions, _FromMapping()],
-        Field(discriminator="kind"),
-        _tuple("layer_ratios"),
-        _shorthand("full"),
-    ],
-)
-Adapter = TypeAliasType(
-    "Adapter",
-    Annotated[
-        NoAdapter | LoraAdapter | Annotated[MoRAMOptions, _FromMapping()],
-        Field(discriminator="kind"),
-        _shorthand("lora"),
-    ],
-)
-Activations = TypeAliasType(
-    "Activations",
-    Annotated[
-        NoActivationSaving | Checkpointing | Annotated[LoRActOptions, _FromMapping()],
-        Field(discriminator="kind"),
-        _shorthand("none"),
-    ],
-)
-Loss = TypeAliasType(
-    "Loss", Annotated[AutoLoss | ChunkedLoss | FullLoss, Field(discriminator="kind"), _shorthand("auto")]
-)
-Optimizer = TypeAliasType(
-    "Optimizer",
-    Annotated[
-        AdamW | Annotated[MLorcAdamWOptions, _FromMapping()] | Annotated[MLorcLionOptions, _FromMapping()],
-        Field(discriminator="kind"),
-        _tuple("betas"),
-        _shorthand("adamw"),
-    ],
-)
-
-
 class TrainSection(Section):
     """How long, how large and how precise. Exactly one of ``steps`` and ``epochs``."""
 
@@ -297,6 +164,16 @@ class ScalingSection(Section):
     """Ray resources; by default one GPU, or an equal share of all CPU cores."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker crashes that are survived by restarting from the last checkpoint; -1 is no limit."""
+
+    @property
+    def least_workers(self) -> int:
+        """Fewest worker processes that train; one without Ray."""
+        return max(1, self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers)
+
+    @property
+    def most_workers(self) -> int:
+        """Most worker processes that train."""
+        return max(1, self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers)
 
     @model_validator(mode="after")
     def _ordered(self) -> ScalingSection:
@@ -365,15 +242,15 @@ class Recipe(Section):
     """Which model is trained."""
     data: DataSection
     """What it is trained and evaluated on."""
-    base: Base = FullBase()
+    base: Annotated[BaseOptions, AxisField(BASES)] = Field(default_factory=BASES.initial_options)
     """Axis 1: how the base weights are held."""
-    adapter: Adapter = LoraAdapter()
+    adapter: Annotated[Options, AxisField(ADAPTERS)] = Field(default_factory=ADAPTERS.initial_options)
     """Axis 2: which weights are trained."""
-    activations: Activations = NoActivationSaving()
+    activations: Annotated[Options, AxisField(ACTIVATIONS)] = Field(default_factory=ACTIVATIONS.initial_options)
     """Axis 3: what is kept for the backward pass."""
-    loss: Loss = AutoLoss()
+    loss: Annotated[Options, AxisField(LOSSES)] = Field(default_factory=LOSSES.initial_options)
     """Axis 4: whether the logits of all tokens are there at once."""
-    optimizer: Optimizer = AdamW()
+    optimizer: Annotated[OptimizerOptions, AxisField(OPTIMIZERS)] = Field(default_factory=OPTIMIZERS.initial_options)
     """Axis 5: how the trained weights are updated."""
     train: TrainSection
     """How long, how large and how precise."""
@@ -388,6 +265,11 @@ class Recipe(Section):
     """Where runs are recorded."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)] | None = None
     """Search space of ``raymem sweep``, over paths of this recipe; a single run leaves it aside."""
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the result is an adapter rather than a whole model."""
+        return not ADAPTERS.of(self).trains_base
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON types; ``Recipe.model_validate(recipe.to_dict()) == recipe``."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import RecipeError
-from raymem.recipe.load import nearest, parse_recipe, read_yaml, validated
+from raymem.recipe.load import parse_recipe, read_yaml, validated
 from raymem.recipe.schema import Recipe
+from raymem.recipe.sentences import nearest
 from raymem.recipe.space import Point, Space, apply, sample
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from raymem.errors import DataError, ModelError
 from raymem.methods.loram.recover import is_recovered
 from raymem.planner import settle_micro_batch
-from raymem.recipe.schema import Base, FullBase, NoAdapter, Recipe
+from raymem.recipe.axes import BASES, full_base, no_adapter
+from raymem.recipe.schema import Recipe
 from raymem.runs import demo, loram_base
 from raymem.runs.artifacts import local_copy
 from raymem.runs.prepare import prepare_split, shared_tokenizer
@@ -125,18 +126,18 @@ def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
     }
     directory = Path(artifact)
     if artifact == "base":
-        update["adapter"] = NoAdapter()
+        update["adapter"] = no_adapter()
     elif (directory / "adapter_config.json").is_file():
         update["adapter"] = continuing(directory)
         update["base"] = _unpruned(recipe) if is_recovered(directory) else recipe.base
     elif (directory / "config.json").is_file():
         update["model"] = recipe.model.model_copy(update={"name": str(directory), "config": None, "revision": None})
-        update |= {"adapter": NoAdapter(), "base": _unpruned(recipe)}
+        update |= {"adapter": no_adapter(), "base": _unpruned(recipe)}
     else:
         raise ModelError(f"--artifact: {artifact} holds neither adapter_config.json nor config.json")
     return recipe.model_copy(update=update)
 
 
-def _unpruned(recipe: Recipe) -> Base:
+def _unpruned(recipe: Recipe) -> Any:
     """A model directory or a recovered adapter does not sit on the pruned model that the recipe trains on."""
-    return FullBase() if recipe.base.kind == "loram" else recipe.base
+    return full_base() if BASES.of(recipe).replaces_model else recipe.base

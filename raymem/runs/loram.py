@@ -40,7 +40,8 @@ from raymem.methods.loram.prune import finish_job
 from raymem.methods.loram.recover import WEIGHTS, is_recovery_of
 from raymem.methods.loram.source import Source
 from raymem.methods.loram.steps import is_done, steps
-from raymem.recipe.schema import FullBase, Recipe
+from raymem.recipe.axes import full_base
+from raymem.recipe.schema import Recipe
 from raymem.runs import demo, loram_base
 from raymem.runs.prepare import prepare_split, shared_tokenizer
 from raymem.runs.train import launch
@@ -230,7 +231,7 @@ class Pipeline:
         from raymem.runs.evaluate import evaluate_recipe
 
         base = self.ready()
-        full = base.recipe.model_copy(update={"base": FullBase()})
+        full = base.recipe.model_copy(update={"base": full_base()})
         adapter, recovered = self._adapter(), self._recovered()
         rows: dict[str, tuple[Recipe, str]] = {
             "full": (full, "base"),

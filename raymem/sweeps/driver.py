@@ -13,8 +13,8 @@ from typing import Any
 from raymem.errors import BudgetError, BudgetExceeded, RaymemError, RecipeError, StorageError
 from raymem.memory.budget import bytes_text
 from raymem.planner.admission import Gate
-from raymem.recipe.load import nearest
 from raymem.recipe.schema import Recipe
+from raymem.recipe.sentences import nearest
 from raymem.recipe.space import AXES, Space, sample
 from raymem.recipe.space_load import recipe_at
 from raymem.runs import demo

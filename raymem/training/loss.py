@@ -17,11 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raymem.errors import RecipeError
-from raymem.memory.trace import attribute, attribute_backward
-from raymem.methods import chunked_loss
-from raymem.methods.chunked_loss import Choice
-from raymem.training.data.batches import IGNORED, Batch
+from raymem.kinds import IGNORED, LossFunction, LossKind
+from raymem.training.data.batches import Batch
 
 log = logging.getLogger(__name__)
 
@@ -50,97 +47,42 @@ def forward_loss_sum(model: nn.Module, batch: Batch, *, mixed: bool) -> torch.Te
         batch = batch.flattened()  # it keeps packed examples apart only within a single row
     assert batch.target_positions is not None
     # Other models would take `targets` for an argument to be passed on, and answer with logits.
-    assert _ATTRIBUTE in _bare(_unwrapped(model)).__dict__, "prepare() comes first"
+    assert _ATTRIBUTE in _base_model(_unwrapped(model)).__dict__, "prepare() comes first"
     targets = Targets(F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten(), batch.target_positions)
     with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=mixed):
         loss: torch.Tensor = model(**batch.model_inputs(), targets=targets)
     return loss
 
 
-def prepare(model: nn.Module, kind: str) -> None:
+def prepare(model: nn.Module, kind: LossKind[Any], options: Any) -> None:
     """Make a complete model (with its adapter, loaded or on meta) answer calls with ``targets`` by the summed loss.
 
-    Args:
-        kind: ``auto``, ``chunked`` or ``full``.
-
     Raises:
-        RecipeError: ``loss: chunked`` for a model whose loss cannot be taken in chunks.
+        RecipeError: the loss is not right for this model.
     """
-    bare = _bare(model)
-    bare.__dict__[_ATTRIBUTE] = _choose(bare, kind)
-    if (note := why_full(model)) is not None:
+    base = _base_model(model)
+    base.__dict__[_ATTRIBUTE] = kind.prepare(base, options)
+    if (note := loss_of(model).note) is not None:
         log.warning(note)
 
-    @functools.wraps(type(bare).forward)  # libraries look at the signature
+    @functools.wraps(type(base).forward)  # libraries look at the signature
     def forward(self: Any, *args: Any, targets: Targets | None = None, **inputs: Any) -> Any:
         if targets is None:
             return type(self).forward(self, *args, **inputs)
         assert not args, "a batch comes by name"
-        return _loss_sum(self, inputs, targets)
+        return self.__dict__[_ATTRIBUTE](self, inputs, *targets)
 
-    bare.__dict__["forward"] = types.MethodType(forward, bare)  # bound, so that a copy of the model gets its own
-
-
-def is_chunked(model: nn.Module) -> bool:
-    """Whether a prepared model takes its loss in chunks."""
-    choice: Choice = _bare(model).__dict__[_ATTRIBUTE]
-    return choice.chunked
+    base.__dict__["forward"] = types.MethodType(forward, base)  # bound, so that a copy of the model gets its own
 
 
-def why_full(model: nn.Module) -> str | None:
-    """In a sentence, why a prepared model of ``loss: auto`` does not take its loss in chunks; None if it does."""
-    bare = _bare(model)
-    choice: Choice = bare.__dict__[_ATTRIBUTE]
-    if choice.reason is None:
-        return None
-    return (
-        f"loss: auto is full for {type(bare).__name__}, because the chunked loss is not right for it: {choice.reason}"
-    )
-
-
-def _bare(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def _loss_sum(model: Any, inputs: dict[str, Any], targets: Targets) -> torch.Tensor:
-    choice: Choice = model.__dict__[_ATTRIBUTE]
-    if choice.chunked:
-        return chunked_loss.chunked_loss_sum(model, inputs, *targets, replay=choice.replay)
-    return _full_loss_sum(model, inputs, targets)
-
-
-def _full_loss_sum(model: Any, inputs: dict[str, Any], targets: Targets) -> torch.Tensor:
-    """Cross-entropy of the logits of all positions, in fp32."""
-    hidden: list[torch.Tensor] = []
-
-    def enter(head: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        hidden.append(given[0])
-        attribute("loss")
-
-    head = model.get_output_embeddings()
-    handle = None if head is None else head.register_forward_pre_hook(enter)
-    try:
-        logits_NV = type(model).forward(model, **inputs).logits.flatten(0, -2)
-    finally:
-        if handle is not None:
-            handle.remove()
-    loss = F.cross_entropy(logits_NV.float(), targets.ids_N, ignore_index=IGNORED, reduction="sum")
-    attribute(None)
-    if hidden:
-        attribute_backward("loss", since=loss, until=hidden[-1])
+def loss_of(model: nn.Module) -> LossFunction:
+    """The loss of a prepared model."""
+    loss: LossFunction = _base_model(model).__dict__[_ATTRIBUTE]
     return loss
 
 
-def _choose(bare: Any, kind: str) -> Choice:
-    if kind == "full":
-        return Choice(chunked=False, replay=False, reason=None)
-    choice = chunked_loss.choose(bare)
-    name = type(bare).__name__
-    if not choice.chunked and kind == "chunked":
-        raise RecipeError(
-            f"loss: chunked is not right for {name}: {choice.reason}; use loss: full, or auto, which takes it by itself"
-        )
-    return choice
+def _base_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _attention(model: Any) -> str | None:

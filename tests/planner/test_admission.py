@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from raymem.errors import RecipeError
 from raymem.planner import prediction_error
 from raymem.planner.admission import Admitted, Gate, Refused
 from raymem.planner.analytic import closed_form
@@ -80,7 +81,7 @@ def test_the_closed_forms_of_an_unknown_optimizer_are_nobody_elses() -> None:
     """The gate refuses on them before anything is traced."""
     recipe = case("lora")
     unknown = recipe.model_copy(update={"optimizer": SimpleNamespace(kind="new")})
-    with pytest.raises(AssertionError, match="unreachable"):
+    with pytest.raises(RecipeError, match="'new' is not registered"):
         closed_form(unknown, Target.of(recipe), planned_model(recipe))
 
 

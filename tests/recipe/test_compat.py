@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from raymem.errors import RecipeError
 from raymem.recipe import compat
+from raymem.recipe.axes import OPTIMIZERS
 from tests.helpers.support import make_recipe
+from tests.helpers.toy_kinds import SignKind
 
 NF4 = {"base": {"quantize": "nf4"}}
 LORAM = {"base": {"kind": "loram"}}
@@ -54,6 +57,9 @@ CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
         {"train": {"master": "stochastic_rounding"}},
         {"train": {"master": "stochastic_rounding", "precision": "bf16_mixed"}},
     ],
+    ("train.master: stochastic_rounding", "an optimizer that cannot round at random"): [
+        {"optimizer": "toy_sign", "train": {"master": "stochastic_rounding", "precision": "bf16"}}
+    ],
     ("model.dtype", "train.precision"): [
         {"model": {"dtype": "bf16"}},
         {"model": {"dtype": "fp32"}, "train": {"precision": "bf16"}},
@@ -63,11 +69,18 @@ CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _toy_optimizer() -> Iterator[None]:
+    OPTIMIZERS.register(SignKind)
+    yield
+    OPTIMIZERS.unregister("toy_sign")
+
+
 def test_no_case_is_left_over() -> None:
-    assert set(CASES) <= {rule.settings for rule in compat.RULES}
+    assert set(CASES) <= {rule.settings for rule in compat.all_rules()}
 
 
-@pytest.mark.parametrize("rule", compat.RULES, ids=lambda rule: " + ".join(rule.settings))
+@pytest.mark.parametrize("rule", compat.all_rules(), ids=lambda rule: " + ".join(rule.settings))
 def test_a_clash_names_both_settings_the_reason_and_the_cure(rule: compat.Rule) -> None:
     assert rule.settings in CASES, "add recipes that break this new rule"
     for fragment in CASES[rule.settings]:
@@ -107,7 +120,7 @@ def test_what_goes_together_is_accepted(fragment: dict[str, Any]) -> None:
 
 def test_the_table_has_a_row_per_rule() -> None:
     rows = compat.table().splitlines()
-    assert len(rows) == 2 + len(compat.RULES)
-    for rule, row in zip(compat.RULES, rows[2:], strict=True):
+    assert len(rows) == 2 + len(compat.all_rules())
+    for rule, row in zip(compat.all_rules(), rows[2:], strict=True):
         assert all(f"`{setting}`" in row for setting in rule.settings)
         assert row.count("|") == rows[0].count("|"), "no column too many"

@@ -14,10 +14,11 @@ from torch.distributed.tensor import DTensor
 from raymem.errors import RecipeError
 from raymem.methods.chunked_loss import choice
 from raymem.methods.chunked_loss.probing import Verdict
+from raymem.methods.plain.losses import FullLoss, FullLossKind
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
 from raymem.training.dist_env import Layout, replicate
-from raymem.training.loss import forward_loss_sum, is_chunked, prepare, why_full
+from raymem.training.loss import forward_loss_sum, loss_of, prepare
 from raymem.training.model.build import build_model
 from tests.helpers.support import FAMILIES, VOCABULARY, in_processes, make_recipe, random_batch, save_model
 
@@ -68,7 +69,7 @@ def compare(recipe: Recipe, batch: Batch, layout: Layout | None = None) -> None:
     for kind in ("full", "chunked"):
         one = Recipe.model_validate({**recipe.to_dict(), "loss": kind})
         model = build_model(one, layout)
-        assert is_chunked(model) == (kind == "chunked")
+        assert loss_of(model).chunked == (kind == "chunked")
         results.append(loss_and_gradients(one, model, batch))
     assert_alike(results[0], results[1], recipe.train.precision)
 
@@ -164,13 +165,13 @@ def _nothing_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_it_is_not_right_auto_says_so_and_chunked_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         model = build_model(make_recipe(config_of("llama")))
-    assert not is_chunked(model)
+    assert not loss_of(model).chunked
     (line,) = [r.getMessage() for r in caplog.records if "loss:" in r.getMessage()]
     assert "LlamaForCausalLM" in line and "its logits look ahead" in line
-    assert line == why_full(model)
+    assert line == loss_of(model).note
     with pytest.raises(RecipeError, match=r"loss: chunked is not right for LlamaForCausalLM: .*; use loss: full"):
         build_model(make_recipe(config_of("llama"), {"loss": "chunked"}))
-    assert not is_chunked(build_model(make_recipe(config_of("llama"), {"loss": "full"})))
+    assert not loss_of(build_model(make_recipe(config_of("llama"), {"loss": "full"}))).chunked
 
 
 def test_a_prepared_model_is_a_model_as_before() -> None:
@@ -212,7 +213,7 @@ def test_the_full_loss_predicts_each_token_from_the_one_before() -> None:
 
     def loss(logits: torch.Tensor) -> float:
         model = Fixed(logits)
-        prepare(model, "full")
+        prepare(model, FullLossKind(), FullLoss())
         return float(forward_loss_sum(model, batch, mixed=False))
 
     logits = torch.zeros(1, 4, 5)

@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from raymem.errors import ClusterError
-from raymem.recipe.load import nearest
+from raymem.recipe.axes import BASES
 from raymem.recipe.schema import Recipe
+from raymem.recipe.sentences import nearest
 
 COMMANDS = (
     "train",
@@ -25,8 +26,8 @@ COMMANDS = (
 
 
 def usual_command(recipe: Recipe) -> str:
-    """``loram run`` for ``base: loram``, else ``train``."""
-    return "loram run" if str(recipe.base.kind) == "loram" else "train"
+    """The command that runs a recipe from its data to its result, such as ``train``."""
+    return BASES.of(recipe).command
 
 
 def check_command(command: str) -> str:

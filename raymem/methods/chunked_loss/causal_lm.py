@@ -24,13 +24,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from raymem.kinds import IGNORED
 from raymem.memory.target import worth_visiting
 from raymem.memory.trace import attribute_backward, attributed
 from raymem.methods.chunked_loss.product import cross_entropy_sum
 from raymem.methods.chunked_loss.rows import rows_per_chunk
 
-IGNORED = -100
-"""Target of a position that does not count, as torch and transformers have it."""
 _REPLAY_BYTES_PER_LOGIT = 16
 """Of logits in their own dtype and in fp32, log-probabilities, and the gradient of both."""
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from raymem.methods import OPTIONS_RULES
+from raymem.kinds import OPTIONS_RULES
 
 Scope = Literal["layer", "sublayer", "linear"]
 FirstInput = Literal["raw", "compressed"]

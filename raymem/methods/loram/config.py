@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any, ClassVar, Literal, get_args
 
 from raymem.errors import RecipeError
-from raymem.methods import OPTIONS_RULES
+from raymem.kinds import OPTIONS_RULES
 
 Criterion = Literal["random", "magnitude", "taylor", "wanda", "sparsegpt"]
 Structure = Literal["units", "2:4", "4:8", "unstructured"]

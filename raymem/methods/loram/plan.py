@@ -14,12 +14,10 @@ from typing import Any
 from torch import nn
 
 from raymem.errors import RecipeError
+from raymem.memory import nf4
 from raymem.methods.loram.config import PruneOptions
 from raymem.methods.loram.coupling import Coupling, Group, couple
 from raymem.methods.loram.nonuniform import Counts, meta_model
-
-_BLOCK, _NESTED_BLOCK = 64, 256
-"""Weights per NF4 scale, and scales per scale of scales (bitsandbytes' double quantisation)."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def _measure(config: Any, coupling: Coupling, counts: Counts) -> tuple[Size, lis
             parameters += numel
             if isinstance(module, nn.Linear) and module is not head and name == "weight":
                 linear_parameters += numel
-                nf4_bytes += nf4_weight_bytes(numel)
+                nf4_bytes += nf4.weight_bytes(numel)
             else:
                 nf4_bytes += 2 * numel
             if located and located[1] in coupling.linears and name == "weight":
@@ -173,9 +171,3 @@ def _pruned_shape(
             group, member = found
             shape[axis] = counts[located[0]][group.name] * member.width
     return shape
-
-
-def nf4_weight_bytes(numel: int) -> int:
-    """Bytes of one linear layer's weights in NF4 with double quantisation: 4 + 8/64 + 32/(64*256) bits each."""
-    blocks = math.ceil(numel / _BLOCK)
-    return math.ceil(numel / 2) + blocks + 4 * math.ceil(blocks / _NESTED_BLOCK)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from raymem.methods import OPTIONS_RULES
+from raymem.kinds import OPTIONS_RULES
 
 
 @dataclass(frozen=True)
-class _MLorcOptions:
+class MLorcOptions:
     """What both optimizers share.
 
     Raises:
@@ -53,7 +53,7 @@ class _MLorcOptions:
 
 
 @dataclass(frozen=True)
-class MLorcAdamWOptions(_MLorcOptions):
+class MLorcAdamWOptions(MLorcOptions):
     """AdamW with momentum compressed to low rank (MLorc, algorithm 1)."""
 
     kind: Literal["mlorc_adamw"] = "mlorc_adamw"
@@ -72,7 +72,7 @@ class MLorcAdamWOptions(_MLorcOptions):
 
 
 @dataclass(frozen=True)
-class MLorcLionOptions(_MLorcOptions):
+class MLorcLionOptions(MLorcOptions):
     """Lion with momentum compressed to low rank (MLorc, algorithm 2)."""
 
     kind: Literal["mlorc_lion"] = "mlorc_lion"

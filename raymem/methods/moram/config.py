@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from raymem.methods import OPTIONS_RULES
+from raymem.kinds import OPTIONS_RULES
 
 Criterion = Literal["gradient", "absolute_gradient", "magnitude", "random"]
 """How connections are ranked. ``gradient``: |sum of gradients over the batches|; ``absolute_gradient``: sum of the

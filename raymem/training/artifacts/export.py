@@ -17,13 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from raymem import __version__
 from raymem.errors import StorageError
-from raymem.methods.loram import stamp_adapter
-from raymem.recipe.schema import NoAdapter, Recipe
+from raymem.recipe.axes import ADAPTERS, BASES
+from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import Layout
-from raymem.training.model.adapter import stored_buffers
-from raymem.training.model.base_name import base_name, pruned_directory
+from raymem.training.model.base_name import base_name
 from raymem.training.model.build import fetch, tokenizer_path
 from raymem.training.model.companions import copy_companions
 from raymem.training.model.weights import slots
@@ -34,7 +33,7 @@ FACTS = "raymem.json"
 
 def artifact_name(recipe: Recipe) -> str:
     """Directory of the final artefact inside the run: ``adapter`` or ``model``."""
-    return "model" if isinstance(recipe.adapter, NoAdapter) else "adapter"
+    return "adapter" if recipe.trains_adapter else "model"
 
 
 def export_final(model: nn.Module, recipe: Recipe, layout: Layout, run: Storage, facts: dict[str, Any]) -> str:
@@ -49,7 +48,7 @@ def export_final(model: nn.Module, recipe: Recipe, layout: Layout, run: Storage,
     Raises:
         StorageError: it cannot be written; an earlier export stays.
     """
-    kept = None if isinstance(recipe.adapter, NoAdapter) else _trainable(model) | set(stored_buffers(model))
+    kept = _trainable(model) | set(ADAPTERS.of(recipe).buffers(model)) if recipe.trains_adapter else None
     state = _gather(model, layout, kept)
     return layout.on_main(lambda: _write(model, state, recipe, run, facts))
 
@@ -76,14 +75,11 @@ def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Stor
     name = artifact_name(recipe)
     try:
         with _staging(run) as staging:
-            # PEFT would save the base's head beside the adapter of a head, to overwrite another model's with.
-            options = {} if isinstance(recipe.adapter, NoAdapter) else {"save_embedding_layers": False}
-            model.save_pretrained(staging, state_dict=state, **options)
+            ADAPTERS.of(recipe).save(model, staging, state, recipe.adapter)
             load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
-            if isinstance(recipe.adapter, NoAdapter):
+            if not recipe.trains_adapter:
                 _complete(staging, recipe)
-            if (pruned := pruned_directory(recipe)) is not None:
-                stamp_adapter(staging, pruned)
+            BASES.of(recipe).stamp(staging, recipe.base)
             contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
             (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
             if run.is_local:

@@ -15,11 +15,11 @@ from raymem.errors import ModelError, StorageError
 from raymem.methods.loram.manifest import MANIFEST
 from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.recover import is_recovered
+from raymem.methods.peft_import import without_bitsandbytes
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
 from raymem.training.dist_env import Layout
 from raymem.training.model.build import fetch
 from raymem.training.model.companions import GENERATION, copy_companions
-from raymem.training.model.peft_import import without_bitsandbytes
 from raymem.training.model.revision import trained_from
 from raymem.training.model.weights import check_checkpoint
 

@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from raymem.kinds import IGNORED
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import RowIds
-
-IGNORED = -100
-"""Label of a token that is no loss term; the value that torch and transformers ignore."""
 
 
 @dataclass(frozen=True)

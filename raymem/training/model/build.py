@@ -13,10 +13,11 @@ from torch import nn
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, RecipeError
 from raymem.memory import nf4
-from raymem.methods.loram.config import LoRAMOptions
-from raymem.recipe.schema import Checkpointing, NoAdapter, Recipe
+from raymem.methods.peft_kind import stored_buffers
+from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES
+from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
-from raymem.training import activations, lean, loss, selection
+from raymem.training import lean, loss
 from raymem.training.dist_env import Layout, shard
 from raymem.training.model import adapter, weights
 from raymem.training.model.base_name import base_name
@@ -63,22 +64,22 @@ def build_model(
     if recipe.base.quantize == "nf4":
         (_stand_in_nf4_linears if planned else _use_nf4_linears)(bare, base_dtype(recipe))
     places = weights.slots(bare)
-    if isinstance(recipe.activations, Checkpointing):
-        bare.activation_checkpointing_enable({"use_reentrant": False})
+    activations = ACTIVATIONS.of(recipe)
+    activations.prepare(bare, recipe.activations)
     model: nn.Module = adapter.attach(bare, recipe, trainable_dtype(recipe))
-    if getattr(recipe.activations, "scope", None) != "linear":  # it follows what stock layers keep
+    if not activations.keeps_stock_layers(recipe.activations):
         lean.install(model)
     model.train()
-    loss.prepare(model, recipe.loss.kind)
+    loss.prepare(model, LOSSES.of(recipe), recipe.loss)
     if layout.sharded:
         shard(model, blocks, layout)
     if source is not None:
         weights.materialise(model, layout)
         weights.fill(places, source, layout, tied)
         _fill_adapter(model, recipe, layout)
-        selection.without_training_data(model, recipe)
+        ADAPTERS.of(recipe).loaded(model, recipe.adapter, recipe.seed)
         _restore_computed_buffers(bare)
-    activations.compress(model, recipe)
+    activations.install(model, recipe.activations, recipe.seed)
     return model
 
 
@@ -92,8 +93,8 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    base = recipe.base
-    planned = isinstance(base, LoRAMOptions) and base.artifact is None
+    base = BASES.of(recipe)
+    planned = base.is_planned(recipe.base)
     if recipe.model.config is not None:
         options = dict(recipe.model.config)
         kind = options.pop("model_type")
@@ -116,13 +117,7 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
         except Exception as error:  # configs raise types of their own
             raise ModelError(f"model.name: {directory}/config.json cannot be used: {_reason(error)}") from None
         refuse_quantised(config, name)
-    if planned:  # what pruning will make
-        from raymem.methods.loram.nonuniform import with_counts
-        from raymem.methods.loram.plan import plan_pruning
-
-        assert isinstance(base, LoRAMOptions)
-        return with_counts(config, plan_pruning(config, base.pruning).counts)
-    return config
+    return base.planned_config(recipe.base, config) if planned else config
 
 
 def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool) -> Path:
@@ -179,7 +174,7 @@ def check_model(recipe: Recipe) -> str:
         ModelError, RecipeError: see :func:`build_model`.
     """
     config = load_config(recipe)
-    planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
+    planned = BASES.of(recipe).is_planned(recipe.base)
     name = recipe.model.name if planned else base_name(recipe)[0]
     kind = f"{name or 'random weights'} ({config.model_type})"
     if name is None or planned or not Path(name).is_dir():
@@ -232,7 +227,7 @@ def tokenizer_path(recipe: Recipe, layout: Layout | None = None) -> str:
     """
     if recipe.model.tokenizer is not None:
         return recipe.model.tokenizer
-    planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
+    planned = BASES.of(recipe).is_planned(recipe.base)
     name, revision = (recipe.model.name, recipe.model.revision) if planned else base_name(recipe)
     return str(fetch(name or "", revision, layout or Layout(), weights_too=False))
 
@@ -305,18 +300,20 @@ def _stand_in_nf4_linears(bare: Any, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def _fill_adapter(model: nn.Module, recipe: Recipe, layout: Layout) -> None:
     """Give the adapter's weights their start, or those of ``adapter.init_from``."""
-    if isinstance(recipe.adapter, NoAdapter):
+    kind = ADAPTERS.of(recipe)
+    if kind.trains_base:
         return
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    given = {} if recipe.adapter.init_from is None else adapter.read_adapter(recipe.adapter.init_from, model)
-    for name, buffer in adapter.stored_buffers(model).items():
+    source = kind.source(recipe.adapter)
+    given = {} if source is None else adapter.read_adapter(source, model, recipe)
+    for name, buffer in stored_buffers(model).items():
         if name in given:
             buffer.copy_(given[name])
     places = weights.slots(model)
     for name, parameter in trainable.items():
         full = given.get(name)
         if full is None:
-            full = adapter.initial_value(name, parameter.shape, recipe.seed)
+            full = kind.initial_value(name, parameter.shape, recipe.seed)
         weights.put(*places[name], lambda rows, full=full: full if rows is None else full[rows], layout, name)  # type: ignore[misc]
 
 

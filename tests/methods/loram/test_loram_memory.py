@@ -20,7 +20,6 @@ from raymem.methods.loram import (
 )
 from raymem.methods.loram.job import PruneJob, open_job
 from raymem.methods.loram.nonuniform import read_config
-from raymem.methods.loram.plan import nf4_weight_bytes
 from raymem.methods.loram.steps import layerwise_model, memory_bytes, run_step, steps
 from tests.helpers.loram_families import save, token_ids
 
@@ -87,7 +86,7 @@ def test_nf4_trains_recovers_and_weighs_what_the_plan_says(tmp_path: Path) -> No
             state = module.weight.quant_state
             pieces = (module.weight.data, state.absmax, state.state2.absmax)
             found = sum(piece.numel() * piece.element_size() for piece in pieces)
-            assert found == nf4_weight_bytes(state.shape.numel())
+            assert found == nf4.weight_bytes(state.shape.numel())
             stored += found
             linear_parameters += state.shape.numel()
     plan = plan_pruning(read_config(full), options)

@@ -1,0 +1,125 @@
+"""Kinds of the ``adapter`` axis."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from raymem.errors import ModelError
+from raymem.kinds.core import Kind, OptionsT
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AttachContext:
+    """What attaching needs to know besides the options."""
+
+    dtype: Any
+    """torch dtype of the trained weights."""
+    base_name: str | None
+    """Directory or Hugging Face id that the adapter's config is to name; None where there is none yet."""
+    base_revision: str | None
+
+
+class AdapterKind(Kind[OptionsT]):
+    """Which weights are trained."""
+
+    trains_base: ClassVar[bool] = False
+    """Whether the result is a whole model rather than an adapter."""
+
+    @abstractmethod
+    def attach(self, model: Any, options: OptionsT, context: AttachContext) -> Any:
+        """Make a model (usually on the meta device) train what this kind trains; returns the model to train.
+
+        Raises:
+            RecipeError: an option that does not go with the model; begins with ``adapter.``.
+        """
+
+    def initial_value(self, name: str, shape: Sequence[int], seed: int) -> Any:
+        """fp32 start of a trained tensor that no checkpoint of the base holds, the same on every rank.
+
+        Raises:
+            AssertionError: the name is none of its tensors.
+        """
+        raise AssertionError(f"no initial value is known for adapter tensor {name}")
+
+    def buffers(self, model: Any) -> dict[str, Any]:
+        """Buffers of the attached model that a checkpoint and the saved adapter must hold beside what is trained."""
+        return {}
+
+    def save(self, model: Any, directory: Path, tensors: Mapping[str, Any], options: OptionsT) -> None:
+        """Write the trained tensors, or the whole model if :attr:`trains_base`, with a config that says what they are.
+
+        Args:
+            directory: exists and is empty.
+            tensors: gathered, by the names of ``model``.
+        """
+        if self.trains_base:
+            model.save_pretrained(directory, state_dict=tensors)
+            return
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / ADAPTER_FILE)
+        config = {"raymem_kind": self.name, "options": asdict(options)}  # type: ignore[call-overload]
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    def continues(self, config: Mapping[str, Any]) -> bool:
+        """Whether it can go on with an adapter that has this adapter_config.json."""
+        return config.get("raymem_kind") == self.name
+
+    def continuing(self, config: Mapping[str, Any], directory: str) -> OptionsT:
+        """Options that continue the adapter in ``directory``, whose adapter_config.json is ``config``.
+
+        Raises:
+            ModelError: the options have no field ``init_from``.
+        """
+        if "init_from" not in {field.name for field in fields(self.options)}:
+            raise ModelError(
+                f"{directory}: adapters of kind {self.name} cannot be loaded again: their options have no init_from"
+            )
+        options: OptionsT = self.options(**{**config["options"], "init_from": directory})
+        return options
+
+    def source(self, options: OptionsT) -> str | None:
+        """Directory of the adapter that is continued; None to begin with :meth:`initial_value`."""
+        return getattr(options, "init_from", None)
+
+    def read(self, directory: str, model: Any) -> dict[str, Any]:
+        """Tensors of a saved adapter under the names of ``model``, whose base is filled. Collective if it is sharded.
+
+        Raises:
+            ModelError: it is incomplete, or of another rank or set of layers.
+        """
+        from safetensors.torch import load_file
+
+        tensors: dict[str, Any] = load_file(Path(directory) / ADAPTER_FILE)
+        expected = self.buffers(model) | {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name in sorted(set(tensors) | set(expected)):
+            here, there = expected.get(name), tensors.get(name)
+            if here is None or there is None or here.shape != there.shape:
+                raise ModelError(
+                    f"adapter.init_from: {directory} and this recipe's adapter differ in {name}: "
+                    f"{None if there is None else list(there.shape)} and {None if here is None else list(here.shape)}; "
+                    "use the options that it was trained with"
+                )
+        return tensors
+
+    def loaded(self, model: Any, options: OptionsT, seed: int) -> None:
+        """Called once when base and adapter have their values, before the first step of a new run."""
+
+    def trained_shapes(self, model: Any, options: OptionsT) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every trained tensor, of an attached model: read from it, unless a closed form is known."""
+        return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+    def buffer_bytes(self, model: Any, options: OptionsT) -> int:
+        """Bytes of the buffers that it adds to the model."""
+        return 0
+
+    def owns_buffer(self, name: str) -> bool:
+        """Whether :meth:`buffer_bytes` counts a buffer of the attached model."""
+        return False

@@ -1,0 +1,98 @@
+"""What the kinds of all axes have in common."""
+
+from __future__ import annotations
+
+import typing
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+OptionsT = TypeVar("OptionsT")
+
+
+OPTIONS_RULES = {"extra": "forbid", "strict": True, "allow_inf_nan": False, "use_attribute_docstrings": True}
+"""``__pydantic_config__`` of an options dataclass whose attribute docstrings are to describe its keys."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings that are refused together."""
+
+    settings: tuple[str, ...]
+    reason: str
+    cure: str
+    applies: Callable[[Any], bool]
+    """Asked with the recipe."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change of a recipe that lowers its peak."""
+
+    override: str
+    """As ``--set`` takes it."""
+    terms: tuple[str, ...] = ()
+    """Memory terms that it lowers (weights, trainable, gradients, optimizer, activations, loss, workspace)."""
+    cost: int = 50
+    """What it costs in time and quality beside others: the cheapest are tried first. 10 changes no result, 90 is a last
+    resort."""
+    applies: Callable[[Any], bool] = lambda recipe: True
+    """Asked with the recipe; combinations that a rule refuses are left out anyway."""
+
+
+class Options(Protocol):
+    """Options of any kind: a frozen dataclass with its name as default."""
+
+    @property
+    def kind(self) -> str: ...
+
+
+class BaseOptions(Options, Protocol):
+    """Options of any kind of base."""
+
+    @property
+    def quantize(self) -> str: ...
+
+
+class OptimizerOptions(Options, Protocol):
+    """Options of any kind of optimizer."""
+
+    @property
+    def lr(self) -> float: ...
+
+
+class Kind(ABC, Generic[OptionsT]):
+    """One choice of an axis."""
+
+    options: ClassVar[type]
+    """Frozen dataclass of its options. Its field ``kind: Literal[name] = name`` names the kind, its docstring describes
+    it in the recipe reference, and a ``ValueError("field: what is wrong")`` of it becomes an error of the recipe."""
+    free: ClassVar[tuple[str, ...]] = ()
+    """Options that take no memory, so that plans are shared between their values."""
+    grows: ClassVar[tuple[str, ...]] = ()
+    """Options of which more never takes less memory: a larger value of one that did not fit is refused at once."""
+    paths: ClassVar[tuple[str, ...]] = ()
+    """Options that hold a path, which is made absolute where the command is started."""
+    paths_or_ids: ClassVar[tuple[str, ...]] = ()
+    """Options that hold a path or a Hugging Face id."""
+    space: ClassVar[Mapping[str, Any]] = {}
+    """Search space over its options, which ``raymem sweep --space <kind>`` takes: path -> dimension."""
+
+    @property
+    def name(self) -> str:
+        """The kind as recipes write it."""
+        name: str = typing.get_args(typing.get_type_hints(self.options)["kind"])[0]
+        return name
+
+    def rules(self) -> Sequence[Rule]:
+        """Settings that do not go with it."""
+        return ()
+
+    def advice(self) -> Sequence[Advice]:
+        """Changes towards this kind, or of its options, that make a recipe smaller."""
+        return ()
+
+    def hooks(self, options: OptionsT, model: Any, seed: int) -> Sequence[Any]:
+        """What it does between steps (:class:`raymem.hooks.Hook`)."""
+        return ()

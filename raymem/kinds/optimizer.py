@@ -1,0 +1,62 @@
+"""Kinds of the ``optimizer`` axis."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from raymem.kinds.core import Kind, OptionsT
+
+
+@dataclass(frozen=True)
+class OptimizerContext:
+    """What an optimizer is built with besides its options."""
+
+    seed: int
+    stochastic_rounding: bool
+    """Whether bf16 parameters are to be rounded up or down at random; an optimizer that cannot must raise."""
+    embeddings: frozenset[str]
+    """Names of the embedding matrices."""
+
+
+class OptimizerKind(Kind[OptionsT]):
+    """How the trained weights are updated. Its options have ``lr``, the peak learning rate.
+
+    The optimizer's state must consist of tensors. Its groups carry the running ``step`` (from 0) and ``lr``.
+    """
+
+    free: ClassVar[tuple[str, ...]] = ("lr",)
+    rounds: ClassVar[bool] = False
+    """Whether it can update bf16 weights with stochastic rounding."""
+
+    @abstractmethod
+    def build(self, parameters: Mapping[str, Any], options: OptionsT, context: OptimizerContext) -> Any:
+        """The torch optimizer over named parameters.
+
+        Raises:
+            RecipeError: an option that does not go with them; begins with ``optimizer.``.
+        """
+
+    def state_bytes(self, options: OptionsT, tensor: TensorShape) -> int | None:
+        """Bytes of state of one tensor on one worker in closed form; None where none is known."""
+        return None
+
+    def frees_gradients(self, options: OptionsT) -> bool:
+        """Whether gradients are used up during the backward pass, so that they are never all there."""
+        return False
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """A trained tensor, as its optimizer's closed form sees it."""
+
+    shape: tuple[int, ...]
+    local: tuple[int, ...]
+    """What this worker has of it: fewer rows where it is sharded."""
+    itemsize: int
+    """Bytes per number of what is updated: 4 with fp32 masters."""
+    rounded: bool
+    """Whether a bf16 tensor is updated with stochastic rounding."""
+    embedding: bool

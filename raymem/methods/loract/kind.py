@@ -1,0 +1,54 @@
+"""LoRAct as a kind of the ``activations`` axis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from raymem.errors import ModelError, RecipeError
+from raymem.kinds import ActivationsKind, Advice, Rule
+from raymem.methods.loract.config import LoRActOptions
+from raymem.methods.plain.activations import keeps_all
+
+
+class LoRActKind(ActivationsKind[LoRActOptions]):
+    """Activations are kept for backward as low-rank factors."""
+
+    options = LoRActOptions
+    grows = ("rank",)
+
+    def install(self, model: Any, options: LoRActOptions, seed: int) -> None:
+        """Compress a complete model (wrapped, sharded, loaded or on meta).
+
+        Raises:
+            RecipeError: options that do not fit the model.
+        """
+        from raymem.methods.loract.compression import compress_activations
+
+        try:
+            compress_activations(model, options, seed=seed)
+        except ModelError as error:
+            raise RecipeError(f"activations.{error}") from None
+
+    def keeps_stock_layers(self, options: LoRActOptions) -> bool:
+        return options.scope == "linear"
+
+    def on_cpu(self, options: LoRActOptions) -> LoRActOptions:
+        """A side stream changes when memory is freed on a GPU only."""
+        return dataclasses.replace(options, side_stream=False)
+
+    def rules(self) -> Sequence[Rule]:
+        return [
+            Rule(
+                ("activations.side_stream: true", "scaling.use_gpu: false"),
+                "streams run side by side on GPUs only",
+                "set scaling.use_gpu: true, or leave activations.side_stream out",
+                lambda r: (
+                    isinstance(r.activations, LoRActOptions) and r.activations.side_stream and not r.scaling.use_gpu
+                ),
+            )
+        ]
+
+    def advice(self) -> Sequence[Advice]:
+        return [Advice("activations=loract", ("activations",), cost=40, applies=keeps_all)]

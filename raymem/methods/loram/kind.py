@@ -1,0 +1,88 @@
+"""LoRAM as a kind of the ``base`` axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raymem.errors import ModelError
+from raymem.kinds import Advice, BaseKind, Rule
+from raymem.methods.loram.config import LoRAMOptions
+
+
+class LoRAMKind(BaseKind[LoRAMOptions]):
+    """A pruned copy of the model, which stands in for it while an adapter is trained."""
+
+    options = LoRAMOptions
+    command = "loram run"
+    paths = ("artifact",)
+    paths_or_ids = ("calibration",)
+
+    replaces_model = True
+
+    def directory(self, options: LoRAMOptions) -> str:
+        """The pruned model."""
+        if options.artifact is None:
+            raise ModelError(
+                "base.kind: loram: the model is not pruned yet; run `raymem loram prune` with this recipe, or give the "
+                "directory of a pruned model as base.artifact"
+            )
+        return options.artifact
+
+    def is_planned(self, options: LoRAMOptions) -> bool:
+        return options.artifact is None
+
+    def planned_config(self, options: LoRAMOptions, config: Any) -> Any:
+        """With the widths that pruning will leave of every layer.
+
+        Raises:
+            RecipeError: options that leave nothing of a layer.
+        """
+        from raymem.methods.loram.nonuniform import with_counts
+        from raymem.methods.loram.plan import plan_pruning
+
+        return with_counts(config, plan_pruning(config, options.pruning).counts)
+
+    def alignment(self, options: LoRAMOptions) -> Mapping[str, Any] | None:
+        return options.align
+
+    def with_alignment(self, options: LoRAMOptions, sections: Mapping[str, Any]) -> LoRAMOptions:
+        return replace(options, align=dict(sections))
+
+    def stamp(self, directory: Path, options: LoRAMOptions) -> None:
+        """Which weights of the full model the adapter was trained on, so that it can be recovered."""
+        from raymem.methods.loram.recover import stamp_adapter
+
+        stamp_adapter(directory, self.directory(options))
+
+    def rules(self) -> Sequence[Rule]:
+        return (
+            Rule(
+                ("base.kind: loram", "adapter: none"),
+                "only an adapter can be recovered for the full model",
+                "use adapter: lora or moram; the pruned model itself is trained by base.align",
+                lambda r: _is_loram(r) and not r.trains_adapter,
+            ),
+            Rule(
+                ("base.kind: loram", "model.config"),
+                "random weights are not worth pruning",
+                "give model.name",
+                lambda r: _is_loram(r) and r.model.config is not None,
+            ),
+            Rule(
+                ("base.kind: loram", "storage.path on an object store"),
+                "the pruned model is written and read layer by layer, as plain files",
+                "use a shared directory, or prune into one and give it as base.artifact",
+                lambda r: _is_loram(r) and r.base.artifact is None and "://" in r.storage.path,
+            ),
+        )
+
+    def advice(self) -> Sequence[Advice]:
+        """Named where weights are the largest term; pruning is a pipeline of its own, so it is not worked out."""
+        return [Advice("base.kind=loram", ("weights",), cost=95, applies=lambda recipe: False)]
+
+
+def _is_loram(recipe: Any) -> bool:
+    return isinstance(recipe.base, LoRAMOptions)

@@ -1,0 +1,83 @@
+"""MoRAM as a kind of the ``adapter`` axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raymem.methods.moram.config import MoRAMOptions, connections
+from raymem.methods.peft_kind import PeftAdapterKind, linear_shape, tuned_layers
+
+_IDENTITY_BYTES = 8 * 3
+"""What identifies the base weight of a layer: three int64."""
+
+
+class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
+    """A low-rank update of gradient-selected connections.
+
+    Density is not among ``grows``: layers change their formulation with it.
+    """
+
+    options = MoRAMOptions
+    peft_type = "MORAM"
+    free = ("alpha", "selection_batches")
+    meaning = {"r": "rank", "k": "k", "density": "density", "alpha": "alpha"}
+    factors = ("moram_A", "moram_B")
+
+    def peft_config(self, options: MoRAMOptions, targets: str | list[str]) -> Any:
+        from raymem.methods.moram import MoRAMConfig
+
+        return MoRAMConfig(
+            r=options.rank,
+            k=options.k,
+            density=options.density,
+            alpha=options.alpha,
+            formulation=options.formulation,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+
+    def continuing(self, config: Mapping[str, Any], directory: str) -> MoRAMOptions:
+        return MoRAMOptions(
+            rank=config["r"],
+            k=config["k"],
+            density=config["density"],
+            alpha=float(config["alpha"]),
+            targets=config["target_modules"],
+            init_from=directory,
+        )
+
+    def state(self, model: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        from raymem.methods.moram import model_state
+
+        return model_state(model, saved)
+
+    def loaded(self, model: Any, options: MoRAMOptions, seed: int) -> None:
+        """Take up the connections of a continued adapter, or choose by the weights or at random. Collective.
+
+        Choices by gradients come with the first step.
+        """
+        from raymem.methods.moram import mark_selected, select_indices
+
+        if options.init_from is not None:
+            mark_selected(model)
+        elif not options.needs_data:
+            select_indices(model, criterion=options.criterion, seed=seed)
+
+    def trained_shapes(self, model: Any, options: MoRAMOptions) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, layer in tuned_layers(model):
+            outputs, inputs = linear_shape(layer.get_base_layer())
+            shapes |= {f"{name}.A": (options.rank, inputs), f"{name}.B": (outputs, options.rank)}
+        return shapes
+
+    def buffer_bytes(self, model: Any, options: MoRAMOptions) -> int:
+        """int32 indices and what identifies the base."""
+        total = 0
+        for name, layer in tuned_layers(model):
+            outputs, inputs = linear_shape(layer.get_base_layer())
+            total += 4 * outputs * connections(options.k, options.density, inputs, name) + _IDENTITY_BYTES
+        return total
+
+    def owns_buffer(self, name: str) -> bool:
+        return ".moram_" in name

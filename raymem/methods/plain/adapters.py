@@ -1,0 +1,58 @@
+"""Full-parameter training: no adapter, perhaps with some modules frozen."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from raymem.errors import RecipeError
+from raymem.kinds import OPTIONS_RULES, AdapterKind, AttachContext
+
+
+@dataclass(frozen=True)
+class NoAdapter:
+    """Full-parameter training."""
+
+    __pydantic_config__: ClassVar = OPTIONS_RULES
+
+    kind: Literal["none"] = "none"
+    freeze: list[str] = field(default_factory=list)
+    """Modules whose weights stay as they are, for example ``[lm_head]``; what is tied to them stays too."""
+
+
+class FullTrainingKind(AdapterKind[NoAdapter]):
+    """Everything is trained but what ``freeze`` names."""
+
+    options = NoAdapter
+    trains_base = True
+
+    def attach(self, model: Any, options: NoAdapter, context: AttachContext) -> Any:
+        freeze(model, options.freeze)
+        return model
+
+    def trained_shapes(self, model: Any, options: NoAdapter) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def freeze(model: Any, names: Sequence[str]) -> None:
+    """Take the weights of modules out of training.
+
+    Args:
+        names: whole names of modules, or their ends after a dot.
+
+    Raises:
+        RecipeError: the model has no such module.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        paths = [path for path in modules if path == name or path.endswith(f".{name}")]
+        if not paths:
+            near = difflib.get_close_matches(name, sorted({path.rpartition(".")[2] for path in modules}), n=3)
+            raise RecipeError(
+                f"adapter.freeze: {name!r} is no module of {type(model).__name__}"
+                f"{'; near names: ' + ', '.join(near) if near else ''}"
+            )
+        for path in paths:
+            modules[path].requires_grad_(False)

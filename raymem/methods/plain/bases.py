@@ -1,0 +1,25 @@
+"""The model as it is, in its own precision or in 4 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from raymem.kinds import OPTIONS_RULES, BaseKind
+
+
+@dataclass(frozen=True)
+class FullBase:
+    """The model as it is."""
+
+    __pydantic_config__: ClassVar = OPTIONS_RULES
+
+    kind: Literal["full"] = "full"
+    quantize: Literal["none", "nf4"] = "none"
+    """``nf4`` stores the frozen linear layers in 4 bits (bitsandbytes, ``pip install raymem[quant]``)."""
+
+
+class FullBaseKind(BaseKind[FullBase]):
+    """Every weight of the model that the recipe names."""
+
+    options = FullBase

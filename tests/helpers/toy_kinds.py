@@ -1,0 +1,185 @@
+"""Kinds of somebody else: one of every axis, as plain as can be, in a module that other processes can import."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from raymem.kinds import (
+    ActivationsKind,
+    AdapterKind,
+    AttachContext,
+    LossKind,
+    OptimizerContext,
+    OptimizerKind,
+    Rule,
+    TensorShape,
+)
+
+
+@dataclass(frozen=True)
+class SignOptions:
+    """Sign descent with momentum."""
+
+    kind: Literal["toy_sign"] = "toy_sign"
+    lr: float = 1e-3
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: {self.momentum} is outside [0, 1)")
+
+
+class Sign(torch.optim.Optimizer):
+    """Steps by the sign of the momentum."""
+
+    def __init__(self, parameters: Any, lr: float, momentum: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                parameter.sub_(group["lr"] * state["momentum"].sign())
+
+
+class SignKind(OptimizerKind[SignOptions]):
+    """Without a closed form of its state."""
+
+    options = SignOptions
+
+    def build(self, parameters: Mapping[str, Any], options: SignOptions, context: OptimizerContext) -> Any:
+        return Sign(parameters.values(), options.lr, options.momentum)
+
+
+class KnownSignKind(SignKind):
+    """With one."""
+
+    def state_bytes(self, options: SignOptions, tensor: TensorShape) -> int:
+        return math.prod(tensor.local) * tensor.itemsize
+
+
+@dataclass(frozen=True)
+class BiasOptions:
+    """Only the vectors of the model are trained: norms and biases."""
+
+    kind: Literal["toy_vectors"] = "toy_vectors"
+
+
+class BiasKind(AdapterKind[BiasOptions]):
+    """As BitFit, which needs no layers of its own; the result is a whole model."""
+
+    options = BiasOptions
+    trains_base = True
+
+    def attach(self, model: Any, options: BiasOptions, context: AttachContext) -> Any:
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.ndim == 1)
+        return model
+
+
+@dataclass(frozen=True)
+class ScaleOptions:
+    """Every output of chosen linear layers is scaled by a trained number."""
+
+    kind: Literal["toy_scale"] = "toy_scale"
+    layers: str = "q_proj"
+    init_from: str | None = None
+
+
+class Scaled(torch.nn.Module):
+    """A frozen linear layer with a trained scale per output."""
+
+    def __init__(self, base: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = torch.nn.Parameter(torch.ones(base.out_features, dtype=dtype, device=base.weight.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.base(x) * self.scale
+        return result
+
+
+class ScaleKind(AdapterKind[ScaleOptions]):
+    """An adapter that PEFT knows nothing of."""
+
+    options = ScaleOptions
+    paths = ("init_from",)
+
+    def attach(self, model: Any, options: ScaleOptions, context: AttachContext) -> Any:
+        model.requires_grad_(False)
+        for name, module in list(model.named_modules()):
+            if name.endswith(f".{options.layers}"):
+                model.set_submodule(name, Scaled(module, context.dtype))
+        return model
+
+    def initial_value(self, name: str, shape: Any, seed: int) -> torch.Tensor:
+        return torch.ones(*shape)
+
+    def rules(self) -> list[Rule]:
+        return [
+            Rule(
+                ("adapter: toy_scale", "base.quantize: nf4"),
+                "a toy is not for bits",
+                "use adapter: lora",
+                lambda r: isinstance(r.adapter, ScaleOptions) and r.base.quantize == "nf4",
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class HalfOptions:
+    """Saved activations are held in bf16."""
+
+    kind: Literal["toy_half"] = "toy_half"
+
+
+class HalfKind(ActivationsKind[HalfOptions]):
+    """Saved tensors of fp32 are rounded."""
+
+    options = HalfOptions
+
+    def install(self, model: Any, options: HalfOptions, seed: int) -> None:
+        forward = model.forward
+
+        def pack(tensor: torch.Tensor) -> Any:
+            own = isinstance(tensor, torch.nn.Parameter) or tensor.dtype != torch.float32
+            return tensor if own else (tensor.bfloat16(), tensor.dtype)
+
+        def unpack(packed: Any) -> torch.Tensor:
+            return packed[0].to(packed[1]) if isinstance(packed, tuple) else packed
+
+        def halved(*args: Any, **inputs: Any) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                return forward(*args, **inputs)
+
+        model.forward = halved
+
+
+@dataclass(frozen=True)
+class SmoothOptions:
+    """Cross-entropy with label smoothing."""
+
+    kind: Literal["toy_smooth"] = "toy_smooth"
+    smoothing: float = 0.1
+
+
+class SmoothKind(LossKind[SmoothOptions]):
+    """torch's."""
+
+    options = SmoothOptions
+
+    def loss_sum(self, logits_NV: torch.Tensor, ids_N: torch.Tensor, options: SmoothOptions) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(
+            logits_NV, ids_N, ignore_index=-100, reduction="sum", label_smoothing=options.smoothing
+        )
