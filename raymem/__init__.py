@@ -23,6 +23,11 @@ _HOME = {
     "merge": "raymem.api",
     "plan": "raymem.api",
     "plan_module": "raymem.planner.module",
+    "register_activations": "raymem.recipe.axes",
+    "register_adapter": "raymem.recipe.axes",
+    "register_base": "raymem.recipe.axes",
+    "register_loss": "raymem.recipe.axes",
+    "register_optimizer": "raymem.recipe.axes",
     "sweep": "raymem.api",
     "train": "raymem.api",
 }

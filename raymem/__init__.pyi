@@ -12,6 +12,11 @@ from raymem.api import sweep as sweep
 from raymem.api import train as train
 from raymem.planner.module import plan_module as plan_module
 from raymem.planner.types import Plan as Plan
+from raymem.recipe.axes import register_activations as register_activations
+from raymem.recipe.axes import register_adapter as register_adapter
+from raymem.recipe.axes import register_base as register_base
+from raymem.recipe.axes import register_loss as register_loss
+from raymem.recipe.axes import register_optimizer as register_optimizer
 from raymem.recipe.schema import Recipe as Recipe
 
 __version__: str

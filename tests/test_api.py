@@ -17,7 +17,8 @@ import raymem
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 PUBLIC = {
     "EvaluationResult", "Plan", "Recipe", "SweepResult", "TrainResult", "__version__", "errors", "evaluate", "load",
-    "load_recipe", "merge", "plan", "plan_module", "sweep", "train",
+    "load_recipe", "merge", "plan", "plan_module", "register_activations", "register_adapter", "register_base",
+    "register_loss", "register_optimizer", "sweep", "train",
 }  # fmt: skip
 
 
@@ -64,11 +65,23 @@ def test_a_sweep_without_a_budget_is_refused(llama: Path, examples: Path) -> Non
         raymem.sweep(raw, {"adapter.rank": {"type": "choice", "choices": [1, 2]}})
 
 
-BLOCKS = re.findall(r"^## (.+?)\n.*?```python\n(.+?)```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+def examples_of(page: str) -> dict[str, dict[str, str]]:
+    """Title -> file name -> code; a block that names no file is the program that is run."""
+    blocks: dict[str, dict[str, str]] = {}
+    for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        title = section.partition("\n")[0]
+        for name, code in re.findall(r"```python(?: file=(\S+))?\n(.+?)```", section, flags=re.DOTALL):
+            files = blocks.setdefault(title, {})
+            assert (name or "example.py") not in files, f"two programs below {title}"
+            files[name or "example.py"] = code
+    return blocks
+
+
+BLOCKS = examples_of(PAGE.read_text())
 
 
 @pytest.mark.parametrize(
-    "title", [pytest.param(t, marks=pytest.mark.slow) if t.startswith("Search") else t for t, _ in BLOCKS]
+    "title", [pytest.param(t, marks=pytest.mark.slow) if t.startswith("Search") else t for t in BLOCKS]
 )
 def test_the_examples_of_the_page_run(title: str, llama: Path, examples: Path, tmp_path: Path) -> None:
     recipe = {
@@ -81,7 +94,8 @@ def test_the_examples_of_the_page_run(title: str, llama: Path, examples: Path, t
         "tracking": "none",
     }
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(recipe))
-    (tmp_path / "example.py").write_text(dict(BLOCKS)[title])
+    for name, code in BLOCKS[title].items():
+        (tmp_path / name).write_text(code)
     root = str(Path(raymem.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "example.py"],

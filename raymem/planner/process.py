@@ -186,7 +186,9 @@ class Child:
 
     def __init__(self) -> None:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "KINETO_LOG_LEVEL": "6", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(raymem.__file__).parents[1]), *sys.path[1:]])
+        beside_script = os.path.abspath(sys.path[0])  # where a kind from outside may lie
+        paths = [str(Path(raymem.__file__).parents[1]), *sys.path[1:], beside_script]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process lives
         read, write = os.pipe()
         self._answers = os.fdopen(read, "rb", buffering=0)
