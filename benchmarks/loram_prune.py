@@ -34,7 +34,7 @@ def make_model(directory: Path, hidden: int) -> None:
     from transformers import LlamaConfig
 
     from raymem.methods.loram.nonuniform import meta_model
-    from raymem.methods.loram.safetensors_io import Spec, write_json, write_tensors
+    from raymem.storage.safetensors_io import Spec, write_json, write_tensors
 
     directory.mkdir(parents=True)
     heads = hidden // HEAD_DIM

@@ -29,7 +29,6 @@ from raymem.methods.loram.coupling import couple
 from raymem.methods.loram.index_map import place
 from raymem.methods.loram.manifest import MANIFEST, Manifest
 from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, recover_factor
-from raymem.methods.loram.safetensors_io import read_header, read_tensor, save_tensors
 from raymem.recipe.axes import full_base
 from raymem.recipe.load import load_recipe, packaged_recipe, parse_recipe
 from raymem.recipe.schema import Recipe
@@ -38,6 +37,7 @@ from raymem.runs.evaluate import evaluate_recipe
 from raymem.runs.loram import Pipeline, Pruned
 from raymem.runs.train import launch
 from raymem.seeds import generator
+from raymem.storage.safetensors_io import read_header, read_tensor, save_tensors
 from raymem.storage.storage import Storage
 
 RATIOS = (0.25, 0.5, 0.65, 0.85)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,11 @@ class BaseKind(Kind[OptionsT]):
     def planned_config(self, options: OptionsT, config: Any) -> Any:
         """transformers config of the model that will be made, where :meth:`is_planned`."""
         return config
+
+    def building(self, config: Any) -> AbstractContextManager[None]:
+        """Inside, transformers builds models of ``config`` with the layers that this kind has made of them; for a
+        config that is none of its own nothing changes."""
+        return nullcontext()
 
     def alignment(self, options: OptionsT) -> Mapping[str, Any] | None:
         """Sections of the recipe that trains the weights themselves before the adapter; None where they are used as

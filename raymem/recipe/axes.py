@@ -7,6 +7,7 @@ the group ``raymem.<axis>`` (``raymem.adapters``, ...), and are used in the same
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -216,6 +217,15 @@ def all_kinds() -> Iterable[Kind[Any]]:
     """Every kind of every axis."""
     for axis in AXES.values():
         yield from axis.kinds()
+
+
+@contextlib.contextmanager
+def building(config: Any) -> Iterator[None]:
+    """Inside, transformers builds models of ``config``, whichever kind of base has changed their layers."""
+    with contextlib.ExitStack() as stack:
+        for kind in BASES.kinds():
+            stack.enter_context(kind.building(config))
+        yield
 
 
 def full_base() -> Any:

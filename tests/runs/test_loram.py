@@ -369,7 +369,7 @@ def test_a_full_disk(
 
     with monkeypatch.context() as patch:
         others = {name: getattr(os, name) for name in ("open", "close", "O_RDONLY")}
-        patch.setattr("raymem.methods.loram.safetensors_io.os", SimpleNamespace(fsync=full, **others))
+        patch.setattr("raymem.storage.safetensors_io.os", SimpleNamespace(fsync=full, **others))
         line = refused(capsys, "prune", recipe_file)
     assert "No space left on device" in line and "free some space" in line
     assert not list((tmp_path / "runs" / "cache" / "loram").glob("[!.]*"))

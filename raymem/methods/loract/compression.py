@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from raymem.errors import ModelError
+from raymem.methods.layers.gated_mlp import is_gated_mlp
+from raymem.methods.layers.norms import NormForm, recognise
 from raymem.methods.loract import sites
 from raymem.methods.loract.auto_rank import Calibration
 from raymem.methods.loract.config import LoRActOptions
@@ -26,8 +28,6 @@ from raymem.methods.loract.forwards import (
     Patched,
     SubLayer,
 )
-from raymem.methods.loract.gated_mlp import is_gated_mlp
-from raymem.methods.loract.norms import NormForm, recognise
 from raymem.methods.loract.packer import Packer, Report, Site
 
 log = logging.getLogger(__name__)

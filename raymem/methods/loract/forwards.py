@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raymem.errors import ModelError
-from raymem.methods.loract.gated_mlp import GateFunction
-from raymem.methods.loract.norms import NormForm, NormFunction
+from raymem.methods.layers.gated_mlp import GateFunction
+from raymem.methods.layers.norms import NormForm, NormFunction
 from raymem.methods.loract.packer import Key, Packer, Site, key_of
 from raymem.methods.loract.saved import GateProduct, Saved
 

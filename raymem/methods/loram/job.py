@@ -24,7 +24,9 @@ from raymem.methods.loram.coupling import Coupling
 from raymem.methods.loram.manifest import MANIFEST, Manifest, read_manifest
 from raymem.methods.loram.nonuniform import Counts, counts_of, with_counts
 from raymem.methods.loram.plan import plan_pruning
-from raymem.methods.loram.safetensors_io import (
+from raymem.methods.loram.source import Source, open_source
+from raymem.methods.loram.validate import validate_coupling
+from raymem.storage.safetensors_io import (
     Entry,
     Spec,
     digest,
@@ -34,8 +36,6 @@ from raymem.methods.loram.safetensors_io import (
     write_json,
     write_tensors,
 )
-from raymem.methods.loram.source import Source, open_source
-from raymem.methods.loram.validate import validate_coupling
 
 _TAG = "raymem"
 """Metadata entry of a shard: its job and the units it kept."""

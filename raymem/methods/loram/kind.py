@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
         from raymem.methods.loram.plan import plan_pruning
 
         return with_counts(config, plan_pruning(config, options.pruning).counts)
+
+    def building(self, config: Any) -> AbstractContextManager[None]:
+        from raymem.methods.loram.nonuniform import pruned_layers
+
+        return pruned_layers(config)
 
     def alignment(self, options: LoRAMOptions) -> Mapping[str, Any] | None:
         return options.align

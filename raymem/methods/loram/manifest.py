@@ -13,8 +13,8 @@ from raymem.errors import ModelError
 from raymem.methods.loram.coupling import Coupling
 from raymem.methods.loram.index_map import Kept
 from raymem.methods.loram.nonuniform import counts_of, read_config
-from raymem.methods.loram.safetensors_io import digest, write_json
 from raymem.methods.loram.source import Source, open_source
+from raymem.storage.safetensors_io import digest, write_json
 
 MANIFEST = "loram_manifest.json"
 _FORMAT = 1

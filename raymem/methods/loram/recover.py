@@ -23,8 +23,8 @@ from raymem.methods.loram.index_map import Axis, place
 from raymem.methods.loram.manifest import MANIFEST, Manifest, check_base, check_kept, read_manifest
 from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.recover_moram import recover_moram
-from raymem.methods.loram.safetensors_io import Entry, read_header, read_tensor, save_tensors, write_json
 from raymem.methods.loram.source import Source, open_source
+from raymem.storage.safetensors_io import Entry, read_header, read_tensor, save_tensors, write_json
 
 WEIGHTS, CONFIG, FACTS = "adapter_model.safetensors", "adapter_config.json", "raymem.json"
 

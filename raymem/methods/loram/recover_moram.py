@@ -23,8 +23,8 @@ from raymem.errors import RecoveryMismatch
 from raymem.methods.loram.coupling import Coupling
 from raymem.methods.loram.index_map import Placement, place
 from raymem.methods.loram.manifest import Manifest
-from raymem.methods.loram.safetensors_io import read_header, read_tensor, save_tensors
 from raymem.methods.loram.source import Source
+from raymem.storage.safetensors_io import read_header, read_tensor, save_tensors
 
 MORAM_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.moram_(?P<part>A|B|index|base)")
 """Name of a tensor in a MoRAM file."""

@@ -14,7 +14,7 @@ from raymem.account import Header, refuse_two_places, refuse_untied, unused
 from raymem.errors import ModelError
 from raymem.methods.loram.coupling import Coupling, couple
 from raymem.methods.loram.nonuniform import meta_model, read_config
-from raymem.methods.loram.safetensors_io import Entry, fingerprint, read_header, read_tensor, shard_files
+from raymem.storage.safetensors_io import Entry, fingerprint, read_header, read_tensor, shard_files
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from raymem.methods.loram.index_map import take
 from raymem.methods.loram.job import PruneJob, is_committed, read_shard, shard_name, write_shard
 from raymem.methods.loram.layerwise import LayerwiseModel
 from raymem.methods.loram.masks import magnitude_mask
-from raymem.methods.loram.safetensors_io import DTYPES, Entry, Spec, write_json
 from raymem.methods.loram.scores import best, magnitude_scores, random_scores
+from raymem.storage.safetensors_io import DTYPES, Entry, Spec, write_json
 
 Kind = Literal["rest", "layer", "embed", "forward", "loss", "backward", "mask"]
 

@@ -16,9 +16,9 @@ from raymem.methods.loram.manifest import Manifest, check_base, read_manifest
 from raymem.methods.loram.nonuniform import from_config, load_pruned, without_counts
 from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, check_belongs, read_adapter_config
 from raymem.methods.loram.recover_moram import compare_moram, rebased
-from raymem.methods.loram.safetensors_io import read_header, read_tensor
 from raymem.methods.loram.source import Source, open_source
 from raymem.seeds import generator
+from raymem.storage.safetensors_io import read_header, read_tensor
 
 _TOLERANCE = 1e-4
 """Largest difference of logits relative to the largest logit, in fp32."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from raymem.methods.loract.norms import NormForm
+from raymem.methods.layers.norms import NormForm
 from raymem.training.lean.functions import GateFunction, LoraFunction, NormFunction
 from raymem.training.lean.nf4 import Weight
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from raymem.linalg.lowrank import row_chunks
-from raymem.methods.loract.norms import NormForm
+from raymem.methods.layers.norms import NormForm
 from raymem.training.lean.nf4 import Weight
 
 # T tokens, N features (of a linear layer: out), K input features, R rank

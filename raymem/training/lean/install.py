@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from raymem.methods.loract.gated_mlp import is_gated_mlp
-from raymem.methods.loract.norms import NormForm, recognise
+from raymem.methods.layers.gated_mlp import is_gated_mlp
+from raymem.methods.layers.norms import NormForm, recognise
 from raymem.training.lean.forwards import LeanLora, LeanMlp, LeanNorm
 
 

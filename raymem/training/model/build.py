@@ -13,8 +13,7 @@ from torch import nn
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, RecipeError
 from raymem.memory import nf4
-from raymem.methods.peft_kind import stored_buffers
-from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES
+from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, building
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
 from raymem.training import lean, loss
@@ -236,10 +235,8 @@ def _on_meta(config: Any, recipe: Recipe) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    from raymem.methods.loram import pruned_layers
-
     try:
-        with torch.device("meta"), no_init_weights(), pruned_layers(config):
+        with torch.device("meta"), no_init_weights(), building(config):
             bare = AutoModelForCausalLM.from_config(
                 config,
                 dtype=base_dtype(recipe),
@@ -306,7 +303,7 @@ def _fill_adapter(model: nn.Module, recipe: Recipe, layout: Layout) -> None:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     source = kind.source(recipe.adapter)
     given = {} if source is None else adapter.read_adapter(source, model, recipe)
-    for name, buffer in stored_buffers(model).items():
+    for name, buffer in kind.buffers(model).items():
         if name in given:
             buffer.copy_(given[name])
     places = weights.slots(model)

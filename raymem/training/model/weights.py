@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from raymem.account import Header, refuse_two_places, refuse_untied, unused
 from raymem.errors import ModelError
-from raymem.methods.loram.safetensors_io import shard_files
+from raymem.storage.safetensors_io import shard_files
 from raymem.training.dist_env import Layout, local_rows
 
 log = logging.getLogger(__name__)
