@@ -7,6 +7,7 @@ import pytest
 from raymem.errors import BudgetError
 from raymem.memory.budget import Exceeds, Fits, bytes_text, parse_bytes, verdict
 from raymem.memory.devices import GPUS, gpu_named
+from raymem.planner.help import would_help
 
 
 @pytest.mark.parametrize(
@@ -38,8 +39,8 @@ def test_an_unknown_gpu_lists_the_known_ones() -> None:
 
 def test_verdicts_say_by_how_much_and_what_is_largest() -> None:
     terms = {"weights": 6, "activations": 9}
-    assert verdict(10, 12, terms) == Fits(headroom_bytes=2)
-    found = verdict(15, 12, terms)
-    assert isinstance(found, Exceeds)
-    assert (found.by_bytes, found.largest_term) == (3, "activations")
-    assert "activations=checkpoint" in found.would_help
+    assert verdict(10, 12, terms, would_help) == Fits(headroom_bytes=2)
+    exceeds = verdict(15, 12, terms, would_help)
+    assert isinstance(exceeds, Exceeds)
+    assert (exceeds.by_bytes, exceeds.largest_term) == (3, "activations")
+    assert exceeds.would_help[:3] == ("train.micro_batch=1", "activations=checkpoint", "activations=loract")
