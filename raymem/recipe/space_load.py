@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import RecipeError
+from raymem.recipe.axes import all_kinds
 from raymem.recipe.load import parse_recipe, read_yaml, validated
 from raymem.recipe.schema import Recipe
 from raymem.recipe.sentences import nearest
@@ -33,19 +34,24 @@ def load_space(source: str | None, recipe: Recipe) -> Space:
             )
         space, place = recipe.space, "space"
     else:
-        path = _file(source)
-        place = str(path)
+        raw, place = _named(source)
         # The recipe's own schema says what a space is, and what is wrong with one.
-        found = validated({**recipe.to_dict(), "space": _read(path)}, place)
-        assert found.space is not None
-        space = found.space
+        with_space = validated({**recipe.to_dict(), "space": raw}, place)
+        assert with_space.space is not None
+        space = with_space.space
     check_space(space, recipe, place)
     return space
 
 
 def shipped() -> list[str]:
-    """Names of the spaces that ship with raymem."""
-    return sorted(file.stem for file in _folder().glob("*.py") if file.stem != "__init__")
+    """Names of the spaces that ship with raymem or with a kind from outside."""
+    files = [file.stem for file in _folder().glob("*.py") if file.stem != "__init__"]
+    return sorted({*files, *_of_kinds()})
+
+
+def _of_kinds() -> dict[str, Any]:
+    """Kind -> the search space that it brings."""
+    return {kind.name: dict(kind.space) for kind in all_kinds() if kind.space}
 
 
 def recipe_at(recipe: Recipe, point: Point, place: str) -> Recipe:
@@ -100,16 +106,20 @@ def _may_be(dimension: Any, value: Any) -> bool:
     return isinstance(value, int | float) and dimension.low <= value <= dimension.high
 
 
-def _file(source: str) -> Path:
+def _named(source: str) -> tuple[Any, str]:
+    """The space that ``--space`` means, unvalidated, and what to call it in errors."""
     path = Path(source)
     if path.suffix in (".py", ".yaml", ".yml"):
-        return path
+        return _read(path), str(path)
     if source not in shipped():
         raise RecipeError(
             f"--space {source}: no space of that name ships with raymem{nearest(source, shipped())}; a file ends in "
             ".py or .yaml"
         )
-    return _folder() / f"{source}.py"
+    if source in (spaces := _of_kinds()):
+        return spaces[source], f"the search space of {source}"
+    path = _folder() / f"{source}.py"
+    return _read(path), str(path)
 
 
 def _folder() -> Path:

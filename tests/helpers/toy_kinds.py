@@ -57,6 +57,7 @@ class SignKind(OptimizerKind[SignOptions]):
     """Without a closed form of its state."""
 
     options = SignOptions
+    space = {"optimizer.momentum": {"type": "float", "low": 0.1, "high": 0.9}}
 
     def build(self, parameters: Mapping[str, Any], options: SignOptions, context: OptimizerContext) -> Any:
         return Sign(parameters.values(), options.lr, options.momentum)

@@ -14,6 +14,7 @@ from raymem.planner import plan_recipe
 from raymem.planner.measure import measure_step
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, AXES, LOSSES, OPTIMIZERS, Axis, register_again, registered
 from raymem.recipe.load import recipe_of, recipe_schema
+from raymem.recipe.space_load import load_space, shipped
 from raymem.training.model.build import build_model
 from tests.helpers import toy_kinds
 from tests.helpers.support import make_recipe
@@ -72,6 +73,15 @@ def test_their_errors_are_sentences_with_a_place(changes: dict[str, Any], messag
     raw = {"name": "r", "model": {"name": "demo"}, "data": {"train": "demo:text"}, "train": {"steps": 1}}
     with pytest.raises(RecipeError, match=message):
         recipe_of({**raw, **changes})
+
+
+@pytest.mark.usefixtures("toys")
+def test_their_search_space_is_known_by_their_name() -> None:
+    assert "toy_sign" in shipped()
+    space = load_space("toy_sign", make_recipe(TOY_RECIPE))
+    assert list(space) == ["optimizer.momentum"]
+    with pytest.raises(RecipeError, match=r"the search space of toy_sign: optimizer\.momentum: unknown key"):
+        load_space("toy_sign", make_recipe())
 
 
 @pytest.mark.usefixtures("toys")

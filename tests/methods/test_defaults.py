@@ -1,0 +1,31 @@
+"""What a method's classes take by default is what its options say: recipes and bare loops get the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+
+from raymem.methods.mlorc import MLorcAdamW, MLorcLion
+from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
+from raymem.methods.moram import MoRAMConfig
+from raymem.methods.moram.config import MoRAMOptions
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"), [(MLorcAdamW, MLorcAdamWOptions), (MLorcLion, MLorcLionOptions)], ids=["adamw", "lion"]
+)
+def test_the_optimizers_of_mlorc(optimizer: type, options: type) -> None:
+    taken = inspect.signature(optimizer).parameters
+    only_of_the_recipe = {"kind", "compress_embeddings", "step_in_backward"}
+    for field in dataclasses.fields(options):
+        if field.name not in only_of_the_recipe:
+            assert taken[field.name].default == field.default, field.name
+
+
+def test_the_peft_config_of_moram() -> None:
+    by_recipe, by_peft = MoRAMOptions(), MoRAMConfig()
+    for ours, theirs in {"rank": "r", "k": "k", "density": "density", "alpha": "alpha"}.items():
+        assert getattr(by_recipe, ours) == getattr(by_peft, theirs), ours
+    assert by_recipe.formulation == by_peft.formulation
