@@ -12,9 +12,9 @@ import torch
 from raymem.errors import ModelError, RecipeError
 from raymem.methods.moram import MoRAMConfig, select_indices
 from raymem.methods.moram.layer import layers
+from raymem.methods.peft_kind import stored_buffers
 from raymem.recipe.schema import Recipe
 from raymem.training.dist_env import Layout
-from raymem.training.model.adapter import stored_buffers
 from raymem.training.model.build import build_model
 from tests.helpers.moram_cases import small_llama, token_batches, trainable, with_moram
 from tests.helpers.support import (
