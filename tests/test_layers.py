@@ -23,6 +23,7 @@ LAYERS = {
     "raymem": 0,
     "raymem.errors": 0,
     "raymem.cache": 0,
+    "raymem.hooks": 0,
     "raymem.linalg": 0,
     "raymem.memory": 0,
     "raymem.storage": 0,

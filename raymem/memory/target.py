@@ -28,6 +28,13 @@ def worth_visiting(starts: Sequence[int]) -> Sequence[int]:
     return starts if _planned is None or len(starts) <= 3 else (*starts[:2], starts[-1])
 
 
+def holds_no_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape only: those of planned models are on the meta device, or fake."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 @contextlib.contextmanager
 def planned_for(kind: str) -> Iterator[None]:
     """Inside, steps take the decisions that they would take on a device of this kind."""

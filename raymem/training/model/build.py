@@ -13,10 +13,13 @@ from torch import nn
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, RecipeError
 from raymem.memory import nf4
+from raymem.methods.loract import compress_activations
+from raymem.methods.loract.config import LoRActOptions
 from raymem.methods.loram.config import LoRAMOptions
+from raymem.methods.moram.config import MoRAMOptions
 from raymem.recipe.schema import Checkpointing, NoAdapter, Recipe
 from raymem.seeds import derive
-from raymem.training import activations, lean, loss, selection
+from raymem.training import lean, loss
 from raymem.training.dist_env import Layout, shard
 from raymem.training.model import adapter, weights
 from raymem.training.model.base_name import base_name
@@ -76,10 +79,28 @@ def build_model(
         weights.materialise(model, layout)
         weights.fill(places, source, layout, tied)
         _fill_adapter(model, recipe, layout)
-        selection.without_training_data(model, recipe)
+        if isinstance(recipe.adapter, MoRAMOptions):
+            _select_without_data(model, recipe.adapter, recipe.seed)
         _restore_computed_buffers(bare)
-    activations.compress(model, recipe)
+    if isinstance(recipe.activations, LoRActOptions):
+        try:
+            compress_activations(model, recipe.activations, seed=recipe.seed)
+        except ModelError as error:
+            raise RecipeError(f"activations.{error}") from None
     return model
+
+
+def _select_without_data(model: nn.Module, options: MoRAMOptions, seed: int) -> None:
+    """Take up the choice of a continued adapter, or choose by the weights or at random. Collective.
+
+    Choices by gradients are the hook's.
+    """
+    from raymem.methods.moram import mark_selected, select_indices
+
+    if options.init_from is not None:
+        mark_selected(model)
+    elif not options.needs_data:
+        select_indices(model, criterion=options.criterion, seed=seed)
 
 
 def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
