@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from raymem.memory.target import holds_no_values
+from raymem.memory.target import holds_no_values, worth_visiting
 from raymem.methods.loract.eligibility import is_plain, reason_to_keep
 from raymem.methods.loract.packer import Key, Site, factorise, key_of, squared_error, weak_storage
 
@@ -50,7 +50,7 @@ class Calibration:
             return
         matrix_TN = tensor.detach().flatten(0, -2)
         found = [matrix_TN.float().square().sum()]
-        for rank in candidate_ranks(site.rank):
+        for rank in worth_visiting(candidate_ranks(site.rank)):
             wide = site.rank_of(matrix_TN.shape[1], rank)
             low_rank = factorise(matrix_TN, wide, self._power_iterations, self._seed, 0, site.name)
             found.append(squared_error(matrix_TN, low_rank))

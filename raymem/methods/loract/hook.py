@@ -26,7 +26,7 @@ class LoRActHook(Hook):
     def before_step(self, step: int, run: RunView) -> None:
         if not self._settled:
             with self._handle.calibration():
-                for batch in run.batches(step):
+                for batch in run.batches(step)[: 1 if run.planned else None]:  # none holds more than the first
                     run.loss(run.model, batch)
             self._settled = True
         # Of the steps that a plan stands for, those hold the most in which errors are measured, and 0 is such a step.
