@@ -13,14 +13,14 @@ from raymem.recipe.schema import Recipe
 from raymem.runs import demo
 from raymem.runs.prepare import prepare_split, shared_tokenizer
 from raymem.storage.storage import Storage
-from raymem.training.data.batches import global_targets, rank_batches
+from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows, Row
 from raymem.training.data.sampler import Sampler
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import evaluate
+from raymem.training.hooks import hooks_of, view_of
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater, lr_factor
-from raymem.training.selection import by_gradient, is_due
 from raymem.training.step import train_step
 
 
@@ -68,12 +68,18 @@ def finetuned_loss(recipe: Recipe, rows: PackedRows, eval_rows: PackedRows, *, a
     assert steps is not None
     model = shira(recipe) if as_shira else build_model(recipe)
     updater = build_updater(model, recipe)
-    sampler, layout = sampler_of(recipe, rows), Layout()
-    for step in range(steps):
-        if is_due(recipe, step) and not as_shira:
-            by_gradient(model, recipe, layout, rows, sampler, step)
+    sampler, hooks = sampler_of(recipe, rows), [] if as_shira else hooks_of(recipe, model)
+
+    def batches(step: int) -> list[tuple[Batch, int]]:
         ids = sampler.ids(step)
-        batches = rank_batches(rows, ids, 0, 1, recipe.train.micro_batch)
+        share = rank_batches(rows, ids, 0, 1, recipe.train.rows_per_pass)
+        return [(batch, global_targets(rows, ids)) for batch in share]
+
+    view = view_of(model, batches, mixed=False)
+    for step in range(steps):
+        for hook in hooks:
+            hook.before_step(step, view)
+        share, targets = [batch for batch, _ in batches(step)], global_targets(rows, sampler.ids(step))
         lr = recipe.optimizer.lr * lr_factor(step, steps, recipe.train.schedule, recipe.train.warmup)
-        train_step(model, batches, global_targets(rows, ids), updater, step, lr, clip_norm=recipe.train.clip_norm)
-    return evaluate(model, eval_rows, layout, micro_batch=recipe.train.micro_batch, mixed=False).loss
+        train_step(model, share, targets, updater, step, lr, clip_norm=recipe.train.clip_norm)
+    return evaluate(model, eval_rows, Layout(), micro_batch=recipe.train.micro_batch, mixed=False).loss

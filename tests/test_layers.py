@@ -24,6 +24,7 @@ LAYERS = {
     "raymem.errors": 0,
     "raymem.cache": 0,
     "raymem.kinds": 0,
+    "raymem.hooks": 0,
     "raymem.linalg": 0,
     "raymem.memory": 0,
     "raymem.storage": 0,

@@ -20,10 +20,6 @@ class ActivationsKind(Kind[OptionsT]):
         """Whether it follows what transformers' own layers save, so that raymem's lean ones must not replace them."""
         return False
 
-    def on_cpu(self, options: OptionsT) -> OptionsT:
-        """The options with which the same memory is planned on fake CPU tensors."""
-        return options
-
     def rough_bytes(self, options: OptionsT, *, layers: int, layer_bytes: int, input_bytes: int) -> int:
         """Within a factor of two, what one micro-batch keeps, for models that cannot be traced.
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from raymem.hooks import Hook
+
 OptionsT = TypeVar("OptionsT")
 
 
@@ -93,6 +95,10 @@ class Kind(ABC, Generic[OptionsT]):
         """Changes towards this kind, or of its options, that make a recipe smaller."""
         return ()
 
-    def hooks(self, options: OptionsT, model: Any, seed: int) -> Sequence[Any]:
-        """What it does between steps (:class:`raymem.hooks.Hook`)."""
+    def hooks(self, options: OptionsT, model: Any, seed: int) -> Sequence[Hook]:
+        """How it takes part in a run beyond the model that it builds.
+
+        Args:
+            model: complete, as it is trained.
+        """
         return ()

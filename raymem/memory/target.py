@@ -23,9 +23,16 @@ def worth_visiting(starts: Sequence[int]) -> Sequence[int]:
     """Where the parts begin that a matrix is worked through by; where a step is only planned, three stand for all.
 
     Shapes count there and values are never looked at, so the parts are as good as one another, but for the first, which
-    makes what is used again, and a smaller last one.
+    makes what is used again, and a smaller (or, of sizes in ascending order, the largest) last one.
     """
     return starts if _planned is None or len(starts) <= 3 else (*starts[:2], starts[-1])
+
+
+def holds_no_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape only: those of planned models are on the meta device, or fake."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 @contextlib.contextmanager

@@ -35,8 +35,9 @@ CATEGORIES: tuple[Category, ...] = (
 """Frozen weights and buffers; trained weights and their fp32 masters; gradients; optimizer state; what a forward pass
 (or its repetition in backward) makes; logits and all that is made of them; and temporaries of backward and update."""
 
-Phase = Literal["load", "selection", "forward", "backward", "step", "evaluation", "save"]
-PHASES: tuple[Phase, ...] = ("load", "selection", "forward", "backward", "step", "evaluation", "save")
+Phase = Literal["load", "before_step", "forward", "backward", "step", "evaluation", "save"]
+PHASES: tuple[Phase, ...] = ("load", "before_step", "forward", "backward", "step", "evaluation", "save")
+"""``before_step``: what hooks do (:mod:`raymem.hooks`); ``step``: norm, clipping and update."""
 
 Workspace = Callable[[Any, tuple[Any, ...], Any], int]
 """Given an operation, its positional arguments and its result: bytes that its kernel allocates and frees inside."""
@@ -200,7 +201,7 @@ class Tracer(TorchDispatchMode):
     def _category(self, phase: Phase) -> Category:
         if self.attributed is not None:
             return self.attributed
-        if phase in ("forward", "evaluation", "selection"):
+        if phase in ("forward", "evaluation", "before_step"):
             return "activations"
         # What checkpointing computes again within backward runs with gradients on, or within modules; backward itself
         # never does.

@@ -11,18 +11,21 @@ from typing import Any
 import torch
 
 from raymem.memory.meter import Peak, PeakMeter, resident_tensors
-from raymem.methods.moram.config import MoRAMOptions
+from raymem.planner.step_trace import TARGETS
 from raymem.recipe.schema import Recipe
-from raymem.training import activations
 from raymem.training.data.batches import Batch
 from raymem.training.dist_env import Layout, replicate
+from raymem.training.hooks import hooks_of, view_of
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
 from raymem.training.step import train_step
 
 
-def measure_step(recipe: Recipe) -> Peak:
+def measure_step(recipe: Recipe, position: int = 1) -> Peak:
     """Peak of the second optimizer step of one worker; of this rank, if there is a process group.
+
+    Args:
+        position: number of that step in a run, from 0, for methods that do more in some steps than in others.
 
     Raises:
         RaymemError: as training does.
@@ -31,11 +34,8 @@ def measure_step(recipe: Recipe) -> Peak:
     model: Any = build_model(recipe, layout)
     updater = build_updater(model, recipe)
     batches = _batches(recipe, int(model.config.get_text_config().vocab_size), layout)
-    if isinstance(recipe.adapter, MoRAMOptions) and recipe.adapter.needs_data:
-        from raymem.methods.moram import select_indices
-
-        select_indices(model, criterion="random", seed=recipe.seed)  # which ones does not matter here
-    activations.begin_step(model, 0)
+    hooks, mixed = hooks_of(recipe, model), recipe.train.precision == "bf16_mixed"
+    view = view_of(model, lambda _: [(batch, TARGETS) for batch in batches], mixed=mixed)
     replica = model if layout.sharded else replicate(model, layout)
 
     def resident() -> Iterator[torch.Tensor]:
@@ -44,16 +44,19 @@ def measure_step(recipe: Recipe) -> Peak:
         )
         return resident_tensors(model, [*updater.state().values(), *(t for t in tokens if t is not None)])
 
-    def step(position: int) -> None:
-        train_step(
-            replica, batches, 1000, updater, position, 1e-3,
-            clip_norm=recipe.train.clip_norm, mixed=recipe.train.precision == "bf16_mixed",
-        )  # fmt: skip
+    def prepare(number: int) -> None:
+        for hook in hooks:
+            hook.before_step(number, view)
 
+    def step(number: int) -> None:
+        clip_norm = recipe.train.clip_norm
+        train_step(replica, batches, TARGETS, updater, number, 1e-3, clip_norm=clip_norm, mixed=mixed)
+
+    prepare(0)
     step(0)
-    every = getattr(recipe.activations, "report_every", 0)
+    prepare(position)
     with PeakMeter(layout.device, resident) as meter:
-        step(every or 1)
+        step(position)
     assert meter.peak is not None
     return meter.peak
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from raymem.memory import kernels
 from raymem.memory.target import planned_for
-from raymem.memory.trace import Change, LimitPassed, Tracer
+from raymem.memory.trace import Change, LimitPassed, Phase, Tracer
 from raymem.methods.loram.nonuniform import pruned_layers
-from raymem.methods.moram.config import MoRAMOptions
 from raymem.planner.analytic import closed_form
 from raymem.planner.fake import (
     CudaAutocast,
@@ -35,10 +33,10 @@ from raymem.planner.fake import (
 from raymem.planner.fake_cache import OutputCache
 from raymem.planner.fake_ddp import FakeReplica
 from raymem.planner.types import Target
-from raymem.recipe.axes import ACTIVATIONS
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
 from raymem.training.dist_env import Layout
+from raymem.training.hooks import hooks_of, view_of
 from raymem.training.loss import forward_loss_sum, loss_of
 from raymem.training.model.build import build_model, load_config
 from raymem.training.optim import Updater, build_updater
@@ -46,6 +44,8 @@ from raymem.training.step import train_step
 
 MEASURED = 2
 """Number of the step that counts, from 1."""
+TARGETS = 1000
+"""Of a global batch; a number that changes nothing but the loss."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,10 @@ def planned_model(recipe: Recipe, layout: Layout | None = None) -> nn.Module:
 
 def _on_cpu(recipe: Recipe) -> Recipe:
     """The recipe as far as fake CPU tensors can take it."""
-    updates: dict[str, Any] = {}
-    if recipe.model.attention == "flash_attention_2":
-        # PyTorch's own fused attention holds the same for backward, and needs no package here.
-        updates["model"] = recipe.model.model_copy(update={"attention": "sdpa"})
-    updates["activations"] = ACTIVATIONS.of(recipe).on_cpu(recipe.activations)
-    return recipe.model_copy(update=updates)
+    if recipe.model.attention != "flash_attention_2":
+        return recipe
+    # PyTorch's own fused attention holds the same for backward, and needs no package here.
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": "sdpa"})})
 
 
 def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | None) -> Session:
@@ -127,7 +125,7 @@ def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | No
             tracer.adopt(local(master), "trainable", f"{name} (fp32 master)")
         for handle in tracer.watch(bare):
             stack.callback(handle.remove)
-        runner = _Runner(recipe, layout, tracer, mode, bare, updater)
+        runner = _Runner(recipe, layout, tracer, bare, updater)
         runner.run(limit_bytes)
         state = runner.state_bytes()
         changes = list(tracer.changes)
@@ -137,12 +135,11 @@ def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | No
 class _Runner:
     """One worker's part, phase by phase."""
 
-    def __init__(
-        self, recipe: Recipe, layout: Layout, tracer: Tracer, mode: FakeTensorMode, bare: nn.Module, updater: Updater
-    ) -> None:
-        self.recipe, self.layout, self.tracer, self.mode = recipe, layout, tracer, mode
+    def __init__(self, recipe: Recipe, layout: Layout, tracer: Tracer, bare: nn.Module, updater: Updater) -> None:
+        self.recipe, self.layout, self.tracer = recipe, layout, tracer
         self.bare, self.updater = bare, updater
         self.mixed = recipe.train.precision == "bf16_mixed"
+        self.hooks = hooks_of(recipe, bare)
         self.gradient_bytes = 0
         self.rehearsed = layout.world_size > 1 or layout.sharded
 
@@ -151,10 +148,8 @@ class _Runner:
         self.model = self.bare if single else FakeReplica(self.bare, self.tracer)
         batches = [self._batch() for _ in range(self._num_batches())]
         self.tracer.limit_bytes = limit_bytes
-        if isinstance(self.recipe.adapter, MoRAMOptions) and self.recipe.adapter.needs_data:
-            self._select(batches[0])
+        self._before_step(0, 0, batches[:2])
         self.tracer.limit_bytes = None  # the first step does not count
-        every = getattr(self.recipe.activations, "report_every", 0)
         if self.rehearsed:
             with gradients_named(self.updater.parameters, self.tracer):
                 self._step(1, 0, batches[:1])
@@ -162,8 +157,9 @@ class _Runner:
             self._create_state()
         self.tracer.limit_bytes = limit_bytes
         with gradients_named(self.updater.parameters, self.tracer):
+            self._before_step(MEASURED, 1, batches[:2])
             # More micro-batches than two repeat the second; their tokens are there all the same.
-            self._step(MEASURED, every or 1, batches[:2])
+            self._step(MEASURED, 1, batches[:2])
         if self.recipe.data.eval is not None:
             self._evaluate(batches[0])
         self._save()
@@ -196,13 +192,17 @@ class _Runner:
         self.tracer.adopt(targets, "activations", "batch (target positions)")
         return Batch(tokens("input ids"), tokens("labels"), positions, mask, targets)
 
-    def _step(self, number: int, position: int, batches: list[Batch]) -> None:
-        self.tracer.step, self.tracer.phase = number, "forward"
-        norm = self.updater.grad_norm
+    def _before_step(self, number: int, position: int, batches: list[Batch]) -> None:
+        self.tracer.step, self.tracer.phase = number, "before_step"
+        view = view_of(self.bare, lambda _: [(batch, TARGETS) for batch in batches], mixed=self.mixed, planned=True)
+        for hook in self.hooks:
+            hook.before_step(position, view)
 
-        def grad_norm() -> torch.Tensor:
-            self.tracer.phase = "step"
-            return norm()
+    def _step(self, number: int, position: int, batches: list[Batch]) -> None:
+        self.tracer.step = number
+
+        def phase(name: Phase) -> None:
+            self.tracer.phase = name
 
         def guard(loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
             self.gradient_bytes = 0
@@ -212,33 +212,16 @@ class _Runner:
                     self.gradient_bytes += gradient.numel() * gradient.element_size()
                     self.tracer.adopt(gradient, "gradients", f"{name} (gradient)")
 
-        self.updater.grad_norm = grad_norm  # type: ignore[method-assign]
         train_step(
-            self.model, batches, 1000, self.updater, position, 1e-3,
-            clip_norm=self.recipe.train.clip_norm, mixed=self.mixed, guard=guard,
+            self.model, batches, TARGETS, self.updater, position, 1e-3,
+            clip_norm=self.recipe.train.clip_norm, mixed=self.mixed, guard=guard, phase=phase,
         )  # fmt: skip
-        self.updater.grad_norm = norm  # type: ignore[method-assign]
         self._adopt_state()
 
     def _adopt_state(self) -> None:
         for name, parameter in self.updater.updated.items():
             for key, value in self.updater.optimizer.state.get(parameter, {}).items():
                 self.tracer.adopt(local(value), "optimizer", f"{name} ({key})")
-
-    def _select(self, batch: Batch) -> None:
-        """MoRAM's look at gradients before the first step: the group of layers with the largest sums."""
-        from raymem.methods.moram import selection
-        from raymem.methods.moram.layer import layers
-
-        self.tracer.step, self.tracer.phase = 0, "selection"
-        groups = selection._groups(layers(self.bare), None)
-        largest = max(groups, key=lambda group: sum(layer.out_features * layer.in_features for _, layer in group))
-        listeners = {name: selection._Listener(layer, absolute=False) for name, layer in largest}
-
-        def loss(of: nn.Module, given: Batch) -> torch.Tensor:
-            return forward_loss_sum(of, given, mixed=self.mixed)
-
-        selection._listen(self.bare, listeners, [batch], loss, self.recipe.seed)
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> None:

@@ -30,7 +30,8 @@ from raymem.training.reporter import Row
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 knew the state of a single hook, and had it under a key of its own."""
 FOLDER = "checkpoints"
 
 
@@ -49,8 +50,8 @@ class Manifest:
     """Evaluation loss at this step, if there is evaluation data."""
     rows: list[Row] = field(default_factory=list)
     """Metrics since the checkpoint before: a crash may swallow a report, and a resumed run then sends it again."""
-    ranks: dict[str, int] = field(default_factory=dict)
-    """What was decided by looking at data before the first step (``activations.rank: auto``): site -> rank."""
+    hooks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> state of the hooks that have one (:mod:`raymem.hooks`)."""
     peak_bytes: int | None = None
     """Highest peak that was measured; a session that is resumed near its end measures none."""
     elapsed_s: float = 0.0
@@ -65,7 +66,7 @@ class Manifest:
             "recipe": self.recipe,
             "eval_loss": self.eval_loss,
             "rows": self.rows,
-            "ranks": self.ranks,
+            "hooks": self.hooks,
             "peak_bytes": self.peak_bytes,
             "elapsed_s": self.elapsed_s,
         }
@@ -222,7 +223,7 @@ def _complete_steps(run: Storage) -> list[int]:
 def _read_manifest(run: Storage, step: int) -> Manifest:
     place = f"{FOLDER}/{_name(step)}"
     raw = run.read_json(f"{place}/manifest.json")
-    if raw.get("schema") != SCHEMA_VERSION:
+    if raw.get("schema") not in (1, SCHEMA_VERSION):
         raise CheckpointError(
             f"{run.join(place)}: written with checkpoint schema {raw.get('schema')} by raymem {raw.get('raymem')}, "
             f"this is raymem {__version__} with schema {SCHEMA_VERSION}; use that version, or start over with --fresh"
@@ -234,9 +235,15 @@ def _read_manifest(run: Storage, step: int) -> Manifest:
                 f"{run.join(place, name)}: missing or truncated; delete {run.join(place)} to resume from an older one"
             )
     return Manifest(
-        raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"], raw["rows"], raw["ranks"],
+        raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"], raw["rows"], _hook_states(raw),
         raw.get("peak_bytes"), raw.get("elapsed_s", 0.0),
     )  # fmt: skip
+
+
+def _hook_states(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if raw["schema"] == 1:
+        return {"loract": {"ranks": raw["ranks"]}} if raw["ranks"] else {}
+    return dict(raw["hooks"])
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:

@@ -17,7 +17,6 @@ from raymem.memory.meter import PeakMeter, resident_tensors
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
 from raymem.storage.storage import Storage
-from raymem.training import activations, selection
 from raymem.training.artifacts.export import export_final
 from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
 from raymem.training.data.batches import Batch, global_targets, rank_batches
@@ -26,7 +25,7 @@ from raymem.training.data.sampler import Sampler
 from raymem.training.data.shards import Prepared
 from raymem.training.dist_env import Layout, bucket_bytes, replicate
 from raymem.training.evaluate import Evaluation, evaluate
-from raymem.training.loss import forward_loss_sum
+from raymem.training.hooks import hooks_of, metrics_of, resume_hooks, states_of, view_of
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater, lr_factor
 from raymem.training.reporter import Reporter, Row
@@ -95,7 +94,6 @@ class _Session:
         self.peak_bytes: int | None = None
         self.eval_loss: float | None = None
         self.recent: list[Row] = []
-        self.ranks: dict[str, int] = {}
         self.earlier_s = 0.0
         self.began = time.perf_counter()
 
@@ -103,17 +101,18 @@ class _Session:
         self._seed(step=0)
         self.bare = build_model(self.recipe, self.layout)
         self.updater = build_updater(self.bare, self.recipe)
+        self.hooks = hooks_of(self.recipe, self.bare)
+        self.view = view_of(self.bare, self._micro_batches, mixed=self.mixed)
         start = self._resume()
         self.total_steps = max(start, self.total_steps)  # a run that is longer already stays what it is
         self.model = self.bare if self.layout.sharded else replicate(self.bare, self.layout)
         row: Row = {}
         for step in range(start, self.total_steps):
-            activations.begin_step(self.bare, step)
-            if selection.is_due(self.recipe, step):
-                selection.by_gradient(self.bare, self.recipe, self.layout, self.rows, self.sampler, step)
-            if step == start:
-                self.ranks = activations.settle(self.bare, self.ranks, lambda: self._forward(start))
-            row = self._step(step, first=start)
+            with self._failures_named(step):
+                self._seed(step)
+                for hook in self.hooks:
+                    hook.before_step(step, self.view)
+                row = self._step(step, first=start)
             done = step + 1
             if self._is_evaluated(done):
                 row |= self._evaluate()
@@ -144,10 +143,9 @@ class _Session:
         check_identity(manifest.identity, self.identity, place)
         self.updater.allocate_state()
         self.checkpoints.load(manifest, self.updater.state())
-        selection.resumed(self.bare, self.recipe)
+        resume_hooks(self.hooks, manifest.hooks, self.view, place)
         self.eval_loss = manifest.eval_loss
         self.peak_bytes, self.earlier_s = manifest.peak_bytes, manifest.elapsed_s
-        self.ranks = manifest.ranks
         log.info("resuming from step %d (%s)", manifest.step, place)
         for row in manifest.rows:
             self.reporter.log(row)
@@ -170,34 +168,18 @@ class _Session:
         train = self.recipe.train
         ids = self.sampler.ids(step)
         lr = self.recipe.optimizer.lr * lr_factor(step, self.total_steps, train.schedule, train.warmup)
-        try:
-            with self._metered(step - first + 1):
-                result = train_step(
-                    self.model,
-                    [batch.to(self.layout.device) for batch in self._batches(step)],
-                    global_targets(self.rows, ids),
-                    self.updater,
-                    step,
-                    lr,
-                    clip_norm=train.clip_norm,
-                    mixed=self.mixed,
-                    guard=finite_guard,
-                )
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            raise OutOfMemory(
-                f"out of memory at step {step + 1} on rank {self.layout.rank} with "
-                f"train.micro_batch={train.rows_per_pass} and data.sequence_length={self.recipe.data.sequence_length}: "
-                "lower train.micro_batch (the result stays the same), or set activations: checkpoint"
-            ) from None
-        except NonFiniteError as error:
-            saved = self.checkpoints.latest()
-            kept = f"the checkpoint of step {saved.step} is kept" if saved else "there is no checkpoint yet"
-            raise NonFiniteError(
-                f"{error} at step {step + 1}; nothing of that step was saved and {kept}: lower optimizer.lr, "
-                "raise train.warmup or look at the data, then run again"
-            ) from None
+        with self._metered(step - first + 1):
+            result = train_step(
+                self.model,
+                [batch for batch, _ in self._micro_batches(step)],
+                global_targets(self.rows, ids),
+                self.updater,
+                step,
+                lr,
+                clip_norm=train.clip_norm,
+                mixed=self.mixed,
+                guard=finite_guard,
+            )
         row = {
             "step": float(step + 1),
             "loss": float(result.loss),
@@ -209,17 +191,34 @@ class _Session:
         }
         if self.peak_bytes is not None and step - first + 1 in METERED_STEPS:
             row["peak_bytes"] = float(self.peak_bytes)
-        return row | activations.metrics(self.bare, step)
+        return row | metrics_of(self.hooks, step, taken=row)
 
-    def _forward(self, step: int) -> None:
-        """Only the forward pass of a step."""
-        for batch in self._batches(step):
-            forward_loss_sum(self.bare, batch.to(self.layout.device), mixed=self.mixed)
+    @contextlib.contextmanager
+    def _failures_named(self, step: int) -> Iterator[None]:
+        """Say where and with what settings memory or finite numbers ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise OutOfMemory(
+                f"out of memory at step {step + 1} on rank {self.layout.rank} with train.micro_batch="
+                f"{self.recipe.train.rows_per_pass} and data.sequence_length={self.recipe.data.sequence_length}: "
+                "lower train.micro_batch (the result stays the same), or set activations: checkpoint"
+            ) from None
+        except NonFiniteError as error:
+            saved = self.checkpoints.latest()
+            kept = f"the checkpoint of step {saved.step} is kept" if saved else "there is no checkpoint yet"
+            raise NonFiniteError(
+                f"{error} at step {step + 1}; nothing of that step was saved and {kept}: lower optimizer.lr, "
+                "raise train.warmup or look at the data, then run again"
+            ) from None
 
-    def _batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step."""
+    def _micro_batches(self, step: int) -> list[tuple[Batch, int]]:
+        """This rank's micro-batches of a step, each with the target tokens of the global batch."""
         ids, micro_batch = self.sampler.ids(step), self.recipe.train.rows_per_pass
-        return rank_batches(self.rows, ids, self.layout.rank, self.layout.world_size, micro_batch)
+        share = rank_batches(self.rows, ids, self.layout.rank, self.layout.world_size, micro_batch)
+        return [(batch.to(self.layout.device), global_targets(self.rows, ids)) for batch in share]
 
     def _evaluate(self) -> Row:
         assert self.eval_rows is not None
@@ -233,7 +232,7 @@ class _Session:
         # Delivered before the checkpoint is: whatever the last report did not carry is in the manifest.
         self.reporter.flush()
         manifest = Manifest(
-            done, self.identity, self.recipe.to_dict(), eval_loss, self.recent, self.ranks,
+            done, self.identity, self.recipe.to_dict(), eval_loss, self.recent, states_of(self.hooks),
             self.peak_bytes, self._elapsed_s(),
         )  # fmt: skip
         storage = self.recipe.storage

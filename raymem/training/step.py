@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from raymem.errors import NonFiniteError
-from raymem.training.activations import begin_step
+from raymem.memory.trace import Phase
 from raymem.training.data.batches import Batch
 from raymem.training.loss import forward_loss_sum
 from raymem.training.optim import Updater
@@ -60,19 +60,21 @@ def train_step(
     clip_norm: float | None = None,
     mixed: bool = False,
     guard: Guard = finite_guard,
+    phase: Callable[[Phase], None] = lambda _: None,
 ) -> StepResult:
     """Forward and backward over the micro-batches of this rank, then one update.
 
     Args:
         micro_batches: this rank's share of the global batch; every rank has equally many.
         global_targets: target tokens of the global batch over all ranks; the loss is their mean.
-        step: number of this step in the run, from 0; seeds what optimizer and activations draw.
+        step: number of this step in the run, from 0; seeds what the optimizer draws.
         lr: learning rate of this step.
         clip_norm: limit of the global gradient norm.
         guard: sees loss and gradient norm before the optimizer writes anything.
+        phase: told which part begins.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    begin_step(model, step)
+    phase("forward")
     updater.begin(step, lr)
     loss = torch.zeros((), device=micro_batches[0].input_ids.device)
     for index, batch in enumerate(micro_batches):
@@ -86,6 +88,7 @@ def train_step(
         dist.all_reduce(loss)
         loss /= world_size
 
+    phase("step")
     grad_norm = updater.grad_norm()
     guard(loss, grad_norm)
     if clip_norm is not None:

@@ -21,8 +21,9 @@ from raymem.storage.storage import Storage
 from raymem.training.checkpoint import Checkpoints, Manifest
 from raymem.training.data.batches import Batch
 from raymem.training.dist_env import Layout, replicate
+from raymem.training.hooks import hooks_of, resume_hooks, states_of, view_of
 from raymem.training.model.build import build_model
-from raymem.training.optim import Updater, build_updater
+from raymem.training.optim import build_updater
 from raymem.training.step import StepResult, train_step
 from tests.helpers.support import (
     assert_same,
@@ -49,35 +50,37 @@ class MethodSuite:
         return make_recipe(self.fragment, model=llama)
 
     def test_training_lowers_the_loss(self, recipe: Recipe) -> None:
-        model, updater = build(recipe)
-        losses = [float(step(model, updater, recipe, number, seed=0).loss) for number in range(5)]
+        worker = Worker(recipe, same_rows=True)
+        losses = [float(worker.step(number).loss) for number in range(5)]
         assert losses[-1] < losses[0]
 
     def test_what_is_frozen_stays_and_what_is_trained_moves(self, recipe: Recipe) -> None:
-        model, updater = build(recipe)
-        before, weights = snapshot(frozen(model)), snapshot(updater.parameters)
-        for number in range(3):
-            step(model, updater, recipe, number)
-        assert_same(frozen(model), before)
-        still = [name for name, value in updater.parameters.items() if torch.equal(value, weights[name])]
+        worker = Worker(recipe)
+        worker.step(0)  # before which a method may choose something for good
+        before, weights = snapshot(frozen(worker.model)), snapshot(worker.updater.parameters)
+        for number in range(1, 4):
+            worker.step(number)
+        assert_same(frozen(worker.model), before)
+        still = [name for name, value in worker.updater.parameters.items() if torch.equal(value, weights[name])]
         assert not still
 
     def test_save_and_load_continue_bitwise(self, recipe: Recipe, tmp_path: Path) -> None:
-        model, updater = build(recipe)
+        worker, other = Worker(recipe), Worker(recipe)
         for number in range(2):
-            step(model, updater, recipe, number)
+            worker.step(number)
         checkpoints = Checkpoints(Storage.open(str(tmp_path)), Layout())
-        checkpoints.save(Manifest(2, {}, recipe.to_dict(), None), updater.state(), "last", 1)
-        other_model, other = build(recipe)
-        other.allocate_state()
+        manifest = Manifest(2, {}, recipe.to_dict(), None, hooks=states_of(worker.hooks))
+        checkpoints.save(manifest, worker.updater.state(), "last", 1)
+        other.updater.allocate_state()
         found = checkpoints.latest()
         assert found is not None
-        checkpoints.load(found, other.state())
-        assert_same(other.state(), updater.state())
+        checkpoints.load(found, other.updater.state())
+        resume_hooks(other.hooks, found.hooks, other.view, str(tmp_path))
+        assert_same(other.updater.state(), worker.updater.state())
         for number in range(2, 5):
-            step(model, updater, recipe, number)
-            step(other_model, other, recipe, number)
-        assert_same(other.state(), updater.state())
+            worker.step(number)
+            other.step(number)
+        assert_same(other.updater.state(), worker.updater.state())
 
     def test_two_ranks_agree(self, recipe: Recipe, tmp_path: Path) -> None:
         raw = merged(recipe.to_dict(), {"scaling": {"num_workers": 2}})
@@ -95,10 +98,15 @@ class MethodSuite:
             fakeify(model)
             updater = build_updater(model, recipe)
             batches = [fake_batch(mode, real)]
+            mixed = recipe.train.precision == "bf16_mixed"
+            view = view_of(model, lambda _: [(batch, 30) for batch in batches], mixed=mixed, planned=True)
+            hooks = hooks_of(recipe, model)
             for number in range(2):
+                for hook in hooks:
+                    hook.before_step(number, view)
                 result = train_step(
                     model, batches, 30, updater, number, 1e-3,
-                    clip_norm=recipe.train.clip_norm, mixed=recipe.train.precision == "bf16_mixed",
+                    clip_norm=recipe.train.clip_norm, mixed=mixed,
                     guard=lambda loss, grad_norm: None,
                 )  # fmt: skip
         assert isinstance(result.loss, FakeTensor)
@@ -123,17 +131,36 @@ class MethodSuite:
             build_model(wrong, meta=True)
 
 
-def build(recipe: Recipe) -> tuple[nn.Module, Updater]:
-    model = build_model(recipe)
-    return model, build_updater(model, recipe)
+class Worker:
+    """One worker with its model, optimizer and hooks.
 
+    Args:
+        same_rows: every step has the rows of the first.
+    """
 
-def step(model: nn.Module, updater: Updater, recipe: Recipe, number: int, seed: int | None = None) -> StepResult:
-    """One step on random rows that ``number`` (or ``seed``) chooses."""
-    batch = random_batch(2, LENGTH, number if seed is None else seed)
-    mixed = recipe.train.precision == "bf16_mixed"
-    clip_norm = recipe.train.clip_norm
-    return train_step(model, [batch], num_targets(batch), updater, number, 1e-2, clip_norm=clip_norm, mixed=mixed)
+    def __init__(self, recipe: Recipe, layout: Layout | None = None, *, same_rows: bool = False) -> None:
+        self.layout = layout or Layout()
+        self.clip_norm, self.mixed = recipe.train.clip_norm, recipe.train.precision == "bf16_mixed"
+        self.same_rows = same_rows
+        self.model = build_model(recipe, self.layout)
+        self.updater = build_updater(self.model, recipe)
+        self.hooks = hooks_of(recipe, self.model)
+        self.view = view_of(self.model, self.batches, mixed=self.mixed)
+        self.trained = replicate(self.model, self.layout)
+
+    def batches(self, number: int) -> list[tuple[Batch, int]]:
+        """Random rows, other ones for every step and rank."""
+        world = self.layout.world_size
+        shares = [random_batch(2, LENGTH, (0 if self.same_rows else number) * world + rank) for rank in range(world)]
+        return [(shares[self.layout.rank], num_targets(*shares))]
+
+    def step(self, number: int) -> StepResult:
+        for hook in self.hooks:
+            hook.before_step(number, self.view)
+        [(batch, targets)] = self.batches(number)
+        return train_step(
+            self.trained, [batch], targets, self.updater, number, 1e-2, clip_norm=self.clip_norm, mixed=self.mixed
+        )
 
 
 def train_on_a_rank(raw: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -141,15 +168,9 @@ def train_on_a_rank(raw: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[
     recipe = Recipe.model_validate(raw)
     layout = Layout.current(recipe)
     torch.manual_seed(layout.rank)  # nothing may depend on the global stream
-    bare = build_model(recipe, layout)
-    updater = build_updater(bare, recipe)
-    model = replicate(bare, layout)
-    losses = []
-    for number in range(2):
-        shares = [random_batch(2, LENGTH, 10 * number + rank) for rank in range(layout.world_size)]
-        result = train_step(model, [shares[layout.rank]], num_targets(*shares), updater, number, 1e-2, clip_norm=1.0)
-        losses.append(float(result.loss))
-    return {name: tensor.contiguous() for name, tensor in updater.state().items()}, losses
+    worker = Worker(recipe, layout)
+    losses = [float(worker.step(number).loss) for number in range(2)]
+    return {name: tensor.contiguous() for name, tensor in worker.updater.state().items()}, losses
 
 
 def fakeify(model: nn.Module) -> None:

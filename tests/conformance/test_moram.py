@@ -1,4 +1,4 @@
-"""MoRAM keeps the contract of every method. Its connections here need no data: a model is ready once it is built."""
+"""MoRAM keeps the contract of every method, whether its connections need data or not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ MORAM = {"kind": "moram", "rank": 4, "density": 0.25, "criterion": "random"}
 
 class TestMoRAM(MethodSuite):
     fragment = {"adapter": {**MORAM, "formulation": "fast"}}
+
+
+class TestMoRAMByGradients(MethodSuite):
+    fragment = {"adapter": {**MORAM, "criterion": "gradient", "selection_batches": 2}}
 
 
 class TestMoRAMFrugalMixedPrecision(MethodSuite):

@@ -46,11 +46,11 @@ REST = [
 ]
 
 
-def check(recipe: Recipe, tolerance: float = TOLERANCE) -> None:
+def check(recipe: Recipe, tolerance: float = TOLERANCE, position: int = 1) -> None:
     target = Target.of(recipe)
     session = trace_session(recipe, target)
     plan = make_plan(session, target, None)
-    measured = measure_step(recipe).allocated_bytes
+    measured = measure_step(recipe, position).allocated_bytes
     assert closed_form(recipe, target, planned_model(recipe)) == session.state
     assert abs(plan.step_peak_bytes - measured) <= tolerance * measured, (plan.step_peak_bytes, measured)
     assert sum(plan.terms.values()) == plan.peak_bytes >= plan.step_peak_bytes
@@ -60,6 +60,14 @@ def check(recipe: Recipe, tolerance: float = TOLERANCE) -> None:
 @pytest.mark.parametrize(("name", "family", "layers"), CROSS_SECTION)
 def test_the_peak_is_predicted_within_one_percent(name: str, family: str, layers: int) -> None:
     check(case(name, family, layers), WIDER.get((name, family, layers), TOLERANCE))
+
+
+def test_a_step_that_measures_errors_is_the_one_that_is_planned() -> None:
+    silent = case("loract layer")
+    recipe = make_recipe(silent.to_dict(), {"activations": {"report_every": 3}})
+    check(recipe, position=3)
+    changes, fewer = (trace_session(each, Target.of(each)).changes for each in (recipe, silent))
+    assert len(changes) > len(fewer)
 
 
 @pytest.mark.slow

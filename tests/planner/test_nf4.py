@@ -83,7 +83,7 @@ def test_a_plan_needs_no_bitsandbytes(directories: dict[str, Path], monkeypatch:
     recipe = recipe_of(directories["llama"], CHECKPOINT)
     whole = plan_of(make_recipe(recipe.to_dict(), {"base": {"quantize": "none"}}))
     assert plan_of(recipe)["state"]["weights"] < whole["state"]["weights"] / 2
-    assert plan_of(recipe_of(directories["llama"], MORAM))["phases"]["selection"]
+    assert plan_of(recipe_of(directories["llama"], MORAM))["phases"]["before_step"]
 
 
 def test_stand_ins_cannot_compute() -> None:

@@ -188,13 +188,32 @@ def test_replicas_keep_buckets_and_shards_share(strategy: str) -> None:
             assert plan.state[term] == pytest.approx(alone.state[term] / 4, rel=0.01)
 
 
-def test_evaluation_and_selection_are_phases_of_their_own() -> None:
+def test_evaluation_and_what_comes_before_a_step_are_phases_of_their_own() -> None:
     gradient = {**MORAM["adapter"], "criterion": "gradient"}
     raw = {"adapter": gradient, "data": {"eval": "eval.jsonl"}}
     recipe = make_recipe(case("lora").to_dict(), raw)
     phases = planned(recipe).phases
     assert phases["evaluation"]["peak_bytes"] < phases["forward"]["peak_bytes"]
-    assert phases["selection"]["peak_bytes"] > phases["load"]["peak_bytes"]
+    assert phases["before_step"]["peak_bytes"] > phases["load"]["peak_bytes"]
+    continued = planned(make_recipe(recipe.to_dict(), {"adapter": {"init_from": "adapter"}}))
+    assert "before_step" not in continued.phases, "it goes on with the connections that it has"
+
+
+def test_a_selection_in_the_middle_of_a_run_is_planned_beside_the_optimizer_state() -> None:
+    once = make_recipe(case("lora").to_dict(), {"adapter": {**MORAM["adapter"], "criterion": "gradient"}})
+    again = planned(make_recipe(once.to_dict(), {"adapter": {"refresh_every": 100}}))
+    state = again.state["optimizer"]
+    assert state > 0
+    assert again.phases["before_step"]["peak_bytes"] == planned(once).phases["before_step"]["peak_bytes"] + state
+
+
+def test_the_choice_of_ranks_is_planned() -> None:
+    auto = {"activations": {"kind": "loract", "rank": "auto", "max_rank": 0.125}}
+    recipe = make_recipe(case("loract layer").to_dict(), auto)
+    plan, fixed = planned(recipe), planned(case("loract layer"))
+    assert "before_step" not in fixed.phases
+    assert plan.phases["load"]["peak_bytes"] < plan.phases["before_step"]["peak_bytes"] < plan.peak_bytes
+    assert plan.step_peak_bytes == fixed.step_peak_bytes, "at the highest ranks that are allowed"
 
 
 def test_advice_is_a_list_of_overrides_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -64,13 +65,18 @@ def test_what_was_saved_comes_back_bitwise(run: Storage) -> None:
 
 
 def test_a_checkpoint_of_earlier_versions_is_read(run: Storage) -> None:
-    """They also wrote down what follows from step and recipe, which nothing ever read."""
+    """They knew one hook, and also wrote down what follows from step and recipe, which nothing ever read."""
     save(run, 3)
     before, path = latest_manifest(run), "checkpoints/step_00000003/manifest.json"
+    assert before is not None and before.hooks == {}
     raw = run.read_json(path)
-    assert not {"cursor", "rng", "schedule"} & raw.keys()
-    run.write_json(path, {**raw, "cursor": {"step": 3}, "rng": {"seed": 0, "step": 3}, "schedule": {"step": 3}})
-    assert latest_manifest(run) == before is not None
+    assert not {"cursor", "rng", "schedule", "ranks"} & raw.keys()
+    del raw["hooks"]
+    old = {**raw, "schema": 1, "cursor": {"step": 3}, "rng": {"seed": 0, "step": 3}, "schedule": {"step": 3}}
+    run.write_json(path, {**old, "ranks": {}})
+    assert latest_manifest(run) == before
+    run.write_json(path, {**old, "ranks": {"layers.0": 5}})
+    assert latest_manifest(run) == dataclasses.replace(before, hooks={"loract": {"ranks": {"layers.0": 5}}})
 
 
 def test_a_run_without_checkpoints_has_none(run: Storage) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from raymem.memory.target import holds_no_values, worth_visiting
 from raymem.methods.loract.eligibility import is_plain, reason_to_keep
 from raymem.methods.loract.packer import Key, Site, factorise, key_of, squared_error, weak_storage
 
@@ -49,7 +50,7 @@ class Calibration:
             return
         matrix_TN = tensor.detach().flatten(0, -2)
         found = [matrix_TN.float().square().sum()]
-        for rank in candidate_ranks(site.rank):
+        for rank in worth_visiting(candidate_ranks(site.rank)):
             wide = site.rank_of(matrix_TN.shape[1], rank)
             low_rank = factorise(matrix_TN, wide, self._power_iterations, self._seed, 0, site.name)
             found.append(squared_error(matrix_TN, low_rank))
@@ -57,11 +58,13 @@ class Calibration:
         self._sums[site.name] = self._sums.get(site.name, 0) + sums
 
     def choose(self, tolerance: float, device: torch.device) -> dict[str, int]:
-        """Site -> rank; the highest where none is good enough or no tensor was seen. Collective.
+        """Site -> rank; the highest where none is good enough or no tensor was seen, and in a plan. Collective.
 
         Args:
             device: of the process group's collectives.
         """
+        if any(holds_no_values(sums) for sums in self._sums.values()):
+            return {site.name: site.rank for site in self._sites}
         width = 1 + max(len(candidate_ranks(site.rank)) for site in self._sites)
         table = torch.zeros(len(self._sites), width, dtype=torch.float64, device=device)
         for row, site in zip(table, self._sites, strict=True):

@@ -32,6 +32,8 @@ from raymem.methods.loract.packer import Packer, Report, Site
 
 log = logging.getLogger(__name__)
 
+_ATTRIBUTE = "raymem_loract"
+
 
 def compress_activations(
     model: nn.Module,
@@ -62,7 +64,15 @@ def compress_activations(
     if options is not None and fields:
         raise ValueError(f"options: give them whole or field by field ({', '.join(fields)}), not both")
     options = LoRActOptions(**fields) if options is None else options
-    return Compression(model, options, options.layers if layers is None else layers, seed)
+    handle = Compression(model, options, options.layers if layers is None else layers, seed)
+    object.__setattr__(model, _ATTRIBUTE, handle)
+    return handle
+
+
+def compression_of(model: nn.Module) -> Compression:
+    """The handle that :func:`compress_activations` gave for this model; the last one, if it was removed."""
+    handle: Compression = model.__dict__[_ATTRIBUTE]
+    return handle
 
 
 class Compression:

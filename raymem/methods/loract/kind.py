@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from raymem.errors import ModelError, RecipeError
+from raymem.hooks import Hook
 from raymem.kinds import ActivationsKind, Advice, Rule
 from raymem.methods.loract.config import LoRActOptions
 from raymem.methods.plain.activations import keeps_all
@@ -34,9 +34,10 @@ class LoRActKind(ActivationsKind[LoRActOptions]):
     def keeps_stock_layers(self, options: LoRActOptions) -> bool:
         return options.scope == "linear"
 
-    def on_cpu(self, options: LoRActOptions) -> LoRActOptions:
-        """A side stream changes when memory is freed on a GPU only."""
-        return dataclasses.replace(options, side_stream=False)
+    def hooks(self, options: LoRActOptions, model: Any, seed: int) -> Sequence[Hook]:
+        from raymem.methods.loract.hook import LoRActHook
+
+        return [LoRActHook(model)]
 
     def rules(self) -> Sequence[Rule]:
         return [

@@ -6,16 +6,20 @@
     select_indices(model, batches)  # keyword dicts for the model's forward, with labels
     # train as usual
 
-Importing this package makes PEFT know the method. Importing peft takes seconds, so until somebody does, only a note is
-left with Python's import system; recipes read their options from :mod:`raymem.methods.moram.config` at once.
+Importing this package makes PEFT know the method. Importing peft takes seconds, and recipes need no more than the
+options in :mod:`raymem.methods.moram.config`, so it waits until somebody imports peft; :func:`register` does not.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
+from wrapt import register_post_import_hook
+
 from raymem.methods import lazy_exports
-from raymem.methods.moram._on_import import after_import
 
 if TYPE_CHECKING:
     from raymem.methods.moram.export import export_lora, export_shira
@@ -32,6 +36,7 @@ __all__ = [
     "mark_selected",
     "model_state",
     "moram_linear",
+    "register",
     "select_indices",
 ]
 
@@ -50,4 +55,19 @@ __getattr__ = lazy_exports(
     },
 )
 
-after_import("peft", f"{__name__}.tuner")
+
+def register() -> None:
+    """Make PEFT know the method, so that it loads such adapters; doing it twice is harmless.
+
+    Raises:
+        ImportError: another release of PEFT.
+    """
+    importlib.import_module(f"{__name__}.tuner")
+
+
+def _register_with(peft: ModuleType) -> None:
+    if f"{__name__}.layer" not in sys.modules:  # which asked for peft itself then, and will register
+        register()
+
+
+register_post_import_hook(_register_with, "peft")

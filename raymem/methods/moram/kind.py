@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raymem.hooks import Hook
 from raymem.methods.moram.config import MoRAMOptions, connections
 from raymem.methods.peft_kind import PeftAdapterKind, linear_shape, tuned_layers
 
@@ -63,6 +64,11 @@ class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
             mark_selected(model)
         elif not options.needs_data:
             select_indices(model, criterion=options.criterion, seed=seed)
+
+    def hooks(self, options: MoRAMOptions, model: Any, seed: int) -> Sequence[Hook]:
+        from raymem.methods.moram.hook import MoRAMHook
+
+        return [MoRAMHook(options, seed)]
 
     def trained_shapes(self, model: Any, options: MoRAMOptions) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}

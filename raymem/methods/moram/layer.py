@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from raymem.errors import AdapterError
-from raymem.memory.target import device_kind
+from raymem.memory.target import device_kind, holds_no_values
 from raymem.methods.moram.base import BaseWeight, base_weight, compute_dtype, fan, fingerprint, patch, restore
 from raymem.methods.moram.config import connections
 from raymem.methods.moram.ops import Chosen, choose_formulation, moram_linear, selected_delta
@@ -193,7 +193,7 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         )  # fmt: skip
 
     def _require_selection(self, name: str) -> None:
-        if name in self._selected or _holds_no_values(self.moram_index[name]):
+        if name in self._selected or holds_no_values(self.moram_index[name]):
             return
         raise AdapterError(
             f"{self.place}: adapter {name!r} has no connections yet; call raymem.methods.moram.select_indices(model, "
@@ -287,13 +287,6 @@ def check_bases(recorded: dict[str, torch.Tensor], adapted: list[tuple[str, MoRA
             "connections were selected, so it is not verified that it is the same",
             stacklevel=3,
         )
-
-
-def _holds_no_values(tensor: torch.Tensor) -> bool:
-    """Tensors of a planned model (meta or fake) have a shape only."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def _requantised(base: BaseWeight, index_OK: torch.Tensor, values_OK: torch.Tensor) -> nn.Parameter:

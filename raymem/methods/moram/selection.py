@@ -96,6 +96,23 @@ def select_indices(
     return chosen
 
 
+def rehearse_selection(
+    model: nn.Module, batch: Any, *, loss: Loss | None = None, adapter_name: str = "default", seed: int = 0
+) -> None:
+    """Take the part of a choice by gradients that holds the most memory, for a plan of it; nothing is chosen.
+
+    That part is the group of layers with the largest sums, with one batch. It looks at no value, so that model and
+    batch may be fake tensors.
+
+    Args:
+        batch, loss, adapter_name, seed: as for :func:`select_indices`.
+    """
+    groups = _groups(layers(model, adapter_name), None)
+    largest = max(groups, key=lambda group: sum(layer.out_features * layer.in_features for _, layer in group))
+    listeners = {name: _Listener(layer, absolute=False) for name, layer in largest}
+    _listen(model, listeners, [batch], loss or _model_loss, seed)
+
+
 def mark_selected(model: nn.Module, adapter_name: str = "default") -> None:
     """Say that the index buffers were filled from outside, by a checkpoint.
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, StorageError
+from raymem.methods import moram
 from raymem.methods.loram.manifest import MANIFEST
 from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.recover import is_recovered
@@ -33,8 +34,7 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     with without_bitsandbytes():
         from peft import PeftConfig, PeftModel
 
-        import raymem.methods.moram  # noqa: F401 - makes PEFT know the method
-
+        moram.register()
     path = Path(directory)
     if not (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(

@@ -69,8 +69,9 @@ def test_automatic_ranks_are_kept_with_the_checkpoints(recipe_of: Any, monkeypat
     _, rows = train(recipe, stop_after=3)
     manifest = latest_manifest(run_storage(recipe))
     assert manifest is not None
-    assert set(manifest.ranks) == {"base_model.model.model.layers.0", "base_model.model.model.layers.1"}
-    assert all(isinstance(rank, int) and 1 <= rank <= 16 for rank in manifest.ranks.values())
+    ranks = manifest.hooks["loract"]["ranks"]
+    assert set(ranks) == {"base_model.model.model.layers.0", "base_model.model.model.layers.1"}
+    assert all(isinstance(rank, int) and 1 <= rank <= 16 for rank in ranks.values())
     assert [row["step"] for row in rows if "activation_error" in row] == [1, 3]
     assert all(0 < row["activation_error"] <= 0.4 for row in rows if "activation_error" in row)
 
@@ -78,9 +79,12 @@ def test_automatic_ranks_are_kept_with_the_checkpoints(recipe_of: Any, monkeypat
         raise AssertionError("a resumed run must not choose again")
 
     monkeypatch.setattr("raymem.methods.loract.compression.Compression.calibration", refuse)
+    path = "checkpoints/step_00000002/manifest.json"
+    raw = run_storage(recipe).read_json(path)
+    run_storage(recipe).write_json(path, {**raw, "schema": 1, "hooks": None, "ranks": ranks})  # as it once was
     train(recipe)
     again = latest_manifest(run_storage(recipe))
-    assert again is not None and (again.step, again.ranks) == (4, manifest.ranks)
+    assert again is not None and (again.step, again.hooks) == (4, manifest.hooks)
 
 
 @pytest.mark.parametrize(
@@ -135,3 +139,14 @@ def test_what_is_exported_bears_no_trace(recipe_of: Any) -> None:
         names = list(file.keys())
         assert all(torch.isfinite(file.get_tensor(name)).all() for name in names)
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
+
+
+def test_a_run_may_go_on_with_another_rank_or_other_sites(recipe_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    train(recipe_of("changed", AUTO), stop_after=3)
+    train(recipe_of("changed", {**AUTO, "scope": "sublayer"}), stop_after=4)
+    assert "the checkpoint holds ranks of other sites; they are chosen anew" in caplog.text
+    train(recipe_of("changed", LOSSY), stop_after=4)
+    assert "activations.rank: 4 takes the place of the ranks in the checkpoint" in caplog.text
+    outcome, _ = train(recipe_of("changed", {"kind": "none"}))
+    assert outcome is not None and outcome.started_at == 2
+    assert "holds state of loract, which this recipe does not use; it is dropped" in caplog.text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from raymem.errors import AdapterError
 from raymem.methods.moram import MoRAMConfig, select_indices
-from raymem.methods.moram._on_import import after_import
 from raymem.methods.moram.layer import layers
 from tests.helpers.moram_cases import (
     BATCH,
@@ -109,23 +107,6 @@ def test_a_pickled_config_brings_the_method_along(tmp_path: Path) -> None:
         "from peft import PeftType\n"
         "assert config.peft_type is PeftType.MORAM and (config.r, config.k) == (3, 7)"
     )
-
-
-def test_a_module_follows_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "moram_trigger.py").write_text("done = True\n")
-    (tmp_path / "moram_follower.py").write_text("import moram_trigger\nseen = moram_trigger.done\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    finders = list(sys.meta_path)
-    after_import("moram_trigger", "moram_follower")
-    importlib.import_module("json.tool")
-    assert "moram_follower" not in sys.modules
-    trigger = importlib.import_module("moram_trigger")
-    assert sys.modules["moram_follower"].seen
-    assert type(trigger.__loader__) is type(json.__loader__)
-    assert sys.meta_path == finders
-    del sys.modules["moram_follower"]
-    after_import("moram_trigger", "moram_follower")
-    assert sys.modules["moram_follower"].seen
 
 
 def test_registering_twice_is_harmless_and_other_releases_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
