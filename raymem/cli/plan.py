@@ -41,18 +41,14 @@ def plan(
     Exits with 1 if the recipe does not fit.
     """
     console.hush_libraries()
-    from raymem.planner.process import plan_recipe
     from raymem.recipe.load import load_recipe
+    from raymem.runs.plan import plan_run
 
     overrides = [*set_, *([f"scaling.num_workers={workers}"] if workers else [])]
     loaded = load_recipe(recipe, overrides)
     limit = budget_bytes(loaded, budget, gpu)
-    if loaded.train.micro_batch == "auto":
-        from raymem.planner.micro_batch import settle_micro_batch
-
-        loaded = settle_micro_batch(loaded, budget_bytes=limit, gpu=gpu, status=console.err.print)
-        overrides.append(f"train.micro_batch={loaded.train.micro_batch}")
-    found = plan_recipe(loaded, gpu=gpu)
+    loaded, found = plan_run(loaded, budget_bytes=limit, gpu=gpu, status=console.err.print)
+    overrides.append(f"train.micro_batch={loaded.train.micro_batch}")  # if it is open: `auto`
     judged = None if limit is None else found.verdict(limit)
     advice: list[Advice] | None = None
     if advise:

@@ -24,6 +24,7 @@ from raymem.errors import (
 )
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
+from raymem.runs.lock import in_turn
 from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module
 from raymem.sweeps import trial as trial_module
@@ -289,7 +290,7 @@ def test_the_same_pruned_model_is_made_by_one_trial(tmp_path: Path) -> None:
     storage, done = Storage.open(str(tmp_path)), []
 
     def prune(number: int) -> None:
-        with trial_module._turn(storage, "pruning-x"):
+        with in_turn(storage, "pruning-x"):
             done.append(("begins", number))
             time.sleep(0.1)
             done.append(("ends", number))

@@ -14,7 +14,7 @@ from raymem.cluster.train.progress import Relay, Watcher, new_board
 from raymem.cluster.train.worker import train_worker
 from raymem.errors import ClusterError
 from raymem.training.data.shared import to_dict
-from raymem.training.job import Job
+from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Listener
 
@@ -23,7 +23,7 @@ START_ATTEMPTS = 10
 """Tries, of up to a minute each, to get the resources; an autoscaler needs some minutes to bring a node."""
 
 
-def train_on_ray(job: Job, sink_spec: Mapping[str, str] | None, listeners: Sequence[Listener]) -> Outcome:
+def train_on_ray(prepared: PreparedRun, sink_spec: Mapping[str, str] | None, listeners: Sequence[Listener]) -> Outcome:
     """Run the worker group to its end; Ray restarts it after crashes, and the loop resumes from its checkpoints.
 
     raymem writes, finds and prunes checkpoints itself, so that local and Ray runs share them; Ray is not told of
@@ -33,16 +33,16 @@ def train_on_ray(job: Job, sink_spec: Mapping[str, str] | None, listeners: Seque
         RaymemError: what a worker raised for the user.
         ClusterError: workers kept crashing, or never started.
     """
-    recipe, scaling = job.recipe, job.recipe.scaling
-    resources = worker_resources(recipe)
+    recipe, scaling = prepared.recipe, prepared.recipe.scaling
+    resources = worker_resources(scaling)
     board = new_board()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
             "recipe": recipe.to_dict(),
-            "run": job.run.path,
-            "train_data": to_dict(job.train_data),
-            "eval_data": job.eval_data and to_dict(job.eval_data),
+            "run": prepared.run.path,
+            "train_data": to_dict(prepared.train_data),
+            "eval_data": prepared.eval_data and to_dict(prepared.eval_data),
             "threads": max(1, int(resources.get("CPU", 1))),
             "board": board,
         },
@@ -56,8 +56,8 @@ def train_on_ray(job: Job, sink_spec: Mapping[str, str] | None, listeners: Seque
         ),
         run_config=ray.train.RunConfig(
             name=recipe.name,
-            storage_path=job.storage.root,
-            storage_filesystem=None if job.storage.is_local else job.storage.filesystem,
+            storage_path=prepared.storage.root,
+            storage_filesystem=None if prepared.storage.is_local else prepared.storage.filesystem,
             callbacks=[Relay(sink_spec, board)],
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
