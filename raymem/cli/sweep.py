@@ -88,12 +88,13 @@ def sweep(
     if done.gave_up:
         say(f"ended early: {done.gave_up}")
     say(f"figure and tables: {done.folder / 'report'}")
-    best = done.folder / "report" / "best.yaml"
-    if not best.exists():
+    if done.best is None:
         raise RecipeError(f"no trial finished; the problems stand in {done.folder / 'report' / 'trials.json'}")
-    if done.run_id:
-        say(f"MLflow run {done.run_id}")
-    say(f"next: raymem train {best}")
+    for line in done.tracking.summary_lines():
+        say(line)
+    if done.tracking.problem:
+        console.err.print(f"warning: {done.tracking.problem}")
+    say(f"next: raymem train {done.best}")
 
 
 def sweep_name(recipe: Recipe, name: str | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from raymem.methods.loram.job import PruneJob
 from raymem.recipe.schema import ScalingSection
 from raymem.storage.storage import Storage
-from raymem.tracking.sink import TrackingSink
+from raymem.tracking import Tracker
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Listener
@@ -52,14 +52,14 @@ class RayBackend:
 
         return call_as_worker(function, config, self.scaling)
 
-    def train(self, prepared: PreparedRun, tracker: TrackingSink, listeners: Sequence[Listener]) -> Outcome:
+    def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
         """Ray Train workers."""
-        from raymem.cluster.train.controller import train_on_ray
+        from raymem.cluster.train.controller import train_workers
 
-        return train_on_ray(prepared, tracker.spec(), listeners)
+        return train_workers(prepared, tracker, listeners)
 
     def prune(self, job: PruneJob, progress: Callable[[int, int], None]) -> None:
         """One task per step."""
-        from raymem.cluster.prune import prune_on_ray
+        from raymem.cluster.prune import prune_by_tasks
 
-        prune_on_ray(job, progress)
+        prune_by_tasks(job, progress)

@@ -9,7 +9,7 @@ from raymem.methods.loram.job import PruneJob
 from raymem.methods.loram.prune import finish_job
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
-from raymem.tracking.sink import TrackingSink
+from raymem.tracking import Tracker
 from raymem.training.dist_env import Layout
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome, run
@@ -41,7 +41,7 @@ class Backend(Protocol):
     def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
         """One call with what the recipe gives to one worker."""
 
-    def train(self, prepared: PreparedRun, tracker: TrackingSink, listeners: Sequence[Listener]) -> Outcome:
+    def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
         """Train to the end; every row of metrics goes to the tracker and, in this process, to the listeners."""
 
     def prune(self, job: PruneJob, progress: Progress) -> None:
@@ -62,9 +62,9 @@ class LocalBackend:
         """The call itself."""
         return function(config)
 
-    def train(self, prepared: PreparedRun, tracker: TrackingSink, listeners: Sequence[Listener]) -> Outcome:
+    def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
         """The loop itself."""
-        reporter = LocalReporter(*listeners, tracker.log_history)
+        reporter = LocalReporter(*listeners, tracker.log)
         layout = Layout.current(prepared.recipe)
         return run(prepared.recipe, layout, prepared.run, prepared.train_data, prepared.eval_data, reporter)
 

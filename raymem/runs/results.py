@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from raymem.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from raymem.tracking.sink import TrackingSummary
+    from raymem.tracking import TrackingResult
     from raymem.training.evaluate import Evaluation
     from raymem.training.loop import Outcome
 
@@ -19,7 +19,7 @@ class TrainResult:
 
     outcome: Outcome
     """All that the training loop says about itself."""
-    tracking: TrackingSummary
+    tracking: TrackingResult
     recipe: Recipe
     """As it was trained: exact revision, directories for demo models."""
     predicted_peak_bytes: int | None = None

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from raymem.errors import BudgetExceeded, RaymemError
 from raymem.memory.budget import Exceeds, bytes_text, parse_bytes
@@ -23,8 +22,7 @@ from raymem.runs.resolve import note_start, planned_recipes, resolve
 from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import TrainResult
 from raymem.storage.storage import Storage
-from raymem.tracking.sink import TrackingSink
-from raymem.tracking.start import start_tracking
+from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.training.artifacts.export import artifact_name
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.shards import Prepared
@@ -107,40 +105,43 @@ def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions)
     if options.fresh:  # only now: a recipe that was refused above leaves the earlier run where it is
         set_aside(run.storage, run.recipe.name)
     note_start(run)
-    sink = start_tracking(
-        run.recipe.to_dict(),
-        storage_path=run.storage.path,
-        resume=checkpoint is not None,
-        device="cuda" if run.recipe.scaling.use_gpu else "cpu",
-        parent_run_id=None if options.sweep is None else options.sweep.parent_run_id,
+    tracker = start_tracking(
+        RunStart(
+            run.recipe.to_dict(),
+            run.storage.path,
+            resume=checkpoint is not None,
+            device="cuda" if run.recipe.scaling.use_gpu else "cpu",
+            parent_run_id=None if options.sweep is None else options.sweep.parent_run_id,
+        )
     )
-    return _train_tracked(run, prepared, predicted, sink, options)
+    return _train_tracked(run, prepared, predicted, tracker, options)
 
 
 def _train_tracked(
-    run: ResolvedRun, prepared: PreparedRun, predicted: int | None, sink: TrackingSink, options: TrainOptions
+    run: ResolvedRun, prepared: PreparedRun, predicted: int | None, tracker: Tracker, options: TrainOptions
 ) -> TrainResult:
     """Train, and end the tracked run in every case."""
     rows: list[Row] = []
     try:
         began = time.perf_counter()
-        outcome = run.backend.train(prepared, sink, [rows.extend, *options.listeners, _history_file(run.run)])
+        outcome = run.backend.train(prepared, tracker, [rows.extend, *options.listeners, _history_file(run.run)])
         train_s = time.perf_counter() - began
-        sink.log_history(rows)  # mends what an outage swallowed; what is there already is left out
+        tracker.log(rows)  # mends what an outage swallowed; what is there already is left out
         if predicted is not None and outcome.peak_bytes is not None:
-            sink.log_history([{"step": outcome.steps, "predicted_peak_bytes": predicted}])
+            tracker.log([{"step": outcome.steps, "predicted_peak_bytes": predicted}])
             if options.sweep is None:
                 prediction_error.record(run.recipe, predicted, outcome.peak_bytes)
         if options.sweep is not None:
-            summary = sink.finish("FINISHED", {})
+            tracking = tracker.finish("FINISHED")
         else:
+            name = artifact_name(run.recipe)
             with local_copy(outcome.artifact) as artifact:
-                summary = sink.finish("FINISHED", {artifact_name(run.recipe): artifact}, **_registration(run.recipe))
+                tracking = tracker.finish("FINISHED", {name: artifact}, model=name)
     except BaseException as error:
-        sink.log_history(rows)
-        sink.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        tracker.log(rows)
+        tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    return TrainResult(outcome, summary, run.recipe, predicted, train_s)
+    return TrainResult(outcome, tracking, run.recipe, predicted, train_s)
 
 
 def _predicted_bytes(run: ResolvedRun, options: TrainOptions) -> int | None:
@@ -189,11 +190,6 @@ def build_demo(recipe: Recipe, status: Status) -> None:
             status(f"pre-training the demo model: step {step}/{total}, loss {rows[-1]['loss']:.2f}")
 
     launch(recipe, listeners=[progress], status=lambda text: None)
-
-
-def _registration(recipe: Recipe) -> dict[str, Any]:
-    tracking = recipe.tracking
-    return {} if tracking.kind == "none" else {"register_as": tracking.register_as, "alias": tracking.alias}
 
 
 def _history_file(run_storage: Storage) -> Listener:

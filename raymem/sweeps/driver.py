@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
@@ -33,8 +32,7 @@ from raymem.sweeps.result import SweepResult
 from raymem.sweeps.search import METRICS, BudgetedSearch, Configure, Objective, open_study, started
 from raymem.sweeps.trial import TrialJob
 from raymem.sweeps.tune import early_stopping, tune
-from raymem.tracking.sink import TrackingSink
-from raymem.tracking.start import start_tracking
+from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.training.model.revision import Began
 
 log = logging.getLogger(__name__)
@@ -93,12 +91,18 @@ def sweep(
         resumed, facts = _same_sweep(folder, recipe, space, options)
         recipe = _prepare(recipe, facts, storage, backend, status)
         _write_facts(folder, facts | {"revision": recipe.model.revision})
-        with _tracked(recipe, options, folder, resumed=resumed) as sink:
-            configure = _configurer(f"{recipe.name[:53]}-{facts['key']}", sink.run_id)
+        tracker = _start_tracking(recipe, options, resumed=resumed)
+        report = {"sweep": folder / "report"}
+        try:
+            configure = _configurer(f"{recipe.name[:53]}-{facts['key']}", tracker.run_id)
             search, rows = _search(recipe, space, options, folder, configure, storage, status, watch)
             if (best := best_of(rows, options.objective)) is not None:
-                sink.log_history([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
-        return SweepResult(folder, rows, search.gave_up, sink.run_id)
+                tracker.log([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
+        except BaseException as error:
+            killed = not isinstance(error, Exception)  # Ctrl-C, or SIGTERM
+            tracker.finish("KILLED" if killed else "FAILED", report if (folder / "report").is_dir() else {})
+            raise
+        return SweepResult(folder, rows, search.gave_up, tracker.finish("FINISHED", report))
 
 
 def _check(recipe: Recipe, options: SweepOptions) -> Storage:
@@ -124,25 +128,11 @@ def _check(recipe: Recipe, options: SweepOptions) -> Storage:
     return storage
 
 
-@contextlib.contextmanager
-def _tracked(recipe: Recipe, options: SweepOptions, folder: Path, *, resumed: bool) -> Iterator[TrackingSink]:
-    """The tracked run of the sweep, which gets the report and is ended in every case."""
-    sink = start_tracking(
-        recipe.to_dict(),
-        storage_path=recipe.storage.path,
-        resume=resumed,
-        device="cuda" if recipe.scaling.use_gpu else "cpu",
-        tags={"raymem.sweep": recipe.name, "raymem.budget": bytes_text(options.budget_bytes)},
-    )
-    ended: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
-    try:
-        yield sink
-    except BaseException as error:
-        ended = "FAILED" if isinstance(error, Exception) else "KILLED"  # Ctrl-C, or SIGTERM
-        raise
-    finally:
-        report = folder / "report"
-        sink.finish(ended, {"sweep": report} if report.is_dir() else {})
+def _start_tracking(recipe: Recipe, options: SweepOptions, *, resumed: bool) -> Tracker:
+    """The sweep's own run, whose children are the trials."""
+    tags = {"raymem.sweep": recipe.name, "raymem.budget": bytes_text(options.budget_bytes)}
+    device = "cuda" if recipe.scaling.use_gpu else "cpu"
+    return start_tracking(RunStart(recipe.to_dict(), recipe.storage.path, resumed, device, tags=tags))
 
 
 def _search(

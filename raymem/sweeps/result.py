@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raymem.sweeps.report import SweepRow
+    from raymem.tracking import TrackingResult
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,13 @@ class SweepResult:
     """Every proposal that was judged."""
     gave_up: str | None
     """Why it ended before all samples, if it did."""
-    run_id: str | None
-    """Run in the tracking system, whose children are the trials."""
+    tracking: TrackingResult
+    """Of the sweep's own run."""
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run in the tracking system, whose children are the trials."""
+        return self.tracking.run_id
 
     @property
     def best(self) -> Path | None:

@@ -57,7 +57,7 @@ class TrialJob:
     resources: dict[str, float]
     """Of the process, with Ray."""
     parent_run_id: str | None
-    """Of the sweep's MLflow run."""
+    """Id of the sweep's run in the tracking system."""
 
     def to_config(self) -> dict[str, Any]:
         """As Ray Tune takes it: one value, for what it makes of many is long names."""
@@ -77,8 +77,8 @@ def run_trial(config: dict[str, Any]) -> None:
     """The function that Ray Tune runs."""
     from ray import tune
 
-    # For so long the next trial of this process waits until the thread of one that was stopped has told MLflow so; Ray
-    # Tune's 2 s may be too short, and it then loses the next trial without a word.
+    # Give the thread of a stopped trial up to 120 s to end its tracked run before this process takes the next trial:
+    # Ray Tune's default of 2 s may drop that one without a word.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
     job = TrialJob.of(config)
     recipe = parse_recipe(job.recipe, f"trial {job.number}")

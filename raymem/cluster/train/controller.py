@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raymem.cluster.connection import worker_resources
-from raymem.cluster.train.progress import Relay, Watcher, new_board
+from raymem.cluster.train.progress import MetricsPoller, ReportCallback, new_mailbox
 from raymem.cluster.train.worker import train_worker
 from raymem.errors import ClusterError
+from raymem.tracking import Tracker
 from raymem.training.data.shared import to_dict
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
@@ -23,7 +24,7 @@ START_ATTEMPTS = 10
 """Tries, of up to a minute each, to get the resources; an autoscaler needs some minutes to bring a node."""
 
 
-def train_on_ray(prepared: PreparedRun, sink_spec: Mapping[str, str] | None, listeners: Sequence[Listener]) -> Outcome:
+def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
     """Run the worker group to its end; Ray restarts it after crashes, and the loop resumes from its checkpoints.
 
     raymem writes, finds and prunes checkpoints itself, so that local and Ray runs share them; Ray is not told of
@@ -35,7 +36,7 @@ def train_on_ray(prepared: PreparedRun, sink_spec: Mapping[str, str] | None, lis
     """
     recipe, scaling = prepared.recipe, prepared.recipe.scaling
     resources = worker_resources(scaling)
-    board = new_board()
+    mailbox = new_mailbox()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -44,7 +45,7 @@ def train_on_ray(prepared: PreparedRun, sink_spec: Mapping[str, str] | None, lis
             "train_data": to_dict(prepared.train_data),
             "eval_data": prepared.eval_data and to_dict(prepared.eval_data),
             "threads": max(1, int(resources.get("CPU", 1))),
-            "board": board,
+            "mailbox": mailbox,
         },
         # Both backends, so that host objects can be exchanged on GPU runs too.
         torch_config=TorchConfig(
@@ -58,20 +59,20 @@ def train_on_ray(prepared: PreparedRun, sink_spec: Mapping[str, str] | None, lis
             name=recipe.name,
             storage_path=prepared.storage.root,
             storage_filesystem=None if prepared.storage.is_local else prepared.storage.filesystem,
-            callbacks=[Relay(sink_spec, board)],
+            callbacks=[ReportCallback((recipe.tracking.kind, tracker.spec()), mailbox)],
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
             ),
         ),
     )
-    with Watcher(board, listeners):
+    with MetricsPoller(mailbox, listeners):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as failure:
-            if (error := ray.get(board.error.remote())) is not None:
+            if (error := ray.get(mailbox.error.remote())) is not None:
                 raise error from None
             raise ClusterError(_explain(failure, scaling.max_failures)) from failure
-    if (error := ray.get(board.error.remote())) is not None:
+    if (error := ray.get(mailbox.error.remote())) is not None:
         raise error
     return Outcome(**result.return_value)
 

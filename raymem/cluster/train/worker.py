@@ -23,13 +23,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
 
     Args:
         config: plain data from the driver: ``recipe``, ``run`` (path or URI of the run), ``train_data`` and
-            ``eval_data`` (:func:`raymem.training.data.shared.to_dict`), ``threads``, ``board``.
+            ``eval_data`` (:func:`raymem.training.data.shared.to_dict`), ``threads``, ``mailbox``.
 
     Returns:
         :meth:`raymem.training.loop.Outcome.to_dict`; None if the run ended for good before and Ray merely retried.
     """
-    board = config["board"]
-    if ray.get(board.error.remote()) is not None:
+    mailbox = config["mailbox"]
+    if ray.get(mailbox.error.remote()) is not None:
         return None
     recipe = Recipe.model_validate(config["recipe"])
     if not recipe.scaling.use_gpu:
@@ -43,5 +43,5 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         eval_data = config["eval_data"] and localise(config["eval_data"], storage)
         return run(recipe, layout, Storage.open(config["run"]), train_data, eval_data, RayReporter(layout)).to_dict()
     except RaymemError as error:
-        ray.get(board.fail.remote(error))
+        ray.get(mailbox.fail.remote(error))
         raise
