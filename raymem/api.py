@@ -96,7 +96,7 @@ def sweep(
     budget: str | int | None = None,
     gpu: str | None = None,
     samples: int = 50,
-    metrics: Sequence[str] = ("eval_loss",),
+    metrics: str | Sequence[str] = ("eval_loss",),
     algorithm: str = "tpe",
     name: str | None = None,
     fresh: bool = False,
@@ -109,33 +109,33 @@ def sweep(
         budget: memory of one worker's device, such as ``24GiB`` or in bytes; by default the recipe's, or the GPU's.
         gpu: kind of GPU that it is planned for.
         samples: trials to start.
-        metrics: what to minimise; several look for their Pareto front.
+        metrics: what to look for; several look for their Pareto front.
         algorithm: ``tpe``, ``nsga2``, ``random`` or ``grid``.
         name: of the sweep; by default the recipe's with ``-sweep``.
 
     Raises:
         RaymemError: there is no budget, or nothing in the space fits.
     """
-    from raymem.cli.sweep import settle
+    from raymem.sweeps.options import as_argument, resolve_sweep
 
     loaded = load_recipe(recipe)
     if isinstance(space, Mapping):
         loaded, space = load_recipe({**loaded.to_dict(), "space": dict(space)}), None
-    named, found, options = settle(  # the very checks of the command
+    named, dimensions, options = resolve_sweep(
         loaded,
         space=None if space is None else str(space),
         budget=None if budget is None else str(budget),
         gpu=gpu,
         samples=samples,
-        objective=metrics[0],
-        also=",".join(metrics[1:]),
+        metrics=[metrics] if isinstance(metrics, str) else metrics,
         algorithm=algorithm,
         early_stopping=True,
         name=name,
+        spelling=as_argument,
     )
     from raymem.sweeps.driver import sweep as run_sweep
 
-    return run_sweep(named, found, options, fresh=fresh)
+    return run_sweep(named, dimensions, options, fresh=fresh)
 
 
 def merge(adapter: str | Path, output: str | Path) -> Path:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -62,6 +63,32 @@ def test_a_sweep_without_a_budget_is_refused(llama: Path, examples: Path) -> Non
     raw = {"model": {"name": str(llama)}, "data": {"train": str(examples / "train.jsonl")}, "train": {"steps": 1}}
     with pytest.raises(raymem.errors.BudgetError, match="there is no budget"):
         raymem.sweep(raw, {"adapter.rank": {"type": "choice", "choices": [1, 2]}})
+
+
+def test_a_sweep_names_what_was_wrong_as_it_was_given(llama: Path, examples: Path, tmp_path: Path) -> None:
+    data = {"train": str(examples / "train.jsonl")}
+    raw = {"model": {"name": str(llama)}, "data": data, "train": {"steps": 1}, "storage": {"path": str(tmp_path)}}
+    space = {"adapter.rank": {"type": "choice", "choices": [1, 2]}}
+
+    def refused(wrong: dict[str, Any], space: Any = space) -> str:
+        with pytest.raises(raymem.errors.RaymemError) as error:
+            raymem.sweep(raw, space, **{"budget": "1GiB", **wrong})
+        assert "--" not in str(error.value)
+        return str(error.value)
+
+    assert "give budget='24GiB', gpu='H100-80GB', or `budget`" in refused({"budget": None})
+    assert refused({"budget": "lots"}).startswith("budget: 'lots' is no amount of memory")
+    assert refused({"metrics": ()}).startswith(
+        "metrics: names nothing to look for; give one or more of eval_loss, loss"
+    )
+    assert "no trial reports that; did you mean 'loss'" in refused({"metrics": "los"})
+    assert refused({"algorithm": "tpf"}).startswith("algorithm tpf: there is no such one; did you mean 'tpe'")
+    assert refused({"samples": 0}) == "samples=0: nothing would be tried; give at least 1"
+    assert refused({"name": "../x"}).startswith("name: name: '../x'")
+    assert refused({}, "joind").startswith("space joind: no space of that name ships with raymem")
+    assert "give space (" in refused({}, None)
+    assert refused({}).endswith("add it, or use metrics='loss'")
+    assert refused({"metrics": "loss", "gpu": "H100-80GB"}).endswith("or give budget alone")
 
 
 BLOCKS = re.findall(r"^## (.+?)\n.*?```python\n(.+?)```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)

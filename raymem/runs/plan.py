@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from raymem.errors import BudgetError
+from raymem.memory.budget import parse_bytes
+from raymem.memory.devices import gpu_named
 from raymem.planner import Plan, plan_recipe
 from raymem.recipe.schema import Recipe
 
@@ -29,3 +32,23 @@ def plan_run(
 
         recipe = resolve_micro_batch(recipe, budget_bytes=budget_bytes, gpu=gpu, status=status)
     return recipe, plan_recipe(recipe, gpu=gpu)
+
+
+def budget_bytes(recipe: Recipe, budget: str | None, gpu: str | None, *, where: str) -> int | None:
+    """The budget that holds: the one that is given, the GPU's memory, or the recipe's; None if there is none.
+
+    Args:
+        where: what an error calls ``budget``.
+
+    Raises:
+        BudgetError: it cannot be read, or the GPU is unknown.
+    """
+    known = None if gpu is None else gpu_named(gpu)
+    if budget is not None:
+        try:
+            return parse_bytes(budget)
+        except ValueError as error:
+            raise BudgetError(f"{where}: {error}") from None
+    if known is not None:
+        return known.capacity_bytes
+    return None if recipe.budget is None else parse_bytes(recipe.budget)

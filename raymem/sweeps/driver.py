@@ -6,7 +6,6 @@ import json
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from optuna.trial import FrozenTrial
 from raymem.errors import BudgetError, BudgetExceeded, RaymemError, RecipeError, StorageError
 from raymem.memory.budget import bytes_text
 from raymem.planner.admission import Gate
-from raymem.recipe.load import nearest
 from raymem.recipe.schema import ModelSection, Recipe
 from raymem.recipe.space import AXES, Space, sample
 from raymem.recipe.space_load import recipe_at
@@ -26,10 +24,11 @@ from raymem.runs.prepare import prepare_data
 from raymem.runs.resolve import resolve_shared
 from raymem.runs.train import build_demo
 from raymem.storage.storage import Storage
+from raymem.sweeps.options import SweepOptions, check_metrics
 from raymem.sweeps.report import SweepRow, best_of, rows_of, write_report
 from raymem.sweeps.resources import admitted_bytes, resources_of
 from raymem.sweeps.result import SweepResult
-from raymem.sweeps.search import METRICS, BudgetedSearch, Configure, Objective, open_study, started
+from raymem.sweeps.search import BudgetedSearch, Configure, open_study, started
 from raymem.sweeps.trial import TrialJob
 from raymem.sweeps.tune import early_stopping, tune
 from raymem.tracking import RunStart, Tracker, start_tracking
@@ -40,30 +39,6 @@ log = logging.getLogger(__name__)
 _FACTS = "sweep.json"
 Watch = Callable[[list[SweepRow]], None]
 """Told all rows whenever one has changed."""
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """How a sweep looks for what."""
-
-    budget_bytes: int
-    """Of one worker's device."""
-    samples: int = 50
-    """Trials to start; refused proposals do not count."""
-    objective: Objective = field(default_factory=lambda: Objective(("eval_loss",)))
-    algorithm: str = "tpe"
-    """One of :data:`raymem.sweeps.search.ALGORITHMS`."""
-    early_stopping: bool = True
-    """Stop what is clearly worse at its evaluations (ASHA); with several objectives nothing is stopped."""
-    gpu: str | None = None
-    """Kind of GPU, for the planner."""
-
-
-def check_metrics(names: tuple[str, ...]) -> None:
-    """Refuse a metric that no trial reports. Raises RecipeError."""
-    for name in names:
-        if name not in METRICS:
-            raise RecipeError(f"objective {name!r}: no trial reports that{nearest(name, METRICS)}")
 
 
 def sweep(
@@ -111,13 +86,16 @@ def _check(recipe: Recipe, options: SweepOptions) -> Storage:
     Raises:
         RaymemError: names what is in the way.
     """
-    check_metrics(options.objective.metrics)
+    spelling = options.spelling
+    check_metrics(options.objective, spelling)
     if recipe.data.eval is None and "eval_loss" in options.objective.metrics:
-        raise RecipeError("objective 'eval_loss': the recipe has no data.eval; add it, or use --objective loss")
+        raise RecipeError(
+            f"objective 'eval_loss': the recipe has no data.eval; add it, or use {spelling('metrics', 'loss')}"
+        )
     if options.gpu is not None and not recipe.scaling.use_gpu:
         raise BudgetError(
-            f"--gpu {options.gpu}: scaling.use_gpu is false, so trials would run on CPU; set scaling.use_gpu: true, or "
-            "give --budget alone"
+            f"{spelling('gpu', options.gpu)}: scaling.use_gpu is false, so trials would run on CPU; set "
+            f"scaling.use_gpu: true, or give {spelling('budget')} alone"
         )
     storage = Storage.open(recipe.storage.path)
     if not storage.is_local:
@@ -203,7 +181,7 @@ def _same_sweep(
     if different := [name for name in now if now[name] != before.get(name)]:
         raise RecipeError(
             f"{folder}: a sweep of this name with another {', '.join(different)} lies there; choose another "
-            "--name, or start over with --fresh"
+            f"{options.spelling('name')}, or start over with {options.spelling('fresh', True)}"
         )
     return True, {"revision": None, **before}
 

@@ -25,10 +25,11 @@ from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
 from raymem.sweeps import search as search_module
 from raymem.sweeps import tune
-from raymem.sweeps.driver import SweepOptions, sweep
+from raymem.sweeps.driver import sweep
+from raymem.sweeps.options import Objective, SweepOptions
 from raymem.sweeps.report import SweepRow
 from raymem.sweeps.result import SweepResult
-from raymem.sweeps.search import Objective, open_study
+from raymem.sweeps.search import open_study
 from tests.helpers.ray_processes import RayHead, clean_environment, end_session, free_ports
 from tests.helpers.runs import MONITOR, ray_recipe
 from tests.helpers.support import PlansHere

@@ -29,10 +29,11 @@ from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module
 from raymem.sweeps import trial as trial_module
 from raymem.sweeps import tune
-from raymem.sweeps.driver import SweepOptions, sweep
+from raymem.sweeps.driver import sweep
+from raymem.sweeps.options import Objective, SweepOptions
 from raymem.sweeps.report import rows_of
 from raymem.sweeps.resources import RUNTIME_BYTES, admitted_bytes, most_at_once, nested, resources_of
-from raymem.sweeps.search import Objective, open_study
+from raymem.sweeps.search import open_study
 from raymem.sweeps.trial import TrialJob
 from raymem.training.loop import Outcome
 from raymem.training.model.revision import Began, at_revision

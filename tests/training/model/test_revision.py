@@ -20,6 +20,7 @@ from raymem.runs.loram import Pipeline
 from raymem.runs.train import launch
 from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module
+from raymem.sweeps.options import SweepOptions
 from raymem.training.artifacts.load import load_artifact, merge
 from raymem.training.model.revision import RECORD
 from raymem.training.reporter import Row
@@ -164,7 +165,7 @@ def test_on_an_object_store_too(
 
 def test_a_sweep_means_one_commit(hub: Hub, recipe: Any, tmp_path: Path) -> None:
     asks, storage = recipe("sweep", revision="main"), Storage.open(str(tmp_path / "runs"))
-    options = sweep_module.SweepOptions(1 << 30)
+    options = SweepOptions(1 << 30)
 
     def settled(wanted: Recipe) -> str | None:
         _, facts = sweep_module._same_sweep(tmp_path / "runs" / "sweep", wanted, {}, options)
