@@ -11,10 +11,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raymem.cluster.connection import worker_resources
 from raymem.cluster.train.progress import MetricsPoller, ReportCallback, new_mailbox
-from raymem.cluster.train.worker import train_worker
+from raymem.cluster.train.worker import config_of, train_worker
 from raymem.errors import ClusterError
 from raymem.tracking import Tracker
-from raymem.training.data.shared import to_dict
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Listener
@@ -40,10 +39,7 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[L
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "recipe": recipe.to_dict(),
-            "run": prepared.run.path,
-            "train_data": to_dict(prepared.train_data),
-            "eval_data": prepared.eval_data and to_dict(prepared.eval_data),
+            **config_of(prepared),
             "threads": max(1, int(resources.get("CPU", 1))),
             "mailbox": mailbox,
         },
