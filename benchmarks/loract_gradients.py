@@ -23,10 +23,9 @@ from raymem.cli.console import hush_libraries
 from raymem.linalg import LowRank
 from raymem.methods.loract import compress_activations, packer
 from raymem.recipe.load import load_recipe, packaged_recipe
-from raymem.runs import demo
-from raymem.runs.prepare import prepare_split, shared_tokenizer
+from raymem.runs.prepare import prepare_split
+from raymem.runs.resolve import resolve
 from raymem.runs.train import launch
-from raymem.storage.storage import Storage
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
@@ -117,10 +116,8 @@ def main() -> None:
             "tracking=none",
         ],
     )
-    storage = Storage.open(recipe.storage.path)
-    recipe = demo.resolve(recipe, storage, build=launch)
-    tokenizer = shared_tokenizer(recipe, storage)
-    rows = PackedRows(prepare_split(recipe, "train", tokenizer, storage, on_ray=False).directories)
+    run = resolve(recipe, build_demo=launch)
+    recipe, rows = run.recipe, PackedRows(prepare_split(run, "train").directories)
     sampler = Sampler(recipe.seed, rows.sizes_and_weights, recipe.train.global_batch)
     model = build_model(recipe)
     updater = build_updater(model, recipe)

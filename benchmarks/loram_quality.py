@@ -34,7 +34,7 @@ from raymem.recipe.load import load_recipe, packaged_recipe, parse_recipe
 from raymem.recipe.schema import Recipe
 from raymem.runs import demo
 from raymem.runs.evaluate import evaluate_recipe
-from raymem.runs.loram import Pipeline, Pruned
+from raymem.runs.loram import Pipeline, PrunedBase
 from raymem.runs.train import launch
 from raymem.seeds import generator
 from raymem.storage.safetensors_io import read_header, read_tensor, save_tensors
@@ -75,14 +75,14 @@ def loram_row(options: argparse.Namespace, criterion: str, ratio: float, aligned
     recovered = pipeline.recover()
     pipeline.verify()
     base = pipeline.ready()
-    full = base.recipe.model_copy(update={"base": full_base()})
+    full = base.run.recipe.model_copy(update={"base": full_base()})
     wrong = scattered_wrongly(Path(outcome["artifact"]), recovered, base, seed)
     return {
         "pruned_bytes": 4 * base.plan.pruned.parameters,
         "paper_reduction": base.plan.paper_reduction,
         "peak_bytes": outcome["peak_bytes"],
-        "pruned": loss(base.recipe, "base"),
-        "pruned + adapter": loss(base.recipe, outcome["artifact"]),
+        "pruned": loss(base.run.recipe, "base"),
+        "pruned + adapter": loss(base.run.recipe, outcome["artifact"]),
         "full + recovered": loss(full, recovered),
         "full + wrong units": loss(full, wrong),
     }
@@ -93,8 +93,8 @@ def control_row(
 ) -> dict[str, Any]:  # fmt: skip
     """The negative control again, on the pruned layers' share of a finished row's adapters alone."""
     base = pipeline_for(options, criterion, ratio, aligned, seed).ready()
-    full = base.recipe.model_copy(update={"base": full_base()})
-    run = Path(options.storage.resolve(), base.recipe.name)
+    full = base.run.recipe.model_copy(update={"base": full_base()})
+    run = Path(options.storage.resolve(), base.run.recipe.name)
     return {
         "pruned layers": loss(full, of_pruned_layers(run / "recovered", base)),
         "pruned layers, wrong units": loss(full, of_pruned_layers(run / "wrong-units", base)),
@@ -111,7 +111,7 @@ def pipeline_for(options: argparse.Namespace, criterion: str, ratio: float, alig
     return Pipeline(recipe_for(options, seed, *overrides), status=lambda text: None)
 
 
-def of_pruned_layers(adapter: Path, base: Pruned) -> Path:
+def of_pruned_layers(adapter: Path, base: PrunedBase) -> Path:
     """A copy of an adapter of the full model that does nothing in layers that were not pruned."""
     layers = re.compile(rf"{re.escape(couple(base.source.config()).layers)}\.(\d+)\.")
     target = adapter.with_name(f"{adapter.name}-pruned-layers")
@@ -127,7 +127,7 @@ def of_pruned_layers(adapter: Path, base: Pruned) -> Path:
     return target
 
 
-def scattered_wrongly(adapter: Path, recovered: Path, base: Pruned, seed: int) -> Path:
+def scattered_wrongly(adapter: Path, recovered: Path, base: PrunedBase, seed: int) -> Path:
     """The trained adapter in the full model's coordinates, at units that were drawn by chance."""
     coupling = couple(base.source.config())
     sizes = {group.name: group.num_units for group in coupling.groups}
@@ -184,7 +184,7 @@ def dense_row(options: argparse.Namespace, ratio: float, seed: int) -> dict[str,
     }  # fmt: skip
 
 
-def dense_sizes(config: dict[str, Any], pruned: Pruned) -> tuple[int, int]:
+def dense_sizes(config: dict[str, Any], pruned: PrunedBase) -> tuple[int, int]:
     """Layers and neurons of the dense model: as few layers as can hold the bytes, then as few neurons."""
     hidden, neurons = config["hidden_size"], config["intermediate_size"]
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]

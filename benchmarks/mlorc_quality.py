@@ -25,10 +25,9 @@ from raymem.cli.console import hush_libraries
 from raymem.methods.mlorc import MLorcAdamW
 from raymem.recipe.load import load_recipe, packaged_recipe
 from raymem.recipe.schema import Recipe
-from raymem.runs import demo
-from raymem.runs.prepare import prepare_split, shared_tokenizer
+from raymem.runs.prepare import prepare_split
+from raymem.runs.resolve import resolve
 from raymem.runs.train import launch
-from raymem.storage.storage import Storage
 from raymem.training.data.batches import eval_batches, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
@@ -75,12 +74,11 @@ def optimizer_for(configuration: str, seed: int) -> Any:
 
 
 def run(recipe: Recipe, configuration: str) -> dict[str, Any]:
-    storage = Storage.open(recipe.storage.path)
-    recipe = demo.resolve(recipe, storage, build=launch)
-    tokenizer = shared_tokenizer(recipe, storage)
+    resolved = resolve(recipe, build_demo=launch)
+    recipe = resolved.recipe
     split = {
-        name: PackedRows(prepare_split(recipe, name, tokenizer, storage, on_ray=False).directories)
-        for name in ("train", "eval")
+        "train": PackedRows(prepare_split(resolved, "train").directories),
+        "eval": PackedRows(prepare_split(resolved, "eval").directories),
     }
     model = build_model(recipe)
     torch.manual_seed(recipe.seed)

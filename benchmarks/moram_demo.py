@@ -10,9 +10,8 @@ from torch import nn
 from raymem.recipe.axes import no_adapter
 from raymem.recipe.load import load_recipe, packaged_recipe
 from raymem.recipe.schema import Recipe
-from raymem.runs import demo
-from raymem.runs.prepare import prepare_split, shared_tokenizer
-from raymem.storage.storage import Storage
+from raymem.runs.prepare import prepare_split
+from raymem.runs.resolve import resolve
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows, Row
 from raymem.training.data.sampler import Sampler
@@ -27,14 +26,11 @@ from raymem.training.step import train_step
 def recipe_for(model: str, storage: Path, *overrides: str) -> Recipe:
     """The quickstart recipe on a base that was built before (benchmarks/make_base.py)."""
     fixed = [f"model.name={model}", f"storage.path={storage.resolve()}", "scaling.num_workers=0", "tracking=none"]
-    recipe = load_recipe(packaged_recipe("quickstart"), [*fixed, *overrides])
-    return demo.resolve(recipe, Storage.open(recipe.storage.path))
+    return resolve(load_recipe(packaged_recipe("quickstart"), [*fixed, *overrides])).recipe
 
 
 def rows_of(recipe: Recipe, split: Any) -> PackedRows:
-    storage = Storage.open(recipe.storage.path)
-    tokenizer = shared_tokenizer(recipe, storage)
-    return PackedRows(prepare_split(recipe, split, tokenizer, storage, on_ray=False).directories)
+    return PackedRows(prepare_split(resolve(recipe), split).directories)
 
 
 def sampler_of(recipe: Recipe, rows: PackedRows) -> Sampler:

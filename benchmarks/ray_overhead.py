@@ -31,10 +31,9 @@ from raymem.cli.console import hush_libraries
 from raymem.cluster.train import controller
 from raymem.recipe.load import load_recipe, packaged_recipe
 from raymem.recipe.schema import Recipe
-from raymem.runs import demo
-from raymem.runs.prepare import prepare_split, shared_tokenizer
+from raymem.runs.prepare import prepare_split
+from raymem.runs.resolve import resolve
 from raymem.runs.train import launch
-from raymem.storage.storage import Storage
 from raymem.training.data.batches import global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
@@ -49,9 +48,7 @@ TURN_S = 15.0
 
 def bare_loop(recipe: Recipe) -> Iterator[float]:
     """Seconds of each step: load rows, train_step, nothing else."""
-    prepared = prepare_split(recipe, "train", shared_tokenizer(recipe, storage(recipe)), storage(recipe),
-                                  on_ray=False)  # fmt: skip
-    rows = PackedRows(prepared.directories)
+    rows = PackedRows(prepare_split(resolve(recipe), "train").directories)
     sampler = Sampler(recipe.seed, rows.sizes_and_weights, recipe.train.global_batch)
     model = build_model(recipe)
     updater = build_updater(model, recipe)
@@ -128,10 +125,6 @@ def threads_file(recipe: Recipe) -> Path:
     return Path(recipe.storage.path) / f"{recipe.name}.threads"
 
 
-def storage(recipe: Recipe) -> Storage:
-    return Storage.open(recipe.storage.path)
-
-
 def compare(folder: str, steps: int, threads: int) -> dict[str, Any]:
     """One run under Ray of that many steps and threads, beside as many seconds of the bare loop."""
     torch.set_num_threads(threads)
@@ -140,8 +133,8 @@ def compare(folder: str, steps: int, threads: int) -> dict[str, Any]:
         f"storage.path={folder}", f"name=overhead-{threads}-{os.getpid()}",
         "scaling.num_workers=1", f"scaling.resources_per_worker={{CPU: {threads}}}",
     ]  # fmt: skip
-    recipe = load_recipe(packaged_recipe("quickstart"), overrides)
-    recipe = demo.resolve(recipe, storage(recipe), build=launch)
+    in_this_process = [*overrides, "scaling.num_workers=0"]
+    recipe = resolve(load_recipe(packaged_recipe("quickstart"), in_this_process), build_demo=launch).recipe
     bare, under_ray, start_up = take_turns(recipe, overrides)
     return {
         "threads": threads,

@@ -29,9 +29,10 @@ from raymem.recipe.space import Space, sample
 from raymem.recipe.space_load import load_space, recipe_at
 from raymem.seeds import derive
 from raymem.sweeps import search
-from raymem.sweeps.driver import SweepOptions, sweep
+from raymem.sweeps.driver import sweep
+from raymem.sweeps.options import Objective, SweepOptions
 from raymem.sweeps.report import SweepRow
-from raymem.sweeps.search import Objective, open_study, started
+from raymem.sweeps.search import open_study, started
 
 OBJECTIVE = Objective(("eval_loss",))
 UNLIMITED = 1 << 40

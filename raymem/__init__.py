@@ -12,11 +12,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "EvaluationResult": "raymem.api",
+    "EvaluationResult": "raymem.runs.results",
     "Plan": "raymem.planner.types",
     "Recipe": "raymem.recipe.schema",
-    "SweepResult": "raymem.api",
-    "TrainResult": "raymem.api",
+    "SweepResult": "raymem.sweeps.result",
+    "TrainResult": "raymem.runs.results",
     "evaluate": "raymem.api",
     "load": "raymem.api",
     "load_recipe": "raymem.api",

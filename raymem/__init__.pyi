@@ -1,8 +1,5 @@
 # The same names for type checkers, which do not see what loads on first use.
 from raymem import errors as errors
-from raymem.api import EvaluationResult as EvaluationResult
-from raymem.api import SweepResult as SweepResult
-from raymem.api import TrainResult as TrainResult
 from raymem.api import evaluate as evaluate
 from raymem.api import load as load
 from raymem.api import load_recipe as load_recipe
@@ -18,6 +15,9 @@ from raymem.recipe.axes import register_base as register_base
 from raymem.recipe.axes import register_loss as register_loss
 from raymem.recipe.axes import register_optimizer as register_optimizer
 from raymem.recipe.schema import Recipe as Recipe
+from raymem.runs.results import EvaluationResult as EvaluationResult
+from raymem.runs.results import TrainResult as TrainResult
+from raymem.sweeps.result import SweepResult as SweepResult
 
 __version__: str
 __all__: list[str]

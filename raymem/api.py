@@ -7,12 +7,13 @@ function raises :class:`raymem.errors.RaymemError` for what is the user's to men
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymem.planner.types import Plan
 from raymem.recipe.schema import Recipe
+from raymem.runs.results import EvaluationResult, TrainResult
+from raymem.sweeps.result import SweepResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,48 +21,6 @@ if TYPE_CHECKING:
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 OnMetrics = Callable[[Sequence[Mapping[str, float]]], None]
 """Called in this process with one or more rows of metrics: step, loss, lr, eval_loss, ..."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run left."""
-
-    artifact: str
-    """Path or URI of the PEFT or model directory."""
-    steps: int
-    loss: float | None
-    """Training loss of the last step; None if the run was complete already."""
-    eval_loss: float | None
-    peak_bytes: int | None
-    """Measured peak of one worker, the highest over all."""
-    predicted_peak_bytes: int | None
-    """What it was planned to be; None if the recipe has no budget and was not planned before."""
-    run_id: str | None
-    """MLflow run."""
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Loss over the recipe's evaluation data."""
-
-    artifact: str
-    loss: float
-    """Mean cross-entropy per target token, in nats."""
-    perplexity: float
-    num_targets: int
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a finished sweep left."""
-
-    folder: Path
-    """Report, journal and best recipe."""
-    best: Path | None
-    """Recipe of the best trial, ready to train; None if no trial finished."""
-    trials: list[dict[str, Any]]
-    run_id: str | None
-    """MLflow run whose children are the trials."""
 
 
 def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -92,9 +51,9 @@ def plan(recipe: RecipeLike, *, gpu: str | None = None) -> Plan:
     Raises:
         RaymemError: the recipe does not go with its model, or an unknown GPU.
     """
-    from raymem.planner import plan_recipe, settle_micro_batch
+    from raymem.runs.plan import plan_run
 
-    return plan_recipe(settle_micro_batch(load_recipe(recipe), gpu=gpu, status=lambda text: None), gpu=gpu)
+    return plan_run(load_recipe(recipe), gpu=gpu)[1]
 
 
 def train(
@@ -113,17 +72,7 @@ def train(
     """
     from raymem.runs.train import launch
 
-    finished = launch(load_recipe(recipe), fresh=fresh, force=force, listeners=list(on_metrics))
-    outcome = finished.outcome
-    return TrainResult(
-        artifact=outcome.artifact,
-        steps=outcome.steps,
-        loss=outcome.loss,
-        eval_loss=outcome.eval_loss,
-        peak_bytes=outcome.peak_bytes,
-        predicted_peak_bytes=finished.predicted_peak_bytes,
-        run_id=finished.tracking.run_id,
-    )
+    return launch(load_recipe(recipe), fresh=fresh, force=force, listeners=list(on_metrics))
 
 
 def evaluate(recipe: RecipeLike, *, artifact: str | Path | None = None) -> EvaluationResult:
@@ -137,8 +86,7 @@ def evaluate(recipe: RecipeLike, *, artifact: str | Path | None = None) -> Evalu
     """
     from raymem.runs.evaluate import evaluate_recipe
 
-    done = evaluate_recipe(load_recipe(recipe), None if artifact is None else str(artifact))
-    return EvaluationResult(done.artifact, done.result.loss, done.result.perplexity, done.result.num_targets)
+    return evaluate_recipe(load_recipe(recipe), None if artifact is None else str(artifact))
 
 
 def sweep(
@@ -148,7 +96,7 @@ def sweep(
     budget: str | int | None = None,
     gpu: str | None = None,
     samples: int = 50,
-    metrics: Sequence[str] = ("eval_loss",),
+    metrics: str | Sequence[str] = ("eval_loss",),
     algorithm: str = "tpe",
     name: str | None = None,
     fresh: bool = False,
@@ -161,38 +109,33 @@ def sweep(
         budget: memory of one worker's device, such as ``24GiB`` or in bytes; by default the recipe's, or the GPU's.
         gpu: kind of GPU that it is planned for.
         samples: trials to start.
-        metrics: what to minimise; several look for their Pareto front.
+        metrics: what to look for; several look for their Pareto front.
         algorithm: ``tpe``, ``nsga2``, ``random`` or ``grid``.
         name: of the sweep; by default the recipe's with ``-sweep``.
 
     Raises:
         RaymemError: there is no budget, or nothing in the space fits.
     """
-    import dataclasses
-
-    from raymem.cli.sweep import settle
+    from raymem.sweeps.options import as_argument, resolve_sweep
 
     loaded = load_recipe(recipe)
     if isinstance(space, Mapping):
         loaded, space = load_recipe({**loaded.to_dict(), "space": dict(space)}), None
-    named, found, options = settle(  # the very checks of the command
+    named, dimensions, options = resolve_sweep(
         loaded,
         space=None if space is None else str(space),
         budget=None if budget is None else str(budget),
         gpu=gpu,
         samples=samples,
-        objective=metrics[0],
-        also=",".join(metrics[1:]),
+        metrics=[metrics] if isinstance(metrics, str) else metrics,
         algorithm=algorithm,
         early_stopping=True,
         name=name,
+        spelling=as_argument,
     )
     from raymem.sweeps.driver import sweep as run_sweep
 
-    done = run_sweep(named, found, options, fresh=fresh)
-    best = done.folder / "report" / "best.yaml"
-    trials = [dataclasses.asdict(row) for row in done.rows]
-    return SweepResult(done.folder, best if best.exists() else None, trials, done.run_id)
+    return run_sweep(named, dimensions, options, fresh=fresh)
 
 
 def merge(adapter: str | Path, output: str | Path) -> Path:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -65,6 +66,32 @@ def test_a_sweep_without_a_budget_is_refused(llama: Path, examples: Path) -> Non
         raymem.sweep(raw, {"adapter.rank": {"type": "choice", "choices": [1, 2]}})
 
 
+def test_a_sweep_names_what_was_wrong_as_it_was_given(llama: Path, examples: Path, tmp_path: Path) -> None:
+    data = {"train": str(examples / "train.jsonl")}
+    raw = {"model": {"name": str(llama)}, "data": data, "train": {"steps": 1}, "storage": {"path": str(tmp_path)}}
+    space = {"adapter.rank": {"type": "choice", "choices": [1, 2]}}
+
+    def refused(wrong: dict[str, Any], space: Any = space) -> str:
+        with pytest.raises(raymem.errors.RaymemError) as error:
+            raymem.sweep(raw, space, **{"budget": "1GiB", **wrong})
+        assert "--" not in str(error.value)
+        return str(error.value)
+
+    assert "give budget='24GiB', gpu='H100-80GB', or `budget`" in refused({"budget": None})
+    assert refused({"budget": "lots"}).startswith("budget: 'lots' is no amount of memory")
+    assert refused({"metrics": ()}).startswith(
+        "metrics: names nothing to look for; give one or more of eval_loss, loss"
+    )
+    assert "no trial reports that; did you mean 'loss'" in refused({"metrics": "los"})
+    assert refused({"algorithm": "tpf"}).startswith("algorithm tpf: there is no such one; did you mean 'tpe'")
+    assert refused({"samples": 0}) == "samples=0: nothing would be tried; give at least 1"
+    assert refused({"name": "../x"}).startswith("name: name: '../x'")
+    assert refused({}, "joind").startswith("space joind: no space of that name ships with raymem")
+    assert "give space (" in refused({}, None)
+    assert refused({}).endswith("add it, or use metrics='loss'")
+    assert refused({"metrics": "loss", "gpu": "H100-80GB"}).endswith("or give budget alone")
+
+
 def examples_of(page: str) -> dict[str, dict[str, str]]:
     """Title -> file name -> code; a block that names no file is the program that is run."""
     blocks: dict[str, dict[str, str]] = {}
@@ -81,7 +108,7 @@ BLOCKS = examples_of(PAGE.read_text())
 
 
 @pytest.mark.parametrize(
-    "title", [pytest.param(t, marks=pytest.mark.slow) if t.startswith("Search") else t for t in BLOCKS]
+    "title", [pytest.param(t, marks=pytest.mark.slow) if t.startswith(("Search", "In your own")) else t for t in BLOCKS]
 )
 def test_the_examples_of_the_page_run(title: str, llama: Path, examples: Path, tmp_path: Path) -> None:
     recipe = {

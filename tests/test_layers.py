@@ -38,6 +38,7 @@ LAYERS = {
     "raymem.sweeps": 5,
     "raymem.k8s": 5,
     "raymem.api": 6,
+    "raymem.ray": 6,
     "raymem.cli": 6,
     "raymem.__main__": 6,
     "jobs": 6,

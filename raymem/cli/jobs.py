@@ -56,12 +56,12 @@ def check_sweep(loaded: Recipe, options: dict[str, Any], root: Path) -> str | No
     Raises:
         RaymemError: an option that no sweep can work with.
     """
-    from raymem.cli.sweep import settle
+    from raymem.cli.sweep import options_of
 
     known = {key: value for key, value in options.items() if key not in ("recipe", "set_", "fresh", "verbose")}
     space = options["space"]
     is_file = space is not None and Path(space).suffix != ""
     if is_file and Path(space).is_absolute() and not Path(space).exists():
         return None  # of the cluster's machines, which the job will look at
-    settle(loaded, **known | ({"space": str(root / space)} if is_file else {}))
+    options_of(loaded, **known | ({"space": str(root / space)} if is_file else {}))
     return space if is_file and not Path(space).is_absolute() else None

@@ -16,7 +16,7 @@ from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
     from raymem.methods.loram import Verification
-    from raymem.runs.loram import Pipeline, Pruned
+    from raymem.runs.loram import Pipeline, PrunedBase
 
 app = typer.Typer(
     help="LoRAM: prune a model, train an adapter on what is left, recover it for the full model.", no_args_is_help=True
@@ -115,7 +115,7 @@ def _pipeline(
         raise typer.Exit(130) from None
 
 
-def _show_plan(pruned: Pruned) -> None:
+def _show_plan(pruned: PrunedBase) -> None:
     plan, say = pruned.plan, console.out.print
     full, small = plan.full, plan.pruned
     if not plan.saves_memory:

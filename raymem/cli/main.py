@@ -95,15 +95,13 @@ def train(
         beside = "" if predicted is None else f" (predicted: {bytes_text(predicted)})"
         say(f"peak memory of a worker: {bytes_text(outcome.peak_bytes)}{beside}")
     say(f"result: {outcome.artifact}")
-    if tracking.run_id:
-        say(f"MLflow run {tracking.run_id} at {tracking.uri}")
-    if tracking.model_version:
-        say(f"registered as {tracking.model_version}")
+    for line in tracking.summary_lines():
+        say(line)
     if tracking.problem:
         console.err.print(f"warning: {tracking.problem}")
     say(f"next: raymem generate {outcome.artifact} --prompt '...'   or   raymem evaluate {recipe}")
-    if tracking.uri and tracking.uri.startswith("sqlite"):
-        say(f"look at the curves: mlflow ui --backend-store-uri {tracking.uri}")
+    if tracking.hint:
+        say(tracking.hint)
 
 
 plan.register(app)
@@ -202,7 +200,7 @@ def doctor(
     set_: Overrides = [],  # noqa: B006
     address: Annotated[Optional[str], typer.Option(help="Ray cluster to look at.")] = None,  # noqa: UP045
 ) -> None:
-    """Check versions, devices, storage, Ray and MLflow, and say how to mend what is wrong."""
+    """Check versions, devices, storage, Ray and tracking, and say how to mend what is wrong."""
     console.log_to_stderr(False)
     from raymem.cluster.doctor.checks import run_doctor
     from raymem.recipe.load import load_recipe

@@ -41,18 +41,14 @@ def plan(
     Exits with 1 if the recipe does not fit.
     """
     console.hush_libraries()
-    from raymem.planner.process import plan_recipe
     from raymem.recipe.load import load_recipe
+    from raymem.runs.plan import budget_bytes, plan_run
 
     overrides = [*set_, *([f"scaling.num_workers={workers}"] if workers else [])]
     loaded = load_recipe(recipe, overrides)
-    limit = budget_bytes(loaded, budget, gpu)
-    if loaded.train.micro_batch == "auto":
-        from raymem.planner.micro_batch import settle_micro_batch
-
-        loaded = settle_micro_batch(loaded, budget_bytes=limit, gpu=gpu, status=console.err.print)
-        overrides.append(f"train.micro_batch={loaded.train.micro_batch}")
-    found = plan_recipe(loaded, gpu=gpu)
+    limit = budget_bytes(loaded, budget, gpu, where="--budget")
+    loaded, found = plan_run(loaded, budget_bytes=limit, gpu=gpu, status=console.err.print)
+    overrides.append(f"train.micro_batch={loaded.train.micro_batch}")  # if it is open: `auto`
     judged = None if limit is None else found.verdict(limit)
     advice: list[Advice] | None = None
     if advise:
@@ -77,26 +73,6 @@ def plan(
             console.out.print(f"picture: {plot}")
     if _exceeds(judged):
         raise typer.Exit(1)
-
-
-def budget_bytes(recipe: Recipe, budget: str | None, gpu: str | None) -> int | None:
-    """The budget that holds: of the option, of the GPU, or of the recipe.
-
-    Raises:
-        BudgetError: it cannot be read, or the GPU is unknown.
-    """
-    from raymem.memory.budget import parse_bytes
-    from raymem.memory.devices import gpu_named
-
-    known = None if gpu is None else gpu_named(gpu)
-    if budget is not None:
-        try:
-            return parse_bytes(budget)
-        except ValueError as error:
-            raise BudgetError(f"--budget: {error}") from None
-    if known is not None:
-        return known.capacity_bytes
-    return None if recipe.budget is None else parse_bytes(recipe.budget)
 
 
 def as_dict(

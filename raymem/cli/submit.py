@@ -53,7 +53,7 @@ def submit(
     loaded = load_recipe(recipe, overrides)
     run = loaded.name
     if command == "sweep":
-        from raymem.cli.sweep import sweep_name
+        from raymem.sweeps.options import sweep_name
 
         run = sweep_name(loaded, options["name"])
     if status or stop:

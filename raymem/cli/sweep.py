@@ -14,7 +14,7 @@ from raymem.memory.budget import bytes_text
 if TYPE_CHECKING:
     from raymem.recipe.schema import Recipe
     from raymem.recipe.space import Space
-    from raymem.sweeps.driver import SweepOptions
+    from raymem.sweeps.options import SweepOptions
     from raymem.sweeps.report import SweepRow
 
 _SHOWN = 12
@@ -62,7 +62,7 @@ def sweep(
     from raymem.recipe.load import load_recipe
 
     console.log_to_stderr(verbose)
-    named, found, options = settle(
+    named, dimensions, options = options_of(
         load_recipe(recipe, set_),
         space=space,
         budget=budget,
@@ -79,7 +79,7 @@ def sweep(
     metrics = options.objective.metrics
     try:
         with SweepDisplay(metrics[0], samples) as display:
-            done = sweeps.sweep(named, found, options, fresh=fresh, status=display.status, watch=display.show)
+            done = sweeps.sweep(named, dimensions, options, fresh=fresh, status=display.status, watch=display.show)
     except KeyboardInterrupt:
         console.err.print("interrupted; the same command goes on")
         raise typer.Exit(130) from None
@@ -88,58 +88,27 @@ def sweep(
     if done.gave_up:
         say(f"ended early: {done.gave_up}")
     say(f"figure and tables: {done.folder / 'report'}")
-    best = done.folder / "report" / "best.yaml"
-    if not best.exists():
+    if done.best is None:
         raise RecipeError(f"no trial finished; the problems stand in {done.folder / 'report' / 'trials.json'}")
-    if done.run_id:
-        say(f"MLflow run {done.run_id}")
-    say(f"next: raymem train {best}")
+    for line in done.tracking.summary_lines():
+        say(line)
+    if done.tracking.problem:
+        console.err.print(f"warning: {done.tracking.problem}")
+    say(f"next: raymem train {done.best}")
 
 
-def sweep_name(recipe: Recipe, name: str | None) -> str:
-    """Of the sweep, which is a run of its own."""
-    return name or f"{recipe.name[:57]}-sweep"
-
-
-def settle(
-    recipe: Recipe,
-    *,
-    space: str | None,
-    budget: str | None,
-    gpu: str | None,
-    samples: int,
-    objective: str,
-    also: str,
-    algorithm: str,
-    early_stopping: bool,
-    name: str | None,
-) -> tuple[Recipe, Space, SweepOptions]:
-    """The recipe of the sweep, its space and how it is searched.
+def options_of(
+    recipe: Recipe, *, objective: str, also: str, **options: Any
+) -> tuple[Recipe, Space, SweepOptions]:  # fmt: skip
+    """The recipe of the sweep, its space and how it is searched, from the options of the command.
 
     Raises:
         RaymemError: an option that no sweep can work with.
     """
-    from raymem.cli.plan import budget_bytes
-    from raymem.errors import BudgetError, RecipeError
-    from raymem.recipe.load import parse_recipe
-    from raymem.recipe.sentences import nearest
-    from raymem.recipe.space_load import load_space
+    from raymem.sweeps.options import as_option, resolve_sweep
 
-    limit = budget_bytes(recipe, budget, gpu)
-    if limit is None:
-        raise BudgetError("there is no budget to search under; give --budget 24GiB, --gpu H100-80GB, or `budget`")
-    found = load_space(space, recipe)
-    from raymem.sweeps import driver as sweeps
-    from raymem.sweeps import search
-
-    metrics = tuple(dict.fromkeys([objective, *(metric.strip() for metric in also.split(",") if metric.strip())]))
-    sweeps.check_metrics(metrics)
-    if algorithm not in search.ALGORITHMS:
-        raise RecipeError(f"--algorithm {algorithm}: there is no such one{nearest(algorithm, search.ALGORITHMS)}")
-    options = sweeps.SweepOptions(
-        limit, samples, search.Objective(metrics), algorithm, early_stopping=early_stopping, gpu=gpu
-    )
-    return parse_recipe({**recipe.to_dict(), "name": sweep_name(recipe, name)}, "--name"), found, options
+    metrics = [objective, *(metric.strip() for metric in also.split(",") if metric.strip())]
+    return resolve_sweep(recipe, metrics=metrics, spelling=as_option, **options)
 
 
 class SweepDisplay:

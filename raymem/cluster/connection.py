@@ -10,13 +10,13 @@ import ray
 
 from raymem.cluster.jobs.client import knock
 from raymem.errors import ClusterError
-from raymem.recipe.schema import Recipe
+from raymem.recipe.schema import ScalingSection
 
 _QUIET = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
 """What Ray's daemons collect for its dashboard; on a laptop nobody looks, and they run on the cores that train."""
 
 
-def connect(recipe: Recipe) -> None:
+def connect(scaling: ScalingSection) -> None:
     """Make Ray usable in this process; does nothing if it already is.
 
     With ``RAY_ADDRESS`` set (as in every job that a cluster runs) that cluster is joined. Otherwise a local one is
@@ -51,7 +51,7 @@ def connect(recipe: Recipe) -> None:
                 f"{where}: Ray cannot be reached ({reason}); check the address, that the head is up, and with token "
                 "authentication RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH; `raymem doctor` looks at each"
             ) from None
-    _check_room(recipe)
+    _check_room(scaling)
 
 
 def _private_token() -> None:
@@ -64,9 +64,8 @@ def _private_token() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def worker_resources(recipe: Recipe) -> dict[str, float]:
+def worker_resources(scaling: ScalingSection) -> dict[str, float]:
     """Ray resources of one worker: as the recipe says, or one GPU, or an equal share of all CPU cores."""
-    scaling = recipe.scaling
     if scaling.resources_per_worker is not None:
         return dict(scaling.resources_per_worker)
     if scaling.use_gpu:
@@ -80,14 +79,14 @@ def worker_resources(recipe: Recipe) -> dict[str, float]:
     return {"CPU": float(share)}
 
 
-def _check_room(recipe: Recipe) -> None:
+def _check_room(scaling: ScalingSection) -> None:
     """Refuse at once what would otherwise wait for resources for ever; an autoscaling cluster may still grow."""
     if os.environ.get("RAY_ADDRESS"):
         return
-    scaling, wanted = recipe.scaling, worker_resources(recipe)
+    needed = worker_resources(scaling)
     least = scaling.num_workers[0] if isinstance(scaling.num_workers, tuple) else scaling.num_workers
     total = ray.cluster_resources()
-    for kind, amount in wanted.items():
+    for kind, amount in needed.items():
         if amount * least > total.get(kind, 0.0):
             raise ClusterError(
                 f"scaling: {least} workers with {amount:g} {kind} each need {amount * least:g}, this machine has "

@@ -24,7 +24,7 @@ LIBRARIES_BYTES = 600 << 20
 MAX_RETRIES = 3
 
 
-def prune_on_ray(job: PruneJob, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+def prune_by_tasks(job: PruneJob, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
     """Do what is not done of a job on the connected cluster, and commit it.
 
     Args:

@@ -8,23 +8,23 @@ from typing import Any, TypeVar
 import torch
 
 from raymem.errors import RaymemError
-from raymem.recipe.schema import Recipe
-from raymem.training.data.shards import Counts, Task, serial
+from raymem.recipe.schema import ScalingSection
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ray_map(function: Callable[[Task], Counts], tasks: Sequence[Task]) -> list[Counts]:
-    """``map`` with one Ray task per item; a block is written atomically, so a retried task does no harm.
+def ray_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``map`` with one Ray task per item; a lost task is repeated, so its function must write atomically.
 
     A single item is done here: a worker would have to start and import for longer than that takes.
     """
-    if len(tasks) == 1:
-        return serial(function, tasks)
+    if len(items) == 1:
+        return [function_of(function, items[0])]
     import ray
 
     remote = ray.remote(num_cpus=1)(function_of).options(max_retries=3)
-    references = [remote.remote(function, task) for task in tasks]
+    references = [remote.remote(function, item) for item in items]
     try:
         return ray.get(references)  # type: ignore[no-any-return]
     except ray.exceptions.RayTaskError as error:
@@ -33,18 +33,20 @@ def ray_map(function: Callable[[Task], Counts], tasks: Sequence[Task]) -> list[C
         raise
 
 
-def function_of(function: Callable[[Task], Counts], task: Task) -> Counts:
-    """A named function, because Ray cannot make a task of a ``functools.partial``."""
-    return function(task)
+def function_of(function: Callable[[Item], Result], item: Item) -> Result:
+    """One call, under a name: Ray cannot make a task of a ``functools.partial``."""
+    return function(item)
 
 
-def call_as_worker(function: Callable[[dict[str, Any]], Result], config: dict[str, Any], recipe: Recipe) -> Result:
-    """One call as a Ray task with what the recipe gives to one worker; plain data in, plain values out."""
+def call_as_worker(
+    function: Callable[[dict[str, Any]], Result], config: dict[str, Any], scaling: ScalingSection
+) -> Result:
+    """One call as a Ray task with the resources of one worker; plain data in, plain values out."""
     import ray
 
     from raymem.cluster.connection import worker_resources
 
-    resources = worker_resources(recipe)
+    resources = worker_resources(scaling)
     threads = max(1, int(resources.get("CPU", 1)))
     names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
     options: dict[str, Any] = {option: resources.pop(kind) for kind, option in names.items() if kind in resources}

@@ -7,7 +7,6 @@ with raymem and from patches that are written here, so that the result is what e
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 import shutil
@@ -24,11 +23,9 @@ import yaml
 from raymem.cluster.jobs.entrypoint import entrypoint_of_attempts, usual_command
 from raymem.errors import ClusterError, RaymemError
 from raymem.memory.devices import ALIASES, GPUS
-from raymem.planner import plan_recipe, settle_micro_batch
 from raymem.recipe.load import MODELS, load_recipe
 from raymem.recipe.schema import Recipe
-
-log = logging.getLogger(__name__)
+from raymem.runs.plan import plan_run
 
 MAX_NAME = 47
 """KubeRay's limit for the name of a RayJob: it appends 6 characters for the cluster and 10 for that cluster's service,
@@ -178,7 +175,7 @@ def worker_memory_bytes(recipe: Recipe, gpu: str | None) -> int:
         ClusterError: it cannot be planned on this machine.
     """
     try:
-        return plan_recipe(settle_micro_batch(recipe, gpu=gpu, status=log.info), gpu=gpu).capacity_bytes
+        return plan_run(recipe, gpu=gpu)[1].capacity_bytes
     except RaymemError as error:
         raise ClusterError(
             f"the memory of a worker cannot be planned here ({error}); say it with --worker-memory, for example 40Gi"

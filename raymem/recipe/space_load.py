@@ -16,12 +16,13 @@ from raymem.recipe.sentences import nearest
 from raymem.recipe.space import Point, Space, apply, sample
 
 
-def load_space(source: str | None, recipe: Recipe) -> Space:
+def load_space(source: str | None, recipe: Recipe, *, given_as: str = "--space") -> Space:
     """The space that is meant, checked: every dimension exists somewhere, and every end of it is a valid value.
 
     Args:
         source: a Python file with ``SPACE``, a YAML file, or the name of a space that ships with raymem (``joint``); by
             default the recipe's own ``space``.
+        given_as: what errors call ``source``.
 
     Raises:
         RecipeError: there is none, it cannot be read, or its paths or values are none of the recipe's.
@@ -29,12 +30,12 @@ def load_space(source: str | None, recipe: Recipe) -> Space:
     if source is None:
         if recipe.space is None:
             raise RecipeError(
-                f"there is no search space: give --space ({', '.join(shipped())}, or a file), or write one into the "
+                f"there is no search space: give {given_as} ({', '.join(shipped())}, or a file), or write one into the "
                 "recipe's `space` section"
             )
         space, place = recipe.space, "space"
     else:
-        raw, place = _named(source)
+        raw, place = _named(source, given_as)
         # The recipe's own schema says what a space is, and what is wrong with one.
         with_space = validated({**recipe.to_dict(), "space": raw}, place)
         assert with_space.space is not None
@@ -106,14 +107,14 @@ def _may_be(dimension: Any, value: Any) -> bool:
     return isinstance(value, int | float) and dimension.low <= value <= dimension.high
 
 
-def _named(source: str) -> tuple[Any, str]:
-    """The space that ``--space`` means, unvalidated, and what to call it in errors."""
+def _named(source: str, given_as: str) -> tuple[Any, str]:
+    """The space that a user means, unvalidated, and what to call it in errors."""
     path = Path(source)
     if path.suffix in (".py", ".yaml", ".yml"):
         return _read(path), str(path)
     if source not in shipped():
         raise RecipeError(
-            f"--space {source}: no space of that name ships with raymem{nearest(source, shipped())}; a file ends in "
+            f"{given_as} {source}: no space of that name ships with raymem{nearest(source, shipped())}; a file ends in "
             ".py or .yaml"
         )
     if source in (spaces := _of_kinds()):

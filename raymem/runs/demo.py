@@ -45,7 +45,7 @@ def discard_checkpoints(recipe: Recipe) -> None:
     shutil.rmtree(run.join("checkpoints"), ignore_errors=True)
 
 
-def resolve(recipe: Recipe, storage: Storage, build: Callable[[Recipe], object] | None = None) -> Recipe:
+def resolve_demo(recipe: Recipe, storage: Storage, build: Callable[[Recipe], object] | None = None) -> Recipe:
     """Replace the names ``demo`` and ``demo-long`` by directories.
 
     Args:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError, ModelError
 from raymem.methods.loram.recover import is_recovered
-from raymem.planner import settle_micro_batch
 from raymem.recipe.axes import BASES, full_base, no_adapter
 from raymem.recipe.schema import Recipe
-from raymem.runs import demo, loram_base
 from raymem.runs.artifacts import local_copy
-from raymem.runs.prepare import prepare_split, shared_tokenizer
+from raymem.runs.prepare import prepare_split
+from raymem.runs.resolve import resolve
+from raymem.runs.resolved import ResolvedRun
+from raymem.runs.results import EvaluationResult
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS, artifact_name
 from raymem.training.data.dataset import PackedRows
@@ -23,50 +22,36 @@ from raymem.training.data.shared import localise, to_dict
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.model.adapter import continuing
-from raymem.training.model.build import build_model, load_config
-from raymem.training.model.revision import at_revision, began_with, on_hub, resolve, trained_from
-
-log = logging.getLogger(__name__)
+from raymem.training.model.build import build_model
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """Evaluation of one artefact."""
-
-    artifact: str
-    result: Evaluation
-
-
-def evaluate_recipe(recipe: Recipe, artifact: str | None = None, *, prepared: Prepared | None = None) -> Evaluated:
+def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> EvaluationResult:
     """Evaluation loss of a run's artefact, on the revision of the base that it was trained on.
 
     Args:
         artifact: PEFT or model directory; ``base`` is the model without an adapter; by default the run's own result.
-        prepared: the evaluation data, of a caller that has checked the base too.
 
     Raises:
         DataError: the recipe has no evaluation data.
         ModelError: there is nothing to evaluate, or the recipe names another revision than it was trained on.
     """
+    check_has_eval(recipe)
+    artifact = artifact or _own_artifact(recipe)
+    run = resolve(recipe, artifact=artifact)
+    run.require_base()
+    return evaluate_run(run, artifact, prepare_split(run, "eval"))
+
+
+def evaluate_run(run: ResolvedRun, artifact: str, data: Prepared) -> EvaluationResult:
+    """Evaluation loss of an artefact on data that are prepared."""
+    config = {"recipe": run.recipe.to_dict(), "artifact": artifact, "data": to_dict(data)}
+    return EvaluationResult(artifact, run.backend.call(evaluation_task, config))
+
+
+def check_has_eval(recipe: Recipe) -> None:
+    """Refuse a recipe without evaluation data. Raises DataError."""
     if recipe.data.eval is None:
         raise DataError("data.eval: this recipe has no evaluation data; add it, or --set data.eval=<path>")
-    storage = Storage.open(recipe.storage.path)
-    place = artifact or _own_artifact(recipe, storage)
-    recipe = _as_trained(recipe, place, storage)
-    recipe = demo.resolve(settle_micro_batch(recipe, status=log.info), storage)
-    on_ray = recipe.scaling.num_workers != 0
-    if on_ray:
-        from raymem.cluster.connection import connect
-
-        connect(recipe)
-    if prepared is None:
-        if not is_recovered(place):
-            recipe = loram_base.settled(recipe, storage, on_ray=on_ray)
-        load_config(recipe)  # what cannot be loaded is refused before data are prepared
-        tokenizer = shared_tokenizer(recipe, storage)
-        prepared = prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray)
-    config = {"recipe": recipe.to_dict(), "artifact": place, "data": to_dict(prepared)}
-    return Evaluated(place, _evaluated(config, recipe) if on_ray else evaluation_task(config))
 
 
 def evaluation_task(config: dict[str, Any]) -> Evaluation:
@@ -74,12 +59,6 @@ def evaluation_task(config: dict[str, Any]) -> Evaluation:
     recipe = Recipe.model_validate(config["recipe"])
     with local_copy(config["artifact"]) as directory:
         return _evaluate(_with_weights(recipe, directory), config["data"])
-
-
-def _evaluated(config: dict[str, Any], recipe: Recipe) -> Evaluation:
-    from raymem.cluster.tasks import call_as_worker
-
-    return call_as_worker(evaluation_task, config, recipe)
 
 
 def _evaluate(recipe: Recipe, plain_data: dict[str, Any]) -> Evaluation:
@@ -91,8 +70,8 @@ def _evaluate(recipe: Recipe, plain_data: dict[str, Any]) -> Evaluation:
     return evaluate(model, rows, layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
 
 
-def _own_artifact(recipe: Recipe, storage: Storage) -> str:
-    run = storage.child(recipe.name)
+def _own_artifact(recipe: Recipe) -> str:
+    run = Storage.open(recipe.storage.path).child(recipe.name)
     name = artifact_name(recipe)
     if not run.exists(f"{name}/{FACTS}"):
         raise ModelError(
@@ -100,23 +79,6 @@ def _own_artifact(recipe: Recipe, storage: Storage) -> str:
             "(a PEFT or model directory, or base)"
         )
     return run.join(name)
-
-
-def _as_trained(recipe: Recipe, place: str, storage: Storage) -> Recipe:
-    """The recipe at the revision that an artefact was trained on; the bare model's is that of the run."""
-    if not on_hub(recipe.model):
-        return recipe
-    trained = None if place == "base" else trained_from(place, recipe.model.name)
-    if trained is not None and trained.is_meant_by(recipe.model):
-        return resolve(recipe, trained)
-    resolved = resolve(recipe, began_with(storage.child(recipe.name)))
-    # What others trained may name a branch.
-    if trained is not None and resolve(at_revision(recipe, trained.commit)).model.revision != resolved.model.revision:
-        raise ModelError(
-            f"model.revision: {recipe.model.revision} is commit {resolved.model.revision} of {recipe.model.name}, but "
-            f"{place} was trained on {trained.commit}; leave it out, or name that commit"
-        )
-    return resolved
 
 
 def _with_weights(recipe: Recipe, artifact: str) -> Recipe:

@@ -17,8 +17,9 @@ import dataclasses
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from raymem.methods.loram import (
     LoRAMOptions,
     Manifest,
     Plan,
+    PruneOptions,
     Verification,
     mark_aligned,
     plan_pruning,
@@ -36,42 +38,41 @@ from raymem.methods.loram import (
 )
 from raymem.methods.loram.job import is_committed, open_job
 from raymem.methods.loram.manifest import MANIFEST
-from raymem.methods.loram.prune import finish_job
 from raymem.methods.loram.recover import WEIGHTS, is_recovery_of
 from raymem.methods.loram.source import Source
 from raymem.methods.loram.steps import is_done, steps
-from raymem.recipe.axes import full_base
 from raymem.recipe.schema import Recipe
-from raymem.runs import demo, loram_base
-from raymem.runs.prepare import prepare_split, shared_tokenizer
-from raymem.runs.train import launch
+from raymem.runs import demo
+from raymem.runs.backend import Status
+from raymem.runs.evaluate import check_has_eval, evaluate_run
+from raymem.runs.loram_base import open_full_model
+from raymem.runs.prepare import prepare_split
+from raymem.runs.resolve import locate_again, note_start, on_full_model, resolve
+from raymem.runs.resolved import FullModel, PlannedModel, PrunedModel, PruningSite, ResolvedRun
+from raymem.runs.train import TrainOptions, build_demo, train
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS
-from raymem.training.job import Ready
-from raymem.training.model.revision import Began, began_with, on_hub, record, resolve
 from raymem.training.reporter import Listener
 from raymem.training.resume_rules import identity_of
 
 log = logging.getLogger(__name__)
 
-Status = Callable[[str], None]
 FORWARD_LIMIT_BYTES = 16 << 30
 """Both models in fp32, up to which a verification runs them unless it is told to."""
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """What the stages before training left."""
+class PrunedBase:
+    """A pruned model beside the full one."""
 
     plan: Plan
     directory: Path
-    """Of the pruned model, aligned if the recipe says so."""
+    """The pruned model, aligned if the recipe says so."""
     manifest: Manifest
     source: Source
     """The full model."""
-    recipe: Recipe
-    """As it is trained: on that directory."""
+    run: ResolvedRun
 
 
 class Pipeline:
@@ -82,16 +83,17 @@ class Pipeline:
         status: told in words what goes on.
         listeners: get the metric rows of trainings.
         fresh: take the model as the hub has it today, whatever an earlier run of this name began with.
+        run: the same recipe, if it is resolved already.
 
     Raises:
         RecipeError: another kind of base.
         StorageError: the storage cannot be written, or is an object store.
-        ClusterError: Ray cannot be reached (with ``scaling.num_workers: 0`` it is not asked).
     """
 
     def __init__(
-        self, recipe: Recipe, *, status: Status = log.info, listeners: Sequence[Listener] = (), fresh: bool = False
-    ) -> None:
+        self, recipe: Recipe, *, status: Status = log.info, listeners: Sequence[Listener] = (), fresh: bool = False,
+        run: ResolvedRun | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(recipe.base, LoRAMOptions):
             raise RecipeError(f"base.kind: {recipe.base.kind} is not pruned; set base: {{kind: loram, ...}}")
         self.storage = Storage.open(recipe.storage.path)
@@ -103,58 +105,56 @@ class Pipeline:
         self.storage.check_writable()
         self.recipe, self.base = recipe, recipe.base
         self.status, self.listeners, self.fresh = status, listeners, fresh
-        self.on_ray = recipe.scaling.num_workers != 0
         self.run_storage = self.storage.child(recipe.name)
-        self._place: loram_base.Place | None = None
-        self._ready: Pruned | None = None
-        self._connected = False
+        self._run = run
+        self._ready: PrunedBase | None = None
 
-    def prune(self) -> Pruned:
+    def prune(self) -> PrunedBase:
         """Write the pruned model, step by step, on the cluster or in this process.
 
         Raises:
-            RaymemError: see :func:`raymem.methods.loram.job.open_job` and :func:`.loram_prune.prune_on_ray`.
+            RaymemError: see :func:`raymem.methods.loram.job.open_job` and :meth:`raymem.runs.backend.Backend.prune`.
         """
-        if self.base.artifact is not None:
+        run = self.resolved(build=self.base.artifact is None)
+        site = _site(run)
+        if site is None:
             return self.ready()
-        place = self.find(build=True)
-        job = open_job(place.source, place.pruned, self.base.pruning, place.calibration)
+        job = open_job(site.source, site.directory, self.base.pruning, site.calibration)
         if is_committed(job):
-            self.status(f"pruned before: {place.pruned}")
+            self.status(f"pruned before: {site.directory}")
         else:
             total = len(steps(job))
             done = sum(is_done(job, step) for step in steps(job))
-            self.status(f"pruning {place.source.name}: {total} steps, {done} of them done before")
-            if self.on_ray:
-                from raymem.cluster.prune import prune_on_ray
+            self.status(f"pruning {site.source.name}: {total} steps, {done} of them done before")
+            run.backend.prune(job, self._progress)
+            self.status(f"pruned: {site.directory}")
+        return _beside_full(run, site.directory, site.source)
 
-                prune_on_ray(job, self._progress)
-            else:
-                finish_job(job)
-            self.status(f"pruned: {place.pruned}")
-        return self._pruned(place, place.pruned)
-
-    def align(self) -> Pruned | None:
+    def align(self) -> PrunedBase | None:
         """Train the pruned model itself as ``base.align`` says; None if the recipe leaves that out.
 
         Raises:
             RaymemError: not pruned yet, or see :func:`raymem.runs.train.launch`.
         """
-        alignment = None if self.base.artifact is not None else self._alignment()
-        if alignment is None:
+        if self.base.align is None or self.base.artifact is not None:
             return None
-        (run, ready), place = alignment, self.find()
-        model = loram_base.aligned_model(run, self.storage)
+        run = self._located()
+        site = _site(run)
+        assert site is not None
+        if site.alignment is None:
+            raise ModelError(f"base.align: {site.source.name} is not pruned yet; run: raymem loram prune RECIPE")
+        aligning, model = site.alignment.run, site.alignment.model
         if (model / MANIFEST).is_file():
             self.status(f"aligned before: {model}")
-            return self._pruned(place, model)
-        self.status(f"aligning the pruned model (run {run.name})")
-        finished = launch(run, listeners=self.listeners, status=self.status, ready=ready)
-        facts = {"run": run.name, "steps": finished.outcome.steps, "data": [s.path for s in finished.recipe.data.train]}
-        mark_aligned(model, place.pruned, facts)
-        demo.discard_checkpoints(run)
+            return _beside_full(run, model, site.source)
+        self.status(f"aligning the pruned model (run {aligning.recipe.name})")
+        options = TrainOptions(listeners=self.listeners, status=self.status)
+        finished = train(aligning, options, train_data=site.alignment.train_data)
+        sources = [source.path for source in finished.recipe.data.train]
+        mark_aligned(model, site.directory, {"run": aligning.recipe.name, "steps": finished.steps, "data": sources})
+        demo.discard_checkpoints(aligning.recipe)
         self.status(f"aligned: {model}")
-        return self._pruned(place, model)
+        return _beside_full(run, model, site.source)
 
     def train(self, *, fresh: bool = False) -> dict[str, Any]:
         """Train the adapter on the pruned model; returns the outcome of the run.
@@ -165,13 +165,7 @@ class Pipeline:
         Raises:
             RaymemError: not pruned or aligned yet, or see :func:`raymem.runs.train.launch`.
         """
-        if self.base.artifact is not None:  # the full weights need not be on this machine
-            recipe = demo.resolve(self.recipe, self.storage)
-            known = self._ready
-            manifest = loram_base.check_artifact(recipe, self.base.artifact) if known is None else known.manifest
-            return self._trained(recipe, manifest.digest, fresh=fresh)
-        base = self.ready()
-        return self._trained(base.recipe, base.manifest.digest, fresh=fresh)
+        return self._trained(self._located(), fresh=fresh)
 
     def recover(self) -> Path:
         """Write the adapter of the full model to ``<run>/recovered``; an earlier one of other content is set aside.
@@ -208,10 +202,10 @@ class Pipeline:
         key = digest(
             [_sha256(self._adapter()), _sha256(recovered), base.manifest.digest, base.source.identity, forward]
         )
-        found = _record(self.run_storage, "verify")
-        if found.get("key") == key:
+        before = _record(self.run_storage, "verify")
+        if before.get("key") == key:
             self.status("verified before")
-            return Verification(**found["verification"])
+            return Verification(**before["verification"])
         checked = verify_recovery(self._adapter(), base.directory, recovered, full=base.source, forward=forward)
         self.run_storage.write_json("loram/verify.json", {"key": key, "verification": dataclasses.asdict(checked)})
         return checked
@@ -228,132 +222,91 @@ class Pipeline:
         Raises:
             RaymemError: nothing is recovered yet, or there are no evaluation data.
         """
-        from raymem.runs.evaluate import evaluate_recipe
-
         base = self.ready()
-        full = base.recipe.model_copy(update={"base": full_base()})
+        pruned, full = base.run, on_full_model(base.run, self.recipe.name)
         adapter, recovered = self._adapter(), self._recovered()
-        rows: dict[str, tuple[Recipe, str]] = {
+        check_has_eval(pruned.recipe)
+        rows: dict[str, tuple[ResolvedRun, str]] = {
             "full": (full, "base"),
-            "pruned": (base.recipe, "base"),
-            "pruned + adapter": (base.recipe, str(adapter)),
+            "pruned": (pruned, "base"),
+            "pruned + adapter": (pruned, str(adapter)),
             "full + recovered": (full, str(recovered)),
         }
         if with_lora:
-            run = full.model_copy(update={"name": f"{full.name[:58]}-full"})
-            rows["full + lora"] = full, str(self._trained(run, None)["artifact"])
-        tokenizer = shared_tokenizer(base.recipe, self.storage)
-        has_eval = base.recipe.data.eval is not None  # else evaluate_recipe says so
-        split = prepare_split(base.recipe, "eval" if has_eval else "train", tokenizer, self.storage, on_ray=False)
+            plain = on_full_model(base.run, f"{self.recipe.name[:58]}-full")
+            rows["full + lora"] = full, str(self._trained(plain)["artifact"])
+        split = prepare_split(pruned, "eval")
         stored = _record(self.run_storage, "evaluate")
         results: dict[str, dict[str, Any]] = {}
-        for row, (recipe, artifact) in rows.items():
+        for row, (run, artifact) in rows.items():
             content = None if artifact == "base" else _sha256(Path(artifact))
-            pruned = None if recipe is full else [base.manifest.digest, recipe.base.quantize]
-            key = digest([base.source.identity, pruned, content, split.key, recipe.train.precision, recipe.model.dtype])
+            weights = None if run is full else [base.manifest.digest, run.recipe.base.quantize]
+            precision = [run.recipe.train.precision, run.recipe.model.dtype]
+            key = digest([base.source.identity, weights, content, split.key, *precision])
             if stored.get(row, {}).get("key") != key:
                 self.status(f"evaluating: {row}")
-                result = evaluate_recipe(recipe, artifact, prepared=split).result
+                result = evaluate_run(run, artifact, split)
                 stored[row] = {"key": key, "loss": result.loss, "num_targets": result.num_targets}
                 self.run_storage.write_json("loram/evaluate.json", stored)
             results[row] = {name: value for name, value in stored[row].items() if name != "key"}
         return results
 
-    def ready(self) -> Pruned:
-        """What training needs, without doing anything.
+    def ready(self) -> PrunedBase:
+        """The base that is trained on, beside the full model; nothing is made.
 
         Raises:
             ModelError: not pruned or aligned yet, with the command that does it.
         """
         if self._ready is None:
-            if self.base.artifact is not None:
-                self._ready = self._given(self.base.artifact)
-            else:
-                place = self.find()
-                directory = loram_base.pruned_model(place, self.storage, on_ray=self.on_ray)
-                self._ready = self._pruned(place, directory)
+            run = self._located()
+            base = run.require_base()
+            assert isinstance(base, PrunedModel)
+            source = base.source or open_full_model(on_full_model(run, self.recipe.name).recipe)
+            self._ready = _beside_full(run, base.directory, source)
         return self._ready
 
-    def prepared(self, recipe: Recipe) -> Ready:
-        """What a run needs on a base that these stages left or checked.
+    def trainable(self) -> ResolvedRun:
+        """The run on its pruned model.
 
         Raises:
-            RaymemError: the tokenizer or the data cannot be read.
+            ModelError: not pruned or aligned yet, with the command that does it.
         """
-        self._connect()
-        tokenizer = shared_tokenizer(recipe, self.storage)
-        train_data = prepare_split(recipe, "train", tokenizer, self.storage, on_ray=self.on_ray)
-        return Ready(self.recipe.model.revision, tokenizer, train_data)
+        run = self._located()
+        run.require_base()
+        return run
 
-    def find(self, *, build: bool = False) -> loram_base.Place:
-        """Where the pruned model lies or will lie; with ``build`` a demo model is made on the way.
+    def resolved(self, *, build: bool = False) -> ResolvedRun:
+        """The run, on a base that may still have to be made; with ``build`` a demo model is made on the way.
 
         Raises:
-            RaymemError: see :func:`.loram_base.find`.
+            RaymemError: see :func:`raymem.runs.resolve.resolve`.
         """
-        if self._place is None:
-            self._connect()
-            self.status("opening the full model")
-            if build:
-                demo.resolve(self.recipe, self.storage, build=lambda recipe: launch(recipe, status=self.status))
-            recipe = resolve(self.recipe, None if self.fresh else began_with(self.run_storage))
-            self._place = loram_base.find(recipe, self.storage, on_ray=self.on_ray)
-            record(self.run_storage, recipe, self.recipe.model.revision)
-        return self._place
+        if self._run is None:
+            make = partial(build_demo, status=self.status) if build else None
+            self._run = resolve(self.recipe, fresh=self.fresh, build_demo=make, status=self.status)
+            note_start(self._run)
+        return self._run
 
-    def _connect(self) -> None:
-        if self.on_ray and not self._connected:
-            from raymem.cluster import connection
-            from raymem.cluster.doctor import checks
+    def _located(self) -> ResolvedRun:
+        """The run, on what the stages so far have left."""
+        self._run = locate_again(self.resolved(), self.status)
+        return self._run
 
-            self.status("starting Ray")
-            connection.connect(self.recipe)
-            checks.check_storage_shared(self.storage.path)
-            self._connected = True
-
-    def _alignment(self) -> tuple[Recipe, Ready] | None:
-        if self.base.align is None:
-            return None
-        place = self.find()
-        if not (place.pruned / MANIFEST).is_file():
-            raise ModelError(f"base.align: {place.source.name} is not pruned yet; run: raymem loram prune RECIPE")
-        manifest = read_manifest(place.pruned)
-        return loram_base.alignment_run(place, self.storage, manifest, on_ray=self.on_ray)
-
-    def _given(self, artifact: str) -> Pruned:
-        """A pruned model that the recipe names."""
-        recipe = demo.resolve(self.recipe, self.storage)
-        source = None if on_hub(recipe.model) else loram_base.full_source(recipe)
-        manifest = loram_base.check_artifact(recipe, artifact, source)
-        if source is None:
-            name, commit = manifest.source["name"], manifest.source["revision"]
-            recipe = resolve(recipe, Began(name, commit, commit))
-            source = loram_base.full_source(recipe)
-        place = loram_base.Place(recipe, source, None, Path(artifact))
-        return self._pruned(place, Path(artifact))
-
-    def _pruned(self, place: loram_base.Place, directory: Path) -> Pruned:
-        manifest = read_manifest(directory)
-        options = type(self.base.pruning)(
-            **{**manifest.options, "layer_ratios": _tuple(manifest.options["layer_ratios"])}
-        )
-        recipe = loram_base.with_artifact(place.recipe, directory)
-        return Pruned(plan_pruning(place.source.config(), options), directory, manifest, place.source, recipe)
-
-    def _trained(self, recipe: Recipe, pruned: str | None, *, fresh: bool = False) -> dict[str, Any]:
+    def _trained(self, run: ResolvedRun, *, fresh: bool = False) -> dict[str, Any]:
         """The outcome of a run, which is trained unless that very work is recorded as done."""
-        ready = self.prepared(recipe)
-        values = recipe.to_dict()
+        base = run.require_base()
+        train_data = prepare_split(run, "train")
+        values = run.recipe.to_dict()
         sections = [values[name] for name in ("data", "train", "optimizer", "activations", "storage")]
-        key = digest([identity_of(recipe, ready.train_data), pruned, sections])
-        run_storage = self.storage.child(recipe.name)
-        found = _record(run_storage, "train")
-        if found.get("key") == key and not fresh and (Path(found["outcome"]["artifact"]) / FACTS).is_file():
-            self.status(f"trained before: {found['outcome']['artifact']}")
-            return dict(found["outcome"])
-        finished = launch(recipe, fresh=fresh, listeners=self.listeners, status=self.status, ready=ready)
-        outcome = finished.outcome.to_dict()
-        run_storage.write_json("loram/train.json", {"key": key, "outcome": outcome})
+        pruned = None if isinstance(base, FullModel) else base.manifest.digest
+        key = digest([identity_of(run.recipe, train_data), pruned, sections])
+        before = _record(run.run, "train")
+        if before.get("key") == key and not fresh and (Path(before["outcome"]["artifact"]) / FACTS).is_file():
+            self.status(f"trained before: {before['outcome']['artifact']}")
+            return dict(before["outcome"])
+        options = TrainOptions(fresh=fresh, listeners=self.listeners, status=self.status)
+        outcome = train(run, options, train_data=train_data).outcome.to_dict()
+        run.run.write_json("loram/train.json", {"key": key, "outcome": outcome})
         return outcome
 
     def _adapter(self) -> Path:
@@ -373,13 +326,23 @@ class Pipeline:
             self.status(f"pruning: step {done}/{total}")
 
 
+def _site(run: ResolvedRun) -> PruningSite | None:
+    """Where the run's model is pruned; None where the recipe names a pruned one."""
+    assert isinstance(run.base, PlannedModel | PrunedModel)
+    return run.base.site
+
+
+def _beside_full(run: ResolvedRun, directory: Path, source: Source) -> PrunedBase:
+    """A pruned model, with the plan by which it was made of the full one."""
+    manifest = read_manifest(directory)
+    ratios = manifest.options["layer_ratios"]
+    options = PruneOptions(**{**manifest.options, "layer_ratios": None if ratios is None else tuple(ratios)})
+    return PrunedBase(plan_pruning(source.config(), options), directory, manifest, source, run)
+
+
 def _record(run_storage: Storage, stage: str) -> dict[str, Any]:
     name = f"loram/{stage}.json"
     return run_storage.read_json(name) if run_storage.exists(name) else {}
-
-
-def _tuple(values: Any) -> Any:
-    return None if values is None else tuple(values)
 
 
 def _sha256(adapter: Path) -> str:

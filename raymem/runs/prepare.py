@@ -1,26 +1,85 @@
-"""Tokenising and packing a recipe's data before a run, as Ray tasks where Ray is up."""
+"""The data of a resolved run: checked against its model, tokenised and packed by its backend."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
 
-from raymem.recipe.schema import Recipe
+from raymem.recipe.schema import DataSection
+from raymem.runs.backend import Backend, Status
+from raymem.runs.resolved import ResolvedRun
 from raymem.storage.publish import publish
 from raymem.storage.storage import Storage
-from raymem.training.data.shards import MapBlocks, Prepared, prepare, serial, source_keys
+from raymem.training.data import shards
+from raymem.training.data.shards import Prepared, source_keys
 from raymem.training.data.shared import CACHE, cache_dir, download_source
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
-from raymem.training.model.build import tokenizer_path
+from raymem.training.job import PreparedRun
+from raymem.training.model.build import build_model, check_fit
+
+Split = Literal["train", "eval"]
 
 
-def shared_tokenizer(recipe: Recipe, storage: Storage) -> str:
-    """Copy the recipe's tokenizer into the cache, so that tasks on every node read the same files.
+def prepare(run: ResolvedRun, *, train_data: Prepared | None = None, status: Status) -> PreparedRun:
+    """Check the model and prepare the data, so that mistakes show before workers start.
+
+    Args:
+        train_data: where the caller has prepared it already.
+
+    Raises:
+        ModelError: the base has to be pruned first, or model and tokenizer do not belong together.
+        RecipeError: rows that the model cannot take.
+        DataError, StorageError: see :func:`prepare_data`.
+    """
+    run.require_base()
+    status("checking the model")
+    model = build_model(run.recipe, meta=True)
+    check_fit(model, load_tokenizer(run.tokenizer), run.recipe)
+    del model
+    status("preparing the data")
+    train_data = train_data or prepare_split(run, "train")
+    eval_data = None if run.recipe.data.eval is None else prepare_split(run, "eval")
+    return PreparedRun(run.recipe, run.storage, run.run, train_data, eval_data)
+
+
+def prepare_split(run: ResolvedRun, split: Split) -> Prepared:
+    """One split of a run's data; see :func:`prepare_data`."""
+    return prepare_data(run.recipe.data, split, run.tokenizer, run.storage, run.backend)
+
+
+def prepare_data(section: DataSection, split: Split, tokenizer: str, storage: Storage, backend: Backend) -> Prepared:
+    """Tokenise and pack a split where that has not been done yet, block by block on the backend.
+
+    With an object store the driver does the work on its own disk and uploads the result, which workers then fetch.
+
+    Args:
+        tokenizer: its directory.
+
+    Raises:
+        DataError, ModelError, StorageError: see :func:`raymem.training.data.shards.prepare`.
+    """
+    cache = cache_dir(storage)
+    if storage.is_local:
+        return shards.prepare(section, split, tokenizer, cache, backend.map)
+    for key in source_keys(section, split, tokenizer, cache):
+        download_source(key, storage)
+    prepared = shards.prepare(section, split, tokenizer, cache)
+    for source in prepared.sources:
+        if not storage.exists(f"{CACHE}/data/{source.directory.name}/manifest.json"):
+            storage.upload_dir(source.directory, f"{CACHE}/data/{source.directory.name}")
+    return prepared
+
+
+def share_tokenizer(source: str, storage: Storage) -> str:
+    """Copy a tokenizer into the cache, so that tasks on every node read the same files; returns the directory there.
+
+    Args:
+        source: directory or Hugging Face id.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    tokenizer = load_tokenizer(tokenizer_path(recipe))
+    tokenizer = load_tokenizer(source)
     directory = cache_dir(storage) / "tokenizers" / tokenizer_key(tokenizer)
 
     def save(target: Path) -> dict[str, Any]:
@@ -29,31 +88,3 @@ def shared_tokenizer(recipe: Recipe, storage: Storage) -> str:
 
     publish(directory, save)
     return str(directory)
-
-
-def prepare_split(
-    recipe: Recipe, split: Literal["train", "eval"], tokenizer: str, storage: Storage, *, on_ray: bool
-) -> Prepared:
-    """Tokenise and pack a split where that has not been done yet, as Ray tasks if Ray is up.
-
-    With an object store the driver does the work on its own disk and uploads the result, which workers then fetch.
-
-    Raises:
-        DataError, ModelError, StorageError: see :func:`raymem.training.data.shards.prepare`.
-    """
-    cache = cache_dir(storage)
-    if storage.is_local:
-        return prepare(recipe.data, split, tokenizer, cache, _ray_map() if on_ray else serial)
-    for key in source_keys(recipe.data, split, tokenizer, cache):
-        download_source(key, storage)
-    prepared = prepare(recipe.data, split, tokenizer, cache)
-    for source in prepared.sources:
-        if not storage.exists(f"{CACHE}/data/{source.directory.name}/manifest.json"):
-            storage.upload_dir(source.directory, f"{CACHE}/data/{source.directory.name}")
-    return prepared
-
-
-def _ray_map() -> MapBlocks:
-    from raymem.cluster.tasks import ray_map
-
-    return ray_map

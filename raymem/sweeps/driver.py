@@ -6,28 +6,33 @@ import json
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from optuna.trial import FrozenTrial
 
 from raymem.errors import BudgetError, BudgetExceeded, RaymemError, RecipeError, StorageError
 from raymem.memory.budget import bytes_text
 from raymem.planner.admission import Gate
-from raymem.recipe.schema import Recipe
-from raymem.recipe.sentences import nearest
+from raymem.recipe.schema import ModelSection, Recipe
 from raymem.recipe.space import AXES, Space, sample
 from raymem.recipe.space_load import recipe_at
-from raymem.runs import demo
-from raymem.runs.prepare import prepare_split, shared_tokenizer
-from raymem.runs.train import Status, build_demo, only_one, set_aside
+from raymem.runs.backend import Backend, Status
+from raymem.runs.lock import only_one, set_aside
+from raymem.runs.prepare import prepare_data
+from raymem.runs.resolve import resolve_shared
+from raymem.runs.train import build_demo
 from raymem.storage.storage import Storage
+from raymem.sweeps.options import SweepOptions, check_metrics
 from raymem.sweeps.report import SweepRow, best_of, rows_of, write_report
 from raymem.sweeps.resources import admitted_bytes, resources_of
-from raymem.sweeps.search import METRICS, BudgetedSearch, Objective, open_study, started
+from raymem.sweeps.result import SweepResult
+from raymem.sweeps.search import BudgetedSearch, Configure, open_study, started
 from raymem.sweeps.trial import TrialJob
 from raymem.sweeps.tune import early_stopping, tune
-from raymem.tracking.start import start_tracking
-from raymem.training.model.revision import Began, at_revision, resolve
+from raymem.tracking import RunStart, Tracker, start_tracking
+from raymem.training.model.revision import Began
 
 log = logging.getLogger(__name__)
 
@@ -36,47 +41,10 @@ Watch = Callable[[list[SweepRow]], None]
 """Told all rows whenever one has changed."""
 
 
-@dataclass(frozen=True)
-class SweepOptions:
-    """How a sweep looks for what."""
-
-    budget_bytes: int
-    """Of one worker's device."""
-    samples: int = 50
-    """Trials to start; refused proposals do not count."""
-    objective: Objective = field(default_factory=lambda: Objective(("eval_loss",)))
-    algorithm: str = "tpe"
-    """One of :data:`raymem.sweeps.search.ALGORITHMS`."""
-    early_stopping: bool = True
-    """Stop what is clearly worse at its evaluations (ASHA); with several objectives nothing is stopped."""
-    gpu: str | None = None
-    """Kind of GPU, for the planner."""
-
-
-@dataclass(frozen=True)
-class Swept:
-    """A sweep that came to its end."""
-
-    folder: Path
-    """Report, journal and best recipe."""
-    rows: list[SweepRow]
-    gave_up: str | None
-    """Why it ended before all samples, if it did."""
-    run_id: str | None
-    """MLflow run whose children are the trials."""
-
-
-def check_metrics(names: tuple[str, ...]) -> None:
-    """Refuse a metric that no trial reports. Raises RecipeError."""
-    for name in names:
-        if name not in METRICS:
-            raise RecipeError(f"objective {name!r}: no trial reports that{nearest(name, METRICS)}")
-
-
 def sweep(
     recipe: Recipe, space: Space, options: SweepOptions, *,
     fresh: bool = False, status: Status = log.info, watch: Watch = lambda rows: None,
-) -> Swept:  # fmt: skip
+) -> SweepResult:  # fmt: skip
     """Search a space under a budget; a sweep of the same name on the same storage goes on.
 
     Args:
@@ -86,13 +54,48 @@ def sweep(
         BudgetExceeded: nothing in the space fits; names the smallest figure.
         RaymemError: whatever makes every trial impossible.
     """
-    check_metrics(options.objective.metrics)
+    storage = _check(recipe, options)
+    from raymem.cluster.backend import RayBackend
+
+    with only_one(storage, recipe.name):
+        backend = RayBackend(recipe.scaling.model_copy(update={"num_workers": 0}))  # trials bring their own workers
+        backend.connect(storage, status)
+        if fresh:
+            set_aside(storage, recipe.name)
+        folder = Path(storage.join(recipe.name))
+        resumed, facts = _same_sweep(folder, recipe, space, options)
+        recipe = _prepare(recipe, facts, storage, backend, status)
+        _write_facts(folder, facts | {"revision": recipe.model.revision})
+        tracker = _start_tracking(recipe, options, resumed=resumed)
+        report = {"sweep": folder / "report"}
+        try:
+            configure = _configurer(f"{recipe.name[:53]}-{facts['key']}", tracker.run_id)
+            search, rows = _search(recipe, space, options, folder, configure, storage, status, watch)
+            if (best := best_of(rows, options.objective)) is not None:
+                tracker.log([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
+        except BaseException as error:
+            killed = not isinstance(error, Exception)  # Ctrl-C, or SIGTERM
+            tracker.finish("KILLED" if killed else "FAILED", report if (folder / "report").is_dir() else {})
+            raise
+        return SweepResult(folder, rows, search.gave_up, tracker.finish("FINISHED", report))
+
+
+def _check(recipe: Recipe, options: SweepOptions) -> Storage:
+    """The recipe's storage, if a sweep can be made of it.
+
+    Raises:
+        RaymemError: names what is in the way.
+    """
+    spelling = options.spelling
+    check_metrics(options.objective, spelling)
     if recipe.data.eval is None and "eval_loss" in options.objective.metrics:
-        raise RecipeError("objective 'eval_loss': the recipe has no data.eval; add it, or use --objective loss")
+        raise RecipeError(
+            f"objective 'eval_loss': the recipe has no data.eval; add it, or use {spelling('metrics', 'loss')}"
+        )
     if options.gpu is not None and not recipe.scaling.use_gpu:
         raise BudgetError(
-            f"--gpu {options.gpu}: scaling.use_gpu is false, so trials would run on CPU; set scaling.use_gpu: true, or "
-            "give --budget alone"
+            f"{spelling('gpu', options.gpu)}: scaling.use_gpu is false, so trials would run on CPU; set "
+            f"scaling.use_gpu: true, or give {spelling('budget')} alone"
         )
     storage = Storage.open(recipe.storage.path)
     if not storage.is_local:
@@ -100,61 +103,51 @@ def sweep(
             f"storage.path: {recipe.storage.path} is an object store, and a sweep keeps a journal that is appended to; "
             "use a directory that every node sees"
         )
-    storage.check_writable()
-    from raymem.cluster import connection
-    from raymem.cluster.doctor import checks
+    return storage
 
-    with only_one(storage, recipe.name):
-        status("starting Ray")
-        connection.connect(recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"num_workers": 0})}))
-        checks.check_storage_shared(storage.path)
-        if fresh:
-            set_aside(storage, recipe.name)
-        folder = Path(storage.join(recipe.name))
-        resumed, facts = _same_sweep(folder, recipe, space, options)
-        recipe = _settled(recipe, _began(facts), storage, status)
-        _write_facts(folder, facts | {"revision": recipe.model.revision})
-        study = open_study(folder / "journal.log", options.objective, recipe.name)
-        sink = start_tracking(
-            recipe.to_dict(),
-            storage_path=storage.path,
-            resume=resumed,
-            device="cuda" if recipe.scaling.use_gpu else "cpu",
-            tags={"raymem.sweep": recipe.name, "raymem.budget": bytes_text(options.budget_bytes)},
-        )
-        ended = "FINISHED"
+
+def _start_tracking(recipe: Recipe, options: SweepOptions, *, resumed: bool) -> Tracker:
+    """The sweep's own run, whose children are the trials."""
+    tags = {"raymem.sweep": recipe.name, "raymem.budget": bytes_text(options.budget_bytes)}
+    device = "cuda" if recipe.scaling.use_gpu else "cpu"
+    return start_tracking(RunStart(recipe.to_dict(), recipe.storage.path, resumed, device, tags=tags))
+
+
+def _search(
+    recipe: Recipe, space: Space, options: SweepOptions, folder: Path, configure: Configure, storage: Storage,
+    status: Status, watch: Watch,
+) -> tuple[BudgetedSearch, list[SweepRow]]:  # fmt: skip
+    """Run trials until the search has ended; the report is written however it ends.
+
+    Raises:
+        BudgetExceeded, RecipeError: no point of the space could be started.
+    """
+    study = open_study(folder / "journal.log", options.objective, recipe.name)
+
+    def trials() -> list[FrozenTrial]:
+        return study.get_trials(deepcopy=False)
+
+    admitted = admitted_bytes(recipe, options.budget_bytes, status)
+    with Gate(admitted, gpu=options.gpu) as gate:
+        if sum(map(started, trials())) < options.samples:
+            status("starting the planner")
+            gate.warm_up(recipe)
+        status(f"searching {len(space)} dimensions under {bytes_text(options.budget_bytes)}")
         try:
-            admitted = admitted_bytes(recipe, options.budget_bytes, status)
-            with Gate(admitted, gpu=options.gpu) as gate:
-                configure = _configurer(f"{recipe.name[:53]}-{facts['key']}", sink.run_id)
-                if sum(map(started, study.get_trials(deepcopy=False))) < options.samples:
-                    status("starting the planner")
-                    gate.warm_up(recipe)
-                status(f"searching {len(space)} dimensions under {bytes_text(options.budget_bytes)}")
-                try:
-                    search = tune(
-                        lambda: BudgetedSearch(
-                            study, space, recipe, gate, options.objective,
-                            algorithm=options.algorithm, samples=options.samples, configure=configure,
-                        ),
-                        recipe, storage, admitted,
-                        early_stopping(recipe, options.objective) if options.early_stopping else None,
-                        lambda: watch(rows_of(study.get_trials(deepcopy=False))),
-                    )  # fmt: skip
-                finally:
-                    trials = study.get_trials(deepcopy=False)
-                    rows = write_report(folder / "report", trials, recipe, options.objective, options.budget_bytes)
-                if not any(row.status != "refused" for row in rows):
-                    raise _nothing_fits(space, recipe, gate, rows)
-            if (best := best_of(rows, options.objective)) is not None:
-                sink.log_history([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
-        except BaseException as error:
-            ended = "FAILED" if isinstance(error, Exception) else "KILLED"  # Ctrl-C, or SIGTERM
-            raise
+            search = tune(
+                lambda: BudgetedSearch(
+                    study, space, recipe, gate, options.objective,
+                    algorithm=options.algorithm, samples=options.samples, configure=configure,
+                ),
+                recipe, storage, admitted,
+                early_stopping(recipe, options.objective) if options.early_stopping else None,
+                lambda: watch(rows_of(trials())),
+            )  # fmt: skip
         finally:
-            report = folder / "report"
-            sink.finish(ended, {"sweep": report} if report.is_dir() else {})  # type: ignore[arg-type]
-        return Swept(folder, rows, search.gave_up, sink.run_id)
+            rows = write_report(folder / "report", trials(), recipe, options.objective, options.budget_bytes)
+        if not any(row.status != "refused" for row in rows):
+            raise _nothing_fits(space, recipe, gate, rows)
+    return search, rows
 
 
 def _same_sweep(
@@ -188,7 +181,7 @@ def _same_sweep(
     if different := [name for name in now if now[name] != before.get(name)]:
         raise RecipeError(
             f"{folder}: a sweep of this name with another {', '.join(different)} lies there; choose another "
-            "--name, or start over with --fresh"
+            f"{options.spelling('name')}, or start over with {options.spelling('fresh', True)}"
         )
     return True, {"revision": None, **before}
 
@@ -203,19 +196,20 @@ def _began(facts: dict[str, Any]) -> Began:
     return Began(facts["model"]["name"], facts.get("revision"), facts["model"]["revision"])
 
 
-def _settled(recipe: Recipe, began: Began, storage: Storage, status: Status) -> Recipe:
-    """Build and prepare once what every trial would; returns the recipe with its revision resolved."""
-    recipe = at_revision(recipe, began.commit or began.asked)
-    resolved = resolve(demo.resolve(recipe, storage, build=lambda wanted: build_demo(wanted, status)))
+def _prepare(recipe: Recipe, facts: dict[str, Any], storage: Storage, backend: Backend, status: Status) -> Recipe:
+    """Make once what every trial needs, its model and its data; returns the recipe at the sweep's revision."""
+    asked = recipe.model_copy(update={"model": ModelSection.model_validate(facts["model"])})
+    began = _began(facts)
+    build = partial(build_demo, status=status)
+    pinned, named, tokenizer = resolve_shared(asked, began if began.commit else None, storage, build, status)
     status("preparing the data")
-    tokenizer = shared_tokenizer(resolved, storage)
-    prepare_split(resolved, "train", tokenizer, storage, on_ray=True)
-    if recipe.data.eval is not None:
-        prepare_split(resolved, "eval", tokenizer, storage, on_ray=True)
-    return at_revision(recipe, resolved.model.revision)
+    prepare_data(named.data, "train", tokenizer, storage, backend)
+    if named.data.eval is not None:
+        prepare_data(named.data, "eval", tokenizer, storage, backend)
+    return pinned
 
 
-def _configurer(name: str, parent_run_id: str | None) -> Callable[[int, Recipe, int, int], dict[str, Any]]:
+def _configurer(name: str, parent_run_id: str | None) -> Configure:
     """Makes a trial's config."""
 
     def configure(number: int, point: Recipe, predicted_bytes: int, needed_bytes: int) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 from raymem.memory.budget import bytes_text
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import recipe_at
-from raymem.sweeps.search import METRICS, Objective, started
+from raymem.sweeps.options import METRICS, Objective
+from raymem.sweeps.search import started
 
 STATUSES = ("running", "finished", "stopped", "infeasible", "failed", "crashed", "refused")
 
@@ -29,7 +30,7 @@ class SweepRow:
     """One of :data:`STATUSES`; ``stopped`` is early, ``refused`` never started."""
     point: dict[str, Any]
     metrics: dict[str, float]
-    """Those of :data:`raymem.sweeps.search.METRICS` that it reported."""
+    """Those of :data:`raymem.sweeps.options.METRICS` that it reported."""
     predicted_bytes: int | None
     """Peak of a step; of a refused one what it would need at least."""
     measured_bytes: int | None

@@ -10,7 +10,7 @@ from raymem.cluster.connection import worker_resources
 from raymem.errors import BudgetError
 from raymem.memory.budget import bytes_text
 from raymem.recipe.schema import Recipe
-from raymem.runs.train import Status
+from raymem.runs.backend import Status
 
 RUNTIME_BYTES = 1 << 30
 """Host memory of a trial's process besides its tensors: Python, Ray and torch."""
@@ -58,7 +58,7 @@ def resources_of(recipe: Recipe, needed_bytes: int) -> tuple[dict[str, Any], dic
     """
     scaling = recipe.scaling.model_dump(mode="json")
     if nested(recipe):
-        wanted = worker_resources(recipe)
+        wanted = worker_resources(recipe.scaling)
         if not recipe.scaling.use_gpu:
             wanted["memory"] = float(needed_bytes + RUNTIME_BYTES)
         # The trial itself only waits, for workers that have a placement group of their own: with a share of a core it

@@ -11,7 +11,6 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,11 @@ from raymem.recipe.schema import Recipe
 from raymem.recipe.space import ChoiceDimension, FloatDimension, IntDimension, Point, Space, grid, sample
 from raymem.recipe.space_load import recipe_at
 from raymem.seeds import derive
+from raymem.sweeps.options import METRICS, Objective
 
 log = logging.getLogger(__name__)
 
-ALGORITHMS = ("tpe", "nsga2", "random", "grid")
-METRICS = {"eval_loss": "min", "loss": "min", "peak_bytes": "min", "train_s": "min", "tokens_per_s": "max"}
-"""What a trial reports and a sweep can look for, and which way is better."""
+DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 PATIENCE = 200
 """Proposals in a row that are refused before a search gives up."""
 TRIES_PER_CALL = 2
@@ -43,20 +41,6 @@ Configure = Callable[[int, Recipe, int, int], dict[str, Any]]
 """``(number, recipe, predicted step peak, needed bytes)`` -> what a trial's process is given."""
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What is looked for."""
-
-    metrics: tuple[str, ...]
-    """Keys of :data:`METRICS`; the first one chooses among the best."""
-
-    @property
-    def directions(self) -> list[StudyDirection]:
-        """In Optuna's words."""
-        both = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
-        return [both[METRICS[name]] for name in self.metrics]
-
-
 def open_study(journal: Path, objective: Objective, name: str) -> optuna.Study:
     """The study in a journal file, which is made if it is not there."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -64,7 +48,7 @@ def open_study(journal: Path, objective: Objective, name: str) -> optuna.Study:
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(backend),
         study_name=name,
-        directions=objective.directions,
+        directions=[DIRECTIONS[METRICS[name]] for name in objective.metrics],
         load_if_exists=True,
     )
 
@@ -258,7 +242,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
 
 
 def sampler(algorithm: str, seed: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler of a name in :data:`ALGORITHMS`."""
+    """Optuna's sampler of a name in :data:`raymem.sweeps.options.ALGORITHMS`."""
     seed %= 2**32
     with warnings.catch_warnings(action="ignore"):  # multivariate TPE is marked experimental
         if algorithm == "tpe":

@@ -8,7 +8,6 @@ it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymem.errors import AdapterError, DataError, ModelError, NonFiniteError, OutOfMemory, RecipeError
-from raymem.methods.loram.config import LoRAMOptions
 from raymem.recipe.load import parse_recipe
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
@@ -28,8 +26,8 @@ from raymem.sweeps.resources import nested
 from raymem.training.reporter import Listener, Row
 
 if TYPE_CHECKING:
-    from raymem.runs.train import Finished
-    from raymem.training.job import Ready
+    from raymem.runs.resolved import ResolvedRun
+    from raymem.runs.results import TrainResult
 
 RESULT = "trial.json"
 """In the directory of a trial's run: its last report, once it has ended."""
@@ -59,7 +57,7 @@ class TrialJob:
     resources: dict[str, float]
     """Of the process, with Ray."""
     parent_run_id: str | None
-    """Of the sweep's MLflow run."""
+    """Id of the sweep's run in the tracking system."""
 
     def to_config(self) -> dict[str, Any]:
         """As Ray Tune takes it: one value, for what it makes of many is long names."""
@@ -79,8 +77,8 @@ def run_trial(config: dict[str, Any]) -> None:
     """The function that Ray Tune runs."""
     from ray import tune
 
-    # For so long the next trial of this process waits until the thread of one that was stopped has told MLflow so; Ray
-    # Tune's 2 s may be too short, and it then loses the next trial without a word.
+    # Give the thread of a stopped trial up to 120 s to end its tracked run before this process takes the next trial:
+    # Ray Tune's default of 2 s may drop that one without a word.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
     job = TrialJob.of(config)
     recipe = parse_recipe(job.recipe, f"trial {job.number}")
@@ -150,36 +148,30 @@ def earlier_result(run: Storage) -> dict[str, Any] | None:
     return None
 
 
-def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> Finished:
-    """A whole training, on a model that is pruned first if the recipe says so."""
-    from raymem.runs.train import InSweep, launch
+def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> TrainResult:
+    """A whole training, on a model that is pruned first if that has to be."""
+    from raymem.runs.resolve import resolve
+    from raymem.runs.resolved import PlannedModel
+    from raymem.runs.train import InSweep, TrainOptions, train
 
-    ready = None
-    if isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None:
-        recipe, ready = _pruned(recipe)
-    return launch(recipe, listeners=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes), ready=ready)
+    run = resolve(recipe)
+    if isinstance(run.base, PlannedModel):
+        run = _on_pruned_model(run)
+    return train(run, TrainOptions(listeners=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes)))
 
 
-def _pruned(recipe: Recipe) -> tuple[Recipe, Ready]:
-    """The recipe on its pruned model, which is made unless it is there; of trials that want the same, one makes it."""
+def _on_pruned_model(run: ResolvedRun) -> ResolvedRun:
+    """The run on its pruned model, which is made unless it is there; of trials that need the same, one makes it."""
+    from raymem.runs.lock import in_turn
     from raymem.runs.loram import Pipeline
+    from raymem.runs.resolved import PlannedModel
 
-    pipeline = Pipeline(recipe)
-    with _turn(pipeline.storage, f"pruning-{pipeline.find().pruned.name}"):
+    assert isinstance(run.base, PlannedModel)
+    pipeline = Pipeline(run.asked, run=run)
+    with in_turn(run.storage, f"pruning-{run.base.site.directory.name}"):
         pipeline.prune()
         pipeline.align()
-    base = pipeline.ready()
-    return base.recipe, pipeline.prepared(base.recipe)
-
-
-@contextlib.contextmanager
-def _turn(storage: Storage, name: str) -> Iterator[None]:
-    """Wait for whoever does the same work, on any node that shares the lock; sweeps have a directory as storage."""
-    folder = Path(storage.join(".locks"))
-    folder.mkdir(exist_ok=True)
-    with (folder / name).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return pipeline.trainable()
 
 
 @contextlib.contextmanager

@@ -17,8 +17,9 @@ from raymem.planner import prediction_error
 from raymem.recipe.schema import Recipe
 from raymem.runs.demo import discard_checkpoints
 from raymem.storage.storage import Storage
+from raymem.sweeps.options import METRICS, Objective
 from raymem.sweeps.resources import most_at_once, nested
-from raymem.sweeps.search import METRICS, BudgetedSearch, Objective
+from raymem.sweeps.search import BudgetedSearch
 from raymem.sweeps.trial import ATTEMPT, RESULT, TrialJob, free_reservation, run_trial
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,16 @@
-"""MLflow runs, metrics, artifacts and registry; the only room that imports mlflow (and only once it is needed)."""
+"""Where runs are recorded; the only room that imports mlflow (and only once it is needed)."""
 
-from raymem.tracking.sink import MlflowSink, NullSink, TrackingSink, TrackingSummary, sink_from
-from raymem.tracking.start import check_tracking, start_tracking
+from raymem.tracking.kinds import KINDS, TrackerKind, attach_tracker, check_tracking, start_tracking
+from raymem.tracking.tracker import NullTracker, RunStart, Tracker, TrackingResult
 
-__all__ = ["MlflowSink", "NullSink", "TrackingSink", "TrackingSummary", "check_tracking", "sink_from", "start_tracking"]
+__all__ = [
+    "KINDS",
+    "NullTracker",
+    "RunStart",
+    "Tracker",
+    "TrackerKind",
+    "TrackingResult",
+    "attach_tracker",
+    "check_tracking",
+    "start_tracking",
+]

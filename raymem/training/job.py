@@ -1,4 +1,4 @@
-"""What the driver hands to whoever trains."""
+"""What the driver hands to the workers that train."""
 
 from __future__ import annotations
 
@@ -10,22 +10,12 @@ from raymem.training.data.shards import Prepared
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What a stage of LoRAM has done before it starts a run on a base that it has checked, so that it is done once."""
-
-    asked: str | None
-    """The revision that the user's recipe names; that of the run is resolved."""
-    tokenizer: str
-    """Directory in the cache."""
-    train_data: Prepared
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that is settled before the first step."""
+class PreparedRun:
+    """A resolved run with its data tokenised and packed: all that the first step needs."""
 
     recipe: Recipe
     storage: Storage
     run: Storage
+    """The run's own directory in it."""
     train_data: Prepared
     eval_data: Prepared | None

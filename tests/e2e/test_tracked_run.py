@@ -7,9 +7,9 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from test_cli import write_recipe
 
 from raymem.cli.main import run_app
+from tests.e2e.test_cli import write_recipe
 from tests.helpers.commands import kill_command
 from tests.helpers.run_files import losses
 

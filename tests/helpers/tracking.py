@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from raymem.tracking import RunStart, start_tracking
+from raymem.tracking.mlflow_tracker import MlflowTracker
+
 
 def recipe(**tracking: Any) -> dict[str, Any]:
     defaults = {"kind": "mlflow", "uri": None, "experiment": "exp", "register_as": None, "alias": "candidate"}
@@ -14,6 +17,14 @@ def recipe(**tracking: Any) -> dict[str, Any]:
         "train": {"steps": 30},
         "tracking": {**defaults, **tracking},
     }
+
+
+def start(storage: str, resume: bool = False, **changes: Any) -> MlflowTracker:
+    """The tracker of a run; ``changes`` to its recipe, and to how it starts."""
+    options = {k: changes.pop(k) for k in ("parent_run_id", "device", "tags") if k in changes}
+    tracker = start_tracking(RunStart({**recipe(), **changes}, storage, resume, **options))
+    assert isinstance(tracker, MlflowTracker)
+    return tracker
 
 
 class Server:

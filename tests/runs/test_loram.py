@@ -228,7 +228,13 @@ def test_data_of_several_blocks_is_prepared_by_tasks(
     monkeypatch.setattr(shards, "BLOCK_ROWS", 25)
     section = make_recipe(run_fragment(examples, tmp_path)).data
     here = shards.prepare(section, "train", str(llama), tmp_path / "here")
-    monkeypatch.setattr("raymem.cluster.tasks.serial", None)
+    driver = os.getpid()
+
+    def elsewhere(function: Any, task: Any) -> Any:
+        assert os.getpid() != driver
+        return function(task)
+
+    monkeypatch.setattr("raymem.cluster.tasks.function_of", elsewhere)
     there = shards.prepare(section, "train", str(llama), tmp_path / "there", ray_map)
     assert there.key == here.key
     ((mine, _),), ((theirs, _),) = here.directories, there.directories

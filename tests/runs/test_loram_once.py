@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from raymem.methods.loram import source as source_module
-from raymem.runs import prepare as prepare_module
 from raymem.runs.loram import Pipeline
 from raymem.sweeps import trial as trial_module
 from raymem.sweeps.trial import TrialJob
+from raymem.training.data import shards
 from tests.helpers.loram_runs import STAGES, loram_recipe, run_stages
 
 
@@ -21,7 +21,7 @@ from tests.helpers.loram_runs import STAGES, loram_recipe, run_stages
 def counts(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Openings of the full model, and preparations by split and first file."""
     found: Counter[str] = Counter()
-    fingerprint, prepare = source_module.fingerprint, prepare_module.prepare
+    fingerprint, prepare = source_module.fingerprint, shards.prepare
 
     def counting_fingerprint(directory: Path, file: str) -> Any:
         found["opened"] += directory == llama
@@ -32,7 +32,7 @@ def counts(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return prepare(section, split, *arguments)
 
     monkeypatch.setattr(source_module, "fingerprint", counting_fingerprint)
-    monkeypatch.setattr(prepare_module, "prepare", counting_prepare)
+    monkeypatch.setattr(shards, "prepare", counting_prepare)
     return found
 
 

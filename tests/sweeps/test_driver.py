@@ -25,9 +25,11 @@ from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
 from raymem.sweeps import search as search_module
 from raymem.sweeps import tune
-from raymem.sweeps.driver import SweepOptions, Swept, sweep
+from raymem.sweeps.driver import sweep
+from raymem.sweeps.options import Objective, SweepOptions
 from raymem.sweeps.report import SweepRow
-from raymem.sweeps.search import Objective, open_study
+from raymem.sweeps.result import SweepResult
+from raymem.sweeps.search import open_study
 from tests.helpers.ray_processes import RayHead, clean_environment, end_session, free_ports
 from tests.helpers.runs import MONITOR, ray_recipe
 from tests.helpers.support import PlansHere
@@ -68,7 +70,7 @@ def sizes(planned_here: None, llama: Path, examples: Path, tmp_path_factory: pyt
     return sorted(found)
 
 
-def run(recipe: Recipe, budget: int, samples: int = 6, early_stopping: bool = False, **options: Any) -> Swept:
+def run(recipe: Recipe, budget: int, samples: int = 6, early_stopping: bool = False, **options: Any) -> SweepResult:
     wanted = SweepOptions(budget, samples, early_stopping=early_stopping, **options)
     return sweep(recipe, load_space(None, recipe), wanted)
 
@@ -162,7 +164,7 @@ def test_memory_that_runs_out_is_a_result_and_a_crash_is_tried_again(
     assert not leaked_groups()
 
 
-def left_checkpoints(swept: Swept) -> list[Path]:
+def left_checkpoints(swept: SweepResult) -> list[Path]:
     return list(swept.folder.parent.glob(f"{swept.folder.name}-*/checkpoints/*"))
 
 

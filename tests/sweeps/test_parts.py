@@ -24,14 +24,16 @@ from raymem.errors import (
 )
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
+from raymem.runs.lock import in_turn
 from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module
 from raymem.sweeps import trial as trial_module
 from raymem.sweeps import tune
-from raymem.sweeps.driver import SweepOptions, sweep
+from raymem.sweeps.driver import sweep
+from raymem.sweeps.options import Objective, SweepOptions
 from raymem.sweeps.report import rows_of
 from raymem.sweeps.resources import RUNTIME_BYTES, admitted_bytes, most_at_once, nested, resources_of
-from raymem.sweeps.search import Objective, open_study
+from raymem.sweeps.search import open_study
 from raymem.sweeps.trial import TrialJob
 from raymem.training.loop import Outcome
 from raymem.training.model.revision import Began, at_revision
@@ -289,7 +291,7 @@ def test_the_same_pruned_model_is_made_by_one_trial(tmp_path: Path) -> None:
     storage, done = Storage.open(str(tmp_path)), []
 
     def prune(number: int) -> None:
-        with trial_module._turn(storage, "pruning-x"):
+        with in_turn(storage, "pruning-x"):
             done.append(("begins", number))
             time.sleep(0.1)
             done.append(("ends", number))

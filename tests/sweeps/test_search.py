@@ -19,8 +19,9 @@ from raymem.recipe.load import load_recipe
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
 from raymem.sweeps import search as search_module
+from raymem.sweeps.options import Objective
 from raymem.sweeps.report import best_of, best_recipe, pareto, rows_of, write_report
-from raymem.sweeps.search import BudgetedSearch, Objective, open_study, started
+from raymem.sweeps.search import BudgetedSearch, open_study, started
 from tests.helpers.support import make_recipe
 
 SPACE = {

@@ -23,9 +23,9 @@ import json, logging, sys
 logging.basicConfig(level=logging.INFO)
 import raymem.tracking
 assert "mlflow" not in sys.modules  # it is loaded when it is needed
-sink = raymem.tracking.start_tracking(json.loads(sys.argv[2]), storage_path=sys.argv[1], resume=False)
-sink.log_history([{"step": 1, "loss": 1.0}])
-assert sink.finish("FINISHED").problem is None
+tracker = raymem.tracking.start_tracking(raymem.tracking.RunStart(json.loads(sys.argv[2]), sys.argv[1], resume=False))
+tracker.log([{"step": 1, "loss": 1.0}])
+assert tracker.finish("FINISHED").problem is None
 """
 
 

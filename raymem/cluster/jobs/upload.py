@@ -1,31 +1,47 @@
-"""What a job upload would contain: measured with Ray's own walk, so that it is what Ray will really send."""
+"""The files of a job upload, chosen as Ray will choose them, so that what is missing or too large is said before."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+import pathspec
 
 from raymem.errors import ClusterError
 
 MAX_UPLOAD_BYTES = 100 << 20
 """The limit of Ray's dashboard for one upload."""
+DEFAULT_EXCLUDES = ".git,.venv,venv,__pycache__"
+"""Left out by Ray, unless RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES names other patterns."""
 
 
 def packaged_files(working_dir: Path) -> dict[str, int]:
     """Bytes of each file that Ray would upload: relative name -> size; .gitignore and .rayignore are honoured."""
-    from ray._private import ray_constants
-    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
-
     sizes: dict[str, int] = {}
+    with_git = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    ignore_files = [".gitignore", ".rayignore"] if with_git else [".rayignore"]
 
-    def note(path: Path) -> None:
+    def visit(path: Path, rules: list[Callable[[Path], bool]]) -> None:
+        lists = [path / name for name in ignore_files if (path / name).is_file()]
+        rules = [*rules, *(_rule(path, file.read_text().splitlines()) for file in lists)]
+        if any(is_excluded(path) for is_excluded in rules):
+            return
         if path.is_file():
             sizes[path.relative_to(working_dir).as_posix()] = path.stat().st_size
+        elif path.is_dir():
+            for child in path.iterdir():
+                visit(child, rules)
 
-    excludes = [_get_excludes(working_dir, ray_constants.get_runtime_env_default_excludes())]
-    git = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
-    _dir_travel(working_dir, excludes, note, include_gitignore=git, logger=_Silent())
+    defaults = os.environ.get("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", DEFAULT_EXCLUDES)
+    visit(working_dir, [_rule(working_dir, [word.strip() for word in defaults.split(",") if word.strip()])])
     return sizes
+
+
+def _rule(folder: Path, patterns: list[str]) -> Callable[[Path], bool]:
+    """Whether patterns that stand in a folder exclude a path below it."""
+    spec = pathspec.PathSpec.from_lines("gitignore", patterns)
+    return lambda path: spec.match_file(path.relative_to(folder))
 
 
 def check_package(working_dir: Path, needed: list[str], limit_bytes: int = MAX_UPLOAD_BYTES) -> None:
@@ -57,11 +73,3 @@ def check_package(working_dir: Path, needed: list[str], limit_bytes: int = MAX_U
 
 def _mib(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 20):.1f} MiB"
-
-
-class _Silent:
-    def info(self, *args: object) -> None:
-        """Ray announces every ignore file that it finds."""
-
-    def error(self, *args: object) -> None:
-        """The exception follows."""

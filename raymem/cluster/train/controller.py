@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raymem.cluster.connection import worker_resources
-from raymem.cluster.train.progress import Relay, Watcher, new_board
-from raymem.cluster.train.worker import train_worker
+from raymem.cluster.train.progress import MetricsPoller, ReportCallback, new_mailbox
+from raymem.cluster.train.worker import config_of, train_worker
 from raymem.errors import ClusterError
-from raymem.training.data.shared import to_dict
-from raymem.training.job import Job
+from raymem.tracking import Tracker
+from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Listener
 
@@ -23,7 +23,7 @@ START_ATTEMPTS = 10
 """Tries, of up to a minute each, to get the resources; an autoscaler needs some minutes to bring a node."""
 
 
-def train_on_ray(job: Job, sink_spec: Mapping[str, str] | None, listeners: Sequence[Listener]) -> Outcome:
+def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
     """Run the worker group to its end; Ray restarts it after crashes, and the loop resumes from its checkpoints.
 
     raymem writes, finds and prunes checkpoints itself, so that local and Ray runs share them; Ray is not told of
@@ -33,18 +33,15 @@ def train_on_ray(job: Job, sink_spec: Mapping[str, str] | None, listeners: Seque
         RaymemError: what a worker raised for the user.
         ClusterError: workers kept crashing, or never started.
     """
-    recipe, scaling = job.recipe, job.recipe.scaling
-    resources = worker_resources(recipe)
-    board = new_board()
+    recipe, scaling = prepared.recipe, prepared.recipe.scaling
+    resources = worker_resources(scaling)
+    mailbox = new_mailbox()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "recipe": recipe.to_dict(),
-            "run": job.run.path,
-            "train_data": to_dict(job.train_data),
-            "eval_data": job.eval_data and to_dict(job.eval_data),
+            **config_of(prepared),
             "threads": max(1, int(resources.get("CPU", 1))),
-            "board": board,
+            "mailbox": mailbox,
         },
         # Both backends, so that host objects can be exchanged on GPU runs too.
         torch_config=TorchConfig(
@@ -56,22 +53,22 @@ def train_on_ray(job: Job, sink_spec: Mapping[str, str] | None, listeners: Seque
         ),
         run_config=ray.train.RunConfig(
             name=recipe.name,
-            storage_path=job.storage.root,
-            storage_filesystem=None if job.storage.is_local else job.storage.filesystem,
-            callbacks=[Relay(sink_spec, board)],
+            storage_path=prepared.storage.root,
+            storage_filesystem=None if prepared.storage.is_local else prepared.storage.filesystem,
+            callbacks=[ReportCallback((recipe.tracking.kind, tracker.spec()), mailbox)],
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
             ),
         ),
     )
-    with Watcher(board, listeners):
+    with MetricsPoller(mailbox, listeners):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as failure:
-            if (error := ray.get(board.error.remote())) is not None:
+            if (error := ray.get(mailbox.error.remote())) is not None:
                 raise error from None
             raise ClusterError(_explain(failure, scaling.max_failures)) from failure
-    if (error := ray.get(board.error.remote())) is not None:
+    if (error := ray.get(mailbox.error.remote())) is not None:
         raise error
     return Outcome(**result.return_value)
 

@@ -1,4 +1,4 @@
-"""From the workers to the people watching: paced reports, a relay in the controller, a board that the driver reads."""
+"""From the workers to the people watching: paced reports, a callback in the controller, a mailbox that is polled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymem.errors import RaymemError
-from raymem.tracking.sink import TrackingSink, sink_from
+from raymem.tracking import Tracker, attach_tracker
 from raymem.training.dist_env import Layout
 from raymem.training.reporter import Listener, Row
 
@@ -23,7 +23,7 @@ REPORT_EVERY_S = 5.0
 
 
 @ray.remote(num_cpus=0)
-class Board:
+class MetricsMailbox:
     """A small actor between controller and driver: metric rows, and the error that ends a run for good."""
 
     def __init__(self) -> None:
@@ -45,26 +45,30 @@ class Board:
         return self._error
 
 
-def new_board() -> Any:
-    """A board on the driver's own node: it must outlive every other one."""
+def new_mailbox() -> Any:
+    """A mailbox on the driver's own node, which must outlive every other one."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return MetricsMailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
-class Relay(ray.train.UserCallback):  # type: ignore[misc]
-    """Runs in the Ray Train controller: hands each report to the tracking sink and to the board."""
+class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
+    """Runs in the Ray Train controller: hands each report to the tracker and to the mailbox.
 
-    def __init__(self, sink_spec: Mapping[str, str] | None, board: Any) -> None:
-        self._sink_spec = sink_spec
-        self._board = board
-        self._sink: TrackingSink | None = None
+    Args:
+        tracking: kind of the tracker, and the plain data that rebuild it.
+    """
+
+    def __init__(self, tracking: tuple[str, Mapping[str, Any]], mailbox: Any) -> None:
+        self._tracking = tracking
+        self._mailbox = mailbox
+        self._tracker: Tracker | None = None
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         rows = metrics[0].get("rows", [])
-        if self._sink is None:
-            self._sink = sink_from(self._sink_spec)
-        self._board.push.remote(rows)
-        self._sink.log_history(rows)
+        if self._tracker is None:
+            self._tracker = attach_tracker(*self._tracking)
+        self._mailbox.push.remote(rows)
+        self._tracker.log(rows)
 
 
 class RayReporter:
@@ -100,16 +104,16 @@ class RayReporter:
         self._last_report = (step, time.monotonic())
 
 
-class Watcher:
-    """Reads the board in a thread while the driver waits for the run."""
+class MetricsPoller:
+    """Reads the mailbox in a thread while the driver waits for the run."""
 
-    def __init__(self, board: Any, listeners: Sequence[Listener]) -> None:
-        self._board = board
+    def __init__(self, mailbox: Any, listeners: Sequence[Listener]) -> None:
+        self._mailbox = mailbox
         self._listeners = listeners
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> MetricsPoller:
         self._thread.start()
         return self
 
@@ -124,7 +128,7 @@ class Watcher:
 
     def _deliver(self) -> None:
         try:
-            rows = ray.get(self._board.take.remote(), timeout=10)
+            rows = ray.get(self._mailbox.take.remote(), timeout=10)
         except ray.exceptions.RayError:
             return  # the cluster is going away; the run itself will say so
         for listener in self._listeners if rows else ():

@@ -13,26 +13,37 @@ from raymem.cluster.train.progress import RayReporter
 from raymem.errors import RaymemError
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
-from raymem.training.data.shared import localise
+from raymem.training.data.shared import localise, to_dict
 from raymem.training.dist_env import Layout
+from raymem.training.job import PreparedRun
 from raymem.training.loop import run
+
+
+def config_of(prepared: PreparedRun) -> dict[str, Any]:
+    """The plain data that :func:`train_worker` takes."""
+    return {
+        "recipe": prepared.recipe.to_dict(),
+        "run": prepared.run.path,
+        "train_data": to_dict(prepared.train_data),
+        "eval_data": prepared.eval_data and to_dict(prepared.eval_data),
+    }
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """Entry point of a worker.
 
     Args:
-        config: plain data from the driver: ``recipe``, ``run`` (path or URI of the run), ``train_data`` and
-            ``eval_data`` (:func:`raymem.training.data.shared.to_dict`), ``threads``, ``board``.
+        config: what :func:`config_of` makes on the driver; of raymem's own driver also ``threads`` and the ``mailbox``
+            for errors.
 
     Returns:
         :meth:`raymem.training.loop.Outcome.to_dict`; None if the run ended for good before and Ray merely retried.
     """
-    board = config["board"]
-    if ray.get(board.error.remote()) is not None:
+    mailbox = config.get("mailbox")
+    if mailbox is not None and ray.get(mailbox.error.remote()) is not None:
         return None
     recipe = Recipe.model_validate(config["recipe"])
-    if not recipe.scaling.use_gpu:
+    if not recipe.scaling.use_gpu and "threads" in config:
         torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if recipe.scaling.use_gpu else None
@@ -43,5 +54,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         eval_data = config["eval_data"] and localise(config["eval_data"], storage)
         return run(recipe, layout, Storage.open(config["run"]), train_data, eval_data, RayReporter(layout)).to_dict()
     except RaymemError as error:
-        ray.get(board.fail.remote(error))
+        if mailbox is not None:
+            ray.get(mailbox.fail.remote(error))
         raise

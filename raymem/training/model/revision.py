@@ -1,7 +1,7 @@
 """Which commit of the Hugging Face hub a recipe means: the one that its run began with, else what the hub has today.
 
 A branch such as ``main`` moves. A run, its evaluation and its artefact mean one commit all the same, so whoever starts
-something asks :func:`resolve`, with what is known of the run or of the artefact.
+something asks :func:`resolve_revision`, with what is known of the run or of the artefact.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Began:
         return model.name == self.name and model.revision in (None, self.asked, self.commit)
 
 
-def resolve(recipe: Recipe, *earlier: Began | None) -> Recipe:
+def resolve_revision(recipe: Recipe, *earlier: Began | None) -> Recipe:
     """The recipe with the exact commit of a hub id as its revision; one that means another model is left alone.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import shutil
 import socket
 import threading
 import time
+import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +194,57 @@ def test_upload_size(tmp_path: Path) -> None:
         check_package(tmp_path, [], limit_bytes=10_000)
     largest = str(caught.value).split("largest: ")[1].split(";")[0]
     assert [entry.split()[0] for entry in largest.split(", ")] == ["big/", "data/", "c", "d", "e"]
+
+
+def test_what_is_uploaded_is_what_ray_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own walk is private; ours has to choose the same files, whatever the ignore files say."""
+    from ray._private.runtime_env.packaging import create_package
+
+    project = tmp_path / "project"
+    names = [
+        "keep.py",
+        "skip/x",
+        "skip/keep.me",
+        "logs/a.log",
+        "logs/b.txt",
+        "deep/logs/c.log",
+        "deep/tmp/y",
+        "deep/tmp.txt",
+        "deep/only/here",
+        "root",
+        "deep/root",
+        "a_b.txt",
+        ".git/HEAD",
+        "venv/lib",
+        "deep/__pycache__/z.pyc",
+        "data.bin",
+        "deep/data.bin",
+        "deeper/still/data.bin",
+        "star/one/two/three",
+        "question1",
+        "question12",
+        "sub/.hidden",
+    ]
+    for name in names:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(name)
+    (project / ".gitignore").write_text("skip/*\n!skip/keep.me\n*.log\n/root\n# a comment\n\na_[a-c].txt\nquestion?\n")
+    (project / ".rayignore").write_text("star/**/three\ndeeper/\n")
+    (project / "deep" / ".gitignore").write_text("tmp\n!data.bin\nonly/here/\n")
+    (project / "deep" / ".rayignore").write_text("/data.bin\n")
+    (project / "link").symlink_to(project / "deep")
+    everything = glob.glob("**/*", root_dir=project, recursive=True, include_hidden=True)
+    usual = ".git,.venv,venv,__pycache__"
+    for git, excludes in (("0", usual), ("1", usual), ("0", "sub, *.py")):
+        monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", git)
+        monkeypatch.setenv("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", excludes)
+        package = tmp_path / f"{git}{len(excludes)}.zip"
+        patterns = [word.strip() for word in excludes.split(",")]
+        create_package(str(project), package, include_gitignore=git == "0", excludes=patterns)
+        with zipfile.ZipFile(package) as archive:
+            packed = {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}
+        assert packaged_files(project) == packed
+        assert len(names) // 3 < len(packed) < len(everything)
 
 
 # ---- addresses

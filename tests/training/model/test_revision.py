@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from raymem.errors import CheckpointError, ModelError
 from raymem.recipe.schema import Recipe
+from raymem.runs.backend import LocalBackend
 from raymem.runs.evaluate import evaluate_recipe
 from raymem.runs.loram import Pipeline
 from raymem.runs.train import launch
 from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module
+from raymem.sweeps.options import SweepOptions
 from raymem.training.artifacts.load import load_artifact, merge
 from raymem.training.model.revision import RECORD
 from raymem.training.reporter import Row
@@ -163,11 +165,11 @@ def test_on_an_object_store_too(
 
 def test_a_sweep_means_one_commit(hub: Hub, recipe: Any, tmp_path: Path) -> None:
     asks, storage = recipe("sweep", revision="main"), Storage.open(str(tmp_path / "runs"))
-    options = sweep_module.SweepOptions(1 << 30)
+    options = SweepOptions(1 << 30)
 
     def settled(wanted: Recipe) -> str | None:
         _, facts = sweep_module._same_sweep(tmp_path / "runs" / "sweep", wanted, {}, options)
-        revision = sweep_module._settled(wanted, sweep_module._began(facts), storage, print).model.revision
+        revision = sweep_module._prepare(wanted, facts, storage, LocalBackend(), print).model.revision
         sweep_module._write_facts(tmp_path / "runs" / "sweep", {**facts, "revision": revision})
         return revision
 
@@ -210,9 +212,9 @@ def test_the_stages_of_loram_mean_one_commit(hub: Hub, examples: Path, tmp_path:
     assert again.loss == pytest.approx(rows["full + recovered"]["loss"], abs=1e-6)
 
     fresh = Pipeline(named, fresh=True)
-    assert fresh.prune().recipe.model.revision == second
+    assert fresh.prune().run.recipe.model.revision == second
     fresh.train(fresh=True)
     hub.move()
-    assert Pipeline(named).ready().recipe.model.revision == second
+    assert Pipeline(named).ready().run.recipe.model.revision == second
     assert Pipeline(recipe).recover() == recovered
     assert json.loads((recovered / "adapter_config.json").read_text())["revision"] == second

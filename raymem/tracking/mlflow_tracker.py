@@ -1,4 +1,4 @@
-"""Where a run's metrics go. A sink never raises and never blocks for long while training is under way."""
+"""Runs in MLflow. The tracker never raises and never blocks for long while training is under way."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Self
 
-from raymem.tracking.client import brief, connect, limits
+from raymem.tracking.mlflow_client import brief, connect, limits
+from raymem.tracking.mlflow_run import check_server, start_run
+from raymem.tracking.tracker import RunStart, Status
 
 _log = logging.getLogger("raymem.tracking")
 
@@ -18,17 +20,15 @@ RETRY_AFTER_S = 30.0
 MAX_WAITING = 50_000
 _METRICS_PER_BATCH = 1000
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-
 
 @dataclass(frozen=True)
-class TrackingSummary:
-    """What became of a run's tracking, for the last line of a command."""
+class MlflowResult:
+    """How the tracking of a run stands."""
 
-    uri: str | None = None
-    run_id: str | None = None
+    uri: str
+    run_id: str | None
     logged: int = 0
-    """Metric values that this sink sent."""
+    """Metric values that this tracker sent."""
     waiting: int = 0
     """Metric values that are still to be sent."""
     dropped: int = 0
@@ -51,69 +51,17 @@ class TrackingSummary:
             missing += f"; {' and '.join(self.missing)} did not arrive: run the same command again to repeat that"
         return f"tracking at {self.uri} failed {self.failures} times ({self.last_error}); {missing}"
 
-
-class TrackingSink(Protocol):
-    """One run of one tracking system."""
-
     @property
-    def run_id(self) -> str | None:
-        """Id of the run in the tracking system."""
+    def hint(self) -> str | None:
+        """How to look at runs that no server shows."""
+        return (
+            f"look at the curves: mlflow ui --backend-store-uri {self.uri}" if self.uri.startswith("sqlite") else None
+        )
 
-    def spec(self) -> dict[str, str] | None:
-        """Plain data for :func:`sink_from` in another process, such as the Ray Train controller."""
-
-    def log_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log rows ``{"step": 12, "loss": ..}``; values that are no numbers are left out.
-
-        A step that the run already has is never logged again, so that replays after a crash are harmless, and so is
-        passing a whole history once more at the end (which mends what an outage swallowed). Never raises.
-        """
-
-    def finish(
-        self,
-        status: Status,
-        artifact_dirs: Mapping[str, str | Path] | None = None,
-        register_as: str | None = None,
-        alias: str | None = None,
-        model_tags: Mapping[str, str] | None = None,
-    ) -> TrackingSummary:
-        """Flush, upload ``{name: local directory}``, register the first one under ``alias``, and end the run.
-
-        The model version is tagged with the base model and revision of the recipe, and ``model_tags``. Never raises.
-        """
-
-    def summary(self) -> TrackingSummary:
-        """Counts so far."""
-
-
-class NullSink:
-    """``tracking: none``."""
-
-    run_id: str | None = None
-
-    def spec(self) -> None:
-        return None
-
-    def log_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        pass
-
-    def finish(
-        self,
-        status: Status,
-        artifact_dirs: Mapping[str, str | Path] | None = None,
-        register_as: str | None = None,
-        alias: str | None = None,
-        model_tags: Mapping[str, str] | None = None,
-    ) -> TrackingSummary:
-        return TrackingSummary()
-
-    def summary(self) -> TrackingSummary:
-        return TrackingSummary()
-
-
-def sink_from(spec: Mapping[str, str] | None) -> TrackingSink:
-    """Rebuild a sink in another process from :meth:`TrackingSink.spec`; nothing is contacted yet."""
-    return MlflowSink(spec["tracking_uri"], spec["run_id"]) if spec else NullSink()
+    def summary_lines(self) -> list[str]:
+        """The run, and the registered model if there is one."""
+        lines = [f"MLflow run {self.run_id} at {self.uri}"]
+        return [*lines, f"registered as {self.model_version}"] if self.model_version else lines
 
 
 class _Value(NamedTuple):
@@ -123,12 +71,20 @@ class _Value(NamedTuple):
     step: int
 
 
-class MlflowSink:
-    """An existing MLflow run. Plain data (``tracking_uri``, ``run_id``) rebuilds it anywhere; pickle does just that."""
+class MlflowTracker:
+    """An existing MLflow run.
 
-    def __init__(self, tracking_uri: str, run_id: str, *, retry_after_s: float = RETRY_AFTER_S) -> None:
+    Args:
+        register_as: registered model that gets the trained model as a new version, under ``alias``.
+    """
+
+    def __init__(
+        self, tracking_uri: str, run_id: str, *, register_as: str | None = None, alias: str | None = None,
+        retry_after_s: float = RETRY_AFTER_S,
+    ) -> None:  # fmt: skip
         self.tracking_uri = tracking_uri
         self.run_id: str | None = run_id
+        self._register_as, self._alias = register_as, alias
         self._retry_after_s = retry_after_s
         self._client: Any = None
         self._next_attempt = 0.0
@@ -140,15 +96,34 @@ class MlflowSink:
         self._missing: tuple[str, ...] = ()
         self._model_version: str | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (MlflowSink, (self.tracking_uri, self.run_id))
+    @classmethod
+    def start(cls, start: RunStart) -> Self:
+        """See :class:`raymem.tracking.tracker.Tracker`.
 
-    def spec(self) -> dict[str, str]:
-        """Arguments that rebuild this sink."""
-        return {"tracking_uri": self.tracking_uri, "run_id": str(self.run_id)}
+        Raises:
+            TrackingError: the server is unreachable or refuses, its experiment is deleted or lies elsewhere, artifacts
+                cannot be written, or ``tracking.alias`` is a name that MLflow reserves.
+        """
+        options = start.recipe["tracking"]
+        uri, run_id = start_run(start)
+        return cls(uri, run_id, register_as=options["register_as"], alias=options["alias"])
 
-    def log_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """See :class:`TrackingSink`. One request per call; while the server is away at most one attempt per 30 s."""
+    @classmethod
+    def attach(cls, spec: Mapping[str, Any]) -> Self:
+        """An existing run, by its id."""
+        return cls(spec["tracking_uri"], spec["run_id"])
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any], storage_path: str) -> str:
+        """Ask the tracking server for one experiment. Files are not created. Raises TrackingError."""
+        return check_server(options, storage_path)
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments that rebuild this tracker."""
+        return {"tracking_uri": self.tracking_uri, "run_id": self.run_id}
+
+    def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """One request per call; while the server is away at most one attempt per 30 s."""
         now = time.time_ns() // 1_000_000
         for row in rows:
             step = int(row["step"])
@@ -162,37 +137,37 @@ class MlflowSink:
             self._flush()
 
     def finish(
-        self,
-        status: Status,
-        artifact_dirs: Mapping[str, str | Path] | None = None,
-        register_as: str | None = None,
-        alias: str | None = None,
-        model_tags: Mapping[str, str] | None = None,
-    ) -> TrackingSummary:
-        """See :class:`TrackingSink`. A model version that this run already registered is updated, not doubled."""
-        uploads = dict(artifact_dirs or {})
-        wanted = (*uploads, *(["the registration"] if register_as and uploads else []))
+        self, status: Status, artifacts: Mapping[str, str | Path] | None = None, *, model: str | None = None
+    ) -> MlflowResult:
+        """Flush, upload, register the model and end the run.
+
+        A model version that this run already registered is updated, not doubled. It is tagged with the base model and
+        revision of the recipe.
+        """
+        uploads = dict(artifacts or {})
+        register_as = self._register_as if model is not None else None
+        everything = (*uploads, *(["the registration"] if register_as else []))
         if not self._flush():  # an absent server is found out here, within seconds, and not once per upload
-            self._missing = wanted
-            return self.summary()
+            self._missing = everything
+            return self.result()
 
         def upload(client: Any) -> None:
             for name, directory in uploads.items():
                 if not Path(directory).is_dir():  # mlflow would upload nothing, and call that a success
                     raise NotADirectoryError(f"no directory {directory} to upload as {name}")
                 client.log_artifacts(self.run_id, str(directory), name)
-            if register_as and uploads:
-                self._register(client, register_as, next(iter(uploads)), alias, dict(model_tags or {}))
+            if register_as is not None and model is not None:
+                self._register(client, register_as, model)
 
         with limits(timeout_s=120, retries=2):
-            self._missing = () if self._guarded(upload) else wanted
+            self._missing = () if self._guarded(upload) else everything
         with limits(CALL_TIMEOUT_S, retries=1):
             self._guarded(lambda c: c.set_terminated(self.run_id, status))
-        return self.summary()
+        return self.result()
 
-    def summary(self) -> TrackingSummary:
+    def result(self) -> MlflowResult:
         """Counts so far."""
-        return TrackingSummary(
+        return MlflowResult(
             uri=self.tracking_uri,
             run_id=self.run_id,
             logged=self._logged,
@@ -230,7 +205,7 @@ class MlflowSink:
             self._logged += len(batch)
         self._waiting.clear()
 
-    def _register(self, client: Any, name: str, artifact: str, alias: str | None, tags: dict[str, str]) -> None:
+    def _register(self, client: Any, name: str, artifact: str) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -239,20 +214,20 @@ class MlflowSink:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         source = f"runs:/{self.run_id}/{artifact}"
-        params = client.get_run(self.run_id).data.params
+        params, tags = client.get_run(self.run_id).data.params, {}
         for tag, param in (("raymem.base_model", "model.name"), ("raymem.base_revision", "model.revision")):
             if params.get(param, "null") != "null":
-                tags = {tag: params[param], **tags}
+                tags[tag] = params[param]
         mine = [v for v in client.search_model_versions(f"run_id = '{self.run_id}'") if v.name == name]
         if mine:
             version = max(mine, key=lambda v: int(v.version)).version
             for key, value in tags.items():
                 client.set_model_version_tag(name, version, key, value)
         else:
-            made = client.create_model_version(name, source, self.run_id, tags=tags, await_creation_for=0)
-            version = made.version
-        if alias:
-            client.set_registered_model_alias(name, alias, version)
+            created = client.create_model_version(name, source, self.run_id, tags=tags, await_creation_for=0)
+            version = created.version
+        if self._alias:
+            client.set_registered_model_alias(name, self._alias, version)
         self._model_version = f"{name}/{version}"
 
     def _guarded(self, action: Callable[[Any], Any]) -> bool:

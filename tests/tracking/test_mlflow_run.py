@@ -10,23 +10,16 @@ import pytest
 import yaml
 
 from raymem.errors import TrackingError
-from raymem.tracking import MlflowSink, NullSink, check_tracking, start_tracking
-from raymem.tracking.client import connect
-from raymem.tracking.start import flatten
-from tests.helpers.tracking import Server, recipe
-
-
-def start(storage: str, resume: bool = False, **changes: Any) -> MlflowSink:
-    options = {k: changes.pop(k) for k in ("run_name", "parent_run_id", "device", "tags") if k in changes}
-    made = start_tracking({**recipe(), **changes}, storage_path=storage, resume=resume, **options)
-    assert isinstance(made, MlflowSink)
-    return made
+from raymem.tracking import NullTracker, RunStart, check_tracking, start_tracking
+from raymem.tracking.mlflow_client import connect
+from raymem.tracking.mlflow_run import flatten
+from tests.helpers.tracking import Server, recipe, start
 
 
 def test_a_new_run_is_complete(storage: str) -> None:
-    sink = start(storage, device="NVIDIA H100", tags={"team": "a"}, big={f"k{i}": i for i in range(250)})
-    client = connect(sink.tracking_uri)
-    run = client.get_run(sink.run_id)
+    tracker = start(storage, device="NVIDIA H100", tags={"team": "a"}, big={f"k{i}": i for i in range(250)})
+    client = connect(tracker.tracking_uri)
+    run = client.get_run(tracker.run_id)
     assert run.info.run_name == "run1"
     assert run.info.status == "RUNNING"
     assert run.data.params["train.steps"] == "30"
@@ -37,23 +30,23 @@ def test_a_new_run_is_complete(storage: str) -> None:
     assert {"raymem.torch", "raymem.ray", "raymem.transformers", "raymem.peft", "raymem.version"} <= set(run.data.tags)
     here = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert run.data.tags.get("mlflow.source.git.commit", "") == here
-    text = Path(storage, "mlartifacts", sink.run_id, "artifacts", "recipe.yaml").read_text()
+    text = Path(storage, "mlartifacts", tracker.run_id, "artifacts", "recipe.yaml").read_text()
     assert yaml.safe_load(text)["train"] == {"steps": 30}
 
 
 def test_no_commit_outside_of_a_checkout(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    sink = start(storage)
-    assert "mlflow.source.git.commit" not in connect(sink.tracking_uri).get_run(sink.run_id).data.tags
+    tracker = start(storage)
+    assert "mlflow.source.git.commit" not in connect(tracker.tracking_uri).get_run(tracker.run_id).data.tags
 
 
 def test_resume_continues_the_same_run(storage: str) -> None:
     first = start(storage)
-    first.log_history([{"step": 1, "loss": 1.0}])
+    first.log([{"step": 1, "loss": 1.0}])
     first.finish("FAILED")
     second = start(storage, resume=True, train={"steps": 60, "extra": 1})
     assert second.run_id == first.run_id
-    second.log_history([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
+    second.log([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
     client = connect(second.tracking_uri)
     run = client.get_run(second.run_id)
     assert run.info.status == "RUNNING"
@@ -72,11 +65,11 @@ def test_what_is_not_resumed(storage: str) -> None:
 
 def test_child_runs(storage: str) -> None:
     parent = start(storage)
-    child = start(storage, run_name="trial_0001", parent_run_id=parent.run_id)
+    child = start(storage, name="trial_0001", parent_run_id=parent.run_id)
     run = connect(child.tracking_uri).get_run(child.run_id)
     assert run.info.run_name == "trial_0001"
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
-    assert start(storage, resume=True, run_name="trial_0001").run_id == child.run_id
+    assert start(storage, resume=True, name="trial_0001").run_id == child.run_id
 
 
 def test_flatten() -> None:
@@ -93,7 +86,7 @@ def test_flatten() -> None:
 
 
 def test_tracking_none(tmp_path: Path) -> None:
-    assert isinstance(start_tracking({"tracking": {"kind": "none"}}, storage_path="/x", resume=False), NullSink)
+    assert isinstance(start_tracking(RunStart({"tracking": {"kind": "none"}}, "/x", resume=False)), NullTracker)
     assert check_tracking({"kind": "none"}, "/x") == "not wanted by this recipe"
 
 

@@ -1,4 +1,4 @@
-"""The start of a tracked run: everything that can fail for the user's sake fails here, before training."""
+"""The start of a run in MLflow: everything that can fail for the user's sake fails here, before training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import yaml
 
 import raymem
 from raymem.errors import TrackingError
-from raymem.tracking.client import brief, connect, limits
-from raymem.tracking.sink import MlflowSink, NullSink, TrackingSink
-from raymem.tracking.uri import TrackingPlace, resolve_tracking
+from raymem.tracking.mlflow_client import brief, connect, limits
+from raymem.tracking.mlflow_uri import TrackingAddress, resolve_tracking
+from raymem.tracking.tracker import RunStart
 
 RUN_TAG = "raymem.run_id"
 _PARAMS_PER_BATCH = 100
@@ -31,44 +31,29 @@ def run_key(storage_path: str, run_name: str) -> str:
     return hashlib.sha256(f"{storage_path}\n{run_name}".encode()).hexdigest()[:32]
 
 
-def start_tracking(
-    recipe: Mapping[str, Any],
-    *,
-    storage_path: str,
-    resume: bool,
-    device: str = "cpu",
-    run_name: str | None = None,
-    parent_run_id: str | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> TrackingSink:
-    """Create the MLflow run of a recipe, or with ``resume`` continue the one of the same name and storage.
-
-    Called once, by the driver. ``resume`` means that training continues from a checkpoint: a run that starts afresh
-    under an old name gets a new MLflow run, because its steps would count as already logged in the old one.
+def start_run(start: RunStart) -> tuple[str, str]:
+    """Create the MLflow run of a recipe, or continue the one of the same name and storage; returns address and id.
 
     Raises:
-        TrackingError: the server is unreachable or refuses, its experiment is deleted or lies elsewhere, artifacts
-            cannot be written, or ``tracking.alias`` is a name that MLflow reserves.
+        TrackingError: see :meth:`raymem.tracking.mlflow_tracker.MlflowTracker.start`.
     """
-    tracking = recipe["tracking"]
-    if tracking["kind"] == "none":
-        return NullSink()
+    recipe, tracking = start.recipe, start.recipe["tracking"]
     if tracking["register_as"]:
         _check_alias(tracking["alias"])
-    name = run_name or recipe["name"]
-    place = resolve_tracking(tracking["uri"], storage_path)
+    name = recipe["name"]
+    address = resolve_tracking(tracking["uri"], start.storage_path)
     try:
         with limits(timeout_s=10, retries=1):
-            client = connect(place.uri)
-            experiment_id = _experiment(client, tracking["experiment"], place)
-            key = run_key(storage_path, name)
-            run = _previous(client, experiment_id, key) if resume else None
+            client = connect(address.uri)
+            experiment_id = _experiment(client, tracking["experiment"], address)
+            key = run_key(start.storage_path, name)
+            run = _previous(client, experiment_id, key) if start.resume else None
             all_tags = {
                 **_provenance(),
-                "raymem.device": device,
+                "raymem.device": start.device,
                 RUN_TAG: key,
-                **({"mlflow.parentRunId": parent_run_id} if parent_run_id else {}),
-                **(tags or {}),
+                **({"mlflow.parentRunId": start.parent_run_id} if start.parent_run_id else {}),
+                **start.tags,
             }
             if run is None:
                 run = client.create_run(experiment_id, run_name=name, tags=all_tags)
@@ -76,37 +61,35 @@ def start_tracking(
                 client.update_run(run.info.run_id, status="RUNNING")
                 _log(client, run.info.run_id, tags=all_tags)
             # Parameters of a run are immutable: a resumed run only gains those that it lacks.
-            wanted = {key: value for key, value in flatten(recipe) if key not in run.data.params}
-            _log(client, run.info.run_id, params=wanted)
+            missing = {key: value for key, value in flatten(recipe) if key not in run.data.params}
+            _log(client, run.info.run_id, params=missing)
             text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
             client.log_text(run.info.run_id, text, "recipe.yaml")
     except TrackingError:
         raise
     except Exception as error:  # mlflow, requests, sqlalchemy and boto each have their own
-        raise _explain(error, place) from error
-    return MlflowSink(place.uri, run.info.run_id)
+        raise _explain(error, address) from error
+    return address.uri, run.info.run_id
 
 
-def check_tracking(tracking: Mapping[str, Any], storage_path: str) -> str:
+def check_server(tracking: Mapping[str, Any], storage_path: str) -> str:
     """Ask the tracking server for one experiment; returns words for a report. Files are not created.
 
     Raises:
-        TrackingError: as :func:`start_tracking`.
+        TrackingError: as :func:`start_run`.
     """
-    if tracking["kind"] == "none":
-        return "not wanted by this recipe"
     if tracking["register_as"]:
         _check_alias(tracking["alias"])
-    place = resolve_tracking(tracking["uri"], storage_path)
-    if place.uri.startswith("sqlite:"):
-        path = Path(place.uri.removeprefix("sqlite:///"))
+    address = resolve_tracking(tracking["uri"], storage_path)
+    if address.uri.startswith("sqlite:"):
+        path = Path(address.uri.removeprefix("sqlite:///"))
         return f"{path} " + ("exists" if path.exists() else "will be created")
     try:
         with limits(timeout_s=5, retries=0):
-            connect(place.uri).search_experiments(max_results=1)
+            connect(address.uri).search_experiments(max_results=1)
     except Exception as error:
-        raise _explain(error, place) from error
-    return f"{place.uri} answers"
+        raise _explain(error, address) from error
+    return f"{address.uri} answers"
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -119,26 +102,26 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     yield re.sub(r"[^\w\-. /:]", "_", prefix, flags=re.ASCII)[:250], text[:_MAX_PARAM_LENGTH]
 
 
-def _experiment(client: Any, name: str, place: TrackingPlace) -> str:
+def _experiment(client: Any, name: str, address: TrackingAddress) -> str:
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=place.artifact_location))
+            return str(client.create_experiment(name, artifact_location=address.artifact_location))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             experiment = client.get_experiment_by_name(name)  # another run made it in between
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"tracking.experiment: {name!r} was deleted at {place.uri}; restore it "
+            f"tracking.experiment: {name!r} was deleted at {address.uri}; restore it "
             f"(mlflow experiments restore -x {experiment.experiment_id}) or choose another name"
         )
     found = str(experiment.artifact_location).removeprefix("file://")
-    if place.embedded and found != place.artifact_location:
+    if address.embedded and found != address.artifact_location:
         raise TrackingError(
-            f"tracking.experiment: {name!r} of {place.uri} keeps its artifacts in {found}, outside of storage.path; "
+            f"tracking.experiment: {name!r} of {address.uri} keeps its artifacts in {found}, outside of storage.path; "
             "this storage was moved or copied: move it back, or choose another tracking.experiment"
         )
     return str(experiment.experiment_id)
@@ -182,7 +165,7 @@ def _check_alias(alias: str) -> None:
         raise TrackingError(f"tracking.alias: {alias!r} may hold letters, digits, _ and - only; choose another")
 
 
-def _explain(error: Exception, place: TrackingPlace) -> TrackingError:
+def _explain(error: Exception, address: TrackingAddress) -> TrackingError:
     text = brief(error)
     if "error code 401" in text or "error code 403" in text or "PERMISSION_DENIED" in text:
         cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
@@ -190,4 +173,4 @@ def _explain(error: Exception, place: TrackingPlace) -> TrackingError:
         cure = "start it, correct tracking.uri, or set tracking: none"
     else:
         cure = "correct tracking.uri or the rights on its artifacts, or set tracking: none"
-    return TrackingError(f"tracking at {place.uri} cannot be used: {text}; {cure}")
+    return TrackingError(f"tracking at {address.uri} cannot be used: {text}; {cure}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from raymem.errors import TrackingError
-from raymem.tracking.uri import TrackingPlace, resolve_tracking
+from raymem.tracking.mlflow_uri import TrackingAddress, resolve_tracking
 
 S3 = "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1"
 
 
 def test_default_is_sqlite_under_the_storage_path() -> None:
-    assert resolve_tracking(None, "/data/runs") == TrackingPlace(
+    assert resolve_tracking(None, "/data/runs") == TrackingAddress(
         "sqlite:////data/runs/mlflow.db", "/data/runs/mlartifacts", embedded=True
     )
 

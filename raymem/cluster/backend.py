@@ -1,0 +1,65 @@
+"""The work of a run on Ray: what :class:`raymem.runs.backend.Backend` asks for, with a cluster or one of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from raymem.methods.loram.job import PruneJob
+from raymem.recipe.schema import ScalingSection
+from raymem.storage.storage import Storage
+from raymem.tracking import Tracker
+from raymem.training.job import PreparedRun
+from raymem.training.loop import Outcome
+from raymem.training.reporter import Listener
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+class RayBackend:
+    """A Ray cluster, which :meth:`connect` joins or starts.
+
+    Args:
+        scaling: how many workers a training has, and what each worker (and each :meth:`call`) gets.
+    """
+
+    def __init__(self, scaling: ScalingSection) -> None:
+        self.scaling = scaling
+        self._connected = False
+
+    def connect(self, storage: Storage, status: Callable[[str], None]) -> None:
+        """Join or start the cluster, and prove that all of its nodes see the storage."""
+        if self._connected:
+            return
+        from raymem.cluster import connection
+        from raymem.cluster.doctor import checks
+
+        status("starting Ray")
+        connection.connect(self.scaling)
+        checks.check_storage_shared(storage.path)
+        self._connected = True
+
+    def map(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
+        """One task per item."""
+        from raymem.cluster.tasks import ray_map
+
+        return ray_map(function, items)
+
+    def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
+        """One task with a worker's resources."""
+        from raymem.cluster.tasks import call_as_worker
+
+        return call_as_worker(function, config, self.scaling)
+
+    def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
+        """Ray Train workers."""
+        from raymem.cluster.train.controller import train_workers
+
+        return train_workers(prepared, tracker, listeners)
+
+    def prune(self, job: PruneJob, progress: Callable[[int, int], None]) -> None:
+        """One task per step."""
+        from raymem.cluster.prune import prune_by_tasks
+
+        prune_by_tasks(job, progress)

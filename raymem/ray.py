@@ -1,0 +1,41 @@
+"""A recipe in one's own Ray Train ``TorchTrainer``: the worker function, and the config that it takes.
+
+::
+
+    TorchTrainer(train_worker, train_loop_config=worker_config("my.yaml"), scaling_config=...).fit()
+
+The trainer is the user's, with its scaling, failure handling and callbacks; the loop and its checkpoints are raymem's.
+A run of the same name on the same storage is resumed, by this or by ``raymem train``.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+from raymem.api import RecipeLike, load_recipe
+from raymem.cluster.train.worker import config_of, train_worker
+from raymem.runs.prepare import prepare
+from raymem.runs.resolve import note_start, resolve
+from raymem.runs.train import build_demo
+
+__all__ = ["train_worker", "worker_config"]
+
+log = logging.getLogger(__name__)
+
+
+def worker_config(recipe: RecipeLike) -> dict[str, Any]:
+    """Check a recipe, prepare its data, and return what every worker needs, as plain data.
+
+    Of ``scaling``, only ``use_gpu`` and ``strategy`` count for the workers: the trainer's ``ScalingConfig`` says how
+    many there are and what each gets. Nothing is tracked: rows of metrics go through ``ray.train.report``.
+
+    Raises:
+        RaymemError: the recipe, its model or its data cannot be used.
+    """
+    run = resolve(load_recipe(recipe), build_demo=partial(build_demo, status=log.info))
+    prepared = prepare(run, status=log.info)
+    run.storage.check_writable()
+    note_start(run)
+    return config_of(prepared)

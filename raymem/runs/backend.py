@@ -1,0 +1,82 @@
+"""Where the work of a run is done: in this process, or on Ray (:class:`raymem.cluster.backend.RayBackend`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from raymem.methods.loram.job import PruneJob
+from raymem.methods.loram.prune import finish_job
+from raymem.recipe.schema import Recipe
+from raymem.storage.storage import Storage
+from raymem.tracking import Tracker
+from raymem.training.dist_env import Layout
+from raymem.training.job import PreparedRun
+from raymem.training.loop import Outcome, run
+from raymem.training.reporter import Listener, LocalReporter
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+Status = Callable[[str], None]
+"""Told in a few words what is going on."""
+Progress = Callable[[int, int], None]
+"""Told how many of how many steps are done."""
+
+
+class Backend(Protocol):
+    """The four kinds of work that a run consists of. Functions and their arguments are plain data."""
+
+    def connect(self, storage: Storage, status: Status) -> None:
+        """Be ready for work, and make sure that whoever does it sees the storage; a second call does nothing.
+
+        Raises:
+            ClusterError: it cannot be reached, or will never have what the recipe asks for.
+            StorageError: a node sees another storage.
+        """
+
+    def map(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
+        """The function's values, in order; a call may be repeated."""
+
+    def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
+        """One call with what the recipe gives to one worker."""
+
+    def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
+        """Train to the end; every row of metrics goes to the tracker and, in this process, to the listeners."""
+
+    def prune(self, job: PruneJob, progress: Progress) -> None:
+        """Do the steps of a pruning job that are not done yet, and commit it."""
+
+
+class LocalBackend:
+    """This process; Ray is not asked."""
+
+    def connect(self, storage: Storage, status: Status) -> None:
+        """Nothing to do."""
+
+    def map(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
+        """One after the other."""
+        return [function(item) for item in items]
+
+    def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
+        """The call itself."""
+        return function(config)
+
+    def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
+        """The loop itself."""
+        reporter = LocalReporter(*listeners, tracker.log)
+        layout = Layout.current(prepared.recipe)
+        return run(prepared.recipe, layout, prepared.run, prepared.train_data, prepared.eval_data, reporter)
+
+    def prune(self, job: PruneJob, progress: Progress) -> None:
+        """Step after step."""
+        finish_job(job)
+
+
+def backend_of(recipe: Recipe) -> Backend:
+    """The backend that ``scaling`` asks for."""
+    if recipe.scaling.num_workers == 0:
+        return LocalBackend()
+    from raymem.cluster.backend import RayBackend
+
+    return RayBackend(recipe.scaling)

@@ -1,0 +1,221 @@
+"""From a recipe to a run of which nothing is left open.
+
+Revision, micro-batch, demo models, pruned base and tokenizer are decided here, in this order, and nowhere else; every
+command and every stage takes the :class:`ResolvedRun` from here on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from raymem.errors import ModelError
+from raymem.methods.loram.manifest import MANIFEST, read_manifest
+from raymem.methods.loram.recover import is_recovered
+from raymem.planner import settle_micro_batch
+from raymem.recipe.axes import BASES, full_base
+from raymem.recipe.load import alignment
+from raymem.recipe.schema import Recipe
+from raymem.runs.backend import Backend, Status, backend_of
+from raymem.runs.demo import resolve_demo
+from raymem.runs.loram_base import find_site, named_model, with_artifact
+from raymem.runs.prepare import prepare_data, share_tokenizer
+from raymem.runs.resolved import Alignment, Base, FullModel, PlannedModel, PrunedModel, PruningSite, ResolvedRun
+from raymem.storage.publish import digest
+from raymem.storage.storage import Storage
+from raymem.training.model.build import load_config, tokenizer_path
+from raymem.training.model.revision import (
+    Began,
+    at_revision,
+    began_with,
+    on_hub,
+    record,
+    resolve_revision,
+    trained_from,
+)
+
+log = logging.getLogger(__name__)
+
+BuildDemo = Callable[[Recipe], object]
+"""Trains the recipe that makes a demo model."""
+
+
+def resolve(
+    recipe: Recipe,
+    *,
+    fresh: bool = False,
+    artifact: str | None = None,
+    build_demo: BuildDemo | None = None,
+    status: Status = log.info,
+) -> ResolvedRun:
+    """Decide all that a recipe leaves open, and connect to where its work is done. Nothing of the run is written.
+
+    Args:
+        fresh: take the model as the hub has it today, whatever an earlier run of this name began with.
+        artifact: is to be evaluated: the model is then at the revision that it was trained on.
+        build_demo: with it the model ``demo`` is made on the way (two minutes).
+        status: told what takes time.
+
+    Raises:
+        ModelError: the model, its revision, its tokenizer or the pruned model that the recipe names cannot be had.
+        RecipeError: ``micro_batch: auto`` without a budget, or options that the model does not take.
+        DataError: calibration texts cannot be read, or are too few.
+        ClusterError, StorageError: see :meth:`raymem.runs.backend.Backend.connect`.
+    """
+    storage = Storage.open(recipe.storage.path)
+    run = storage.child(recipe.name)
+    if artifact is None:
+        pinned = resolve_revision(recipe, None if fresh else began_with(run))
+    else:
+        pinned = _as_trained(recipe, artifact, run)
+    backend = backend_of(recipe)
+    backend.connect(storage, status)
+    settled = settle_micro_batch(pinned, status=status)
+    asked = at_revision(settled, recipe.model.revision)
+    if artifact is not None and is_recovered(artifact):  # an adapter of the full model needs no pruned one
+        settled = settled.model_copy(update={"base": full_base()})
+    named = resolve_demo(settled, storage, build_demo)
+    located, base = _locate(named, storage, backend, status)
+    load_config(located)  # a model that cannot be loaded is refused before its tokenizer
+    tokenizer = share_tokenizer(tokenizer_path(located), storage)
+    return ResolvedRun(located, base, tokenizer, storage, run, backend, asked)
+
+
+def resolve_shared(
+    recipe: Recipe, began: Began | None, storage: Storage, build_demo: BuildDemo, status: Status
+) -> tuple[Recipe, Recipe, str]:
+    """For a sweep: the recipe at its revision, the same with directories for demo models, and its tokenizer.
+
+    Micro-batch and base are left to the trials, which resolve their own points.
+
+    Args:
+        began: what the sweep began with, if it goes on.
+
+    Raises:
+        ModelError: the model, its revision or its tokenizer cannot be had.
+    """
+    pinned = resolve_revision(recipe, began)
+    named = resolve_demo(pinned, storage, build_demo)
+    return pinned, named, share_tokenizer(tokenizer_path(named), storage)
+
+
+def resolve_micro_batch(
+    recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | None = None, status: Status = log.info
+) -> Recipe:
+    """The recipe as it is planned, with a number as its micro-batch; see :func:`raymem.planner.settle_micro_batch`."""
+    return settle_micro_batch(recipe, budget_bytes=budget_bytes, gpu=gpu, status=status)
+
+
+def locate_again(run: ResolvedRun, status: Status = log.info) -> ResolvedRun:
+    """The run after a stage that pruned or aligned its base; the full model is not opened a second time."""
+    if not isinstance(run.base, PlannedModel):
+        return run
+    recipe = run.recipe.model_copy(update={"base": run.asked.base})
+    located, base = _at_site(recipe, run.base.site, run.storage, run.backend, status)
+    return dataclasses.replace(run, recipe=located, base=base)
+
+
+def on_full_model(run: ResolvedRun, name: str) -> ResolvedRun:
+    """A run called ``name`` that does on the full model what the given one does on the pruned one.
+
+    Raises:
+        ModelError: the commit that was pruned cannot be had.
+    """
+    base, changes = run.base, {"base": full_base(), "name": name}
+    recipe = run.recipe.model_copy(update=changes)
+    if isinstance(base, PrunedModel) and on_hub(recipe.model):
+        commit = base.manifest.source["revision"]
+        recipe = resolve_revision(recipe, Began(base.manifest.source["name"], commit, commit))
+    asked = run.asked.model_copy(update=changes)
+    return dataclasses.replace(run, recipe=recipe, base=FullModel(), run=run.storage.child(name), asked=asked)
+
+
+def note_start(run: ResolvedRun) -> None:
+    """Write down which revision a run begins with, for whatever comes of it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    record(run.run, run.recipe, run.asked.model.revision)
+
+
+def planned_recipes(run: ResolvedRun) -> tuple[Recipe, Recipe]:
+    """The run as the planner takes it: at its commit, and as ``raymem plan``, which resolves none, was asked."""
+    return at_revision(run.asked, run.recipe.model.revision), run.asked
+
+
+def _as_trained(recipe: Recipe, artifact: str, run: Storage) -> Recipe:
+    """The recipe at the revision that an artefact was trained on; the model without an adapter is that of the run.
+
+    Raises:
+        ModelError: the recipe names another revision than the artefact was trained on.
+    """
+    if not on_hub(recipe.model):
+        return recipe
+    trained = None if artifact == "base" else trained_from(artifact, recipe.model.name)
+    if trained is not None and trained.is_meant_by(recipe.model):
+        return resolve_revision(recipe, trained)
+    resolved = resolve_revision(recipe, began_with(run))
+    if trained is not None:  # others may have named a branch when they trained it
+        same = resolve_revision(at_revision(recipe, trained.commit)).model.revision
+        if same != resolved.model.revision:
+            raise ModelError(
+                f"model.revision: {recipe.model.revision} is commit {resolved.model.revision} of {recipe.model.name}, "
+                f"but {artifact} was trained on {trained.commit}; leave it out, or name that commit"
+            )
+    return resolved
+
+
+def _locate(recipe: Recipe, storage: Storage, backend: Backend, status: Status) -> tuple[Recipe, Base]:
+    """The base that is trained on, and the recipe that names it."""
+    kind = BASES.of(recipe)
+    if not kind.is_planned(recipe.base):
+        directory = kind.directory(recipe.base)
+        return recipe, FullModel() if directory is None else named_model(recipe, directory)
+    status("opening the full model")
+    return _at_site(recipe, find_site(recipe, storage, backend), storage, backend, status)
+
+
+def _at_site(
+    recipe: Recipe, site: PruningSite, storage: Storage, backend: Backend, status: Status
+) -> tuple[Recipe, Base]:  # fmt: skip
+    """The model that pruning and alignment have left so far."""
+    if not (site.directory / MANIFEST).is_file():
+        missing = (
+            f"base.kind: loram: {recipe.model.name} is not pruned with these options yet in {storage.path}; run: "
+            "raymem loram prune RECIPE"
+        )
+        return recipe, PlannedModel(site, missing)
+    if site.alignment is None:
+        site = dataclasses.replace(site, alignment=_alignment(recipe, site.directory, storage, backend, status))
+    directory = site.directory if site.alignment is None else site.alignment.model
+    if not (directory / MANIFEST).is_file():
+        missing = f"base.align: the pruned model {site.directory} is not aligned yet; run: raymem loram align RECIPE"
+        return recipe, PlannedModel(site, missing)
+    return with_artifact(recipe, directory), PrunedModel(directory, read_manifest(directory), site.source, site)
+
+
+def _alignment(
+    recipe: Recipe, pruned: Path, storage: Storage, backend: Backend, status: Status
+) -> Alignment | None:  # fmt: skip
+    """The run that aligns a pruned model, named by its content, and its data; None if the recipe has none.
+
+    Raises:
+        RecipeError, DataError: its sections are no recipe, or its data cannot be read.
+    """
+    model = {**recipe.to_dict()["model"], "name": str(pruned), "revision": None}
+    aligning = alignment(recipe, model=model, name="loram-aligned")
+    if aligning is None:
+        return None
+    tokenizer = share_tokenizer(tokenizer_path(aligning), storage)
+    train_data = prepare_data(aligning.data, "train", tokenizer, storage, backend)
+    values = aligning.to_dict()
+    sections = {name: values[name] for name in ("seed", "adapter", "activations", "optimizer", "train")}
+    name = f"loram-aligned-{digest([read_manifest(pruned).digest, train_data.key, sections])[:16]}"
+    settled = settle_micro_batch(aligning.model_copy(update={"name": name}), status=status)
+    if aligning.scaling != recipe.scaling:
+        backend = backend_of(aligning)  # connects when it trains
+    run = ResolvedRun(settled, FullModel(), tokenizer, storage, storage.child(name), backend, settled)
+    return Alignment(run, train_data)

@@ -1,0 +1,82 @@
+"""The results of training and evaluation; light to import, since the public API names these types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raymem.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from raymem.tracking import TrackingResult
+    from raymem.training.evaluate import Evaluation
+    from raymem.training.loop import Outcome
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left."""
+
+    outcome: Outcome
+    """All that the training loop says about itself."""
+    tracking: TrackingResult
+    recipe: Recipe
+    """As it was trained: exact revision, directories for demo models."""
+    predicted_peak_bytes: int | None = None
+    """Predicted peak of a step; None if the recipe has no budget and was not planned before."""
+    train_s: float = 0.0
+    """Seconds from building the model to the artefact."""
+
+    @property
+    def artifact(self) -> str:
+        """Path or URI of the PEFT or model directory."""
+        return self.outcome.artifact
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.outcome.steps
+
+    @property
+    def loss(self) -> float | None:
+        """Training loss of the last step; None if the run was complete already."""
+        return self.outcome.loss
+
+    @property
+    def eval_loss(self) -> float | None:
+        """Loss of the last evaluation; None without evaluation data."""
+        return self.outcome.eval_loss
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Measured peak of one worker, the highest over all."""
+        return self.outcome.peak_bytes
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run in the tracking system."""
+        return self.tracking.run_id
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Loss over the recipe's evaluation data."""
+
+    artifact: str
+    result: Evaluation
+    """Sums and counts over all rows."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy per target token, in nats."""
+        return self.result.loss
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return self.result.perplexity
+
+    @property
+    def num_targets(self) -> int:
+        """Target tokens."""
+        return self.result.num_targets

@@ -1,0 +1,115 @@
+"""How a sweep searches: what is asked for, checked, and named in errors as the caller knows it. Light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from raymem.errors import BudgetError, RecipeError
+from raymem.recipe.load import parse_recipe
+from raymem.recipe.schema import Recipe
+from raymem.recipe.sentences import nearest
+from raymem.recipe.space import Space
+from raymem.recipe.space_load import load_space
+from raymem.runs.plan import budget_bytes
+
+ALGORITHMS = ("tpe", "nsga2", "random", "grid")
+METRICS = {"eval_loss": "min", "loss": "min", "peak_bytes": "min", "train_s": "min", "tokens_per_s": "max"}
+"""What a trial reports and a sweep can look for, and which way is better."""
+
+
+class Spelling(Protocol):
+    """Writes an argument, with a value or without, as the caller would give it."""
+
+    def __call__(self, name: str, value: Any = None) -> str:
+        """For an error's sentence."""
+
+
+def as_option(name: str, value: Any = None) -> str:
+    """As on the command line: ``--budget 24GiB``, ``--fresh``."""
+    option = f"--{'objective' if name == 'metrics' else name.replace('_', '-')}"
+    return option if value is None or value is True else f"{option} {value}"
+
+
+def as_argument(name: str, value: Any = None) -> str:
+    """As in Python: ``budget='24GiB'``, ``fresh=True``."""
+    return name if value is None else f"{name}={value!r}"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is looked for."""
+
+    metrics: tuple[str, ...]
+    """Keys of :data:`METRICS`; the first one chooses among the best."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep looks for what."""
+
+    budget_bytes: int
+    """Memory of one worker's device."""
+    samples: int = 50
+    """Trials to start; refused proposals do not count."""
+    objective: Objective = field(default_factory=lambda: Objective(("eval_loss",)))
+    algorithm: str = "tpe"
+    """One of :data:`ALGORITHMS`."""
+    early_stopping: bool = True
+    """Stop what is clearly worse at its evaluations (ASHA); with several objectives nothing is stopped."""
+    gpu: str | None = None
+    """Kind of GPU, for the planner."""
+    spelling: Spelling = as_option
+    """How errors name these options."""
+
+
+def resolve_sweep(
+    recipe: Recipe,
+    *,
+    space: str | None,
+    budget: str | None,
+    gpu: str | None,
+    samples: int,
+    metrics: Sequence[str],
+    algorithm: str,
+    early_stopping: bool,
+    name: str | None,
+    spelling: Spelling,
+) -> tuple[Recipe, Space, SweepOptions]:
+    """The recipe of the sweep under its own name, its space, and how it is searched.
+
+    Raises:
+        RaymemError: an option that no sweep can work with.
+    """
+    limit = budget_bytes(recipe, budget, gpu, where=spelling("budget"))
+    if limit is None:
+        given = f"{spelling('budget', '24GiB')}, {spelling('gpu', 'H100-80GB')}"
+        raise BudgetError(f"there is no budget to search under; give {given}, or `budget`")
+    dimensions = load_space(space, recipe, given_as=spelling("space"))
+    objective = Objective(tuple(dict.fromkeys(metrics)))
+    check_metrics(objective, spelling)
+    if algorithm not in ALGORITHMS:
+        raise RecipeError(f"{spelling('algorithm')} {algorithm}: there is no such one{nearest(algorithm, ALGORITHMS)}")
+    if samples < 1:
+        raise RecipeError(f"{spelling('samples', samples)}: nothing would be tried; give at least 1")
+    options = SweepOptions(limit, samples, objective, algorithm, early_stopping, gpu, spelling)
+    return parse_recipe({**recipe.to_dict(), "name": sweep_name(recipe, name)}, spelling("name")), dimensions, options
+
+
+def sweep_name(recipe: Recipe, name: str | None) -> str:
+    """Name of the sweep, which is a run of its own."""
+    return name or f"{recipe.name[:57]}-sweep"
+
+
+def check_metrics(objective: Objective, spelling: Spelling) -> None:
+    """Refuse metrics that no trial reports.
+
+    Raises:
+        RecipeError: one of them, or there is none.
+    """
+    if not objective.metrics:
+        raise RecipeError(f"{spelling('metrics')}: names nothing to look for; give one or more of {', '.join(METRICS)}")
+    for name in objective.metrics:
+        if name not in METRICS:
+            raise RecipeError(f"objective {name!r}: no trial reports that{nearest(name, METRICS)}")

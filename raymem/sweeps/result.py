@@ -1,0 +1,42 @@
+"""The result of a sweep; light to import, since the public API names it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raymem.sweeps.report import SweepRow
+    from raymem.tracking import TrackingResult
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a finished sweep left."""
+
+    folder: Path
+    """Report, journal and best recipe."""
+    rows: list[SweepRow]
+    """Every proposal that was judged."""
+    gave_up: str | None
+    """Why it ended before all samples, if it did."""
+    tracking: TrackingResult
+    """Of the sweep's own run."""
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run in the tracking system, whose children are the trials."""
+        return self.tracking.run_id
+
+    @property
+    def best(self) -> Path | None:
+        """Recipe of the best trial, ready to train; None if no trial finished."""
+        path = self.folder / "report" / "best.yaml"
+        return path if path.exists() else None
+
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        """The rows as plain values."""
+        return [dataclasses.asdict(row) for row in self.rows]

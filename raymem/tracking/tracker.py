@@ -1,0 +1,140 @@
+"""What a tracking system has to offer, and the one that records nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """Everything that a tracker may record when a run starts."""
+
+    recipe: Mapping[str, Any]
+    """As plain JSON values; ``recipe["tracking"]`` are the tracker's own options."""
+    storage_path: str
+    resume: bool
+    """Training continues from a checkpoint, so the tracked run does too. A run that starts afresh under an old name
+    gets a new one, because its steps would count as already logged."""
+    device: str = "cpu"
+    parent_run_id: str | None = None
+    """Of a trial: the tracked run of its sweep."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+class TrackingResult(Protocol):
+    """How the tracking of a run ended, for the last lines of a command."""
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run in the tracking system."""
+
+    @property
+    def problem(self) -> str | None:
+        """One sentence if anything is missing there, else None."""
+
+    @property
+    def hint(self) -> str | None:
+        """A command that shows the run, if there is one."""
+
+    def summary_lines(self) -> list[str]:
+        """What was recorded and where, in lines."""
+
+
+class Tracker(Protocol):
+    """One run of one tracking system.
+
+    The driver starts and finishes it. With Ray workers another process logs: it rebuilds the tracker by ``attach`` from
+    ``spec``. Once started, a tracker never raises and never blocks for long, whatever becomes of its server.
+    """
+
+    @classmethod
+    def start(cls, start: RunStart) -> Self:
+        """Create the tracked run, or continue it; everything that can fail for the user's sake fails here.
+
+        Raises:
+            TrackingError: the system cannot be used as the recipe says.
+        """
+
+    @classmethod
+    def attach(cls, spec: Mapping[str, Any]) -> Self:
+        """The tracker of a run that was started elsewhere; nothing is contacted yet."""
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any], storage_path: str) -> str:
+        """Ask whether a run could start; returns words for a report. Nothing is created.
+
+        Raises:
+            TrackingError: as :meth:`start`.
+        """
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run in the tracking system."""
+
+    def spec(self) -> dict[str, Any]:
+        """Plain data for :meth:`attach`."""
+
+    def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log rows ``{"step": 12, "loss": ..}``; values that are no numbers are left out.
+
+        A step that the run already has is never logged again, so that replays after a crash are harmless, and so is
+        passing a whole history once more at the end (which mends what an outage swallowed).
+        """
+
+    def finish(
+        self, status: Status, artifacts: Mapping[str, str | Path] | None = None, *, model: str | None = None
+    ) -> TrackingResult:
+        """Send what is left and end the run.
+
+        Args:
+            artifacts: name -> local directory to upload.
+            model: the artifact that is the trained model or adapter; a tracker that has a registry may register it.
+        """
+
+
+@dataclass(frozen=True)
+class NoResult:
+    """Nothing was recorded."""
+
+    run_id: str | None = None
+    problem: str | None = None
+    hint: str | None = None
+
+    def summary_lines(self) -> list[str]:
+        """No lines."""
+        return []
+
+
+class NullTracker:
+    """``tracking: none``."""
+
+    run_id: str | None = None
+
+    @classmethod
+    def start(cls, start: RunStart) -> Self:
+        """See :class:`Tracker`, also below."""
+        return cls()
+
+    @classmethod
+    def attach(cls, spec: Mapping[str, Any]) -> Self:
+        return cls()
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any], storage_path: str) -> str:
+        return "not wanted by this recipe"
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+    def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def finish(
+        self, status: Status, artifacts: Mapping[str, str | Path] | None = None, *, model: str | None = None
+    ) -> NoResult:
+        return NoResult()
