@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from raymem.recipe import compat, space
 from raymem.recipe import schema as r
-from raymem.recipe.axes import AXES
+from raymem.recipe.axes import AXES, MEMORY_AXES, TRACKERS
 from raymem.recipe.base import kind_of
 
 PAGE = Path(__file__).with_name("recipe.md")
@@ -32,11 +32,11 @@ SECTIONS: dict[str, list[type]] = {
     "model": [r.ModelSection],
     "data": [r.DataSection],
     "data.train[], data.eval[]": [r.Source],
-    **{name: [kind.options for kind in axis.kinds()] for name, axis in AXES.items()},
+    **{name: [kind.options for kind in axis.kinds()] for name, axis in MEMORY_AXES.items()},
     "train": [r.TrainSection],
     "scaling": [r.ScalingSection],
     "storage": [r.StorageSection],
-    "tracking": [r.MlflowTracking, r.NoTracking],
+    "tracking": [kind.options for kind in TRACKERS.kinds()],
     "space.<path>": [space.FloatDimension, space.IntDimension, space.ChoiceDimension],
 }
 

@@ -28,6 +28,7 @@ _HOME = {
     "register_base": "raymem.recipe.axes",
     "register_loss": "raymem.recipe.axes",
     "register_optimizer": "raymem.recipe.axes",
+    "register_tracker": "raymem.recipe.axes",
     "sweep": "raymem.api",
     "train": "raymem.api",
 }

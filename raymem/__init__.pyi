@@ -14,6 +14,7 @@ from raymem.recipe.axes import register_adapter as register_adapter
 from raymem.recipe.axes import register_base as register_base
 from raymem.recipe.axes import register_loss as register_loss
 from raymem.recipe.axes import register_optimizer as register_optimizer
+from raymem.recipe.axes import register_tracker as register_tracker
 from raymem.recipe.schema import Recipe as Recipe
 from raymem.runs.results import EvaluationResult as EvaluationResult
 from raymem.runs.results import TrainResult as TrainResult

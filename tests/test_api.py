@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 PUBLIC = {
     "EvaluationResult", "Plan", "Recipe", "SweepResult", "TrainResult", "__version__", "errors", "evaluate", "load",
     "load_recipe", "merge", "plan", "plan_module", "register_activations", "register_adapter", "register_base",
-    "register_loss", "register_optimizer", "sweep", "train",
+    "register_loss", "register_optimizer", "register_tracker", "sweep", "train",
 }  # fmt: skip
 
 

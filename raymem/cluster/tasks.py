@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from raymem.errors import RaymemError
+from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import ScalingSection
 
 Item = TypeVar("Item")
@@ -20,11 +21,11 @@ def ray_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[R
     A single item is done here: a worker would have to start and import for longer than that takes.
     """
     if len(items) == 1:
-        return [function_of(function, items[0])]
+        return [function(items[0])]
     import ray
 
     remote = ray.remote(num_cpus=1)(function_of).options(max_retries=3)
-    references = [remote.remote(function, item) for item in items]
+    references = [remote.remote(function, item, registered()) for item in items]
     try:
         return ray.get(references)  # type: ignore[no-any-return]
     except ray.exceptions.RayTaskError as error:
@@ -33,8 +34,13 @@ def ray_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[R
         raise
 
 
-def function_of(function: Callable[[Item], Result], item: Item) -> Result:
-    """One call, under a name: Ray cannot make a task of a ``functools.partial``."""
+def function_of(function: Callable[[Item], Result], item: Item, kinds: dict[str, list[str]]) -> Result:
+    """One call, under a name: Ray cannot make a task of a ``functools.partial``.
+
+    Args:
+        kinds: what the driver has registered.
+    """
+    register_again(kinds)
     return function(item)
 
 
@@ -52,7 +58,8 @@ def call_as_worker(
     options: dict[str, Any] = {option: resources.pop(kind) for kind, option in names.items() if kind in resources}
     options["resources"] = resources
     try:
-        result: Result = ray.get(ray.remote(_with_threads).options(**options).remote(function, config, threads))
+        task = ray.remote(_with_threads).options(**options)
+        result: Result = ray.get(task.remote(function, config, threads, registered()))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RaymemError):
             raise error.cause from None
@@ -60,6 +67,9 @@ def call_as_worker(
     return result
 
 
-def _with_threads(function: Callable[[dict[str, Any]], Result], config: dict[str, Any], threads: int) -> Result:
+def _with_threads(
+    function: Callable[[dict[str, Any]], Result], config: dict[str, Any], threads: int, kinds: dict[str, list[str]]
+) -> Result:
     torch.set_num_threads(threads)
+    register_again(kinds)
     return function(config)

@@ -27,6 +27,7 @@ from raymem.kinds.base import BaseKind
 from raymem.kinds.core import OPTIONS_RULES, Advice, BaseOptions, Kind, OptimizerOptions, Options, Rule
 from raymem.kinds.loss import IGNORED, LossFunction, LossKind, OfLogits
 from raymem.kinds.optimizer import OptimizerContext, OptimizerKind, TensorShape
+from raymem.kinds.tracker import TrackerKind
 
 __all__ = [
     "ADAPTER_FILE",
@@ -48,4 +49,5 @@ __all__ = [
     "Options",
     "Rule",
     "TensorShape",
+    "TrackerKind",
 ]

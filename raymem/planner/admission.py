@@ -13,7 +13,7 @@ from raymem.planner import prediction_error
 from raymem.planner.micro_batch import with_micro_batch
 from raymem.planner.process import Planner, without_free
 from raymem.planner.types import Above, Target
-from raymem.recipe.axes import AXES
+from raymem.recipe.axes import MEMORY_AXES
 from raymem.recipe.schema import Recipe
 
 _GROWS = {"train": ("micro_batch",), "data": ("sequence_length",)}
@@ -124,7 +124,7 @@ def _split(recipe: Recipe) -> tuple[dict[str, Any], dict[str, float]]:
     A recipe that has at least as much of each as one that was too large, and is the same otherwise, is too large too.
     """
     rest, amounts = without_free(recipe.to_dict()), {}
-    for section, options in {**_GROWS, **{name: axis.of(recipe).grows for name, axis in AXES.items()}}.items():
+    for section, options in {**_GROWS, **{name: axis.of(recipe).grows for name, axis in MEMORY_AXES.items()}}.items():
         for option in options:
             value = rest[section].get(option)
             if isinstance(value, int | float):

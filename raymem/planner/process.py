@@ -26,7 +26,7 @@ from raymem.errors import PlanError
 from raymem.memory.devices import gpu_named
 from raymem.planner.shapes import circumstances
 from raymem.planner.types import Above, Plan
-from raymem.recipe.axes import AXES, outside_code, registered
+from raymem.recipe.axes import MEMORY_AXES, outside_code, registered
 from raymem.recipe.load import MODELS, packaged_recipe, read_yaml
 from raymem.recipe.schema import Recipe
 
@@ -268,8 +268,8 @@ def _key(job: dict[str, Any]) -> str:
 
 def without_free(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of a recipe, as a plain dict, has to do with memory."""
-    parts = {section: dict(recipe[section]) for section in ("model", *AXES)}
-    for name, axis in AXES.items():
+    parts = {section: dict(recipe[section]) for section in ("model", *MEMORY_AXES)}
+    for name, axis in MEMORY_AXES.items():
         for option in axis[parts[name]["kind"]].free:
             parts[name].pop(option, None)
     parts["data"] = {key: recipe["data"][key] for key in ("sequence_length", "packing")}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from raymem.errors import RecipeError
-from raymem.kinds import ActivationsKind, AdapterKind, BaseKind, Kind, LossKind, OptimizerKind
+from raymem.kinds import ActivationsKind, AdapterKind, BaseKind, Kind, LossKind, OptimizerKind, TrackerKind
 
 KindT = TypeVar("KindT", bound=Kind[Any])
 
@@ -204,7 +204,17 @@ OPTIMIZERS: Axis[OptimizerKind[Any]] = Axis(
     },
 )  # fmt: skip
 
-AXES: dict[str, Axis[Any]] = {axis.name: axis for axis in (BASES, ADAPTERS, ACTIVATIONS, LOSSES, OPTIMIZERS)}
+TRACKERS: Axis[TrackerKind[Any]] = Axis(
+    "tracking", "raymem.trackers", TrackerKind, default="mlflow", initial="mlflow",
+    builtin={
+        "mlflow": "raymem.tracking.mlflow_kind:MlflowKind",
+        "none": "raymem.tracking.none_kind:NoTrackingKind",
+    },
+)  # fmt: skip
+
+MEMORY_AXES: dict[str, Axis[Any]] = {axis.name: axis for axis in (BASES, ADAPTERS, ACTIVATIONS, LOSSES, OPTIMIZERS)}
+"""Section of the recipe that attacks a memory term -> its registry."""
+AXES: dict[str, Axis[Any]] = {**MEMORY_AXES, TRACKERS.name: TRACKERS}
 """Section of the recipe -> its registry."""
 
 
@@ -251,9 +261,9 @@ def register_again(kinds: Mapping[str, Iterable[str]]) -> None:
 
 
 def outside_code(recipe: Any) -> str | None:
-    """Digest of the modules of a recipe's kinds that are not raymem's own; None if there are none."""
+    """Digest of the modules of a recipe's kinds, not raymem's own, that decide its memory; None if there are none."""
     digest, any_outside = hashlib.sha256(), False
-    for kind in chosen(recipe):
+    for kind in (axis.of(recipe) for axis in MEMORY_AXES.values()):
         module = sys.modules[type(kind).__module__]
         if module.__name__.partition(".")[0] != "raymem":
             any_outside = True
@@ -284,3 +294,8 @@ def register_loss(kind: type[LossKind[Any]] | str) -> None:
 def register_optimizer(kind: type[OptimizerKind[Any]] | str) -> None:
     """Add a kind of ``optimizer``; see :meth:`Axis.register`."""
     OPTIMIZERS.register(kind)
+
+
+def register_tracker(kind: type[TrackerKind[Any]] | str) -> None:
+    """Add a kind of ``tracking``; see :meth:`Axis.register`."""
+    TRACKERS.register(kind)

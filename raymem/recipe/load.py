@@ -16,10 +16,9 @@ from raymem.errors import RecipeError
 from raymem.recipe import compat
 from raymem.recipe.axes import AXES, BASES
 from raymem.recipe.axis_field import adapter_of
-from raymem.recipe.base import fields_of, kind_of
 from raymem.recipe.paths import absolute, is_local
 from raymem.recipe.schema import Recipe
-from raymem.recipe.sentences import nearest, problems, sections_in
+from raymem.recipe.sentences import nearest, problems
 
 DEMO_PREFIX = "demo"
 MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
@@ -175,7 +174,6 @@ def recipe_schema() -> dict[str, Any]:
         described = schema["properties"][name].get("description", "")
         default = {"kind": axis.initial}
         schema["properties"][name] = {"$ref": f"#/$defs/{title}", "default": default, "description": described}
-    _also_by_name(definitions, "Tracking")
     for split in ("train", "eval"):
         sources = definitions["DataSection"]["properties"][split]
         one = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
@@ -185,15 +183,6 @@ def recipe_schema() -> dict[str, Any]:
         }
     schema["required"].remove("name")
     return schema
-
-
-def _also_by_name(definitions: dict[str, Any], axis: str) -> None:
-    sections = sections_in(fields_of(Recipe)[axis.lower()])
-    default = Recipe.model_fields[axis.lower()].default.kind
-    for section in sections:
-        if kind_of(section) != default:
-            definitions[section.__name__].setdefault("required", []).append("kind")
-    definitions[axis] = {"anyOf": [definitions[axis], {"enum": [kind_of(section) for section in sections]}]}
 
 
 def packaged_recipe(name: str) -> Path:

@@ -17,28 +17,16 @@ from pydantic import (
     Field,
     model_validator,
 )
-from typing_extensions import TypeAliasType
 
 from raymem.kinds import BaseOptions, OptimizerOptions, Options
 from raymem.memory.budget import parse_bytes
-from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, OPTIMIZERS
+from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, OPTIMIZERS, TRACKERS
 from raymem.recipe.axis_field import AxisField
 from raymem.recipe.base import Section
 from raymem.recipe.space import Dimension
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-def _shorthand(default: str) -> BeforeValidator:
-    """``adapter: none`` means ``adapter: {kind: none}``, and options without a kind are the default kind's."""
-
-    def expand(value: Any) -> Any:
-        if isinstance(value, str):
-            return {"kind": value}
-        return {"kind": default, **value} if isinstance(value, dict) else value
-
-    return BeforeValidator(expand)
 
 
 class ModelSection(Section):
@@ -192,30 +180,6 @@ class StorageSection(Section):
     num_to_keep: Positive = 2
 
 
-class MlflowTracking(Section):
-    """MLflow run, parameters, metrics and the final artefact."""
-
-    kind: Literal["mlflow"] = "mlflow"
-    uri: str | None = None
-    """Tracking server; by default MLFLOW_TRACKING_URI, or else sqlite under the storage path."""
-    experiment: str = "raymem"
-    register_as: str | None = None
-    """Registered model that gets the final adapter or model as a new version."""
-    alias: str = "candidate"
-    """Alias of that version."""
-
-
-class NoTracking(Section):
-    """Metrics are only printed and written beside the checkpoints."""
-
-    kind: Literal["none"] = "none"
-
-
-Tracking = TypeAliasType(
-    "Tracking", Annotated[MlflowTracking | NoTracking, Field(discriminator="kind"), _shorthand("mlflow")]
-)
-
-
 RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db", "mlflow.db.lock")
 """What lies beside the runs in a storage path."""
 
@@ -261,7 +225,7 @@ class Recipe(Section):
     more."""
     storage: StorageSection = StorageSection()
     """Where runs, prepared data and caches live."""
-    tracking: Tracking = MlflowTracking()
+    tracking: Annotated[Options, AxisField(TRACKERS)] = Field(default_factory=TRACKERS.initial_options)
     """Where runs are recorded."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)] | None = None
     """Search space of ``raymem sweep``, over paths of this recipe; a single run leaves it aside."""

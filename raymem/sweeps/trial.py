@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymem.errors import AdapterError, DataError, ModelError, NonFiniteError, OutOfMemory, RecipeError
+from raymem.recipe.axes import register_again, registered
 from raymem.recipe.load import parse_recipe
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
@@ -60,8 +61,8 @@ class TrialJob:
     """Id of the sweep's run in the tracking system."""
 
     def to_config(self) -> dict[str, Any]:
-        """As Ray Tune takes it: one value, for what it makes of many is long names."""
-        return {"job": json.dumps(asdict(self))}
+        """As Ray Tune takes it: few values, for what it makes of many is long names."""
+        return {"job": json.dumps(asdict(self)), "kinds": json.dumps(registered())}
 
     @property
     def reservation(self) -> str:
@@ -70,6 +71,8 @@ class TrialJob:
 
     @staticmethod
     def of(config: dict[str, Any]) -> TrialJob:
+        """The job in a config, in another process; the driver's kinds are registered there too."""
+        register_again(json.loads(config["kinds"]))
         return TrialJob(**json.loads(config["job"]))
 
 

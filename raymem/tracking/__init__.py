@@ -1,14 +1,12 @@
 """Where runs are recorded; the only room that imports mlflow (and only once it is needed)."""
 
-from raymem.tracking.kinds import KINDS, TrackerKind, attach_tracker, check_tracking, start_tracking
+from raymem.tracking.kinds import attach_tracker, check_tracking, start_tracking
 from raymem.tracking.tracker import NullTracker, RunStart, Tracker, TrackingResult
 
 __all__ = [
-    "KINDS",
     "NullTracker",
     "RunStart",
     "Tracker",
-    "TrackerKind",
     "TrackingResult",
     "attach_tracker",
     "check_tracking",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from raymem.hooks import Hook, RunView
-from raymem.recipe.axes import AXES
+from raymem.recipe.axes import MEMORY_AXES
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
 from raymem.training.loss import forward_loss_sum
@@ -27,7 +27,9 @@ def hooks_of(recipe: Recipe, model: nn.Module) -> list[Hook]:
         model: as ``build_model`` made it.
     """
     return [
-        hook for name, axis in AXES.items() for hook in axis.of(recipe).hooks(getattr(recipe, name), model, recipe.seed)
+        hook
+        for name, axis in MEMORY_AXES.items()
+        for hook in axis.of(recipe).hooks(getattr(recipe, name), model, recipe.seed)
     ]
 
 

@@ -27,6 +27,8 @@ toy_vectors = toykinds:BiasKind
 toy_half = toykinds:HalfKind
 [raymem.losses]
 toy_smooth = toykinds:SmoothKind
+[raymem.trackers]
+toy_lines = toykinds:LinesKind
 [raymem.optimizers]
 toy_sign = toykinds:KnownSignKind
 """
@@ -68,7 +70,7 @@ def write_recipe(folder: Path, model: Path, examples: Path, workers: int, **sect
         "train": {"steps": 4, "global_batch": 4, "micro_batch": 2, "save_every": 2},
         "scaling": {"num_workers": workers, "resources_per_worker": {"CPU": 1}},
         "storage": {"path": str(folder / "runs")},
-        "tracking": "none",
+        "tracking": {"kind": "toy_lines", "file": str(folder / "tracked.jsonl")},
         **TOYS,
         **sections,
     }
@@ -88,6 +90,10 @@ def test_they_are_planned_trained_resumed_and_evaluated(
     again = raymem(site, "train", recipe)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming from step 2" in again.stdout + again.stderr
+    assert f"tracked in {tmp_path}/tracked.jsonl" in again.stdout
+    tracked = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in tracked if "loss" in row} == {1, 2, 3, 4}
+    assert tracked[-1] == {"status": "FINISHED", "artifacts": ["adapter"]}
     run = tmp_path / "runs" / "toy"
     facts = json.loads((run / "adapter" / "raymem.json").read_text())
     assert plan["step_peak_bytes"] == pytest.approx(facts["peak_bytes"], rel=0.01)

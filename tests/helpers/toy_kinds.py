@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,9 @@ from raymem.kinds import (
     OptimizerKind,
     Rule,
     TensorShape,
+    TrackerKind,
 )
+from raymem.tracking import RunStart
 
 
 @dataclass(frozen=True)
@@ -184,3 +188,65 @@ class SmoothKind(LossKind[SmoothOptions]):
         return torch.nn.functional.cross_entropy(
             logits_NV, ids_N, ignore_index=-100, reduction="sum", label_smoothing=options.smoothing
         )
+
+
+@dataclass(frozen=True)
+class LinesOptions:
+    """Rows are appended to a file of JSON lines."""
+
+    kind: Literal["toy_lines"] = "toy_lines"
+    file: str = "tracked.jsonl"
+
+
+@dataclass(frozen=True)
+class LinesResult:
+    """Says where they are."""
+
+    run_id: str | None
+    problem: str | None = None
+    hint: str | None = None
+
+    def summary_lines(self) -> list[str]:
+        return [f"tracked in {self.run_id}"]
+
+
+class LinesTracker:
+    """One line per row, and one for the end."""
+
+    def __init__(self, file: str) -> None:
+        self.run_id: str | None = file
+
+    @classmethod
+    def start(cls, start: RunStart) -> LinesTracker:
+        return cls(start.recipe["tracking"]["file"])
+
+    @classmethod
+    def attach(cls, spec: Mapping[str, Any]) -> LinesTracker:
+        return cls(spec["file"])
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any], storage_path: str) -> str:
+        return f"{options['file']} can be written"
+
+    def spec(self) -> dict[str, Any]:
+        return {"file": self.run_id}
+
+    def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        with Path(str(self.run_id)).open("a") as file:
+            file.writelines(json.dumps(dict(row)) + "\n" for row in rows)
+
+    def finish(
+        self, status: str, artifacts: Mapping[str, str | Path] | None = None, *, model: str | None = None
+    ) -> LinesResult:
+        self.log([{"status": status, "artifacts": sorted(artifacts or {})}])
+        return LinesResult(self.run_id)
+
+
+class LinesKind(TrackerKind[LinesOptions]):
+    """A tracker of a few lines."""
+
+    options = LinesOptions
+    paths = ("file",)
+
+    def load(self) -> type[Any]:
+        return LinesTracker

@@ -13,6 +13,7 @@ from raymem.cluster.connection import worker_resources
 from raymem.cluster.train.progress import MetricsPoller, ReportCallback, new_mailbox
 from raymem.cluster.train.worker import config_of, train_worker
 from raymem.errors import ClusterError
+from raymem.recipe.axes import registered
 from raymem.tracking import Tracker
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
@@ -55,7 +56,7 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[L
             name=recipe.name,
             storage_path=prepared.storage.root,
             storage_filesystem=None if prepared.storage.is_local else prepared.storage.filesystem,
-            callbacks=[ReportCallback((recipe.tracking.kind, tracker.spec()), mailbox)],
+            callbacks=[ReportCallback((recipe.tracking.kind, tracker.spec(), registered()), mailbox)],
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
             ),

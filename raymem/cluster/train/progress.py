@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymem.errors import RaymemError
+from raymem.recipe.axes import register_again
 from raymem.tracking import Tracker, attach_tracker
 from raymem.training.dist_env import Layout
 from raymem.training.reporter import Listener, Row
@@ -55,10 +56,10 @@ class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
     """Runs in the Ray Train controller: hands each report to the tracker and to the mailbox.
 
     Args:
-        tracking: kind of the tracker, and the plain data that rebuild it.
+        tracking: kind of the tracker, the plain data that rebuild it, and kinds that are not raymem's own.
     """
 
-    def __init__(self, tracking: tuple[str, Mapping[str, Any]], mailbox: Any) -> None:
+    def __init__(self, tracking: tuple[str, Mapping[str, Any], Mapping[str, list[str]]], mailbox: Any) -> None:
         self._tracking = tracking
         self._mailbox = mailbox
         self._tracker: Tracker | None = None
@@ -66,7 +67,9 @@ class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         rows = metrics[0].get("rows", [])
         if self._tracker is None:
-            self._tracker = attach_tracker(*self._tracking)
+            kind, spec, outside = self._tracking
+            register_again(outside)
+            self._tracker = attach_tracker(kind, spec)
         self._mailbox.push.remote(rows)
         self._tracker.log(rows)
 

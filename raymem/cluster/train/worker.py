@@ -11,6 +11,7 @@ import torch
 
 from raymem.cluster.train.progress import RayReporter
 from raymem.errors import RaymemError
+from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
 from raymem.training.data.shared import localise, to_dict
@@ -23,6 +24,7 @@ def config_of(prepared: PreparedRun) -> dict[str, Any]:
     """The plain data that :func:`train_worker` takes."""
     return {
         "recipe": prepared.recipe.to_dict(),
+        "kinds": registered(),
         "run": prepared.run.path,
         "train_data": to_dict(prepared.train_data),
         "eval_data": prepared.eval_data and to_dict(prepared.eval_data),
@@ -42,6 +44,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     mailbox = config.get("mailbox")
     if mailbox is not None and ray.get(mailbox.error.remote()) is not None:
         return None
+    register_again(config["kinds"])
     recipe = Recipe.model_validate(config["recipe"])
     if not recipe.scaling.use_gpu and "threads" in config:
         torch.set_num_threads(config["threads"])

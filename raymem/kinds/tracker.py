@@ -1,0 +1,16 @@
+"""Kinds of the ``tracking`` axis."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from raymem.kinds.core import Kind, OptionsT
+
+
+class TrackerKind(Kind[OptionsT]):
+    """Where runs are recorded."""
+
+    @abstractmethod
+    def load(self) -> type[Any]:
+        """The class of its trackers, a :class:`raymem.tracking.Tracker`; nothing heavy is imported before."""
