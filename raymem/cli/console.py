@@ -1,4 +1,4 @@
-"""What a person sees while a command runs: a rich progress bar on a terminal, plain lines anywhere else."""
+"""The display while a command runs: a rich progress bar on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 

@@ -37,10 +37,10 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def parse_command(context: typer.Context, command: str, recipe: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """The parameters of a command, parsed as the job will: a wrong option is wrong usage here already."""
-    found: Any = context.find_root().command
+    parser: Any = context.find_root().command
     for word in command.split():
-        found = found.commands[word]
-    parsed: Any = found.make_context(f"raymem {command}", [str(recipe), *arguments])
+        parser = parser.commands[word]
+    parsed: Any = parser.make_context(f"raymem {command}", [str(recipe), *arguments])
     return dict(parsed.params)
 
 

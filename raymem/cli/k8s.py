@@ -77,7 +77,7 @@ def render(
             f"--space {space}: is a file of this machine, which the Pods do not see; write the space into the recipe's "
             "`space` section"
         )
-    made = make(
+    rendered = make(
         recipe,
         overlay=overlay,
         overrides=overrides,
@@ -92,8 +92,8 @@ def render(
         node_memory=node_memory,
         only_job=only_job,
     )
-    typer.echo(made.manifests, nl=False)
+    typer.echo(rendered.manifests, nl=False)
     console.err.print(
-        f"RayJob {made.name}: a worker needs about {bytes_text(made.figure_bytes)}, its Pod asks for "
-        f"{bytes_text(made.request_bytes)}; next: kubectl apply -f - (docs/kubernetes.md)"
+        f"RayJob {rendered.name}: a worker needs about {bytes_text(rendered.figure_bytes)}, its Pod asks for "
+        f"{bytes_text(rendered.request_bytes)}; next: kubectl apply -f - (docs/kubernetes.md)"
     )

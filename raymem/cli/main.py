@@ -126,13 +126,12 @@ def evaluate(
     loaded = load_recipe(recipe, set_)
     from raymem.runs.evaluate import evaluate_recipe
 
-    found = evaluate_recipe(loaded, artifact)
-    result = found.result
+    result = evaluate_recipe(loaded, artifact)
     if as_json:
-        facts = {"artifact": found.artifact, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
+        facts = {"artifact": result.artifact, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
         typer.echo(json.dumps({**facts, "num_targets": result.num_targets}))
         return
-    console.out.print(f"{found.artifact}")
+    console.out.print(f"{result.artifact}")
     console.out.print(
         f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f} over {result.num_targets} target tokens"
     )
@@ -186,12 +185,12 @@ def export(
     if check != "vllm":
         raise RecipeError(f"--check {check}: its rules are not known; vllm is")
     with local_copy(adapter) as directory:
-        found = vllm.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=str(output or adapter))
-        if found.problems:
-            raise ModelError("\n".join(f"{adapter}: {problem}" for problem in found.problems))
+        linted = vllm.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=str(output or adapter))
+        if linted.problems:
+            raise ModelError("\n".join(f"{adapter}: {problem}" for problem in linted.problems))
         if output is not None:
             vllm.copy_adapter(directory, output)
-    console.out.print(f"vLLM takes it:\n{found.command}")
+    console.out.print(f"vLLM takes it:\n{linted.command}")
 
 
 @app.command()

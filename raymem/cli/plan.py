@@ -47,9 +47,9 @@ def plan(
     overrides = [*set_, *([f"scaling.num_workers={workers}"] if workers else [])]
     loaded = load_recipe(recipe, overrides)
     limit = budget_bytes(loaded, budget, gpu, where="--budget")
-    loaded, found = plan_run(loaded, budget_bytes=limit, gpu=gpu, status=console.err.print)
+    loaded, prediction = plan_run(loaded, budget_bytes=limit, gpu=gpu, status=console.err.print)
     overrides.append(f"train.micro_batch={loaded.train.micro_batch}")  # if it is open: `auto`
-    judged = None if limit is None else found.verdict(limit)
+    verdict = None if limit is None else prediction.verdict(limit)
     advice: list[Advice] | None = None
     if advise:
         if limit is None:
@@ -60,31 +60,36 @@ def plan(
         def load(more: Sequence[str]) -> Recipe:
             return load_recipe(recipe, [*overrides, *more])
 
-        advice = adviser.advise(load, limit, gpu) if isinstance(judged, Exceeds) else []
+        advice = adviser.advise(load, limit, gpu) if isinstance(verdict, Exceeds) else []
     if plot is not None:
         from raymem.planner.plot import draw
 
-        draw(found, plot, f"{loaded.name}: one worker of {found.num_workers}, {gpu or found.device}", limit)
+        draw(
+            prediction,
+            plot,
+            f"{loaded.name}: one worker of {prediction.num_workers}, {gpu or prediction.device}",
+            limit,
+        )
     if as_json:
-        typer.echo(json.dumps(as_dict(found, judged, limit, advice)))
+        typer.echo(json.dumps(as_dict(prediction, verdict, limit, advice)))
     else:
-        _print(found, loaded, judged, limit, advice)
+        _print(prediction, loaded, verdict, limit, advice)
         if plot is not None:
             console.out.print(f"picture: {plot}")
-    if _exceeds(judged):
+    if _exceeds(verdict):
         raise typer.Exit(1)
 
 
 def as_dict(
-    found: Plan, judged: Verdict | None, limit: int | None, advice: Sequence[Advice] | None = None
+    prediction: Plan, verdict: Verdict | None, limit: int | None, advice: Sequence[Advice] | None = None
 ) -> dict[str, Any]:
     """The JSON answer: ``<term>_bytes`` at the peak, totals, and the verdict."""
-    facts = found.to_dict()
+    facts = prediction.to_dict()
     terms = facts.pop("terms")
     result = {f"{name}_bytes": size for name, size in terms.items()} | facts | {"budget_bytes": limit}
-    result["verdict"] = None if judged is None else "exceeds" if _exceeds(judged) else "fits"
-    if judged is not None:
-        result |= dict(vars(judged))
+    result["verdict"] = None if verdict is None else "exceeds" if _exceeds(verdict) else "fits"
+    if verdict is not None:
+        result |= dict(vars(verdict))
     if advice is not None:
         result["advice"] = [
             {"overrides": list(a.overrides), "peak_bytes": a.plan.peak_bytes, "capacity_bytes": a.plan.capacity_bytes}
@@ -93,62 +98,62 @@ def as_dict(
     return result
 
 
-def _exceeds(judged: Verdict | None) -> bool:
+def _exceeds(verdict: Verdict | None) -> bool:
     from raymem.memory.budget import Exceeds
 
-    return isinstance(judged, Exceeds)
+    return isinstance(verdict, Exceeds)
 
 
 def _print(
-    found: Plan, recipe: Recipe, judged: Verdict | None, limit: int | None, advice: Sequence[Advice] | None
+    prediction: Plan, recipe: Recipe, verdict: Verdict | None, limit: int | None, advice: Sequence[Advice] | None
 ) -> None:
     from raymem.memory.budget import bytes_text
 
     say = console.out.print
-    if not found.traced:
-        say(f"[bold]rough figure by formulas[/bold]: the model's code could not be traced ({found.note})")
-    console.print_whole(console.plan_table(found.terms, found.phases))
-    if found.loss_note is not None:
-        say(found.loss_note, markup=False)
-    say(f"peak of what is allocated: {bytes_text(found.peak_bytes)}")
-    if found.term_peaks["loss"] > found.terms["loss"]:
-        say(f"the loss has its own highest moment elsewhere: {bytes_text(found.term_peaks['loss'])}")
-    if found.device == "cuda":
+    if not prediction.traced:
+        say(f"[bold]rough figure by formulas[/bold]: the model's code could not be traced ({prediction.note})")
+    console.print_whole(console.plan_table(prediction.terms, prediction.phases))
+    if prediction.loss_note is not None:
+        say(prediction.loss_note, markup=False)
+    say(f"peak of what is allocated: {bytes_text(prediction.peak_bytes)}")
+    if prediction.term_peaks["loss"] > prediction.terms["loss"]:
+        say(f"the loss has its own highest moment elsewhere: {bytes_text(prediction.term_peaks['loss'])}")
+    if prediction.device == "cuda":
         say(
-            f"reserved on an empty GPU: {bytes_text(found.reserved_bytes)} (expandable segments: "
-            f"{bytes_text(found.expandable_bytes)})"
+            f"reserved on an empty GPU: {bytes_text(prediction.reserved_bytes)} (expandable segments: "
+            f"{bytes_text(prediction.expandable_bytes)})"
         )
         say(
-            f"least memory of the GPU: {bytes_text(found.capacity_bytes)}, of which context and NCCL "
-            f"{bytes_text(found.outside_bytes)}"
+            f"least memory of the GPU: {bytes_text(prediction.capacity_bytes)}, of which context and NCCL "
+            f"{bytes_text(prediction.outside_bytes)}"
         )
-    if found.top:
+    if prediction.top:
         say(console.holders_table([(t["name"], t["category"], t["operation"], t["bytes"], t["count"])
-                                   for t in found.top[:8]]))  # fmt: skip
+                                   for t in prediction.top[:8]]))  # fmt: skip
     from raymem.planner.prediction_error import ratio
 
     known = ratio(recipe)
     if known is not None:
         say(f"measured over predicted peak so far: {known[0]:.3f} (mean of {known[1]} runs of these methods)")
-    if judged is not None and limit is not None:
-        say(verdict_text(judged, limit))
+    if verdict is not None and limit is not None:
+        say(verdict_text(verdict, limit))
     for number, one in enumerate(advice or (), start=1):
         text = " ".join(f"-s {override}" for override in one.overrides)
         say(f"  {number}. {text}   needs {bytes_text(one.plan.capacity_bytes)}", markup=False)
-    if advice == [] and _exceeds(judged):
+    if advice == [] and _exceeds(verdict):
         say("no combination of up to three changes fits; take a smaller model or more GPU memory")
 
 
-def verdict_text(judged: Verdict, limit: int) -> str:
+def verdict_text(verdict: Verdict, limit: int) -> str:
     """The verdict as a sentence."""
     from raymem.memory.budget import Exceeds, bytes_text
 
-    if isinstance(judged, Exceeds):
+    if isinstance(verdict, Exceeds):
         return (
-            f"does not fit: {bytes_text(judged.by_bytes)} above the budget of {bytes_text(limit)}; the largest term is "
-            f"{judged.largest_term}; what would help: {', '.join(judged.would_help)}"
+            f"does not fit: {bytes_text(verdict.by_bytes)} above the budget of {bytes_text(limit)}; the largest term "
+            f"is {verdict.largest_term}; what would help: {', '.join(verdict.would_help)}"
         )
-    return f"fits: {bytes_text(judged.headroom_bytes)} of {bytes_text(limit)} to spare"
+    return f"fits: {bytes_text(verdict.headroom_bytes)} of {bytes_text(limit)} to spare"
 
 
 def register(app: typer.Typer) -> None:

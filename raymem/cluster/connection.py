@@ -13,7 +13,7 @@ from raymem.errors import ClusterError
 from raymem.recipe.schema import ScalingSection
 
 _QUIET = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
-"""What Ray's daemons collect for its dashboard; on a laptop nobody looks, and they run on the cores that train."""
+"""Turns off what Ray's daemons collect for its dashboard: on a laptop nobody looks, and it costs cores that train."""
 
 
 def connect(scaling: ScalingSection) -> None:

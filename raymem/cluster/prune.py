@@ -20,7 +20,7 @@ from raymem.methods.loram.manifest import Manifest, read_manifest
 from raymem.methods.loram.steps import Step, is_done, layerwise_model, memory_bytes, run_step, steps
 
 LIBRARIES_BYTES = 600 << 20
-"""What a worker holds before it reads anything: torch and transformers."""
+"""Memory of a worker before it reads anything: torch and transformers."""
 MAX_RETRIES = 3
 
 
@@ -48,8 +48,8 @@ def prune_by_tasks(job: PruneJob, progress: Callable[[int, int], None] = lambda 
             for step in ready[: window - len(running)]:
                 waiting.remove(step)
                 # Never more than the largest node has: it would wait for ever. There it then runs alone.
-                wanted = min(memory_bytes(job, step) + LIBRARIES_BYTES, most_memory)
-                running[remote.options(memory=wanted).remote(job, step)] = step
+                needed = min(memory_bytes(job, step) + LIBRARIES_BYTES, most_memory)
+                running[remote.options(memory=needed).remote(job, step)] = step
             (reference,), _ = ray.wait(list(running))
             step = running.pop(reference)
             _result(reference, step)
@@ -64,9 +64,9 @@ def prune_by_tasks(job: PruneJob, progress: Callable[[int, int], None] = lambda 
 def run_task(job: PruneJob, step: Step) -> None:
     """One step, on a node."""
     if not Path(job.source.directory).is_dir() or not job.workspace.is_dir():
-        place = job.workspace if Path(job.source.directory).is_dir() else job.source.directory
+        directory = job.workspace if Path(job.source.directory).is_dir() else job.source.directory
         raise ModelError(
-            f"model.name: {place} is not there on node {os.uname().nodename}; every node needs the same directory "
+            f"model.name: {directory} is not there on node {os.uname().nodename}; every node needs the same directory "
             "(storage.path and, for downloads, HF_HOME on a shared file system)"
         )
     run_step(job, step, None if step.kind in ("rest", "layer") else _model(job))

@@ -63,7 +63,7 @@ feature discovery sets."""
 
 @dataclass(frozen=True)
 class Overlay:
-    """What an overlay's workers are."""
+    """The workers of an overlay."""
 
     gpu: bool
     elastic: bool = False
@@ -163,8 +163,8 @@ def render(
     }
     text = _kustomize(kustomization, {"recipe.yaml": yaml.safe_dump(config, sort_keys=False)})
     if only_job:
-        wanted = [d for d in yaml.safe_load_all(text) if d["metadata"]["name"] in (job, f"{job}-recipe")]
-        text = yaml.safe_dump_all(wanted, sort_keys=False)
+        documents = [d for d in yaml.safe_load_all(text) if d["metadata"]["name"] in (job, f"{job}-recipe")]
+        text = yaml.safe_dump_all(documents, sort_keys=False)
     return Rendered(text, job, figure, request)
 
 
@@ -183,7 +183,7 @@ def worker_memory_bytes(recipe: Recipe, gpu: str | None) -> int:
 
 
 def memory_request_bytes(figure_bytes: int) -> int:
-    """What a worker's Pod asks for: the figure with its margin, in whole GiB."""
+    """Memory request of a worker's Pod: the figure with its margin, in whole GiB."""
     return math.ceil((figure_bytes * MARGIN + RUNTIME_BYTES) / _GIB) * _GIB
 
 
@@ -223,18 +223,18 @@ def _scaled(
     if workers is None:
         least, most = own if isinstance(own, tuple) else (max(own, 1), max(own, 1))
     else:
-        found = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", workers)
-        if not found or (found[2] and int(found[2]) < int(found[1])):
+        bounds = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", workers)
+        if not bounds or (bounds[2] and int(bounds[2]) < int(bounds[1])):
             raise ClusterError(f"--workers {workers}: write a number from 1, or min-max such as 2-8")
-        least, most = int(found[1]), int(found[2] or found[1])
+        least, most = int(bounds[1]), int(bounds[2] or bounds[1])
     if least != most and not shape.elastic:
         raise ClusterError(
             f"--workers {least}-{most}: overlay {overlay} has a fixed number of workers; give one number, or use "
             "--overlay gpu-spot-elastic"
         )
-    wanted = dict(recipe.scaling.resources_per_worker or {})
+    given = dict(recipe.scaling.resources_per_worker or {})
     # Said in the recipe, so that exactly one worker goes into a Pod, whatever nodes there are when the driver looks.
-    share = {"CPU": 1.0, "GPU": 1.0, **wanted} if shape.gpu else {"CPU": wanted.get("CPU", float(cpus or 2))}
+    share = {"CPU": 1.0, "GPU": 1.0, **given} if shape.gpu else {"CPU": given.get("CPU", float(cpus or 2))}
     if cpus is not None and share["CPU"] > cpus:
         raise ClusterError(
             f"--cpus {cpus}: scaling.resources_per_worker gives each worker {share['CPU']:g} CPU; raise one or lower "
@@ -251,16 +251,16 @@ def _scaled(
 
 
 def _job_name(name: str | None, recipe: Recipe) -> str:
-    wanted = name or re.sub(r"[._]", "-", recipe.name.lower())
-    place = f"--name {wanted}" if name else f"name: {recipe.name} gives the RayJob name {wanted}, which"
+    job = name or re.sub(r"[._]", "-", recipe.name.lower())
+    where = f"--name {job}" if name else f"name: {recipe.name} gives the RayJob name {job}, which"
     cure = "give another one with --name"
-    if len(wanted) > MAX_NAME:
-        raise ClusterError(f"{place} has {len(wanted)} characters, KubeRay allows {MAX_NAME}; {cure}")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", wanted):
+    if len(job) > MAX_NAME:
+        raise ClusterError(f"{where} has {len(job)} characters, KubeRay allows {MAX_NAME}; {cure}")
+    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job):
         raise ClusterError(
-            f"{place} is not a name for Kubernetes (a-z, 0-9 and -, from a letter to a letter or digit); {cure}"
+            f"{where} is not a name for Kubernetes (a-z, 0-9 and -, from a letter to a letter or digit); {cure}"
         )
-    return wanted
+    return job
 
 
 def _check_paths(recipe: Recipe) -> None:
@@ -276,10 +276,10 @@ def _check_paths(recipe: Recipe) -> None:
     paths["adapter.init_from"] = raw["adapter"].get("init_from")
     for split in ("train", "eval"):
         paths |= {f"data.{split}[{i}].path": s["path"] for i, s in enumerate(raw["data"][split] or ())}
-    for place, path in paths.items():
+    for where, path in paths.items():
         if path is not None and path.startswith("/") and not _visible(path):
             raise ClusterError(
-                f"{place}: {path} is a path of this machine, which the Pods do not see; copy it to the shared volume "
+                f"{where}: {path} is a path of this machine, which the Pods do not see; copy it to the shared volume "
                 f"and give {MOUNT}/..., or give a Hugging Face id"
             )
     demos = {recipe.model.name, recipe.model.tokenizer} & {*MODELS}
@@ -305,11 +305,11 @@ def _check_room(needed: int, available: int, what: str, option: str) -> None:
 
 def _quantity(text: str, option: str) -> int:
     """Bytes of a Kubernetes quantity such as ``64Gi``."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(Mi|Gi|Ti|M|G|T)", text)
-    if not found:
+    amount = re.fullmatch(r"(\d+(?:\.\d+)?)(Mi|Gi|Ti|M|G|T)", text)
+    if not amount:
         raise ClusterError(f"{option} {text}: is no amount of memory; write for example 64Gi")
-    power = {"M": 2, "G": 3, "T": 4}[found[2][0]]
-    return int(float(found[1]) * (1024 if found[2].endswith("i") else 1000) ** power)
+    power = {"M": 2, "G": 3, "T": 4}[amount[2][0]]
+    return int(float(amount[1]) * (1024 if amount[2].endswith("i") else 1000) ** power)
 
 
 def _patch(

@@ -12,16 +12,16 @@ from raymem.training.artifacts.export import FACTS
 
 
 @contextlib.contextmanager
-def local_copy(place: str) -> Iterator[str]:
-    """A local directory with the artefact at ``place``: itself, or for ``s3://`` and ``gs://`` a temporary copy.
+def local_copy(location: str) -> Iterator[str]:
+    """A local directory with the artefact at ``location``: itself, or for ``s3://`` and ``gs://`` a temporary copy.
 
     Raises:
         StorageError: it cannot be fetched.
     """
-    if "://" not in place:
-        yield place
+    if "://" not in location:
+        yield location
         return
-    parent, _, rest = place.partition("?")
+    parent, _, rest = location.partition("?")
     base, _, name = parent.rpartition("/")
     with tempfile.TemporaryDirectory(prefix="raymem-artifact-") as folder:
         directory = Path(folder) / name

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run left."""
+    """A finished run."""
 
     outcome: Outcome
     """All that the training loop says about itself."""

@@ -227,7 +227,7 @@ def _nothing_fits(space: Space, recipe: Recipe, gate: Gate, rows: list[SweepRow]
     if not sized:
         problem = rows[-1].problem if rows else "the space has no point"
         return RecipeError(f"no point of the space can be trained; the last one: {problem}")
-    at_least, point = min(sized, key=lambda found: found[0])
+    at_least, point = min(sized, key=lambda size_and_point: size_and_point[0])
     needed: int | None = None
     for _ in range(2):  # from the smallest proposal along one dimension after the other
         for path, dimension in space.items():
@@ -248,5 +248,5 @@ def _nothing_fits(space: Space, recipe: Recipe, gate: Gate, rows: list[SweepRow]
 
 def _replaced(space: Space, recipe: Recipe, point: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """A point with another value in one dimension; what exists only then is at its smallest entry."""
-    wanted = {**point, path: value}
-    return sample(space, recipe.to_dict(), lambda name, dimension: wanted.get(name, dimension.grid()[0]))
+    changed = {**point, path: value}
+    return sample(space, recipe.to_dict(), lambda name, dimension: changed.get(name, dimension.grid()[0]))

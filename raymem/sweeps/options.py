@@ -16,7 +16,7 @@ from raymem.runs.plan import budget_bytes
 
 ALGORITHMS = ("tpe", "nsga2", "random", "grid")
 METRICS = {"eval_loss": "min", "loss": "min", "peak_bytes": "min", "train_s": "min", "tokens_per_s": "max"}
-"""What a trial reports and a sweep can look for, and which way is better."""
+"""Metrics that a trial reports and a sweep can look for, and which way is better."""
 
 
 class Spelling(Protocol):
@@ -39,7 +39,7 @@ def as_argument(name: str, value: Any = None) -> str:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is looked for."""
+    """The metrics that are looked for."""
 
     metrics: tuple[str, ...]
     """Keys of :data:`METRICS`; the first one chooses among the best."""

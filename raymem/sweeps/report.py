@@ -1,4 +1,4 @@
-"""What a sweep came to: rows, the Pareto front of quality and memory, its table and figure, and the best recipe."""
+"""The report of a sweep: rows, the Pareto front of quality and memory, its table and figure, and the best recipe."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class SweepRow:
     predicted_bytes: int | None
     """Peak of a step; of a refused one what it would need at least."""
     measured_bytes: int | None
-    """What the meter saw; of one that ran out of memory what it had by then."""
+    """As the meter measured it; of a trial that ran out of memory, what it had taken by then."""
     overhead_s: float | None
-    """Of a finished one: seconds besides its training."""
+    """Seconds besides its training, once it has finished."""
     problem: str | None
 
 
 def rows_of(trials: Sequence[FrozenTrial]) -> list[SweepRow]:
     """Every proposal that was judged, in order."""
-    found = []
+    rows = []
     for trial in trials:
         facts = trial.user_attrs
         if not started(trial) and facts.get("status") != "refused":  # repeated, or cut off before it was judged
@@ -50,11 +50,11 @@ def rows_of(trials: Sequence[FrozenTrial]) -> list[SweepRow]:
         status = facts.get("status", "running" if trial.state == TrialState.RUNNING else "crashed")
         metrics = {name: facts[name] for name in METRICS if name in facts}
         measured = facts.get("measured_bytes") or metrics.get("peak_bytes")
-        found.append(SweepRow(
+        rows.append(SweepRow(
             trial.number, status, facts["point"], metrics, facts.get("predicted_bytes"),
             None if measured is None else int(measured), facts.get("overhead_s"), facts.get("problem"),
         ))  # fmt: skip
-    return found
+    return rows
 
 
 def finished(rows: Sequence[SweepRow], metrics: Sequence[str]) -> list[SweepRow]:

@@ -1,4 +1,4 @@
-"""What a trial of a sweep takes from the cluster, and how many fit at a time."""
+"""The resources that a trial of a sweep takes from the cluster, and how many trials fit at a time."""
 
 from __future__ import annotations
 
@@ -58,28 +58,28 @@ def resources_of(recipe: Recipe, needed_bytes: int) -> tuple[dict[str, Any], dic
     """
     scaling = recipe.scaling.model_dump(mode="json")
     if nested(recipe):
-        wanted = worker_resources(recipe.scaling)
+        resources = worker_resources(recipe.scaling)
         if not recipe.scaling.use_gpu:
-            wanted["memory"] = float(needed_bytes + RUNTIME_BYTES)
+            resources["memory"] = float(needed_bytes + RUNTIME_BYTES)
         # The trial itself only waits, for workers that have a placement group of their own: with a share of a core it
         # would leave too little for those that want all cores of a node.
-        return scaling | {"resources_per_worker": wanted}, {"memory": float(RUNTIME_BYTES)}, 0, 0
-    wanted = _of_process(recipe)
+        return scaling | {"resources_per_worker": resources}, {"memory": float(RUNTIME_BYTES)}, 0, 0
+    resources = _of_process(recipe)
     scaling |= {"num_workers": 0, "resources_per_worker": None}
     if recipe.scaling.use_gpu:
-        wanted = {"GPU": 1.0, **wanted}
-        if (per_gpu := _advertised_gpu_mib()) and wanted["GPU"] == 1.0:
+        resources = {"GPU": 1.0, **resources}
+        if (per_gpu := _advertised_gpu_mib()) and resources["GPU"] == 1.0:
             share = max(1, per_gpu // max(1, -(-needed_bytes >> 20)))
             # Rounded down: Ray counts in ten-thousandths, and six times 0.1667 is more than a GPU.
-            wanted |= {"GPU": math.floor(1e4 / share) / 1e4, "gpu_memory_mib": per_gpu // share}
-        return scaling, wanted, RUNTIME_BYTES, max(1, int(wanted["CPU"]))
-    return scaling, wanted, needed_bytes + RUNTIME_BYTES, max(1, int(wanted["CPU"]))
+            resources |= {"GPU": math.floor(1e4 / share) / 1e4, "gpu_memory_mib": per_gpu // share}
+        return scaling, resources, RUNTIME_BYTES, max(1, int(resources["CPU"]))
+    return scaling, resources, needed_bytes + RUNTIME_BYTES, max(1, int(resources["CPU"]))
 
 
 def _advertised_gpu_mib() -> int:
     """Memory of one GPU as the nodes advertise it, the least of all nodes; 0 if any has GPUs but does not say."""
-    found = [node["Resources"] for node in _nodes() if node["Resources"].get("GPU")]
-    return int(min((node.get("gpu_memory_mib", 0) / node["GPU"] for node in found), default=0))
+    with_gpus = [node["Resources"] for node in _nodes() if node["Resources"].get("GPU")]
+    return int(min((node.get("gpu_memory_mib", 0) / node["GPU"] for node in with_gpus), default=0))
 
 
 def most_at_once(recipe: Recipe, admitted_bytes: int) -> int | None:
@@ -95,14 +95,14 @@ def most_at_once(recipe: Recipe, admitted_bytes: int) -> int | None:
     """
     if not nested(recipe):
         return None
-    wanted = _of_worker(recipe, admitted_bytes)
-    places, least = _places(wanted), _least_workers(recipe)
-    if places < least:
+    resources = _of_worker(recipe, admitted_bytes)
+    room, least = _that_fit(resources), _least_workers(recipe)
+    if room < least:
         raise BudgetError(
-            f"scaling: {least} workers with {wanted} each do not fit on this cluster, which has room for {places}; "
+            f"scaling: {least} workers with {resources} each do not fit on this cluster, which has room for {room}; "
             "lower scaling.num_workers or scaling.resources_per_worker"
         )
-    return places // least
+    return room // least
 
 
 def _most_of_workers(recipe: Recipe) -> int:
@@ -110,23 +110,23 @@ def _most_of_workers(recipe: Recipe) -> int:
     least, beside = _least_workers(recipe), _of_worker(recipe, 0)
     del beside["memory"]
     shares = {int(node["Resources"].get("memory", 0)) // count for node in _nodes() for count in range(1, least + 1)}
-    fitting = [share for share in shares if _places({**beside, "memory": share}) >= least]
+    fitting = [share for share in shares if _that_fit({**beside, "memory": share}) >= least]
     if not fitting:
         most_at_once(recipe, 0)  # says what is missing besides memory
     return max(fitting, default=0) - math.ceil(_of_worker(recipe, 0)["memory"])
 
 
 def _of_process(recipe: Recipe) -> dict[str, float]:
-    """What a trial that trains in its own process takes besides memory and GPUs, unless the recipe says otherwise."""
+    """Resources of a trial that trains in its own process, besides memory and GPUs; the recipe may say otherwise."""
     return {"CPU": 1.0, **(recipe.scaling.resources_per_worker or {})}
 
 
 def _of_worker(recipe: Recipe, needed_bytes: int) -> dict[str, float]:
-    """What a worker of a trial takes, with its share of the process that waits for it."""
-    wanted = dict(resources_of(recipe, needed_bytes)[0]["resources_per_worker"])
-    if "memory" in wanted:
-        wanted["memory"] += RUNTIME_BYTES / _least_workers(recipe)
-    return wanted
+    """Resources of a trial's worker, with its share of the process that waits for it."""
+    resources = dict(resources_of(recipe, needed_bytes)[0]["resources_per_worker"])
+    if "memory" in resources:
+        resources["memory"] += RUNTIME_BYTES / _least_workers(recipe)
+    return resources
 
 
 def _least_workers(recipe: Recipe) -> int:
@@ -134,16 +134,16 @@ def _least_workers(recipe: Recipe) -> int:
     return workers[0] if isinstance(workers, tuple) else max(1, workers)
 
 
-def _places(wanted: Mapping[str, float]) -> int:
-    """How many of something fit on the cluster, each on one node."""
+def _that_fit(resources: Mapping[str, float]) -> int:
+    """How many workers or processes with these resources fit on the cluster, each on one node."""
     return sum(
-        min(int(node["Resources"].get(kind, 0.0) // amount) for kind, amount in wanted.items() if amount)
+        min(int(node["Resources"].get(kind, 0.0) // amount) for kind, amount in resources.items() if amount)
         for node in _nodes()
     )
 
 
-def _holds(has: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
-    return all(has.get(kind, 0.0) >= amount for kind, amount in wanted.items())
+def _holds(has: Mapping[str, float], resources: Mapping[str, float]) -> bool:
+    return all(has.get(kind, 0.0) >= amount for kind, amount in resources.items())
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a finished sweep left."""
+    """A finished sweep."""
 
     folder: Path
     """Report, journal and best recipe."""
@@ -23,7 +23,7 @@ class SweepResult:
     gave_up: str | None
     """Why it ended before all samples, if it did."""
     tracking: TrackingResult
-    """Of the sweep's own run."""
+    """The sweep's own run in the tracking system."""
 
     @property
     def run_id(self) -> str | None:

@@ -101,7 +101,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """A config, None to be asked again, or FINISHED."""
-        if self._interrupted:  # also beyond the samples, of which there may be fewer now: they would never end
+        if self._interrupted:  # even past the samples, which may have been lowered, or these would run for ever
             return self._start(trial_id, self._interrupted.pop(0))
         if self._started >= self._samples or self.gave_up:
             return str(Searcher.FINISHED)
@@ -269,8 +269,8 @@ def draw(trial: optuna.Trial, path: str, dimension: FloatDimension | IntDimensio
 
 def _point(trial: FrozenTrial) -> Point:
     """Where a proposal is, or is to be once it is asked for."""
-    found: Point = trial.user_attrs.get("point") or trial.system_attrs.get("fixed_params", {})
-    return found
+    point: Point = trial.user_attrs.get("point") or trial.system_attrs.get("fixed_params", {})
+    return point
 
 
 def _text(point: Point) -> str:

@@ -12,6 +12,7 @@ from ray import tune as ray_tune
 from ray.exceptions import OutOfMemoryError
 from ray.tune.schedulers import ASHAScheduler
 
+from raymem.cluster.reservations import free_reservation
 from raymem.errors import ClusterError
 from raymem.planner import prediction_error
 from raymem.recipe.schema import Recipe
@@ -20,7 +21,7 @@ from raymem.storage.storage import Storage
 from raymem.sweeps.options import METRICS, Objective
 from raymem.sweeps.resources import most_at_once, nested
 from raymem.sweeps.search import BudgetedSearch
-from raymem.sweeps.trial import ATTEMPT, RESULT, TrialJob, free_reservation, run_trial
+from raymem.sweeps.trial import ATTEMPT, RESULT, TrialJob, run_trial
 
 log = logging.getLogger(__name__)
 
@@ -48,19 +49,19 @@ def tune(
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1")  # the next trial is judged while others run, not more
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends us like a kill: what runs goes on later
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    of_nobody = 0
+    kills_without_trial = 0
     while True:
         search = new_search()
         follow = Follow(search, storage, changed)
         try:
             _fit(search, follow, recipe, storage, admitted_bytes, scheduler)
         except RuntimeError as error:
-            # Ray Tune does not know this end of a process, and goes down with it.
+            # Ray Tune crashes when Ray's memory monitor kills one of its workers.
             if not isinstance(error.__cause__, OutOfMemoryError):
                 raise
-            # One that waited for its next trial may be killed too; again and again means that there is no room at all.
-            of_nobody = 0 if follow.note_killed(str(error)) else of_nobody + 1
-            if of_nobody > CRASHES:
+            # The killed worker may have been idle, between trials; if that happens again and again, the node is full.
+            kills_without_trial = 0 if follow.note_killed(str(error)) else kills_without_trial + 1
+            if kills_without_trial > CRASHES:
                 raise ClusterError(
                     "memory: Ray's memory monitor kills processes of this sweep before they train: others have taken "
                     "the memory of their node; free some, then run the same command again: it goes on"
@@ -72,7 +73,7 @@ def tune(
 
 
 def early_stopping(recipe: Recipe, objective: Objective) -> ASHAScheduler | None:
-    """What stops a trial that is clearly worse at an evaluation; None with several objectives."""
+    """The scheduler that stops trials that are clearly worse at an evaluation; None with several objectives."""
     if len(objective.metrics) > 1:
         return None
     train, metric = recipe.train, objective.metrics[0]
@@ -125,14 +126,14 @@ class Follow(ray_tune.Callback):  # type: ignore[misc]
         """Write the end of trials whose processes Ray's memory monitor killed; whether there is any."""
         killed = killed_workers(message)
         end = {"status": "infeasible", "measured_bytes": 0, "problem": "killed: its node was out of memory"}
-        found = False
+        any_trial = False
         for job in self._running.values():
             run = self._storage.child(job.recipe["name"])
             if run.exists(ATTEMPT) and run.read_json(ATTEMPT).get("ray_worker") in killed:
-                found = True
+                any_trial = True
                 if not run.exists(RESULT):
                     run.write_json(RESULT, {**end, "number": job.number})
-        return found
+        return any_trial
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running[trial.trial_id] = TrialJob.of(trial.config)

@@ -47,10 +47,10 @@ def limits(timeout_s: int, retries: int) -> Iterator[None]:
 
     mlflow reads these from the environment at each call and has no argument for them.
     """
-    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
+    bounds = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
     with _environment:
-        saved = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
+        saved = {name: os.environ.get(name) for name in bounds}
+        os.environ.update(bounds)
         try:
             yield
         finally:

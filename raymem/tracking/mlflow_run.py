@@ -118,11 +118,11 @@ def _experiment(client: Any, name: str, address: TrackingAddress) -> str:
             f"tracking.experiment: {name!r} was deleted at {address.uri}; restore it "
             f"(mlflow experiments restore -x {experiment.experiment_id}) or choose another name"
         )
-    found = str(experiment.artifact_location).removeprefix("file://")
-    if address.embedded and found != address.artifact_location:
+    location = str(experiment.artifact_location).removeprefix("file://")
+    if address.embedded and location != address.artifact_location:
         raise TrackingError(
-            f"tracking.experiment: {name!r} of {address.uri} keeps its artifacts in {found}, outside of storage.path; "
-            "this storage was moved or copied: move it back, or choose another tracking.experiment"
+            f"tracking.experiment: {name!r} of {address.uri} keeps its artifacts in {location}, outside of "
+            "storage.path; this storage was moved or copied: move it back, or choose another tracking.experiment"
         )
     return str(experiment.experiment_id)
 

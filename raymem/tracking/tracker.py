@@ -1,4 +1,4 @@
-"""What a tracking system has to offer, and the one that records nothing."""
+"""The protocol of a tracking system, and the one that records nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RunStart:
     gets a new one, because its steps would count as already logged."""
     device: str = "cpu"
     parent_run_id: str | None = None
-    """Of a trial: the tracked run of its sweep."""
+    """The tracked run of the sweep that this run is a trial of."""
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -42,7 +42,7 @@ class TrackingResult(Protocol):
         """A command that shows the run, if there is one."""
 
     def summary_lines(self) -> list[str]:
-        """What was recorded and where, in lines."""
+        """Lines about what was recorded, and where."""
 
 
 class Tracker(Protocol):

@@ -1,4 +1,4 @@
-"""What the driver hands to the workers that train."""
+"""The run that a driver hands to the workers that train."""
 
 from __future__ import annotations
 

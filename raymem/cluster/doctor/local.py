@@ -1,4 +1,4 @@
-"""What ``raymem doctor`` looks at on this machine, without Ray."""
+"""The checks of ``raymem doctor`` on this machine, without Ray."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Check:
     """True, False (training will fail), or None (it works, but look at this)."""
     detail: str
     cure: str = ""
-    """What to do; empty if all is well."""
+    """The remedy; empty if all is well."""
 
 
 def check_versions() -> list[Check]:
@@ -47,20 +47,20 @@ def check_versions() -> list[Check]:
     checks = [_version("Python", python, supported.contains(python), str(supported), f"use Python {supported}")]
     required = {r.name: r for r in map(Requirement, meta.get_all("Requires-Dist") or []) if not r.marker}
     for name in _PACKAGES:
-        wanted = required[name]
-        cure = f"pip install '{name}{wanted.specifier}'"
+        requirement = required[name]
+        cure = f"pip install '{name}{requirement.specifier}'"
         try:
-            found = importlib.metadata.version(name)
+            installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            checks.append(Check(name, False, f"not installed (raymem needs {wanted.specifier})", cure))
+            checks.append(Check(name, False, f"not installed (raymem needs {requirement.specifier})", cure))
             continue
-        fits = wanted.specifier.contains(found.split("+")[0], prereleases=True)
-        checks.append(_version(name, found, fits, str(wanted.specifier), cure))
+        fits = requirement.specifier.contains(installed.split("+")[0], prereleases=True)
+        checks.append(_version(name, installed, fits, str(requirement.specifier), cure))
     return checks
 
 
-def _version(name: str, found: str, fits: bool, wanted: str, cure: str) -> Check:
-    return Check(name, True, found) if fits else Check(name, False, f"{found} is outside of {wanted}", cure)
+def _version(name: str, installed: str, fits: bool, required: str, cure: str) -> Check:
+    return Check(name, True, installed) if fits else Check(name, False, f"{installed} is outside of {required}", cure)
 
 
 def check_model(recipe: Recipe) -> list[Check]:
@@ -181,21 +181,21 @@ def check_auth(address: str | None) -> list[Check]:
             )
         ]
     if os.environ.get("RAY_AUTH_TOKEN"):
-        found = Check("Ray auth", True, "token from RAY_AUTH_TOKEN")
+        check = Check("Ray auth", True, "token from RAY_AUTH_TOKEN")
     elif token.is_file():
         bits = stat.S_IMODE(token.stat().st_mode)
         shared = bool(bits & 0o077)
         detail = f"token in {token}, mode {bits:04o}"
-        found = Check("Ray auth", None if shared else True, detail, f"chmod 600 {token}" if shared else "")
+        check = Check("Ray auth", None if shared else True, detail, f"chmod 600 {token}" if shared else "")
     elif address is None and not named:
         return [Check("Ray auth", True, "a local Ray gets a token of its own")]
     else:
-        wanted = mode == "token" or named is not None
+        needed = mode == "token" or named is not None
         detail = f"no token: {token} does not exist"
         cure = "put the cluster's token there (mode 0600) and export RAY_AUTH_MODE=token"
-        return [Check("Ray auth", False if wanted else None, detail, cure)]
+        return [Check("Ray auth", False if needed else None, detail, cure)]
     if address is not None and mode != "token":
         # Ray's client ignores the token then, and a cluster that wants one refuses it after 20 s of retries.
-        return [found, Check("Ray auth mode", None, "a token is there, but RAY_AUTH_MODE is not set",
+        return [check, Check("Ray auth mode", None, "a token is there, but RAY_AUTH_MODE is not set",
                              "export RAY_AUTH_MODE=token if the cluster wants one")]  # fmt: skip
-    return [found]
+    return [check]

@@ -58,8 +58,8 @@ def connect_jobs(address: str | None = None) -> Any:
             knock(resolved, source)
         if is_dashboard(resolved):
             resolved = f"http://{resolved}"
-    place = f"{resolved} (from {source})" if resolved else source
-    with _only_this_address(resolved), explained(place):
+    where = f"{resolved} (from {source})" if resolved else source
+    with _only_this_address(resolved), explained(where):
         return _job_client(resolved)
 
 
@@ -71,7 +71,7 @@ def cluster_version(client: Any) -> str:
 
 
 @contextlib.contextmanager
-def explained(place: str) -> Iterator[None]:
+def explained(where: str) -> Iterator[None]:
     """Turn what Ray's client raises into a ClusterError with a cure."""
     from ray.exceptions import AuthenticationError, RayError
 
@@ -82,13 +82,13 @@ def explained(place: str) -> Iterator[None]:
     except AuthenticationError as error:
         wrong = "Authentication failed" in str(error)
         raise TokenRefused(
-            f"Ray cluster {place} {'refused the token' if wrong else 'wants a token and got none'}; {_AUTH_CURE}"
+            f"Ray cluster {where} {'refused the token' if wrong else 'wants a token and got none'}; {_AUTH_CURE}"
         ) from error
     except (OSError, RayError) as error:
-        raise ClusterError(f"no Ray cluster answers: {place}; {_cure(error)}") from error
+        raise ClusterError(f"no Ray cluster answers: {where}; {_cure(error)}") from error
     except (RuntimeError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())[:300]
-        raise ClusterError(f"Ray cluster {place} refused: {text}; check that this is a Ray dashboard") from error
+        raise ClusterError(f"Ray cluster {where} refused: {text}; check that this is a Ray dashboard") from error
 
 
 def _cure(error: BaseException) -> str:
@@ -114,7 +114,7 @@ def knock(address: str, source: str) -> None:
 
 
 def is_dashboard(address: str) -> bool:
-    """Whether a bare ``host:port`` speaks HTTP. Ray takes any of them for a GCS, and hangs for 40 s if it is none."""
+    """Whether ``host:port`` speaks HTTP. Ray takes any such address for a GCS, and hangs for 40 s if it is none."""
     if "://" in address or ":" not in address:
         return False
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

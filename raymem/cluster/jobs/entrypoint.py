@@ -1,4 +1,4 @@
-"""What the driver of a job runs: one of raymem's own commands, which every installation brings along."""
+"""The command that the driver of a job runs: one of raymem's own, which every installation brings along."""
 
 from __future__ import annotations
 

@@ -99,13 +99,13 @@ def submit(
     needed = [recipe_name, *(_inside(root, root / name, "file") for name in files)]
     needed += _data_beside(load_recipe(recipe_path, overrides, resolve=False), root)
     _check_storage(recipe.storage.path, root)
-    for place, word in [
+    for where, word in [
         *((f"--set {override.partition('=')[0]}", override) for override in overrides),
         *((f"argument {number} of {command}", word) for number, word in enumerate(arguments, 1)),
     ]:
         if re.search(r"://[^/@\s]*:[^/@\s]*@", word):
             raise ClusterError(
-                f"{place}: an address with a password would be visible in the list of jobs; take it out, and mount the "
+                f"{where}: an address with a password would be visible in the list of jobs; take it out, and mount the "
                 "password on the cluster"
             )
     runtime_env: dict[str, Any] = {"working_dir": str(root)}
@@ -115,12 +115,12 @@ def submit(
     check_package(root, needed)
 
     client = connect_jobs(address)
-    place = client.get_address()
+    cluster = client.get_address()
     run = run or recipe.name
     metadata = {RUN_METADATA: run, COMMAND_METADATA: check_command(command)}
     job, attached = _find_or_submit(client, submission_id or f"raymem-{run}", line, runtime_env, metadata)
     code = follow_logs(client, job, out) if follow else None
-    return Submission(job, place, attached, code)
+    return Submission(job, cluster, attached, code)
 
 
 def follow_logs(client: Any, submission_id: str, out: Out | None = None) -> int:
@@ -222,7 +222,7 @@ def stop(submission_id: str, address: str | None = None, timeout_s: float = 30.0
 
 
 def _find_or_submit(
-    client: Any, wanted: str, line: str, runtime_env: dict[str, Any], metadata: dict[str, str]
+    client: Any, name: str, line: str, runtime_env: dict[str, Any], metadata: dict[str, str]
 ) -> tuple[str, bool]:
     with explained(client.get_address()):
         for _ in range(3):
@@ -235,30 +235,30 @@ def _find_or_submit(
                 _check_same(job, line, metadata)
                 return str(job.submission_id), True
             taken = {job.submission_id for job in jobs}
-            candidate, number = wanted, 1
+            candidate, number = name, 1
             while candidate in taken:
                 number += 1
-                candidate = f"{wanted}-{number}"
+                candidate = f"{name}-{number}"
             try:
-                made = client.submit_job(
+                submitted = client.submit_job(
                     entrypoint=line,
                     submission_id=candidate,
                     runtime_env=runtime_env,
                     metadata=metadata,
                 )
-                return str(made), False
+                return str(submitted), False
             except RuntimeError as error:
                 if "already exists" not in str(error):  # else another submitter was faster: look again
                     raise
-    raise ClusterError(f"job {wanted} could not be named: others keep submitting it; try again")
+    raise ClusterError(f"job {name} could not be named: others keep submitting it; try again")
 
 
 def _check_same(job: Any, line: str, metadata: dict[str, str]) -> None:
     """Refuse to follow a job that does something else than what was asked for, or would not start over."""
-    wanted, theirs = metadata[COMMAND_METADATA], job.metadata.get(COMMAND_METADATA, "train")
-    if line == job.entrypoint or (wanted == theirs and "--fresh" not in shlex.split(line)):
+    ours, theirs = metadata[COMMAND_METADATA], job.metadata.get(COMMAND_METADATA, "train")
+    if line == job.entrypoint or (ours == theirs and "--fresh" not in shlex.split(line)):
         return
-    what = f"({theirs})" if wanted != theirs else "and would not start over"
+    what = f"({theirs})" if ours != theirs else "and would not start over"
     raise ClusterError(
         f"run {metadata[RUN_METADATA]!r} is under way as job {job.submission_id} {what}; wait for its end, or stop it "
         "with --stop, and submit again"
@@ -290,26 +290,26 @@ def _inside(root: Path, path: Path, what: str) -> str:
 
 def _data_beside(recipe: Recipe, root: Path) -> list[str]:
     """Data that the recipe names relative to the working directory, from which it travels with the job."""
-    found = []
+    names = []
     for split in ("train", "eval"):
         for index, source in enumerate(getattr(recipe.data, split) or ()):
             path = Path(source.path)
             if not is_local(source.path, root) or path.is_absolute() or source.path.startswith("~"):
                 continue
-            place = f"data.{split}[{index}].path: {path}"
+            where = f"data.{split}[{index}].path: {path}"
             below = Path(os.path.normpath(root / path))  # a link stays: Ray packs what it points to
             if not below.exists():
                 raise ClusterError(
-                    f"{place} does not exist below the working directory {root}, which is what the job gets; put it "
+                    f"{where} does not exist below the working directory {root}, which is what the job gets; put it "
                     "there, or give a path that every node sees"
                 )
             if not below.is_relative_to(root):
                 raise ClusterError(
-                    f"{place} lies outside of the working directory {root} and would not reach the cluster; move it "
+                    f"{where} lies outside of the working directory {root} and would not reach the cluster; move it "
                     "below, or give a path that every node sees"
                 )
-            found.append(below.relative_to(root).as_posix())
-    return found
+            names.append(below.relative_to(root).as_posix())
+    return names
 
 
 def _check_storage(path: str, root: Path) -> None:

@@ -1,4 +1,4 @@
-"""What every Ray Train worker runs: its share of the one training loop."""
+"""The function that every Ray Train worker runs: its share of the one training loop."""
 
 from __future__ import annotations
 

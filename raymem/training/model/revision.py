@@ -24,10 +24,10 @@ RECORD = "revision.json"
 
 @dataclass(frozen=True)
 class Began:
-    """What a run began with."""
+    """The model that a run began with."""
 
     name: str | None
-    """Of the model."""
+    """Hugging Face id of the model."""
     commit: str | None
     asked: str | None
     """The recipe's ``model.revision``, which may name a branch, a tag, the commit, or nothing."""
@@ -63,7 +63,7 @@ def at_revision(recipe: Recipe, revision: str | None) -> Recipe:
 
 
 def began_with(run: Storage) -> Began | None:
-    """What a run began with, or None if it has not begun.
+    """The record of what a run began with, or None if it has not begun.
 
     Raises:
         StorageError: its record, or the manifest of its last checkpoint, cannot be read.
@@ -75,19 +75,19 @@ def began_with(run: Storage) -> Began | None:
 
 
 def trained_from(artifact: str, name: str | None) -> Began | None:
-    """What a PEFT or model directory says that it was trained from, if that is a commit of the model ``name``.
+    """The commit that a PEFT or model directory says it was trained from, if it is one of the model ``name``.
 
     Raises:
         StorageError: one of its files is damaged.
     """
     directory = Storage.open(artifact if "://" in artifact else os.path.abspath(artifact))
-    found = []
+    records = []
     if directory.exists("adapter_config.json"):
         config = directory.read_json("adapter_config.json")
-        found.append(Began(config.get("base_model_name_or_path"), config.get("revision"), config.get("revision")))
+        records.append(Began(config.get("base_model_name_or_path"), config.get("revision"), config.get("revision")))
     if directory.exists(FACTS):
-        found.append(_of_model(directory.read_json(FACTS).get("recipe", {}).get("model", {})))
-    return next((began for began in found if began.name == name and began.commit is not None), None)
+        records.append(_of_model(directory.read_json(FACTS).get("recipe", {}).get("model", {})))
+    return next((began for began in records if began.name == name and began.commit is not None), None)
 
 
 def record(run: Storage, recipe: Recipe, asked: str | None) -> None:
