@@ -172,9 +172,11 @@ def recipe_schema() -> dict[str, Any]:
     for split in ("train", "eval"):
         sources = definitions["DataSection"]["properties"][split]
         one = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
+        some = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+        named = [{"type": "object", "additionalProperties": some, "minProperties": 1}, {"type": "null"}]
         definitions["DataSection"]["properties"][split] = {
             "description": sources.get("description", ""),
-            "anyOf": [one, {"type": "array", "items": one, "minItems": 1}, {"type": "null"}],
+            "anyOf": [*some["anyOf"], *(named if split == "eval" else ())],
         }
     schema["required"].remove("name")
     return schema

@@ -12,9 +12,10 @@ from raymem.methods.loram.config import LoRAMOptions
 from raymem.methods.loram.job import job_key
 from raymem.methods.loram.manifest import MANIFEST, Manifest, check_base, read_manifest
 from raymem.methods.loram.source import Source, open_source
+from raymem.recipe.data import DataSection
+from raymem.recipe.data import Source as DataSource
 from raymem.recipe.load import alignment
-from raymem.recipe.schema import DataSection, Recipe
-from raymem.recipe.schema import Source as DataSource
+from raymem.recipe.schema import Recipe
 from raymem.runs import demo
 from raymem.runs.prepare import prepare_split, shared_tokenizer
 from raymem.storage.publish import digest

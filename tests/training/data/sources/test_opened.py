@@ -7,14 +7,21 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError
-from raymem.recipe.schema import Source
+from raymem.recipe.data import Source
 from raymem.training.data import demo
 from raymem.training.data.readers import read_block
 from raymem.training.data.sources import OpenedSource, open_source
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(opened, "cache", directory, raising=False)
+    return directory
+
+
 def opened(path: Path | str, **options: Any) -> OpenedSource:
-    return open_source(Source(path=str(path), **options), "data.train[1]", Path("/nonexistent-cache"), 2)
+    return open_source(Source(path=str(path), **options), "data.train[1]", opened.cache, 2)  # type: ignore[attr-defined]
 
 
 def rows_of(source: OpenedSource) -> list[Any]:
@@ -73,12 +80,18 @@ def test_errors_name_place_value_and_cure(tmp_path: Path, path: str, message: st
 
 
 def test_urls_and_unknown_demo_data_are_refused() -> None:
-    with pytest.raises(DataError, match=r"data\.train\[1\]\.path='s3://b/x\.jsonl' is a URL: copy the data"):
-        opened("s3://b/x.jsonl")
+    with pytest.raises(DataError, match=r"data\.train\[1\]\.path='http://b/x\.jsonl': data are not read from http://"):
+        opened("http://b/x.jsonl")
     with pytest.raises(DataError, match=r"'demo:poems' is no demo data: use demo:functions or demo:text"):
         opened("demo:poems")
     with pytest.raises(DataError, match=r"data\.train\[1\]\.split='test' .*: use train or eval"):
         opened("demo:text", split="test")
+
+
+@pytest.mark.parametrize("option", ["subset", "revision"])
+def test_options_of_the_hub_mean_nothing_for_files(write_jsonl: Callable[..., Path], option: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.train\[1\]\.{option}='x' means something for a Hugging Face id only"):
+        opened(write_jsonl("a.jsonl", [{"n": 1}]), **{option: "x"})
 
 
 def test_demo_splits_are_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
