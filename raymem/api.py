@@ -7,7 +7,7 @@ function raises :class:`raymem.errors.RaymemError` for what is the user's to men
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,8 @@ class EvaluationResult:
     """Mean cross-entropy per target token, in nats."""
     perplexity: float
     num_targets: int
+    by_name: Mapping[str, float] = field(default_factory=dict)
+    """The loss of each name, where the recipe's ``data.eval`` is a mapping of names."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def evaluate(recipe: RecipeLike, *, artifact: str | Path | None = None) -> Evalu
     from raymem.runs.evaluate import evaluate_recipe
 
     done = evaluate_recipe(load_recipe(recipe), None if artifact is None else str(artifact))
-    return EvaluationResult(done.artifact, done.result.loss, done.result.perplexity, done.result.num_targets)
+    result, by_name = done.result, {name: part.loss for name, part in done.result.by_name.items()}
+    return EvaluationResult(done.artifact, result.loss, result.perplexity, result.num_targets, by_name)
 
 
 def sweep(

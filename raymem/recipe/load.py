@@ -21,6 +21,7 @@ from raymem.errors import RecipeError
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.recipe import compat
 from raymem.recipe.base import fields_of, is_section, kind_of
+from raymem.recipe.data import Source
 from raymem.recipe.paths import absolute, is_local
 from raymem.recipe.schema import Recipe
 
@@ -173,10 +174,11 @@ def recipe_schema() -> dict[str, Any]:
         sources = definitions["DataSection"]["properties"][split]
         one = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
         some = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
-        named = [{"type": "object", "additionalProperties": some, "minProperties": 1}, {"type": "null"}]
+        no_source = {"not": {"enum": sorted(Source.model_fields)}}
+        mapping = {"type": "object", "propertyNames": no_source, "additionalProperties": some, "minProperties": 1}
         definitions["DataSection"]["properties"][split] = {
             "description": sources.get("description", ""),
-            "anyOf": [*some["anyOf"], *(named if split == "eval" else ())],
+            "anyOf": [*some["anyOf"], *([mapping, {"type": "null"}] if split == "eval" else ())],
         }
     schema["required"].remove("name")
     return schema

@@ -16,11 +16,10 @@ from raymem.runs.artifacts import local_copy
 from raymem.runs.prepare import prepare_split, shared_tokenizer
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS, artifact_name
-from raymem.training.data.dataset import PackedRows
 from raymem.training.data.shards import Prepared
 from raymem.training.data.shared import localise, to_dict
 from raymem.training.dist_env import Layout
-from raymem.training.evaluate import Evaluation, evaluate
+from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.model.adapter import continuing
 from raymem.training.model.build import build_model, load_config
 from raymem.training.model.revision import at_revision, began_with, on_hub, resolve, trained_from
@@ -86,8 +85,7 @@ def _evaluate(recipe: Recipe, plain_data: dict[str, Any]) -> Evaluation:
     layout = Layout.current(recipe)
     model = build_model(recipe, layout)
     mixed = recipe.train.precision == "bf16_mixed"
-    rows = PackedRows(prepared.directories)
-    return evaluate(model, rows, layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
+    return evaluate(model, evaluation_rows(prepared), layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
 
 
 def _own_artifact(recipe: Recipe, storage: Storage) -> str:

@@ -196,6 +196,19 @@ def test_the_best_checkpoint_leaves(recipe_for: Any, monkeypatch: pytest.MonkeyP
     assert_same(weights(best), found)
 
 
+def test_named_evaluation_is_logged_by_name_and_ranked_by_the_mean(recipe_for: Any, examples: Path) -> None:
+    data = {"eval": {"a": str(examples / "eval.jsonl"), "b": [str(examples / "train.jsonl")]}}
+    recipe = recipe_for("run", SIX, {"data": data, "storage": {"keep": "best"}})
+    outcome, rows = train(make_like(recipe, eval_every=2))
+    assert outcome is not None
+    evaluated = [row for row in rows if "eval_loss" in row]
+    assert len(evaluated) == 3
+    for row in evaluated:
+        low, high = sorted((row["eval_loss/a"], row["eval_loss/b"]))
+        assert low < row["eval_loss"] < high
+    assert outcome.eval_loss == min(row["eval_loss"] for row in evaluated)
+
+
 def make_like(recipe: Recipe, **changes: Any) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
