@@ -120,8 +120,11 @@ class RemoteDirectory:
     def chunks(self, chunk_bytes: int) -> Iterator[bytes]:
         """The bytes of the file that the URI names."""
         with self._explained():
-            opening = self._filesystem.open if self._is_hub else self._filesystem.open_input_stream
-            with opening(self._root) as stream:
+            if self._is_hub:
+                opened = self._filesystem.open(self._root)
+            else:  # by itself Arrow would unpack what ends in .gz
+                opened = self._filesystem.open_input_stream(self._root, compression=None)
+            with opened as stream:
                 while chunk := stream.read(chunk_bytes):
                     yield chunk
 
