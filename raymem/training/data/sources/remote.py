@@ -121,7 +121,7 @@ class RemoteDirectory:
         """The bytes of the file that the URI names."""
         with self._explained():
             if self._is_hub:
-                opened = self._filesystem.open(self._root)
+                opened = self._filesystem.open(self._root, block_size=0)  # one stream, not many ranges
             else:  # by itself Arrow would unpack what ends in .gz
                 opened = self._filesystem.open_input_stream(self._root, compression=None)
             with opened as stream:

@@ -195,7 +195,8 @@ class FolderAsHub:
         assert detail
         return [self.info(f"{path}/{each.name}") for each in self._at(path).iterdir()]
 
-    def open(self, path: str) -> Any:
+    def open(self, path: str, block_size: int) -> Any:
+        assert block_size == 0
         return self._at(path).open("rb")
 
 
