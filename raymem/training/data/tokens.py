@@ -13,6 +13,7 @@ from raymem.training.data.turns import shown
 
 IGNORED = -100
 """Label of a token that is no target."""
+_LEAST, _MOST = -(2**31), 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,11 @@ def _integers(row: dict[str, Any], column: str, place: str, *, booleans: bool = 
     values = row.get(column)
     if column not in row or not isinstance(values, list):
         raise DataError(f"{place} column {column!r} is {shown(values)}, not a list of integers: write token ids.")
-    allowed = (int, bool) if booleans else (int,)
-    for index, value in enumerate(values):
-        if type(value) not in allowed or not -(2**31) <= value < 2**31:
-            raise DataError(f"{place} {column}[{index}] is {shown(value)}, not a token id: write whole numbers.")
+    allowed = {int, bool} if booleans else {int}
+    if not set(map(type, values)) <= allowed or (values and not (min(values) >= _LEAST and max(values) <= _MOST)):
+        odd = (i for i, value in enumerate(values) if type(value) not in allowed or not _LEAST <= value <= _MOST)
+        index = next(odd)
+        raise DataError(f"{place} {column}[{index}] is {shown(values[index])}, not a token id: write whole numbers.")
     return np.array(values, np.int32)
 
 

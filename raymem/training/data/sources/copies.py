@@ -57,7 +57,7 @@ def plain_copy(file: SourceFile, place: str, cache_dir: Path) -> Path:
     if isinstance(file, LocalFile) and codec(file.name) is None:
         return file.path
     if isinstance(file, RemoteFile):
-        key = ["fetched", file.name, file.version, file.size]
+        key = ["fetched", file.uri, file.version, file.size]
         write = partial(_fetch, file, place)
     else:
         key = ["unpacked", content_digest(file.path, cache_dir)]

@@ -82,6 +82,11 @@ def stamp(path: Path, name: str) -> dict[str, Any]:
     }
 
 
+def is_rewritten(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a file was written or replaced between two looks at it; new permissions or links do not matter."""
+    return any(then[key] != now[key] for key in ("size", "mtime_ns", "inode"))
+
+
 def _unreadable(name: str, error: OSError) -> DataError:
     return DataError(f"{name} cannot be read ({error.strerror or error}): check that this process may read it.")
 
@@ -114,7 +119,7 @@ def _is_untouched(then: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _remember(path: Path, name: str, before: dict[str, Any], kind: list[Any], value: Any, cache_dir: Path) -> None:
-    if stamp(path, name) != before:
+    if is_rewritten(before, stamp(path, name)):
         raise DataError(f"{name} changed while it was read: run again when it is complete.")
     if time.time_ns() - max(before["mtime_ns"], before["ctime_ns"]) < _SETTLED_NS:
         return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from raymem.recipe.data import Source
 from raymem.recipe.paths import DATA_FILES, DATA_SUFFIXES, is_local
 from raymem.training.data.readers import Block, Row, index_hub, read_block
 from raymem.training.data.sources.copies import LocalFile, SourceFile, plain_copy
-from raymem.training.data.sources.digests import index_of, stamp
+from raymem.training.data.sources.digests import index_of, is_rewritten, stamp
 from raymem.training.data.sources.remote import RemoteDirectory
 from raymem.training.data.sources.splits import check_single, choose, data_files
 
 _DEFAULT_SPLIT = "train"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class OpenedSource:
             DataError: a file was written, or is gone.
         """
         for then in self.looks:
-            if stamp(Path(then["path"]), then["path"]) != then:
+            if is_rewritten(then, stamp(Path(then["path"]), then["path"])):
                 raise DataError(f"{then['path']} changed while it was prepared: run again when it is complete.")
 
 
@@ -71,6 +74,7 @@ def open_source(source: Source, place: str, cache_dir: Path, block_rows: int) ->
             content, file_blocks = index_of(path, file.name, cache_dir, block_rows)
             identity.append(content)
             blocks += file_blocks
+        _warn_of_doubles(place, files, identity)
     if not blocks:
         raise DataError(f"{place}.path={source.path!r} has no rows: give it at least one example.")
     first_place, first_row = next(iter(read_block(blocks[0])))
@@ -122,6 +126,14 @@ def files_of(source: Source, place: str, cache_dir: Path) -> list[SourceFile]:
 
     names = _some(data_files(entries), named)
     return [LocalFile(path / name) for name in choose(names, source.split, place, path.name)]
+
+
+def _warn_of_doubles(place: str, files: Sequence[SourceFile], contents: Sequence[str]) -> None:
+    """Both a file and its compressed copy in a directory, for instance."""
+    first: dict[str, str] = {}
+    for file, content in zip(files, contents, strict=True):
+        if (other := first.setdefault(content, file.name)) != file.name:
+            log.warning("%s: %s and %s have the same contents, and both are read", place, other, file.name)
 
 
 def _check_file(name: str, source: Source, place: str) -> None:

@@ -47,8 +47,9 @@ def _shared_files(
     for file in files:
         if any(_may_be_same(file, other) for other in evaluated.files):
             content, _ = index_of(plain_copy(file, place, cache_dir), file.name, cache_dir, block_rows)
-            if content in by_content:
-                yield f"{by_content[content].name} has the contents of {file.name}, a file of {place}"
+            if (other := by_content.get(content)) is not None:
+                alike = "is" if other.name == file.name else f"has the contents of {file.name},"
+                yield f"{other.name} {alike} a file of {place}"
 
 
 def _may_be_same(trained: SourceFile, evaluated: SourceFile) -> bool:

@@ -78,6 +78,20 @@ def test_a_file_that_was_just_written_is_not_trusted_yet(
     assert len(reads) == 2
 
 
+def test_new_permissions_while_it_is_read_do_no_harm(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "x.jsonl", '{"n": 1}\n')
+    index = digests.index_file
+
+    def meanwhile(*arguments: object) -> object:
+        path.chmod(0o600)
+        return index(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(digests, "index_file", meanwhile)
+    assert len(index_of(path, "x", tmp_path / "cache", 1)[1]) == 1
+
+
 def test_a_touched_file_is_hashed_again_to_the_same_key(tmp_path: Path, reads: list[str]) -> None:
     path = write(tmp_path / "x.jsonl", '{"n": 1}\n')
     content, _ = index_of(path, "x", tmp_path / "cache", 1)

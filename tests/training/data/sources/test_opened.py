@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ def test_a_directory_is_its_data_files_in_order(tmp_path: Path, write_jsonl: Cal
     assert rows_of(source) == [{"n": n} for n in range(4)]
     assert (source.first_row, len(source.blocks)) == ({"n": 0}, 3)
     assert source.first_place.endswith("d/a.jsonl:1")
+
+
+def test_files_of_the_same_contents_in_one_source_are_pointed_out(
+    tmp_path: Path, write_jsonl: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = write_jsonl("d/a.jsonl", [{"n": 1}])
+    (tmp_path / "d" / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    assert len(rows_of(opened(tmp_path / "d"))) == 2
+    assert f"data.train[1]: {plain} and {plain}.gz have the same contents, and both are read" in caplog.text
 
 
 def test_identity_is_the_content_not_the_path(write_jsonl: Callable[..., Path]) -> None:

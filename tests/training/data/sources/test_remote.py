@@ -105,6 +105,20 @@ def test_the_prepared_data_are_those_of_the_file(bucket: Bucket, tmp_path: Path,
     assert one == other
 
 
+def test_what_is_trained_on_elsewhere_is_pointed_out(
+    bucket: Bucket, tmp_path: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x.jsonl").write_bytes(LINES)
+    large = bucket.write("large.jsonl", LINES * 2)
+    train = [large, bucket.write("copy.jsonl", LINES)]
+    evaluation = str(tmp_path / "x.jsonl")
+    section = DataSection.model_validate({"train": train, "eval": evaluation, "sequence_length": 32})
+    prepare(section, "eval", str(tokenizer_dir), tmp_path / "cache")
+    assert "data.eval[0] is also trained on" in caplog.text and "a file of data.train[1]" in caplog.text
+    # Another size is another file, which is not fetched to know that.
+    assert len(list((tmp_path / "cache" / "sources").iterdir())) == 1
+
+
 def test_a_malformed_line_is_named(bucket: Bucket, tmp_path: Path) -> None:
     uri = bucket.write("x.jsonl", LINES + b"{\n")
     with pytest.raises(DataError, match=rf"^{shown(uri)}:10 is not valid JSON"):

@@ -159,3 +159,21 @@ def test_trained_on_is_a_matter_of_contents(
     assert "also trained on" in warned({"path": str(tmp_path / "d"), "split": "train"})
     assert other.stat().st_size == copy.stat().st_size
     assert "also trained on" not in warned({"path": str(other)})
+
+
+def test_the_same_split_of_the_hub_is_the_same_contents(
+    tmp_path: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    splits = {"train": [{"text": "one two three"}], "test": [{"text": "four five six"}]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, split, **__: datasets.Dataset.from_list(splits[split]))
+
+    def warned(split: str | None) -> bool:
+        caplog.clear()
+        evaluation = {"path": "org/name", "split": split}
+        section = DataSection.model_validate({"train": "org/name", "eval": evaluation, "sequence_length": 32})
+        prepare(section, "eval", str(tokenizer_dir), tmp_path / "cache")
+        return "data.eval[0] is also trained on" in caplog.text
+
+    assert warned("train") and warned(None) and not warned("test")
