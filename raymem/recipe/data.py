@@ -65,7 +65,7 @@ Sources = Annotated[
 
 
 class Mix(Section):
-    """How much of each training source an epoch takes when sizes are tempered: w_i * n_i^(1/temperature) of it all."""
+    """Of an epoch, a source of weight w_i, size n_i gives w_i n_i^(1/temperature) / sum_j w_j n_j^(1/temperature)."""
 
     by: Literal["rows", "tokens"] = "rows"
     """What the size n_i of a source and the share that it gets are counted in: its rows of ``sequence_length`` tokens,
