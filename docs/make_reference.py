@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from raymem.recipe import compat, space
+from raymem.recipe import compat, data, space
 from raymem.recipe import schema as r
 from raymem.recipe.axes import AXES, MEMORY_AXES, TRACKERS
 from raymem.recipe.base import kind_of
@@ -19,7 +19,7 @@ from raymem.recipe.base import kind_of
 PAGE = Path(__file__).with_name("recipe.md")
 HEAD = """# Recipe reference
 
-Made by `python docs/make_reference.py` from `raymem/recipe/schema.py`; do not edit by hand.
+Made by `python docs/make_reference.py` from `raymem/recipe/`; do not edit by hand.
 
 A recipe is one YAML file. Unknown keys are errors. `--set path=value` overrides any key (`--set adapter.rank=8`). Where
 a kind needs no options its bare name will do (`adapter: none`), and options without a kind belong to the default kind.
@@ -30,8 +30,9 @@ seed, global batch, adapter, optimizer kind and precision may not.
 SECTIONS: dict[str, list[type]] = {
     "(top level)": [r.Recipe],
     "model": [r.ModelSection],
-    "data": [r.DataSection],
-    "data.train[], data.eval[]": [r.Source],
+    "data": [data.DataSection],
+    "data.train[], data.eval[]": [data.Source],
+    "data.mix": [data.Mix],
     **{name: [kind.options for kind in axis.kinds()] for name, axis in MEMORY_AXES.items()},
     "train": [r.TrainSection],
     "scaling": [r.ScalingSection],

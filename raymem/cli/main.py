@@ -128,13 +128,18 @@ def evaluate(
 
     result = evaluate_recipe(loaded, artifact)
     if as_json:
-        facts = {"artifact": result.artifact, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
-        typer.echo(json.dumps({**facts, "num_targets": result.num_targets}))
+        typer.echo(
+            json.dumps({"artifact": result.artifact, **result.result.metrics, "num_targets": result.num_targets})
+        )
         return
     console.out.print(f"{result.artifact}")
     console.out.print(
         f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f} over {result.num_targets} target tokens"
     )
+    for name, part in result.result.by_name.items():
+        console.out.print(
+            f"  {name}: loss {part.loss:.4f}, perplexity {part.perplexity:.2f} over {part.num_targets} target tokens"
+        )
 
 
 @app.command()

@@ -16,6 +16,7 @@ from raymem.errors import RecipeError
 from raymem.recipe import compat
 from raymem.recipe.axes import AXES, BASES
 from raymem.recipe.axis_field import adapter_of
+from raymem.recipe.data import Source
 from raymem.recipe.paths import absolute, is_local
 from raymem.recipe.schema import Recipe
 from raymem.recipe.sentences import nearest, problems
@@ -177,9 +178,12 @@ def recipe_schema() -> dict[str, Any]:
     for split in ("train", "eval"):
         sources = definitions["DataSection"]["properties"][split]
         one = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
+        some = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+        no_source = {"not": {"enum": sorted(Source.model_fields)}}
+        mapping = {"type": "object", "propertyNames": no_source, "additionalProperties": some, "minProperties": 1}
         definitions["DataSection"]["properties"][split] = {
             "description": sources.get("description", ""),
-            "anyOf": [one, {"type": "array", "items": one, "minItems": 1}, {"type": "null"}],
+            "anyOf": [*some["anyOf"], *([mapping, {"type": "null"}] if split == "eval" else ())],
         }
     schema["required"].remove("name")
     return schema

@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""Suffix -> name of the codec in Arrow."""
+DATA_SUFFIXES = (
+    *PLAIN_SUFFIXES,
+    *(plain + packed for packed in COMPRESSIONS for plain in PLAIN_SUFFIXES if plain != ".parquet"),
+)
+DATA_FILES = f"{', '.join(PLAIN_SUFFIXES)} (all but the last also {' or '.join(COMPRESSIONS)})"
+"""The kinds of file for a sentence."""
 
 
 def is_local(path: str, base: str | Path = ".") -> bool:

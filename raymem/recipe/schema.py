@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     model_validator,
 )
@@ -23,6 +22,7 @@ from raymem.memory.budget import parse_bytes
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, OPTIMIZERS, TRACKERS
 from raymem.recipe.axis_field import AxisField
 from raymem.recipe.base import Section
+from raymem.recipe.data import DataSection
 from raymem.recipe.space import Dimension
 
 Positive = Annotated[int, Field(ge=1)]
@@ -54,53 +54,6 @@ class ModelSection(Section):
         if self.config is not None and self.tokenizer is None:
             raise ValueError("model.config has no tokenizer of its own: set model.tokenizer (for example demo)")
         return self
-
-
-class Source(Section):
-    """One source of examples: a file, a directory of files, a Hugging Face data set, or the embedded demo data."""
-
-    path: str
-    """.jsonl, .json, .csv or .parquet file or directory, a Hugging Face id, or ``demo:functions`` / ``demo:text``."""
-    split: str = "train"
-    """Split of a Hugging Face id or of the demo data; ignored for plain files."""
-    subset: str | None = None
-    """Configuration name of a Hugging Face id."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face id."""
-    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
-    """How a row is read; ``auto`` decides by the column names."""
-    columns: dict[str, str] = {}
-    """Our column name (also ``system``, ``tools``, ``history``) -> the name in the file, for example ``{prompt:
-    instruction, completion: output}``."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Times each example is seen per epoch; 0.5 takes a fresh random half each epoch."""
-
-
-def _one_source_or_many(value: Any) -> Any:
-    """A single path or mapping stands for a list of one; a string for its path."""
-    items = value if isinstance(value, list) else [value]
-    return [{"path": item} if isinstance(item, str) else item for item in items]
-
-
-Sources = Annotated[
-    list[Source],
-    BeforeValidator(_one_source_or_many),
-    Field(min_length=1),
-]
-
-
-class DataSection(Section):
-    """What the model is trained and evaluated on."""
-
-    train: Sources
-    """One source or a list of them."""
-    eval: Sources | None = None
-    """Sources of the evaluation loss; none means that only the training loss is reported."""
-    sequence_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens per row of a batch."""
-    packing: Literal["bfd", "wrapped", "none"] = "bfd"
-    """``bfd`` packs whole examples best-fit and keeps them apart in attention; ``wrapped`` runs them into one stream
-    cut at the row length; ``none`` gives every example its own padded row."""
 
 
 class TrainSection(Section):

@@ -16,11 +16,10 @@ from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import EvaluationResult
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS, artifact_name
-from raymem.training.data.dataset import PackedRows
 from raymem.training.data.shards import Prepared
 from raymem.training.data.shared import localise, to_dict
 from raymem.training.dist_env import Layout
-from raymem.training.evaluate import Evaluation, evaluate
+from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.model.adapter import continuing
 from raymem.training.model.build import build_model
 
@@ -66,8 +65,7 @@ def _evaluate(recipe: Recipe, plain_data: dict[str, Any]) -> Evaluation:
     layout = Layout.current(recipe)
     model = build_model(recipe, layout)
     mixed = recipe.train.precision == "bf16_mixed"
-    rows = PackedRows(prepared.directories)
-    return evaluate(model, rows, layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
+    return evaluate(model, evaluation_rows(prepared), layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
 
 
 def _own_artifact(recipe: Recipe) -> str:

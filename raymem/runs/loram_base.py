@@ -9,8 +9,9 @@ from raymem.methods.loram.config import LoRAMOptions
 from raymem.methods.loram.job import job_key
 from raymem.methods.loram.manifest import check_base, read_manifest
 from raymem.methods.loram.source import Source, open_source
-from raymem.recipe.schema import DataSection, Recipe
-from raymem.recipe.schema import Source as DataSource
+from raymem.recipe.data import DataSection
+from raymem.recipe.data import Source as DataSource
+from raymem.recipe.schema import Recipe
 from raymem.runs.backend import Backend
 from raymem.runs.prepare import prepare_data, share_tokenizer
 from raymem.runs.resolved import PrunedModel, PruningSite

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from raymem.recipe.schema import DataSection
+from raymem.recipe.data import DataSection
 from raymem.runs.backend import Backend, Status
 from raymem.runs.resolved import ResolvedRun
 from raymem.storage.publish import publish

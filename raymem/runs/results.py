@@ -80,3 +80,8 @@ class EvaluationResult:
     def num_targets(self) -> int:
         """Target tokens."""
         return self.result.num_targets
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """The loss of each name, where the recipe's ``data.eval`` is a mapping of names."""
+        return {name: part.loss for name, part in self.result.by_name.items()}

@@ -50,8 +50,13 @@ def explain(error: Exception, action: str, place: str) -> StorageError:
     if code in _BY_ERRNO:
         words, cure = _BY_ERRNO[code]
         return StorageError(f"storage: cannot {action} {place}: {words}; {cure}")
+    text, found = cause(error)
+    return StorageError(
+        f"storage: cannot {action} {place}: {text}; {found or 'set storage.path to a place that works'}"
+    )
+
+
+def cause(error: Exception) -> tuple[str, str | None]:
+    """The words of an object store's error on one line, and the cure, if it is known."""
     text = " ".join(str(error).split())
-    for words_of, cure in _BY_WORDS:
-        if any(word in text for word in words_of):
-            return StorageError(f"storage: cannot {action} {place}: {text}; {cure}")
-    return StorageError(f"storage: cannot {action} {place}: {text}; set storage.path to a place that works")
+    return text, next((cure for words, cure in _BY_WORDS if any(word in text for word in words)), None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,10 @@ from torch import nn
 
 from raymem.training.data.batches import eval_batches
 from raymem.training.data.dataset import PackedRows
+from raymem.training.data.shards import Prepared
 from raymem.training.dist_env import Layout
 from raymem.training.loss import forward_loss_sum
+from raymem.training.reporter import Row
 
 
 @dataclass(frozen=True)
@@ -21,22 +24,50 @@ class Evaluation:
 
     loss: float
     num_targets: int
+    by_name: dict[str, Evaluation] = field(default_factory=dict)
+    """The same of the sources of each name, where ``data.eval`` has names; the loss is that of all targets together."""
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
+    @property
+    def metrics(self) -> Row:
+        """``eval_loss``, ``eval_perplexity`` and an ``eval_loss/<name>`` for each name."""
+        named = {f"eval_loss/{name}": part.loss for name, part in self.by_name.items()}
+        return {"eval_loss": self.loss, "eval_perplexity": self.perplexity, **named}
+
+
+EvaluationRows = PackedRows | Mapping[str, PackedRows]
+
+
+def evaluation_rows(prepared: Prepared) -> EvaluationRows:
+    """The rows of prepared evaluation data, by name if its sources have names."""
+    names = list(dict.fromkeys(source.name for source in prepared.sources if source.name is not None))
+    if not names:
+        return PackedRows(prepared.directories)
+    return {
+        name: PackedRows([(source.directory, source.weight) for source in prepared.sources if source.name == name])
+        for name in names
+    }
+
 
 @torch.no_grad()
-def evaluate(model: nn.Module, rows: PackedRows, layout: Layout, *, micro_batch: int, mixed: bool) -> Evaluation:
+def evaluate(model: nn.Module, rows: EvaluationRows, layout: Layout, *, micro_batch: int, mixed: bool) -> Evaluation:
     """Collective: every rank evaluates its share and gets the whole result."""
+    sets = rows if isinstance(rows, Mapping) else {"": rows}
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=layout.device)
-    for batch in eval_batches(rows, layout.rank, layout.world_size, micro_batch):
-        total += forward_loss_sum(model, batch.to(layout.device), mixed=mixed).double()
+    totals = torch.zeros(len(sets), dtype=torch.float64, device=layout.device)
+    for index, part in enumerate(sets.values()):
+        for batch in eval_batches(part, layout.rank, layout.world_size, micro_batch):
+            totals[index] += forward_loss_sum(model, batch.to(layout.device), mixed=mixed).double()
     model.train(was_training)
     if layout.world_size > 1:
-        dist.all_reduce(total)
-    num_targets = int(rows.num_targets.sum())
-    return Evaluation(float(total) / num_targets, num_targets)
+        dist.all_reduce(totals)
+    counts = [int(part.num_targets.sum()) for part in sets.values()]
+    by_name = {
+        name: Evaluation(total / count, count) for name, total, count in zip(sets, totals.tolist(), counts, strict=True)
+    }
+    whole = Evaluation(sum(totals.tolist()) / sum(counts), sum(counts))
+    return replace(whole, by_name=by_name) if isinstance(rows, Mapping) else whole

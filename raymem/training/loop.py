@@ -24,7 +24,7 @@ from raymem.training.data.dataset import PackedRows
 from raymem.training.data.sampler import Sampler
 from raymem.training.data.shards import Prepared
 from raymem.training.dist_env import Layout, bucket_bytes, replicate
-from raymem.training.evaluate import Evaluation, evaluate
+from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.hooks import hooks_of, metrics_of, resume_hooks, states_of, view_of
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater, lr_factor
@@ -84,7 +84,7 @@ class _Session:
         self.identity = identity_of(recipe, train_data)
         self.checkpoints = Checkpoints(run_storage, layout)
         self.rows = PackedRows(train_data.directories)
-        self.eval_rows = None if eval_data is None else PackedRows(eval_data.directories)
+        self.eval_rows = None if eval_data is None else evaluation_rows(eval_data)
         self.sampler = Sampler(recipe.seed, self.rows.sizes_and_weights, recipe.train.global_batch)
         self.total_steps = recipe.train.steps or self.sampler.steps_for(recipe.train.epochs or 1.0)
         tenth = -(-self.total_steps // 10)
@@ -225,7 +225,7 @@ class _Session:
         micro_batch = self.recipe.train.rows_per_pass
         found = evaluate(self.model, self.eval_rows, self.layout, micro_batch=micro_batch, mixed=self.mixed)
         self.eval_loss = found.loss
-        return {"eval_loss": found.loss, "eval_perplexity": found.perplexity}
+        return found.metrics
 
     def _save(self, done: int) -> None:
         eval_loss = self.eval_loss if self._is_evaluated(done) else None

@@ -8,7 +8,7 @@ from typing import Protocol
 Row = dict[str, float]
 """One step's metrics: ``step`` (steps done, from 1), ``loss``, ``lr``, ``grad_norm``, ``tokens_per_s``, ``elapsed_s``
 (of all sessions, from where each one's loop was set up), ``epoch``, and when due
-``eval_loss``, ``eval_perplexity`` and ``peak_bytes``."""
+``eval_loss``, ``eval_perplexity``, ``eval_loss/<name>`` of named evaluation data, and ``peak_bytes``."""
 
 Listener = Callable[[Sequence[Row]], None]
 

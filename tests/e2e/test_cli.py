@@ -131,6 +131,31 @@ def test_an_adapter_is_evaluated_with_its_own_scale(
     assert found[0] == found[1]
 
 
+def test_evaluation_by_name(tmp_path: Path, llama: Path, examples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = {"held-out": str(examples / "eval.jsonl"), "seen": {"path": str(examples / "train.jsonl")}}
+    data = {"train": str(examples / "train.jsonl"), "eval": both, "sequence_length": 32}
+    recipe = write_recipe(tmp_path / "named.yaml", tmp_path, llama, examples, data=data, tracking="mlflow")
+    assert run_app("train", recipe) == 0
+    capsys.readouterr()
+    assert run_app("evaluate", recipe, "--json") == 0
+    losses = json.loads(capsys.readouterr().out)
+    metrics = [json.loads(line) for line in (tmp_path / "runs" / "named" / "metrics.jsonl").read_text().splitlines()]
+    names = ("eval_loss", "eval_loss/held-out", "eval_loss/seen")
+    assert [losses[name] for name in names] == pytest.approx([metrics[-1][name] for name in names], abs=1e-6)
+    assert run_app("evaluate", recipe) == 0
+    shown = capsys.readouterr().out
+    assert f"held-out: loss {losses['eval_loss/held-out']:.4f}" in shown
+    assert f"seen: loss {losses['eval_loss/seen']:.4f}" in shown
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("raymem").experiment_id])
+    points = client.get_metric_history(run.info.run_id, "eval_loss/seen")
+    evaluated = [row["eval_loss/seen"] for row in metrics if "eval_loss" in row]
+    assert [point.value for point in points] == evaluated
+
+
 def test_out_of_memory_says_what_to_lower(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

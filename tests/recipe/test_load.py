@@ -152,6 +152,38 @@ def test_shorthands_mean_the_long_form() -> None:
     assert [(source.path, source.weight) for source in mixed.data.train] == [("a.jsonl", 1.0), ("b.jsonl", 2.0)]
 
 
+def test_a_mapping_of_names_is_a_list_of_named_sources() -> None:
+    data = {"train": "a.jsonl", "eval": {"math": "m.jsonl", "chat": ["b.jsonl", {"path": "c", "split": "test"}]}}
+    recipe = make_recipe({"data": data})
+    assert [(source.name, source.path) for source in recipe.data.eval or ()] == [
+        ("math", "m.jsonl"), ("chat", "b.jsonl"), ("chat", "c")]  # fmt: skip
+    places = ["data.eval.math", "data.eval.chat[0]", "data.eval.chat[1]"]
+    assert [recipe.data.place("eval", index) for index in range(3)] == places
+    assert Recipe.model_validate(recipe.to_dict()) == recipe
+    single = make_recipe({"data": {"train": "a.jsonl", "eval": {"path": "c", "split": "test"}}})
+    assert [(source.name, source.split) for source in single.data.eval or ()] == [(None, "test")]
+    assert single.data.place("eval", 0) == "data.eval[0]"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"eval": {"pth": "a.jsonl", "split": "test"}}, r"data\.eval\[0\]\.path: is missing"),
+        ({"eval": {"math": []}}, r"data\.eval: math: has no source; give it at least one"),
+        ({"eval": {"math": {"path": "a", "name": "b"}}}, r"data\.eval: math: has a name already, the key"),
+        ({"eval": {"ma/th": "a"}}, r"data\.eval\[0\]\.name: 'ma/th'"),
+        ({"eval": [{"path": "a", "name": "b"}, "c"]}, r"either every source of data\.eval has a name or none"),
+        ({"train": {"path": "a", "name": "b"}}, r"only sources of data\.eval have names; leave name='b' out"),
+        ({"train": {"math": "a"}}, r"data\.train\[0\]\.path: is missing"),
+        ({"mix": {"by": "tokens"}}, r"data\.mix\.temperature: is missing"),
+        ({"mix": {"temperature": 0}}, r"data\.mix\.temperature: 0: input should be greater than 0"),
+    ],
+)
+def test_names_and_mixes_that_mean_nothing_are_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(merged(PLAIN, {"data": {"train": "a.jsonl", **data}}))
+
+
 @pytest.mark.parametrize(
     ("override", "read", "expected"),
     [

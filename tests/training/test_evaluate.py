@@ -10,7 +10,7 @@ import torch
 
 from raymem.training.data.dataset import PackedRows
 from raymem.training.dist_env import Layout
-from raymem.training.evaluate import Evaluation, evaluate
+from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.model.build import build_model
 from tests.helpers.support import make_recipe, prepare_split, run_fragment
 
@@ -69,6 +69,35 @@ def test_evaluation_is_without_dropout_and_leaves_the_mode(rows_of: Any, llama: 
     assert evaluate(model, rows, Layout(), micro_batch=2, mixed=False) == first
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_names_have_losses_of_their_own_and_share_one_mean(llama: Path, examples: Path, tmp_path: Path) -> None:
+    first, second = str(examples / "eval.jsonl"), str(examples / "train.jsonl")
+    model = build_model(make_recipe({"adapter": {"kind": "none"}}, model=llama))
+
+    def measured(sources: Any) -> Evaluation:
+        where = run_fragment(examples, tmp_path)
+        where["data"]["eval"] = sources
+        rows = evaluation_rows(prepare_split(make_recipe(where, model=llama), "eval"))
+        return evaluate(model, rows, Layout(), micro_batch=3, mixed=False)
+
+    alone = [measured(source) for source in (first, second)]
+    named = measured({"held-out": first, "seen": {"path": second}})
+    assert [named.by_name["held-out"], named.by_name["seen"]] == alone
+    together = measured([first, second])
+    assert not together.by_name and set(together.metrics) == {"eval_loss", "eval_perplexity"}
+    assert named.num_targets == together.num_targets
+    assert named.loss == pytest.approx(together.loss, rel=1e-6)
+    total = sum(part.loss * part.num_targets for part in alone)
+    assert named.loss == pytest.approx(total / named.num_targets, rel=1e-12)
+    assert named.metrics == {
+        "eval_loss": named.loss,
+        "eval_perplexity": named.perplexity,
+        "eval_loss/held-out": alone[0].loss,
+        "eval_loss/seen": alone[1].loss,
+    }
+    # Several sources of one name count as one.
+    assert measured({"all": [first, second]}).by_name["all"].loss == pytest.approx(together.loss, rel=1e-6)
 
 
 def test_a_hopeless_loss_still_has_a_perplexity() -> None:

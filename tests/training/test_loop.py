@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -68,6 +69,24 @@ def test_a_stopped_and_resumed_run_is_the_straight_one(recipe_for: Any, fragment
         assert column(first + second, name) == column(rows, name), "step 3 was done twice, alike"
     assert len(column(rows)) == 4
     assert_same(weights(stopped), weights(straight))
+
+
+def test_a_mix_of_formats_resumes_bit_for_bit_and_not_under_another_mix(
+    recipe_for: Any, examples: Path, tmp_path: Path
+) -> None:
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text("".join(json.dumps({"input_ids": [n % 90, 5, 6, 7]}) + "\n" for n in range(12)))
+    packed = tmp_path / "text.jsonl.gz"
+    packed.write_bytes(gzip.compress((examples / "train.jsonl").read_bytes()))
+    data = {"train": [str(packed), {"path": str(ids), "weight": 2}], "mix": {"by": "tokens", "temperature": 3}}
+    straight, stopped = recipe_for("straight", {"data": data}), recipe_for("stopped", {"data": data})
+    _, rows = train(straight)
+    _, first = train(stopped, stop_after=3)
+    _, second = train(stopped)
+    assert column(first + second) == column(rows)
+    assert_same(weights(stopped), weights(straight))
+    with pytest.raises(CheckpointError, match=r"started with data\.train="):
+        train(recipe_for("stopped", {"data": {**data, "mix": {"temperature": 3}}}))
 
 
 def test_the_loss_falls(recipe_for: Any) -> None:
@@ -194,6 +213,19 @@ def test_the_best_checkpoint_leaves(recipe_for: Any, monkeypatch: pytest.MonkeyP
     again, _ = train(make_like(best, eval_every=2))
     assert again is not None and (again.eval_loss, again.loss) == (0.1, None)
     assert_same(weights(best), found)
+
+
+def test_named_evaluation_is_logged_by_name_and_ranked_by_the_mean(recipe_for: Any, examples: Path) -> None:
+    data = {"eval": {"a": str(examples / "eval.jsonl"), "b": [str(examples / "train.jsonl")]}}
+    recipe = recipe_for("run", SIX, {"data": data, "storage": {"keep": "best"}})
+    outcome, rows = train(make_like(recipe, eval_every=2))
+    assert outcome is not None
+    evaluated = [row for row in rows if "eval_loss" in row]
+    assert len(evaluated) == 3
+    for row in evaluated:
+        low, high = sorted((row["eval_loss/a"], row["eval_loss/b"]))
+        assert low < row["eval_loss"] < high
+    assert outcome.eval_loss == min(row["eval_loss"] for row in evaluated)
 
 
 def make_like(recipe: Recipe, **changes: Any) -> Recipe:

@@ -16,6 +16,7 @@ import numpy as np
 from raymem.errors import DataError, ModelError
 from raymem.training.data.formats import Example, Messages, PromptCompletion, Text
 from raymem.training.data.pack import Encoded
+from raymem.training.data.tokens import Tokens
 
 # A SentencePiece tokenizer puts a space in front of a text that stands alone, but not after a line break.
 _ANCHOR = "\n"
@@ -40,6 +41,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._name = name
         self._eos = int(tokenizer.eos_token_id)
+        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos]
         self._begin: list[int] = [bos] if adds_bos else []
@@ -60,7 +62,7 @@ class Encoder:
         assistant's turns as the chat template renders them, which includes the end of the turn, but for the silent
         ones. An empty text or completion has no targets: an answer that got lost is likelier than one that ought to be
         empty. Begin tokens are added where the tokenizer itself does so and the text does not begin with one, and are
-        never targets there.
+        never targets there. Tokens are taken as they are.
 
         Raises:
             DataError: the chat template does not render this conversation, or the text is no valid Unicode; begins with
@@ -72,6 +74,8 @@ class Encoder:
         if isinstance(example, PromptCompletion):
             pieces = [(example.prompt, False), (example.completion, True)]
             return self._joined(pieces, place, splittable=False, end=True)
+        if isinstance(example, Tokens):
+            return example.encoded(self._vocabulary, place)
         assert isinstance(example, Text)
         return self._joined([(example.text, True)], place, splittable=True, end=True)
 

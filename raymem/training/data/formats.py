@@ -1,4 +1,4 @@
-"""Rows of any accepted layout -> one of three kinds of example."""
+"""Rows of any accepted layout -> one of four kinds of example."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raymem.errors import DataError
-from raymem.recipe.schema import Source
+from raymem.recipe.data import Source
 from raymem.training.data.readers import Row
+from raymem.training.data.tokens import Tokens, tokens
 from raymem.training.data.turns import history, is_learned, message, schemas, sharegpt, shown, text_of
 
-Format = Literal["text", "prompt_completion", "messages", "alpaca", "sharegpt"]
+Format = Literal["text", "prompt_completion", "messages", "alpaca", "sharegpt", "tokens"]
 
 # In the order in which ``auto`` looks: the most structured first, because such rows often have a rendered text too.
 COLUMNS: dict[Format, tuple[str, ...]] = {
@@ -20,6 +21,7 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "tokens": ("input_ids",),
 }
 _BESIDE_TURNS = ("system", "tools")
 _OPTIONAL: dict[Format, tuple[str, ...]] = {
@@ -28,6 +30,7 @@ _OPTIONAL: dict[Format, tuple[str, ...]] = {
     "prompt_completion": _BESIDE_TURNS,  # where prompt and completion are turns
     "alpaca": ("input", "history", *_BESIDE_TURNS),
     "text": (),
+    "tokens": ("labels", "attention_mask"),
 }
 
 
@@ -61,7 +64,7 @@ class Messages:
     """Turns that are not to be predicted although they are the assistant's."""
 
 
-Example = Text | PromptCompletion | Messages
+Example = Text | PromptCompletion | Messages | Tokens
 Turn = tuple[dict[str, Any], bool]
 """A message, and whether it may be learned."""
 
@@ -109,6 +112,8 @@ def to_example(row: Row, row_format: Format, columns: dict[str, str], place: str
     row = in_our_names(row, columns)
     if row_format == "text":
         return Text(_text(row, "text", place))
+    if row_format == "tokens":
+        return tokens(row, place)
     if row_format == "prompt_completion":
         if not _has_turns(row):
             return PromptCompletion(_text(row, "prompt", place), _answer(row, "completion", place) or "")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError
-from raymem.recipe.paths import DATA_SUFFIXES
+from raymem.recipe.paths import DATA_FILES
 from raymem.storage.publish import file_sha256
 
 Row = dict[str, Any]
@@ -32,6 +32,8 @@ class FileBlock:
     """JSON lines: byte at which the first row begins."""
     first_line: int = 1
     """JSON lines: line number of the first row."""
+    name: str = ""
+    """What to call the file in messages, where ``path`` is a copy of it."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,31 @@ class HubBlock:
 
 
 Block = FileBlock | HubBlock
+BLOCK_BYTES = 16 << 20
+"""A block of JSON lines ends with the row that reaches this, so that long rows do not fill the memory of a task."""
 
 
-def index_file(path: Path, block_rows: int) -> tuple[str, list[FileBlock]]:
-    """SHA-256 of a file and its blocks of ``block_rows`` rows (the last one may be shorter; none if it is empty).
+def index_file(path: Path, block_rows: int, name: str = "") -> tuple[str, list[FileBlock]]:
+    """SHA-256 of a file and its blocks of at most ``block_rows`` rows (none if it is empty).
+
+    Args:
+        name: what to call the file in messages; by default its path.
 
     Raises:
         DataError: the file cannot be read or parsed.
     """
+    name = name or str(path)
     try:
         if _is_json_lines(path):
-            return _index_lines(path, block_rows)
-        return file_sha256(path), _even_blocks(path, _count_rows(path), block_rows)
+            return _index_lines(path, block_rows, name)
+        rows = _count_rows(path, name)
+        blocks = [
+            FileBlock(str(path), first, min(block_rows, rows - first), name=name)
+            for first in range(0, rows, block_rows)
+        ]
+        return file_sha256(path), blocks
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(name, error) from error
 
 
 def index_hub(
@@ -86,17 +99,17 @@ def read_block(block: Block) -> Iterator[tuple[str, Row]]:
     if isinstance(block, HubBlock):
         yield from _read_hub(block)
         return
-    path = Path(block.path)
+    path, name = Path(block.path), block.name or block.path
     try:
         if _is_json_lines(path):
-            yield from _read_lines(path, block)
+            yield from _read_lines(path, block, name)
         else:
-            for index, row in enumerate(_read_range(path, block), start=block.first_row + 1):
+            for index, row in enumerate(_read_range(path, block, name), start=block.first_row + 1):
                 if not isinstance(row, dict):
-                    raise DataError(_not_an_object(f"{path} row {index}", row))
-                yield f"{path} row {index}", row
+                    raise DataError(_not_an_object(f"{name} row {index}", row))
+                yield f"{name} row {index}", row
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(name, error) from error
 
 
 def load_hub(path: str, subset: str | None, split: str, revision: str | None) -> Any:
@@ -114,7 +127,7 @@ def load_hub(path: str, subset: str | None, split: str, revision: str | None) ->
         raise DataError(
             f"Hugging Face data set {path} (subset {subset}, split {split}, revision {revision}) cannot be loaded "
             f"({type(error).__name__}: {reason[0]}): check the names and the network, or pass a local "
-            f"{', '.join(DATA_SUFFIXES)} file or directory as the path."
+            f"{DATA_FILES} file or directory as the path."
         ) from error
 
 
@@ -146,27 +159,26 @@ def _is_json_lines(path: Path) -> bool:
     return True
 
 
-def _index_lines(path: Path, block_rows: int) -> tuple[str, list[FileBlock]]:
-    """One pass over the bytes: hash, and where every ``block_rows``-th line that is not blank begins."""
+def _index_lines(path: Path, block_rows: int, name: str) -> tuple[str, list[FileBlock]]:
+    """One pass over the bytes: hash, and where blocks begin, counting lines that are not blank."""
     content = hashlib.sha256()
-    begins: list[tuple[int, int]] = []
+    blocks: list[FileBlock] = []
     rows = offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             content.update(line)
             if line.strip():
-                if rows % block_rows == 0:
-                    begins.append((offset, number))
+                last = blocks[-1] if blocks else None
+                if last is None or rows - last.first_row == block_rows or offset - last.offset >= BLOCK_BYTES:
+                    blocks.append(FileBlock(str(path), rows, 0, offset, number, name))
                 rows += 1
             offset += len(line)
-    blocks = [
-        FileBlock(str(path), index * block_rows, min(block_rows, rows - index * block_rows), begin, line_number)
-        for index, (begin, line_number) in enumerate(begins)
-    ]
-    return content.hexdigest(), blocks
+    ends = [*(block.first_row for block in blocks[1:]), rows]
+    counted = [replace(block, num_rows=end - block.first_row) for block, end in zip(blocks, ends, strict=False)]
+    return content.hexdigest(), counted
 
 
-def _read_lines(path: Path, block: FileBlock) -> Iterator[tuple[str, Row]]:
+def _read_lines(path: Path, block: FileBlock, name: str) -> Iterator[tuple[str, Row]]:
     left = block.num_rows
     with path.open("rb") as file:
         file.seek(block.offset)
@@ -175,7 +187,7 @@ def _read_lines(path: Path, block: FileBlock) -> Iterator[tuple[str, Row]]:
                 return
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
+            place = f"{name}:{number}"
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
@@ -188,27 +200,24 @@ def _read_lines(path: Path, block: FileBlock) -> Iterator[tuple[str, Row]]:
             yield place, row
 
 
-def _even_blocks(path: Path, rows: int, block_rows: int) -> list[FileBlock]:
-    return [FileBlock(str(path), first, min(block_rows, rows - first)) for first in range(0, rows, block_rows)]
-
-
-def _count_rows(path: Path) -> int:
+def _count_rows(path: Path, name: str) -> int:
     if path.suffix == ".parquet":
-        return int(_parquet(path).metadata.num_rows)
-    return len(_whole(path))
+        return int(_parquet(path, name).metadata.num_rows)
+    return len(_whole(path, name))
 
 
-def _read_range(path: Path, block: FileBlock) -> list[Any]:
+def _read_range(path: Path, block: FileBlock, name: str) -> list[Any]:
     end = block.first_row + block.num_rows
     if path.suffix != ".parquet":
-        rows = _whole(path)[block.first_row : end]
+        rows = _whole(path, name)[block.first_row : end]
         return rows if isinstance(rows, list) else list(rows.to_pylist())
     rows, first = [], 0
-    for group in range((metadata := _parquet(path).metadata).num_row_groups):
+    for group in range((metadata := _parquet(path, name).metadata).num_row_groups):
         size = metadata.row_group(group).num_rows
         if first < end and block.first_row < first + size:
             low, high = max(block.first_row - first, 0), min(end - first, size)
-            rows += map(_without_absent, _row_group(path, _stamp(path), group).slice(low, high - low).to_pylist())
+            table = _row_group(path, name, _stamp(path), group).slice(low, high - low)
+            rows += map(_without_absent, table.to_pylist())
         first += size
     return rows
 
@@ -230,25 +239,25 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def _whole(path: Path) -> Any:
-    return (_csv_table if path.suffix == ".csv" else _json_list)(path, _stamp(path))
+def _whole(path: Path, name: str) -> Any:
+    return (_csv_table if path.suffix == ".csv" else _json_list)(path, name, _stamp(path))
 
 
 # These cannot be entered in the middle. One is kept, because a process reads the blocks of a file one after another.
 @lru_cache(maxsize=1)
-def _json_list(path: Path, stamp: tuple[int, int]) -> list[Any]:
+def _json_list(path: Path, name: str, stamp: tuple[int, int]) -> list[Any]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno} is not valid JSON ({error}): write one list of objects.") from error
+        raise DataError(f"{name}:{error.lineno} is not valid JSON ({error}): write one list of objects.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error}): convert it to UTF-8.") from error
+        raise DataError(f"{name} is not UTF-8 ({error}): convert it to UTF-8.") from error
     assert isinstance(rows, list)  # it begins with [ and is valid
     return rows
 
 
 @lru_cache(maxsize=1)
-def _csv_table(path: Path, stamp: tuple[int, int]) -> Any:
+def _csv_table(path: Path, name: str, stamp: tuple[int, int]) -> Any:
     """All columns as strings: a text that looks like a number is still a text."""
     from pyarrow import ArrowInvalid, csv, string
 
@@ -262,31 +271,31 @@ def _csv_table(path: Path, stamp: tuple[int, int]) -> Any:
         if path.stat().st_size == 0:
             return []
         raise DataError(
-            f"{path} is not a valid CSV file ({error}): write a header line, commas, and quotes around texts."
+            f"{name} is not a valid CSV file ({error}): write a header line, commas, and quotes around texts."
         ) from error
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Path, name: str) -> Any:
     from pyarrow import ArrowInvalid, parquet
 
     try:
         return parquet.ParquetFile(path)
     except ArrowInvalid as error:
-        raise DataError(f"{path} is not a valid Parquet file ({error}): write it again.") from error
+        raise DataError(f"{name} is not a valid Parquet file ({error}): write it again.") from error
 
 
 @lru_cache(maxsize=1)
-def _row_group(path: Path, stamp: tuple[int, int], group: int) -> Any:
+def _row_group(path: Path, name: str, stamp: tuple[int, int], group: int) -> Any:
     from pyarrow import ArrowException
 
     try:
-        return _parquet(path).read_row_group(group)
+        return _parquet(path, name).read_row_group(group)
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path} row group {group} is damaged ({error}): write the file again.") from error
+        raise DataError(f"{name} row group {group} is damaged ({error}): write the file again.") from error
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be read ({error.strerror or error}): check that this process may read it.")
+def _unreadable(name: str, error: OSError) -> DataError:
+    return DataError(f"{name} cannot be read ({error.strerror or error}): check that this process may read it.")
 
 
 def _not_an_object(place: str, row: Any) -> str:

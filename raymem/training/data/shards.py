@@ -2,7 +2,7 @@
 
 ``<cache_dir>/data/<key>/`` holds Arrow IPC files with one record batch each, which readers map into memory without a
 copy, and a manifest. The key covers everything that decides the rows and nothing else: not the path, the machine, or
-how many tasks did the work (blocks have a fixed number of rows and are packed on their own).
+how many tasks did the work (blocks are cut by counts of rows and bytes and are packed on their own).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,17 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 from raymem.errors import DataError, StorageError
-from raymem.recipe.schema import DataSection, Source
+from raymem.recipe.data import DataSection, Source
 from raymem.storage.publish import digest, publish
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Format, resolve_format, to_example
+from raymem.training.data.mix import weights_in_rows
 from raymem.training.data.pack import Encoded, Packed, Packing, pack
-from raymem.training.data.readers import Block, read_block
+from raymem.training.data.readers import BLOCK_BYTES, Block, read_block
 from raymem.training.data.sources import OpenedSource, open_source
+from raymem.training.data.sources.overlap import also_trained_on
 from raymem.training.data.tokenizer import cached_tokenizer, load_tokenizer, tokenizer_key
 from raymem.training.data.unread import line, unread
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raise it with every change of what a shard holds for the same input."""
 BLOCK_ROWS = 2048
 _UNNAMED = ".writing-"
@@ -57,6 +59,7 @@ class PreparedSource:
 
     directory: Path
     weight: float
+    """Times an epoch of training takes each row; what ``data.mix`` makes of the recipe's weights."""
     num_rows: int
     num_examples: int
     num_tokens: int
@@ -67,6 +70,8 @@ class PreparedSource:
     """Examples left out because nothing in them is to be predicted."""
     truncated: int
     """Examples that lost their end."""
+    name: str | None = None
+    """Of the evaluation loss that it counts for."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ def prepare(
     """
     prepared: list[PreparedSource] = []
     for plan in _plans(section, split, tokenizer_path, cache_dir):
+        if split == "eval":
+            _warn_if_trained_on(plan, section, cache_dir)
         directory = cache_dir / "data" / plan.key
         manifest = publish(directory, partial(_build, plan, map_blocks))
         facts = manifest["facts"]
@@ -123,9 +130,13 @@ def prepare(
                 num_targets=facts["num_targets"],
                 dropped=facts["dropped"],
                 truncated=facts["truncated"],
+                name=plan.source.name,
             )
         )
         log.info("%s: %d rows in %s", plan.opened.place, facts["num_rows"], directory)
+    if split == "train":
+        weights = weights_in_rows(section.mix, [(s.num_rows, s.num_tokens, s.weight) for s in prepared])
+        prepared = [replace(source, weight=weight) for source, weight in zip(prepared, weights, strict=True)]
     key = digest([[source.directory.name, source.weight] for source in prepared])
     return Prepared(key, tuple(prepared))
 
@@ -167,13 +178,7 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
     tokenizer_hash = tokenizer_key(load_tokenizer(tokenizer_path))
     plans: list[_Plan] = []
     for index, source in enumerate(sources):
-        place = f"data.{split}[{index}]"
-        if split == "eval" and any(
-            source == train.model_copy(update={"weight": source.weight}) for train in section.train
-        ):
-            log.warning(
-                "%s is also trained on, so its loss says nothing about other data (split: %s)", place, source.split
-            )
+        place = section.place(split, index)
         opened = open_source(source, place, cache_dir, BLOCK_ROWS)
         row_format = resolve_format(source, opened.first_row, place)
         recipe = _Recipe(
@@ -182,7 +187,7 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
         key = digest(
             {
                 "schema": SCHEMA_VERSION,
-                "block_rows": BLOCK_ROWS,
+                "blocks": [BLOCK_ROWS, BLOCK_BYTES],
                 "content": opened.identity,
                 "format": row_format,
                 "columns": source.columns,
@@ -195,12 +200,19 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
     return plans
 
 
+def _warn_if_trained_on(plan: _Plan, section: DataSection, cache_dir: Path) -> None:
+    train = [(section.place("train", index), source) for index, source in enumerate(section.train)]
+    if shared := also_trained_on(plan.opened, plan.source, train, cache_dir, BLOCK_ROWS):
+        log.warning("%s is also trained on, so its loss says nothing about other data (%s)", plan.opened.place, shared)
+
+
 def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any]:
     """Write all shards of a source into ``directory`` and return the facts for its manifest."""
     place = plan.opened.place
     tasks = [Task(index, block) for index, block in enumerate(plan.opened.blocks)]
     log.info("%s: tokenising %d blocks of up to %d rows", place, len(tasks), BLOCK_ROWS)
     results = map_blocks(partial(write_shard, plan.recipe, str(directory)), tasks)
+    plan.opened.check_unchanged()
     for left in directory.glob(f"{_UNNAMED}*"):  # by tasks that were killed
         left.unlink(missing_ok=True)
     shards = [result["shard"] for result in results if result["shard"] is not None]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from raymem.recipe.schema import DataSection
+from raymem.recipe.data import DataSection
 from raymem.training.data.batches import Batch, eval_batches, global_targets, rank_batches
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raymem.errors import DataError
-from raymem.recipe.schema import DataSection
+from raymem.recipe.data import DataSection
 from raymem.training.data import shards
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError
-from raymem.recipe.schema import DataSection
+from raymem.recipe.data import DataSection
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Messages, PromptCompletion, Text
 from raymem.training.data.shards import prepare

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError
-from raymem.recipe.schema import Source
+from raymem.recipe.data import Source
 from raymem.training.data.formats import Messages, PromptCompletion, Text, resolve_format, to_example
 
 PLACE = "data.train[0]"
@@ -79,7 +79,7 @@ def test_message_keys_for_the_template_stay_and_parquet_s_nulls_go() -> None:
             {"question": "q", "answer": "a"},
             {},
             r"data\.train\[0\]\.format=auto finds columns question, answer, .*"
-            r"data\.train\[0\]\.columns to one of: messages .*; prompt \+ completion .*; text \(text\)\.",
+            r"data\.train\[0\]\.columns to one of: messages .*; prompt \+ completion .*; input_ids \(tokens\)\.",
         ),
         (
             {"question": "q", "answer": "a"},

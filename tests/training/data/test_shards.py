@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError, StorageError
-from raymem.recipe.schema import DataSection
+from raymem.recipe.data import DataSection
 from raymem.storage.publish import file_sha256, publish, read_manifest, verify
 from raymem.training.data import shards
 from raymem.training.data.shards import Counts, Task, prepare, source_keys
@@ -198,6 +198,29 @@ def test_errors_name_place_value_and_cure(
         elsewhere,
     )
     assert [path.name for path in (tmp_path / "data").iterdir()] == []
+
+
+def test_a_file_that_is_written_while_it_is_prepared_is_refused(
+    data: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    def meanwhile(fn: Callable[[Task], Counts], tasks: Sequence[Task]) -> list[Counts]:
+        results = shards.serial(fn, tasks)
+        data.write_text(data.read_text().replace("one", "two"))
+        return results
+
+    with pytest.raises(DataError, match=rf"{data} changed while it was prepared: run again"):
+        prepare(section(data), "train", str(tokenizer_dir), tmp_path, meanwhile)
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_long_rows_make_blocks_of_fewer(
+    write_jsonl: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raymem.training.data.readers.BLOCK_BYTES", 100)
+    path = write_jsonl("x.jsonl", [{"text": "one two three four five"}] * 14)  # 36 bytes each
+    (source,) = prepare(section(path), "train", str(tokenizer_dir), tmp_path).sources
+    assert len(list(source.directory.glob("*.arrow"))) == 5
+    assert source.num_examples == 14
 
 
 def test_the_other_process_wins(data: Path, tokenizer_dir: Path, tmp_path: Path) -> None:

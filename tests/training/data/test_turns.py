@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raymem.recipe.schema import Source
+from raymem.recipe.data import Source
 from raymem.training.data.formats import Messages, PromptCompletion, resolve_format, to_example
 from raymem.training.data.readers import index_file, read_block
 from raymem.training.data.unread import line, unread

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,21 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError
-from raymem.recipe.schema import Source
+from raymem.recipe.data import Source
 from raymem.training.data import demo
 from raymem.training.data.readers import read_block
 from raymem.training.data.sources import OpenedSource, open_source
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(opened, "cache", directory, raising=False)
+    return directory
+
+
 def opened(path: Path | str, **options: Any) -> OpenedSource:
-    return open_source(Source(path=str(path), **options), "data.train[1]", Path("/nonexistent-cache"), 2)
+    return open_source(Source(path=str(path), **options), "data.train[1]", opened.cache, 2)  # type: ignore[attr-defined]
 
 
 def rows_of(source: OpenedSource) -> list[Any]:
@@ -31,6 +39,15 @@ def test_a_directory_is_its_data_files_in_order(tmp_path: Path, write_jsonl: Cal
     assert rows_of(source) == [{"n": n} for n in range(4)]
     assert (source.first_row, len(source.blocks)) == ({"n": 0}, 3)
     assert source.first_place.endswith("d/a.jsonl:1")
+
+
+def test_files_of_the_same_contents_in_one_source_are_pointed_out(
+    tmp_path: Path, write_jsonl: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = write_jsonl("d/a.jsonl", [{"n": 1}])
+    (tmp_path / "d" / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    assert len(rows_of(opened(tmp_path / "d"))) == 2
+    assert f"data.train[1]: {plain} and {plain}.gz have the same contents, and both are read" in caplog.text
 
 
 def test_identity_is_the_content_not_the_path(write_jsonl: Callable[..., Path]) -> None:
@@ -73,12 +90,18 @@ def test_errors_name_place_value_and_cure(tmp_path: Path, path: str, message: st
 
 
 def test_urls_and_unknown_demo_data_are_refused() -> None:
-    with pytest.raises(DataError, match=r"data\.train\[1\]\.path='s3://b/x\.jsonl' is a URL: copy the data"):
-        opened("s3://b/x.jsonl")
+    with pytest.raises(DataError, match=r"data\.train\[1\]\.path='http://b/x\.jsonl': data are not read from http://"):
+        opened("http://b/x.jsonl")
     with pytest.raises(DataError, match=r"'demo:poems' is no demo data: use demo:functions or demo:text"):
         opened("demo:poems")
     with pytest.raises(DataError, match=r"data\.train\[1\]\.split='test' .*: use train or eval"):
         opened("demo:text", split="test")
+
+
+@pytest.mark.parametrize("option", ["subset", "revision"])
+def test_options_of_the_hub_mean_nothing_for_files(write_jsonl: Callable[..., Path], option: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.train\[1\]\.{option}='x' means something for a Hugging Face id only"):
+        opened(write_jsonl("a.jsonl", [{"n": 1}]), **{option: "x"})
 
 
 def test_demo_splits_are_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,110 @@
+"""The recipe's ``data`` section: the sources of a run, and how they become rows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from raymem.recipe.base import Section
+
+
+class Source(Section):
+    """One source of examples: a file, a directory of files, a Hugging Face data set, or the embedded demo data."""
+
+    path: str
+    """.jsonl, .json, .csv (each also with .gz or .zst) or .parquet file or directory, here or on s3://, gs:// or
+    hf://datasets/..., a Hugging Face id, or ``demo:functions`` / ``demo:text``."""
+    split: str | None = None
+    """Split of a Hugging Face id or of the demo data (by default train), or of files that are named after their split
+    as on the Hugging Face hub: ``test.jsonl``, ``data/test-00000-of-00002.parquet``, ``test/a.csv``. Without it a
+    directory is read whole if its files are of one split or do not say; if they are of several, ``train`` is read."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt", "tokens"] = "auto"
+    """How a row is read; ``auto`` decides by the column names. ``tokens``: ``input_ids`` as they are, where ``labels``
+    (-100: no target; not shifted) and ``attention_mask`` (0: padding, left out) may stand beside."""
+    columns: dict[str, str] = {}
+    """Our column name (also ``system``, ``tools``, ``history``) -> the name in the file, for example ``{prompt:
+    instruction, completion: output}``."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Times each example is seen per epoch; 0.5 takes a fresh random half each epoch. See ``data.mix``."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None
+    """Only in ``data.eval``: sources of one name have an evaluation loss of their own, ``eval_loss/<name>``. Given by
+    writing ``data.eval`` as a mapping of names."""
+
+
+def _one_source_or_many(value: Any) -> Any:
+    """A single path or mapping stands for a list of one; a string for its path."""
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+def _named_sources(value: Any) -> Any:
+    """A mapping of names is the list of its sources, each with its name; one that looks like a source is a source."""
+    if not isinstance(value, dict) or not value or value.keys() & Source.model_fields.keys():
+        return value
+    named = []
+    for name, given in value.items():
+        if given == []:
+            raise ValueError(f"{name}: has no source; give it at least one, or leave it out")
+        for source in _one_source_or_many(given):
+            if isinstance(source, dict) and "name" in source:
+                raise ValueError(f"{name}: has a name already, the key; leave name={source['name']!r} out")
+            named.append({**source, "name": name} if isinstance(source, dict) else source)
+    return named
+
+
+Sources = Annotated[
+    list[Source],
+    BeforeValidator(_one_source_or_many),
+    Field(min_length=1),
+]
+
+
+class Mix(Section):
+    """Of an epoch, a source of weight w_i, size n_i gives w_i n_i^(1/temperature) / sum_j w_j n_j^(1/temperature)."""
+
+    by: Literal["rows", "tokens"] = "rows"
+    """What the size n_i of a source and the share that it gets are counted in: its rows of ``sequence_length`` tokens,
+    or the tokens in them without padding."""
+    temperature: Annotated[float, Field(gt=0)]
+    """1 takes sources by their weight alone, as without ``mix``; more takes relatively more of small sources, and a
+    very large one the same from all of equal weight. The length of an epoch stays what it is at 1."""
+
+
+class DataSection(Section):
+    """What the model is trained and evaluated on."""
+
+    train: Sources
+    """One source or a list of them."""
+    eval: Annotated[Sources, BeforeValidator(_named_sources)] | None = None
+    """Sources of the evaluation loss; none means that only the training loss is reported. A mapping of names to sources
+    gives one loss per name beside that of all target tokens together: ``{math: a.jsonl, chat: {path: b.jsonl}}``."""
+    mix: Mix | None = None
+    """Tempered mixing of the training sources, on top of their weights."""
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens per row of a batch."""
+    packing: Literal["bfd", "wrapped", "none"] = "bfd"
+    """``bfd`` packs whole examples best-fit and keeps them apart in attention; ``wrapped`` runs them into one stream
+    cut at the row length; ``none`` gives every example its own padded row."""
+
+    @model_validator(mode="after")
+    def _named_alike(self) -> DataSection:
+        if odd := next((source.name for source in self.train if source.name is not None), None):
+            raise ValueError(f"only sources of data.eval have names; leave name={odd!r} out of data.train")
+        names = [source.name for source in self.eval or ()]
+        if None in names and set(names) != {None}:
+            raise ValueError("either every source of data.eval has a name or none; write it as a mapping of names")
+        return self
+
+    def place(self, split: Literal["train", "eval"], index: int) -> str:
+        """Where a source stands in the recipe as it was written: ``data.train[0]``, ``data.eval.math``."""
+        sources = getattr(self, split)
+        name = sources[index].name
+        if name is None:
+            return f"data.{split}[{index}]"
+        alike = [at for at, source in enumerate(sources) if source.name == name]
+        return f"data.{split}.{name}" + (f"[{alike.index(index)}]" if len(alike) > 1 else "")

@@ -1,0 +1,174 @@
+"""A recipe's :class:`Source` -> what it contains (identity) and the blocks to read it by."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raymem.errors import DataError
+from raymem.recipe.data import Source
+from raymem.recipe.paths import DATA_FILES, DATA_SUFFIXES, is_local
+from raymem.training.data.readers import Block, Row, index_hub, read_block
+from raymem.training.data.sources.copies import LocalFile, SourceFile, plain_copy
+from raymem.training.data.sources.digests import index_of, is_rewritten, stamp
+from raymem.training.data.sources.remote import RemoteDirectory
+from raymem.training.data.sources.splits import check_single, choose, data_files
+
+_DEFAULT_SPLIT = "train"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A source that exists and has rows."""
+
+    place: str
+    """Where the recipe names it, for example ``data.train[0]``."""
+    identity: list[str]
+    """What tells its contents apart from any other: one content hash per file, or the data set's fingerprint."""
+    blocks: list[Block]
+    first_place: str
+    first_row: Row
+    files: tuple[SourceFile, ...] = ()
+    """None for a Hugging Face id."""
+    looks: list[dict[str, Any]] = field(default_factory=list)
+    """What the plain files looked like from outside when they were indexed."""
+
+    def check_unchanged(self) -> None:
+        """Refuse what was read meanwhile if a file is not what it was: its rows would go by the name of others.
+
+        Raises:
+            DataError: a file was written, or is gone.
+        """
+        for then in self.looks:
+            if is_rewritten(then, stamp(Path(then["path"]), then["path"])):
+                raise DataError(f"{then['path']} changed while it was prepared: run again when it is complete.")
+
+
+def open_source(source: Source, place: str, cache_dir: Path, block_rows: int) -> OpenedSource:
+    """Find a source, hash it and cut it into blocks of at most ``block_rows`` rows.
+
+    Raises:
+        DataError: it does not exist, cannot be read, is malformed, or is empty.
+    """
+    identity: list[str]
+    blocks: list[Block]
+    files: tuple[SourceFile, ...] = ()
+    looks: list[dict[str, Any]] = []
+    if is_hub(source):
+        split = source.split or _DEFAULT_SPLIT
+        fingerprint, hub_blocks = index_hub(source.path, source.subset, split, source.revision, block_rows)
+        identity = ["hub", source.path, source.subset or "", split, source.revision or "", fingerprint]
+        blocks = [*hub_blocks]
+    else:
+        files = tuple(files_of(source, place, cache_dir))
+        identity, blocks = [], []
+        for file in files:
+            path = plain_copy(file, place, cache_dir)
+            looks.append(stamp(path, file.name))
+            content, file_blocks = index_of(path, file.name, cache_dir, block_rows)
+            identity.append(content)
+            blocks += file_blocks
+        _warn_of_doubles(place, files, identity)
+    if not blocks:
+        raise DataError(f"{place}.path={source.path!r} has no rows: give it at least one example.")
+    first_place, first_row = next(iter(read_block(blocks[0])))
+    return OpenedSource(place, identity, blocks, first_place, first_row, files, looks)
+
+
+def is_hub(source: Source) -> bool:
+    """Whether a source is an id of the Hugging Face hub, rather than files."""
+    return not (source.path.startswith("demo:") or "://" in source.path or is_local(source.path))
+
+
+def files_of(source: Source, place: str, cache_dir: Path) -> list[SourceFile]:
+    """The files that a source consists of; none of them is read.
+
+    Raises:
+        DataError: there is none, they are of no known kind, or they do not say which of them make its split.
+    """
+    for option in ("subset", "revision"):
+        if getattr(source, option) is not None:
+            raise DataError(
+                f"{place}.{option}={getattr(source, option)!r} means something for a Hugging Face id only: leave it "
+                f"out, or write it into the path (a folder, or hf://datasets/<owner>/<name>@<revision>/...)."
+            )
+    if source.path.startswith("demo:"):
+        return [LocalFile(_demo_file(source, place, cache_dir))]
+    named = f"{place}.path={source.path!r}"
+    if "://" in source.path:
+        remote = RemoteDirectory(source.path, place)
+        if remote.is_file():
+            name = remote.file().name
+            _check_file(name, source, place)
+            return [remote.file()]
+        names = _some(data_files(remote.entries), named)
+        return [remote.file(name) for name in choose(names, source.split, place, source.path.rpartition("/")[2])]
+    path = Path(source.path).expanduser().absolute()
+    if not path.exists():
+        raise DataError(f"{named} does not exist{_hint(path)}")
+    if not path.is_dir():
+        _check_file(str(path), source, place)
+        return [LocalFile(path)]
+
+    def entries(folder: str) -> Iterator[tuple[str, bool]]:
+        try:
+            yield from ((entry.name, entry.is_dir()) for entry in (path / folder).iterdir())
+        except OSError as error:
+            raise DataError(
+                f"{named} cannot be read ({error.strerror}): check that this process may read it."
+            ) from error
+
+    names = _some(data_files(entries), named)
+    return [LocalFile(path / name) for name in choose(names, source.split, place, path.name)]
+
+
+def _warn_of_doubles(place: str, files: Sequence[SourceFile], contents: Sequence[str]) -> None:
+    """Both a file and its compressed copy in a directory, for instance."""
+    first: dict[str, str] = {}
+    for file, content in zip(files, contents, strict=True):
+        if (other := first.setdefault(content, file.name)) != file.name:
+            log.warning("%s: %s and %s have the same contents, and both are read", place, other, file.name)
+
+
+def _check_file(name: str, source: Source, place: str) -> None:
+    if not name.endswith(DATA_SUFFIXES):
+        raise DataError(f"{place}.path={source.path!r} is no known kind of file: use one of {DATA_FILES}.")
+    check_single("/".join(name.split("/")[-2:]), source.split, place)
+
+
+def _some(names: list[str], named: str) -> list[str]:
+    if not names:
+        raise DataError(
+            f"{named} has no data files: put {DATA_FILES} files directly into it, into data/, or into folders that are "
+            f"named after splits."
+        )
+    return names
+
+
+def _demo_file(source: Source, place: str, cache_dir: Path) -> Path:
+    # Here, because the demo itself is built on this package and may be imported first.
+    from raymem.training.data.demo import CORPORA, SPLITS, ensure_demo
+
+    corpus, split = source.path.removeprefix("demo:"), source.split or _DEFAULT_SPLIT
+    if corpus not in CORPORA:
+        raise DataError(
+            f"{place}.path={source.path!r} is no demo data: use {' or '.join(f'demo:{c}' for c in CORPORA)}."
+        )
+    if split not in SPLITS:
+        raise DataError(f"{place}.split={source.split!r} is no split of the demo data: use {' or '.join(SPLITS)}.")
+    return ensure_demo(cache_dir).corpus(corpus, split)
+
+
+def _hint(path: Path) -> str:
+    """'; the nearest ...' for a missing path, as far as the file system can tell."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f", nor does its directory {parent}: check the path."
+    near = difflib.get_close_matches(path.name, sorted(entry.name for entry in parent.iterdir()), n=1)
+    return f": did you mean {parent / near[0]}?" if near else f": {parent} has nothing of a similar name."

@@ -1,0 +1,63 @@
+"""Whether what is evaluated on is trained on too: by contents, whatever the paths."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from raymem.errors import RaymemError
+from raymem.recipe.data import Source
+from raymem.training.data.readers import load_hub
+from raymem.training.data.sources.copies import LocalFile, SourceFile, codec, plain_copy
+from raymem.training.data.sources.digests import index_of
+from raymem.training.data.sources.opened import OpenedSource, files_of, is_hub
+
+log = logging.getLogger(__name__)
+
+
+def also_trained_on(
+    evaluated: OpenedSource, source: Source, train: Sequence[tuple[str, Source]], cache_dir: Path, block_rows: int
+) -> str | None:
+    """Names of contents that an evaluation source shares with training sources, or None.
+
+    Training files whose size rules out that they are the same are not read. Sources that cannot be read are left to
+    whoever trains on them.
+
+    Args:
+        train: place and source of each.
+    """
+    shared: list[str] = []
+    for place, trained in train:
+        try:
+            if is_hub(trained):
+                if is_hub(source) and trained.path == source.path and _fingerprint(trained) == evaluated.identity[-1]:
+                    shared.append(f"the same rows as {place}")
+            elif evaluated.files:
+                shared += _shared_files(evaluated, place, files_of(trained, place, cache_dir), cache_dir, block_rows)
+        except RaymemError as error:
+            log.debug("%s cannot be compared with %s: %s", place, evaluated.place, error)
+    return "; ".join(shared) or None
+
+
+def _shared_files(
+    evaluated: OpenedSource, place: str, files: Sequence[SourceFile], cache_dir: Path, block_rows: int
+) -> Iterator[str]:
+    by_content = dict(zip(evaluated.identity, evaluated.files, strict=True))
+    for file in files:
+        if any(_may_be_same(file, other) for other in evaluated.files):
+            content, _ = index_of(plain_copy(file, place, cache_dir), file.name, cache_dir, block_rows)
+            if (other := by_content.get(content)) is not None:
+                alike = "is" if other.name == file.name else f"has the contents of {file.name},"
+                yield f"{other.name} {alike} a file of {place}"
+
+
+def _may_be_same(trained: SourceFile, evaluated: SourceFile) -> bool:
+    """Sizes decide where they can be compared; what is not here is not fetched for less."""
+    if codec(trained.name) == codec(evaluated.name):
+        return trained.size == evaluated.size > 0
+    return isinstance(trained, LocalFile)
+
+
+def _fingerprint(source: Source) -> str:
+    return str(load_hub(source.path, source.subset, source.split or "train", source.revision)._fingerprint)

@@ -1,0 +1,162 @@
+"""Files on object stores and on the Hugging Face hub: what lies there, which version of it, and its bytes.
+
+``s3://`` and ``gs://`` go through Arrow, as storage does; ``hf://datasets/...`` through huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from raymem.errors import DataError
+from raymem.storage.errors import cause
+
+SCHEMES = ("s3", "gs", "gcs", "hf")
+_CHECK = "check the path, and that this process may read it"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One object."""
+
+    uri: str
+    """With the options of the URI that the recipe names."""
+    size: int
+    version: str
+    """Differs whenever the contents do: an ETag, a generation, the id of a blob."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages: the URI without its options."""
+        return shown(self.uri)
+
+
+class RemoteDirectory:
+    """What a URI names, a file or a directory.
+
+    Args:
+        place: where the recipe names it, for errors.
+
+    Raises:
+        DataError: unknown scheme, secrets in the URI, or it cannot be opened.
+    """
+
+    def __init__(self, uri: str, place: str) -> None:
+        parts = urlsplit(uri)
+        self._uri, self._place = uri, place
+        if parts.scheme not in SCHEMES:
+            raise DataError(
+                f"{place}.path={uri!r}: data are not read from {parts.scheme}://: use s3://, gs://, hf://datasets/..., "
+                f"or copy them to a path that every node sees."
+            )
+        if parts.scheme == "hf" and parts.netloc != "datasets":
+            raise DataError(f"{place}.path={uri!r}: write hf://datasets/<owner>/<name>, with @<revision> if need be.")
+        if parts.scheme != "hf" and parts.username not in (None, "anonymous"):
+            raise DataError(
+                f"{place}.path: {parts.scheme}:// with a user or key before the @ would write credentials into logs: "
+                f"take them out and use the environment or the role of the machine."
+            )
+        self._is_hub = parts.scheme == "hf"
+        with self._explained():
+            if self._is_hub:
+                from huggingface_hub import HfFileSystem
+
+                # Not the instance that fsspec keeps: it remembers listings.
+                self._filesystem: Any = HfFileSystem(skip_instance_cache=True)
+                self._root = unquote(uri.removeprefix("hf://")).rstrip("/")
+            else:
+                from pyarrow import fs
+
+                self._filesystem, root = fs.FileSystem.from_uri(uri)
+                self._root = root.rstrip("/")
+
+    def is_file(self) -> bool:
+        """Whether the URI names a file; False for a directory.
+
+        Raises:
+            DataError: there is nothing, or it cannot be told.
+        """
+        with self._explained():
+            if self._is_hub:
+                return bool(self._filesystem.info(self._root)["type"] == "file")
+            from pyarrow import fs
+
+            kind = self._filesystem.get_file_info(self._root).type
+        if kind == fs.FileType.NotFound:
+            raise DataError(f"{self._place}.path={self._uri!r} does not exist: {_CHECK}.")
+        return bool(kind == fs.FileType.File)
+
+    def entries(self, folder: str) -> list[tuple[str, bool]]:
+        """(name, is a folder) of what lies directly in a folder below the directory."""
+        at = f"{self._root}/{folder}" if folder else self._root
+        with self._explained():
+            if self._is_hub:
+                found = self._filesystem.ls(at, detail=True)
+                return [(item["name"].rsplit("/", 1)[-1], item["type"] == "directory") for item in found]
+            from pyarrow import fs
+
+            infos = self._filesystem.get_file_info(fs.FileSelector(at))
+            return [(info.base_name, info.type == fs.FileType.Directory) for info in infos]
+
+    def file(self, name: str = "") -> RemoteFile:
+        """A file below the directory, or the file itself, as it is now."""
+        at = f"{self._root}/{name}" if name else self._root
+        uri = below(self._uri, name)
+        with self._explained():
+            if self._is_hub:
+                facts = self._filesystem.info(at)
+                return RemoteFile(uri, int(facts["size"]), str(facts["blob_id"]))
+            with self._filesystem.open_input_file(at) as file:
+                facts = {key.lower(): value for key, value in file.metadata().items()}
+                size = file.size()
+            for key in ("etag", "generation"):
+                if facts.get(key):
+                    return RemoteFile(uri, size, f"{key}={facts[key]!r}")
+            return RemoteFile(uri, size, f"mtime={self._filesystem.get_file_info(at).mtime_ns}")
+
+    def chunks(self, chunk_bytes: int) -> Iterator[bytes]:
+        """The bytes of the file that the URI names."""
+        with self._explained():
+            if self._is_hub:
+                opened = self._filesystem.open(self._root, block_size=0)  # one stream, not many ranges
+            else:  # by itself Arrow would unpack what ends in .gz
+                opened = self._filesystem.open_input_stream(self._root, compression=None)
+            with opened as stream:
+                while chunk := stream.read(chunk_bytes):
+                    yield chunk
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:  # both libraries raise many types
+            words, cure = _hub_cause(error) if self._is_hub else cause(error)
+            raise DataError(
+                f"{self._place}.path={shown(self._uri)!r} cannot be read ({words}): {cure or _CHECK}."
+            ) from error
+
+
+def below(uri: str, name: str) -> str:
+    """The URI of something below another; options stay."""
+    if not name:
+        return uri
+    if uri.startswith("hf://"):
+        return f"{uri.rstrip('/')}/{quote(name)}"
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
+
+
+def shown(uri: str) -> str:
+    """A URI without its options."""
+    return uri if uri.startswith("hf://") else urlunsplit(urlsplit(uri)._replace(query="", fragment=""))
+
+
+def _hub_cause(error: Exception) -> tuple[str, str]:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    cure = "check owner, name, revision and path, the network, and that the token of `hf auth login` or HF_TOKEN may "
+    return lines[0].strip(), f"{cure}read it"
