@@ -112,6 +112,8 @@ class DataSection(Section):
     """Sources of the evaluation loss; none means that only the training loss is reported."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens per row of a batch."""
+    turns: Literal["all", "last"] = "all"
+    """Which turns of the assistant are trained in a conversation; marks of single turns (``weight: 0``) hold as well."""
     packing: Literal["bfd", "wrapped", "none"] = "bfd"
     """``bfd`` packs whole examples best-fit and keeps them apart in attention; ``wrapped`` runs them into one stream
     cut at the row length; ``none`` gives every example its own padded row."""

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raymem.recipe.schema import Recipe
-from raymem.storage.publish import publish
+from raymem.storage.publish import digest, publish
 from raymem.storage.storage import Storage
 from raymem.training.data.shards import MapBlocks, Prepared, prepare, serial, source_keys
 from raymem.training.data.shared import CACHE, cache_dir, download_source
-from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
+from raymem.training.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_key
 from raymem.training.model.build import tokenizer_path
 
 
@@ -21,10 +21,10 @@ def shared_tokenizer(recipe: Recipe, storage: Storage) -> str:
         ModelError: it cannot be loaded.
     """
     tokenizer = load_tokenizer(tokenizer_path(recipe))
-    directory = cache_dir(storage) / "tokenizers" / tokenizer_key(tokenizer)
+    directory = cache_dir(storage) / "tokenizers" / digest([tokenizer_key(tokenizer), tokenizer.stop_ids])
 
     def save(target: Path) -> dict[str, Any]:
-        tokenizer.save_pretrained(target)
+        save_tokenizer(tokenizer, target)
         return {}
 
     publish(directory, save)

@@ -159,6 +159,12 @@ def history(value: Any, place: str) -> list[dict[str, Any]]:
     ]
 
 
+def roles_of(messages: list[dict[str, Any]]) -> str:
+    """The roles of messages for an error message."""
+    roles = [str(message["role"]) for message in messages]
+    return ", ".join(roles if len(roles) <= 8 else [*roles[:6], "...", roles[-1]]) or "none"
+
+
 def shown(value: Any) -> str:
     """A value of any type for an error message."""
     return f"{type(value).__name__} {str(value)[:60]!r}"
