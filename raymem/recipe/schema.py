@@ -113,7 +113,7 @@ class DataSection(Section):
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens per row of a batch."""
     turns: Literal["all", "last"] = "all"
-    """Which turns of the assistant are trained in a conversation; marks of single turns (``weight: 0``) hold as well."""
+    """Which of the assistant's turns are trained in a conversation; marks of turns (``weight: 0``) hold as well."""
     packing: Literal["bfd", "wrapped", "none"] = "bfd"
     """``bfd`` packs whole examples best-fit and keeps them apart in attention; ``wrapped`` runs them into one stream
     cut at the row length; ``none`` gives every example its own padded row."""

@@ -1,10 +1,10 @@
 """Examples -> token ids and which of them are to be predicted.
 
 An example is a list of *pieces* of text, each a target or not. Ids must be those that the model will see when it
-generates, where the text before a target is tokenised as a whole, without the target. So every piece is tokenised as the
-continuation of what precedes it: the ids of the joint text if they begin with those of the text before, otherwise (a
-token would reach across the boundary) ids of its own. Where that leaves a later target behind other ids than its text
-has alone, the example is cut in two, and the later half begins with that text anew.
+generates, where the text before a target is tokenised as a whole, without the target. So every piece is tokenised as
+the continuation of what precedes it: the ids of the joint text if they begin with those of the text before, otherwise
+(a token would reach across the boundary) ids of its own. Where that leaves a later target behind other ids than the
+text before it has alone, the example is cut in two, and the later half begins with that text anew.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from raymem.errors import DataError, ModelError
 from raymem.training.data.chat import Chat, Piece
 from raymem.training.data.formats import Example, Messages, PromptCompletion, Text
 from raymem.training.data.pack import Encoded
+from raymem.training.data.template import Template
 
 # A SentencePiece tokenizer puts a space in front of a text that stands alone, but not after a line break.
 _ANCHOR = "\n"
@@ -43,15 +44,16 @@ class Encoder:
     def __init__(self, tokenizer: Any, name: str, turns: Literal["all", "last"] = "all") -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
-                f"tokenizer {name} has no eos_token: write one into its tokenizer_config.json, or set model.tokenizer to "
-                f"one that has."
+                f"tokenizer {name} has no eos_token: write one into its tokenizer_config.json, or set model.tokenizer "
+                f"to one that has."
             )
         self._backend = tokenizer.backend_tokenizer
         self._eos = int(tokenizer.eos_token_id)
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and self._backend.encode("a").ids[:1] == [bos]
         self._begin: list[int] = [bos] if adds_bos else []
-        self._chat = Chat(tokenizer, name, turns)
+        self._template = Template(tokenizer, name)
+        self._chat = Chat(self._template, turns)
         self._is_added = np.zeros(max([*tokenizer.added_tokens_decoder, len(tokenizer)]) + 1, np.bool_)
         self._is_added[list(tokenizer.added_tokens_decoder)] = True
         self._short: dict[str, list[int]] = {}
@@ -59,7 +61,7 @@ class Encoder:
 
     def in_template(self, key: str) -> bool:
         """Whether the chat template speaks of a key of a message, or of ``tools``."""
-        return self._chat.speaks_of(key)
+        return self._template.reads(key)
 
     @property
     def num_turns(self) -> int:
@@ -94,7 +96,9 @@ class Encoder:
             for (row, pieces), text, encoding in zip(batch, texts, self._encode_batch(texts), strict=True):
                 end = not isinstance(examples[row], Messages)
                 for ids, targets in self._located(pieces, text, encoding) or self._piece_by_piece(pieces):
-                    encoded[row].append(self._finished(ids, targets, end=end, splittable=isinstance(examples[row], Text)))
+                    encoded[row].append(
+                        self._finished(ids, targets, end=end, splittable=isinstance(examples[row], Text))
+                    )
         return encoded
 
     def _sequences(self, examples: Sequence[Example], places: Sequence[str]) -> Iterator[tuple[int, list[Piece]]]:

@@ -24,7 +24,7 @@ from raymem.recipe.schema import DataSection, Source
 from raymem.storage.publish import digest, publish
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Example, Format, resolve_format, to_example, without_targets
-from raymem.training.data.pack import Encoded, Packed, Packing, pack
+from raymem.training.data.pack import Packed, Packing, pack
 from raymem.training.data.readers import Block, read_block
 from raymem.training.data.sources import OpenedSource, open_source
 from raymem.training.data.tokenizer import cached_tokenizer, load_tokenizer, tokenizer_key
@@ -237,7 +237,7 @@ def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any
     too_long = f"longer than data.sequence_length={plan.recipe.sequence_length}"
     for name, reason in (
         ("dropped", f"nothing in them is to be predicted ({why})"),
-        "truncated", too_long),
+        ("truncated", too_long),
     ):
         if totals[name]:
             log.warning("%s: %d of %d examples %s: %s", place, totals[name], totals["num_examples"], name, reason)

@@ -1,7 +1,7 @@
 """Reasoning that precedes an answer, where the generation prompt has already opened or closed it.
 
-Some templates end their generation prompt with an opening tag (``<think>``), some with an empty closed block, and write a
-finished turn without. What the model is to say goes on behind the prompt: the reasoning, the closing tag, the answer.
+Some templates end their generation prompt with an opening tag (``<think>``), some with an empty closed block, and write
+a finished turn without. What the model is to say goes on behind the prompt: the reasoning, the closing tag, the answer.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ def reasoning_of(message: dict[str, Any]) -> str:
     return next((message[key] for key in REASONING if isinstance(message.get(key), str)), "")
 
 
+def opens_thought(prompt: str, template: str) -> bool:
+    """Whether a generation prompt ends with an opening tag that a template knows how to close."""
+    tag = _TAG.search(prompt)
+    return tag is not None and not tag[2] and f"{tag[1]}/{tag[3]}{tag[4]}" in template
+
+
 def follow(prompt: str, turn: str, message: dict[str, Any], template: str) -> str | None:
-    """What is to be said behind ``prompt``, where the finished turn is rendered as ``turn``; None if that cannot be told.
+    """What is to be said behind ``prompt``, where the finished turn is rendered as ``turn``; None if that is unclear.
 
     Args:
         message: the turn.
@@ -58,16 +64,18 @@ def follow(prompt: str, turn: str, message: dict[str, Any], template: str) -> st
 
 
 def is_doubled(prompt: str, turn: str, message: dict[str, Any]) -> bool:
-    """Whether a turn whose text has a block of its own is rendered with a second one behind the one that is open."""
-    tag, content = _TAG.search(prompt), message["content"]
-    if tag is None or tag[2] or not isinstance(content, str) or not turn.startswith(prompt):
+    """Whether a turn whose text has a block of its own is rendered with a second one beside that which is open."""
+    tag, content, stem = _TAG.search(prompt), message["content"], prompt.rstrip()
+    if tag is None or tag[2] or not isinstance(content, str) or not turn.startswith(stem):
         return False
-    opening = tag[1] + tag[3] + tag[4]
-    return content.lstrip().startswith(opening) and opening in turn[len(prompt) :]
+    opening, closing = tag[1] + tag[3] + tag[4], f"{tag[1]}/{tag[3]}{tag[4]}"
+    return closing in content and (
+        opening in turn[len(stem) :] or turn.count(closing, len(stem)) > content.count(closing)
+    )
 
 
 def split_off(prompt: str, message: dict[str, Any]) -> dict[str, Any]:
-    """The turn with the block at the beginning of its text as ``reasoning_content``."""
+    """The turn with the thought at the beginning of its text as ``reasoning_content``."""
     tag = _TAG.search(prompt)
     assert tag is not None
     opening, closing = tag[1] + tag[3] + tag[4], f"{tag[1]}/{tag[3]}{tag[4]}"

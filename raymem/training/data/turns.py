@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from raymem.errors import DataError
@@ -159,7 +160,7 @@ def history(value: Any, place: str) -> list[dict[str, Any]]:
     ]
 
 
-def roles_of(messages: list[dict[str, Any]]) -> str:
+def roles_of(messages: Sequence[dict[str, Any]]) -> str:
     """The roles of messages for an error message."""
     roles = [str(message["role"]) for message in messages]
     return ", ".join(roles if len(roles) <= 8 else [*roles[:6], "...", roles[-1]]) or "none"

@@ -75,7 +75,9 @@ def test_a_template_without_a_generation_prompt_counts_the_header_to_the_turn(to
 
 def test_a_template_s_own_refusal_is_passed_on(tokenizer: Any) -> None:
     strict = with_template(tokenizer, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"^x\.jsonl:17: .*strict refuses the turns user, assistant \(roles must alternate\): reorder"):
+    with pytest.raises(
+        DataError, match=r"^x\.jsonl:17: .*strict refuses the turns user, assistant \(roles must alternate\): reorder"
+    ):
         encoded(Encoder(strict, "strict"), Messages(TALK[1:3]))
 
 

@@ -92,7 +92,8 @@ def test_one_begin_token_whether_or_not_the_text_has_it(begin: str) -> None:
         assert found.targets.tolist() == wanted.targets.tolist()
         assert found.input_ids.tolist().count(1) == 1 and not found.targets[0]
     tokenizer.chat_template = f"{begin}{{% for m in messages %}}{{{{ m.content }}}}\n{{% endfor %}}"
-    ids = encoded(encoder, Messages([turn("user", "yes"), turn("assistant", "yes")])).input_ids.tolist()
+    talk = Messages([turn("user", "yes"), turn("assistant", "yes")])
+    ids = encoded(Encoder(tokenizer, "sp"), talk).input_ids.tolist()
     assert ids.count(1) == bool(begin)  # what the template writes is all there is, as at inference
     assert tokenizer.convert_ids_to_tokens(ids)[bool(begin) :] == ["\u2581yes", "\n", "yes", "\n", "</s>"]
 
