@@ -52,12 +52,14 @@ class Template:
             self._probe()
 
     def reads(self, key: str) -> bool:
-        """Whether the template speaks of a key of a message, or of ``tools``; or prompts for reasoning, if it is that."""
-        # transformers gives a template what stands under one of the keys for reasoning under the others as well.
-        keys = REASONING if key in REASONING else (key,)
-        return (key in REASONING and self._prompts_for_thought) or any(
-            re.search(rf"(?<!\w){re.escape(each)}(?!\w)", self.source) for each in keys
-        )
+        """Whether the template speaks of a key of a message, or of ``tools``; or, for reasoning, prompts for it."""
+        if key not in REASONING:
+            return self._speaks_of(key)
+        # transformers gives a template what stands under one of these keys under the others as well.
+        return self._prompts_for_thought or any(map(self._speaks_of, REASONING))
+
+    def _speaks_of(self, word: str) -> bool:
+        return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", self.source) is not None
 
     def apply(self, talks: Sequence[Sequence[Turn]], tools: Any, *, add_generation_prompt: bool = False) -> list[str]:
         """Conversations as text, as inference renders them; raises whatever the template does."""

@@ -13,6 +13,11 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a turn that hold its reasoning."""
 
 _TAG = re.compile(r"([<\[]\|?)(/?)([^\s<>\[\]/|]+)(\|?[>\]])\s*\Z")
+_LONGEST_TAG = 80
+
+
+def _last_tag(prompt: str) -> re.Match[str] | None:
+    return _TAG.search(prompt, max(len(prompt) - _LONGEST_TAG, 0))
 
 
 def reasoning_of(message: dict[str, Any]) -> str:
@@ -22,7 +27,7 @@ def reasoning_of(message: dict[str, Any]) -> str:
 
 def opens_thought(prompt: str, template: str) -> bool:
     """Whether a generation prompt ends with an opening tag that a template knows how to close."""
-    tag = _TAG.search(prompt)
+    tag = _last_tag(prompt)
     return tag is not None and not tag[2] and f"{tag[1]}/{tag[3]}{tag[4]}" in template
 
 
@@ -38,7 +43,7 @@ def follow(prompt: str, turn: str, message: dict[str, Any], template: str) -> st
     stem = prompt.rstrip()
     if turn.startswith(stem):  # they differ in white space only, and the prompt's is there
         return turn[len(stem) :].lstrip()
-    tag = _TAG.search(prompt)
+    tag = _last_tag(prompt)
     if tag is None:
         return None
     opening, closing = tag[1] + tag[3] + tag[4], f"{tag[1]}/{tag[3]}{tag[4]}"
@@ -65,7 +70,7 @@ def follow(prompt: str, turn: str, message: dict[str, Any], template: str) -> st
 
 def is_doubled(prompt: str, turn: str, message: dict[str, Any]) -> bool:
     """Whether a turn whose text has a block of its own is rendered with a second one beside that which is open."""
-    tag, content, stem = _TAG.search(prompt), message["content"], prompt.rstrip()
+    tag, content, stem = _last_tag(prompt), message["content"], prompt.rstrip()
     if tag is None or tag[2] or not isinstance(content, str) or not turn.startswith(stem):
         return False
     opening, closing = tag[1] + tag[3] + tag[4], f"{tag[1]}/{tag[3]}{tag[4]}"
@@ -76,7 +81,7 @@ def is_doubled(prompt: str, turn: str, message: dict[str, Any]) -> bool:
 
 def split_off(prompt: str, message: dict[str, Any]) -> dict[str, Any]:
     """The turn with the thought at the beginning of its text as ``reasoning_content``."""
-    tag = _TAG.search(prompt)
+    tag = _last_tag(prompt)
     assert tag is not None
     opening, closing = tag[1] + tag[3] + tag[4], f"{tag[1]}/{tag[3]}{tag[4]}"
     thought, _, answer = message["content"].lstrip().removeprefix(opening).partition(closing)
