@@ -87,6 +87,8 @@ class DataSection(Section):
     """Tempered mixing of the training sources, on top of their weights."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens per row of a batch."""
+    turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are trained in a conversation; marks of turns (``weight: 0``) hold as well."""
     packing: Literal["bfd", "wrapped", "none"] = "bfd"
     """``bfd`` packs whole examples best-fit and keeps them apart in attention; ``wrapped`` runs them into one stream
     cut at the row length; ``none`` gives every example its own padded row."""

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from raymem.recipe.data import DataSection
 from raymem.runs.backend import Backend, Status
 from raymem.runs.resolved import ResolvedRun
-from raymem.storage.publish import publish
+from raymem.storage.publish import digest, publish
 from raymem.storage.storage import Storage
 from raymem.training.data import shards
 from raymem.training.data.shards import Prepared, source_keys
 from raymem.training.data.shared import CACHE, cache_dir, download_source
-from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
+from raymem.training.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_key
 from raymem.training.job import PreparedRun
 from raymem.training.model.build import build_model, check_fit
 
@@ -80,10 +80,10 @@ def share_tokenizer(source: str, storage: Storage) -> str:
         ModelError: it cannot be loaded.
     """
     tokenizer = load_tokenizer(source)
-    directory = cache_dir(storage) / "tokenizers" / tokenizer_key(tokenizer)
+    directory = cache_dir(storage) / "tokenizers" / digest([tokenizer_key(tokenizer), tokenizer.stop_ids])
 
     def save(target: Path) -> dict[str, Any]:
-        tokenizer.save_pretrained(target)
+        save_tokenizer(tokenizer, target)
         return {}
 
     publish(directory, save)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from raymem.training.data.encode import Encoder
+from raymem.training.data.formats import Example
 from raymem.training.data.pack import Encoded
 
 PLACE = "x.jsonl:17"
@@ -23,8 +25,14 @@ TALK = [
 ]
 
 
-def targeted(tokenizer: Any, encoded: Encoded) -> str:
-    return str(tokenizer.decode(encoded.input_ids[encoded.targets]))
+def encoded(encoder: Encoder, example: Example) -> Encoded:
+    """What an example gives that gives one."""
+    ((only,),) = encoder.encode([example], [PLACE])
+    return only
+
+
+def targeted(tokenizer: Any, example: Encoded) -> str:
+    return str(tokenizer.decode(example.input_ids[example.targets]))
 
 
 def plain(tokenizer: Any, text: str) -> list[int]:

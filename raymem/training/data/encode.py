@@ -1,27 +1,33 @@
 """Examples -> token ids and which of them are to be predicted.
 
 An example is a list of *pieces* of text, each a target or not. Ids must be those that the model will see when it
-generates, where the text before a target is tokenised alone. So every piece is tokenised as the continuation of what
-precedes it: the ids of the joint text if they begin with the ids so far, otherwise (a token would reach across the
-boundary) ids of its own.
+generates, where the text before a target is tokenised as a whole, without the target. So every piece is tokenised as
+the continuation of what precedes it: the ids of the joint text if they begin with those of the text before, otherwise
+(a token would reach across the boundary) ids of its own. Where that leaves a later target behind other ids than the
+text before it has alone, the example is cut in two, and the later half begins with that text anew.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from raymem.errors import DataError, ModelError
+from raymem.training.data.chat import Chat, Piece
 from raymem.training.data.formats import Example, Messages, PromptCompletion, Text
 from raymem.training.data.pack import Encoded
+from raymem.training.data.template import Template
 from raymem.training.data.tokens import Tokens
 
 # A SentencePiece tokenizer puts a space in front of a text that stands alone, but not after a line break.
 _ANCHOR = "\n"
-# transformers gives a template what stands under one of these under the others as well.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+# Offsets take about a hundred bytes per token, so not too much is tokenised at once.
+_BATCH_CHARS = 1 << 20
+_SHORT_CHARS, _MOST_SHORT = 100, 10_000
 
 
 class Encoder:
@@ -30,78 +36,139 @@ class Encoder:
     Args:
         tokenizer: a fast tokenizer of transformers.
         name: what to call it in errors.
+        turns: which of the assistant's turns are targets.
 
     Raises:
         ModelError: the tokenizer has no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
+    def __init__(self, tokenizer: Any, name: str, turns: Literal["all", "last"] = "all") -> None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"tokenizer {name} has no eos_token: set one in its tokenizer_config.json.")
-        self._tokenizer = tokenizer
-        self._name = name
+            raise ModelError(
+                f"tokenizer {name} has no eos_token: write one into its tokenizer_config.json, or set model.tokenizer "
+                f"to one that has."
+            )
+        self._backend = tokenizer.backend_tokenizer
         self._eos = int(tokenizer.eos_token_id)
         self._vocabulary = max(tokenizer.get_vocab().values()) + 1
         bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos]
+        adds_bos = bos is not None and self._backend.encode("a").ids[:1] == [bos]
         self._begin: list[int] = [bos] if adds_bos else []
-        template = tokenizer.chat_template
-        # Some tokenizers have several, by name.
-        self._template = "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template or "")
+        self._template = Template(tokenizer, name)
+        self._chat = Chat(self._template, turns)
+        self._is_added = np.zeros(max([*tokenizer.added_tokens_decoder, len(tokenizer)]) + 1, np.bool_)
+        self._is_added[list(tokenizer.added_tokens_decoder)] = True
+        self._short: dict[str, list[int]] = {}
         self.pad_id = self._eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
     def in_template(self, key: str) -> bool:
         """Whether the chat template speaks of a key of a message, or of ``tools``."""
-        keys = _REASONING if key in _REASONING else (key,)
-        return any(re.search(rf"(?<!\w){re.escape(each)}(?!\w)", self._template) for each in keys)
+        return self._template.reads(key)
 
-    def encode(self, example: Example, place: str) -> Encoded:
-        """Ids and targets of one example, however long.
+    @property
+    def num_turns(self) -> int:
+        """Assistant turns that became targets so far."""
+        return self._chat.num_turns
+
+    @property
+    def noted(self) -> Counter[str]:
+        """How often something happened so far that is worth a warning; see :class:`Chat`."""
+        return self._chat.noted
+
+    def encode(self, examples: Sequence[Example], places: Sequence[str]) -> list[list[Encoded]]:
+        """Ids and targets of examples, however long; a conversation may give several, everything else gives one.
 
         Text: all tokens, with an end token. Prompt and completion: the completion and an end token. Messages: the
-        assistant's turns as the chat template renders them, which includes the end of the turn, but for the silent
-        ones. An empty text or completion has no targets: an answer that got lost is likelier than one that ought to be
-        empty. Begin tokens are added where the tokenizer itself does so and the text does not begin with one, and are
-        never targets there. Tokens are taken as they are.
-
-        Raises:
-            DataError: the chat template does not render this conversation, or the text is no valid Unicode; begins with
-                ``place``.
-            ModelError: the tokenizer has no chat template.
-        """
-        if isinstance(example, Messages):
-            return self._joined(self._render_turns(example, place), place, splittable=False, end=False)
-        if isinstance(example, PromptCompletion):
-            pieces = [(example.prompt, False), (example.completion, True)]
-            return self._joined(pieces, place, splittable=False, end=True)
-        if isinstance(example, Tokens):
-            return example.encoded(self._vocabulary, place)
-        assert isinstance(example, Text)
-        return self._joined([(example.text, True)], place, splittable=True, end=True)
-
-    def _joined(self, pieces: list[tuple[str, bool]], place: str, *, splittable: bool, end: bool) -> Encoded:
-        """Ids of all pieces.
+        assistant's turns up to the token that stops generation, but for the silent ones (see :class:`Chat`). An empty
+        text or completion has no targets: an answer that got lost is likelier than one that ought to be empty. Begin
+        tokens are added where the tokenizer itself does so and the text does not begin with one, and are never targets
+        there. Token ids are taken as they are.
 
         Args:
-            end: the tokenizer's begin and end tokens are ours to add; a chat template writes its own.
+            places: where each example stands, for errors.
+
+        Raises:
+            DataError: the chat template does not render a conversation, or a text is no valid Unicode; begins with the
+                place.
+            ModelError: the tokenizer has no chat template.
         """
-        _check_unicode("".join(piece for piece, _ in pieces), place)
+        encoded: list[list[Encoded]] = [[] for _ in examples]
+        for of_row, example, place in zip(encoded, examples, places, strict=True):
+            if isinstance(example, Tokens):
+                of_row.append(example.encoded(self._vocabulary, place))
+        for batch in _batches(self._sequences(examples, places)):
+            texts = ["".join(text for text, _ in pieces) for _, pieces in batch]
+            for (row, pieces), text, encoding in zip(batch, texts, self._encode_batch(texts), strict=True):
+                end = not isinstance(examples[row], Messages)
+                for ids, targets in self._located(pieces, text, encoding) or self._piece_by_piece(pieces):
+                    encoded[row].append(
+                        self._finished(ids, targets, end=end, splittable=isinstance(examples[row], Text))
+                    )
+        return encoded
+
+    def _sequences(self, examples: Sequence[Example], places: Sequence[str]) -> Iterator[tuple[int, list[Piece]]]:
+        for row, (example, place) in enumerate(zip(examples, places, strict=True)):
+            sequences: list[list[Piece]]
+            if isinstance(example, Messages):
+                sequences = self._chat.pieces(example, place)
+            elif isinstance(example, PromptCompletion):
+                sequences = [[(example.prompt, False), (example.completion, True)]]
+            elif isinstance(example, Text):
+                sequences = [[(example.text, True)]]
+            else:
+                continue  # token ids, which are taken as they are
+            for pieces in sequences:
+                _check_unicode("".join(text for text, _ in pieces), place)
+                yield row, pieces
+
+    def _encode_batch(self, texts: list[str]) -> list[Any]:
+        return list(self._backend.encode_batch(texts, add_special_tokens=False))
+
+    def _located(
+        self, pieces: list[Piece], text: str, encoding: Any
+    ) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]] | None:
+        """The ids of the joint text, if the text before every boundary has the same ids alone; otherwise None.
+
+        What precedes an added token has no influence on the ids behind it, so the text from the last one on is enough.
+        """
+        ids = np.array(encoding.ids, np.int32)
+        targets = np.zeros(len(ids), np.bool_)
+        added: npt.NDArray[np.int64] | None = None
+        at = begin = 0
+        for piece, is_target in pieces[:-1]:
+            at += len(piece)
+            if added is None:
+                added = np.flatnonzero(self._is_added[ids])
+            first, start = _last_before(at, added, encoding)
+            alone = self._ids(text[start:at])
+            end = first + len(alone)
+            if ids[first:end].tolist() != alone or end < begin:
+                return None
+            targets[begin:end] = is_target
+            begin = end
+        targets[begin:] = pieces[-1][1] if pieces else False
+        return [(ids, targets)]
+
+    def _piece_by_piece(self, pieces: list[Piece]) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+        """The same the long way, for texts in which a token reaches across a boundary."""
+        done: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]] = []
         text = ""
         ids: list[int] = []
         targets: list[bool] = []
-        for piece, is_target in pieces:
-            added = self._continue(text, ids, piece)
+        for number, (piece, is_target) in enumerate(pieces):
+            if is_target:
+                alone = self._ids(text)
+                if alone[: len(ids)] != ids and any(targets):
+                    done.append((np.array(ids, np.int32), np.array(targets, np.bool_)))
+                    ids, targets = alone, [False] * len(alone)
+                ids, targets = alone, targets + [False] * (len(alone) - len(ids))
+                ids = ids + (added := self._continue(text, ids, piece))
+                targets += [True] * len(added)
+            elif number == len(pieces) - 1:
+                added = self._continue(text, ids, piece)
+                ids, targets = ids + added, targets + [False] * len(added)
             text += piece
-            ids += added
-            targets += [is_target] * len(added)
-        if self._begin:
-            written = next((i for i, token in enumerate(ids) if token != self._begin[0]), len(ids))
-            begin = self._begin if end or written else []
-            ids, targets = begin + ids[written:], [False] * len(begin) + targets[written:]
-        if end and any(targets) and ids[-1:] != [self._eos]:
-            ids.append(self._eos)
-            targets.append(True)
-        return Encoded(np.array(ids, np.int32), np.array(targets, np.bool_), splittable)
+        return [*done, (np.array(ids, np.int32), np.array(targets, np.bool_))]
 
     def _continue(self, text: str, ids: list[int], piece: str) -> list[int]:
         """Ids of ``piece`` after ``text``, whose ids are ``ids``."""
@@ -111,77 +178,58 @@ class Encoder:
         anchor, anchored = self._ids(_ANCHOR), self._ids(_ANCHOR + piece)
         return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else self._ids(piece)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    def _finished(
+        self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.bool_], *, end: bool, splittable: bool
+    ) -> Encoded:
+        """With begin and end tokens.
 
-    def _render_turns(self, example: Messages, place: str) -> list[tuple[str, bool]]:
-        """The rendered conversation in pieces; the assistant's turns are targets.
-
-        Stock templates do not mark these turns. They are found by rendering the conversation up to each of them, with
-        and without the turn itself, which is only right if a template renders the beginning of a conversation
-        regardless of what follows.
+        Args:
+            end: the tokenizer's begin and end tokens are ours to add; a chat template writes its own.
         """
-        if self._tokenizer.chat_template is None:
-            raise ModelError(
-                f"{place} is a conversation, but tokenizer {self._name} has no chat template: set model.tokenizer to "
-                f"one that has (for example that of the model's instruct version), or use format prompt_completion."
-            )
-        messages, tools = self._with_contents(example, place), example.tools
-        full = self._render(messages, tools, place)
-        pieces: list[tuple[str, bool]] = []
-        at = 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index in example.silent or self._lost(example.messages[index]):
-                continue
-            before = self._render(messages[:index], tools, place, add_generation_prompt=True)
-            after = self._render(messages[: index + 1], tools, place)
-            if not (full.startswith(after) and after.startswith(before)):
-                raise DataError(
-                    f"{place} messages[{index}]: the chat template of tokenizer {self._name} renders this turn "
-                    f"differently once more turns follow, so its tokens cannot be told apart: end every conversation "
-                    f"with its first assistant turn, or use a tokenizer with a plain chat template."
-                )
-            pieces += [(full[at : len(before)], False), (full[len(before) : len(after)], True)]
-            at = len(after)
-        return [*pieces, (full[at:], False)]
+        if self._begin:
+            written = next((i for i, token in enumerate(ids) if token != self._begin[0]), len(ids))
+            begin = self._begin if end or written else []
+            ids = np.concatenate([np.array(begin, np.int32), ids[written:]])
+            targets = np.concatenate([np.zeros(len(begin), np.bool_), targets[written:]])
+        if end and targets.any() and ids[-1] != self._eos:
+            ids, targets = np.append(ids, np.int32(self._eos)), np.append(targets, np.True_)
+        return Encoded(ids, targets, splittable)
 
-    def _lost(self, message: dict[str, Any]) -> bool:
-        """Whether a turn consists of calls only and the template does not write them, so that it would be empty."""
-        calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
-        return bool(calls) and not message["content"] and not any(map(self.in_template, calls))
+    def _ids(self, text: str) -> list[int]:
+        known = self._short.get(text)
+        if known is None:
+            known = list(self._backend.encode(text, add_special_tokens=False).ids)
+            if len(text) <= _SHORT_CHARS and len(self._short) < _MOST_SHORT:
+                self._short[text] = known
+        return known
 
-    def _with_contents(self, example: Messages, place: str) -> list[dict[str, Any]]:
-        """The messages; a content that is None becomes "" where the template would fail or write None into the text."""
-        messages = example.messages
-        if all(message["content"] is not None for message in messages):
-            return messages
-        filled = [m if m["content"] is not None else m | {"content": ""} for m in messages]
-        rendered = self._render(filled, example.tools, place)
-        try:
-            as_they_are = self._render(messages, example.tools, place)
-        except DataError:
-            return filled
-        return filled if as_they_are.count("None") > rendered.count("None") else messages
 
-    def _render(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        place: str,
-        *,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # templates raise whatever their expressions run into
-            roles = ", ".join(message["role"] for message in messages) or "none"
-            raise DataError(
-                f"{place}: the chat template of tokenizer {self._name} refuses the turns {roles} ({error}): reorder "
-                f"them as it demands."
-            ) from error
-        return str(rendered)
+def _batches(sequences: Iterator[tuple[int, list[Piece]]]) -> Iterator[list[tuple[int, list[Piece]]]]:
+    batch: list[tuple[int, list[Piece]]] = []
+    chars = 0
+    for row, pieces in sequences:
+        batch.append((row, pieces))
+        chars += sum(len(text) for text, _ in pieces)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _last_before(at: int, added: npt.NDArray[np.int64], encoding: Any) -> tuple[int, int]:
+    """Index of the last added token that begins before character ``at``, and where; the start if there is none."""
+    low, high = 0, len(added)
+    while low < high:
+        middle = (low + high) // 2
+        if encoding.token_to_chars(int(added[middle]))[0] < at:
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0:
+        return 0, 0
+    first = int(added[low - 1])
+    return first, int(encoding.token_to_chars(first)[0])
 
 
 def _check_unicode(text: str, place: str) -> None:

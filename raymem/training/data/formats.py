@@ -133,6 +133,18 @@ def to_example(row: Row, row_format: Format, columns: dict[str, str], place: str
     return _conversation(row, turns, place)
 
 
+def without_targets(example: Example) -> str:
+    """Why nothing of an example is to be predicted, in words for a count of such examples."""
+    if isinstance(example, Tokens):
+        return "every label is -100"
+    if not isinstance(example, Messages):
+        return "the completion is empty" if isinstance(example, PromptCompletion) else "the text is empty"
+    roles = dict.fromkeys(message["role"] for message in example.messages)
+    if "assistant" not in roles:
+        return f"no turn has the role assistant, only {', '.join(roles)}"
+    return "the assistant's turns are empty or marked not to be learned"
+
+
 def columns_read(row: Row, row_format: Format) -> tuple[str, ...]:
     """Names of the columns that :func:`to_example` reads of a row in our names, were they there."""
     optional = _OPTIONAL[row_format] if row_format != "prompt_completion" or _has_turns(row) else ()

@@ -23,9 +23,9 @@ from raymem.errors import DataError, StorageError
 from raymem.recipe.data import DataSection, Source
 from raymem.storage.publish import digest, publish
 from raymem.training.data.encode import Encoder
-from raymem.training.data.formats import Format, resolve_format, to_example
+from raymem.training.data.formats import Example, Format, resolve_format, to_example, without_targets
 from raymem.training.data.mix import weights_in_rows
-from raymem.training.data.pack import Encoded, Packed, Packing, pack
+from raymem.training.data.pack import Packed, Packing, pack
 from raymem.training.data.readers import BLOCK_BYTES, Block, read_block
 from raymem.training.data.sources import OpenedSource, open_source
 from raymem.training.data.sources.overlap import also_trained_on
@@ -36,7 +36,7 @@ SCHEMA_VERSION = 3
 """Raise it with every change of what a shard holds for the same input."""
 BLOCK_ROWS = 2048
 _UNNAMED = ".writing-"
-_NO_COUNTS = ("shard", "unread")
+_NO_COUNTS = ("shard", "unread", "noted", "reasons")
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +161,7 @@ class _Recipe:
     columns: dict[str, str]
     sequence_length: int
     packing: Packing
+    turns: Literal["all", "last"]
 
 
 @dataclass(frozen=True)
@@ -175,14 +176,21 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
     sources = section.train if split == "train" else section.eval
     if sources is None:
         raise DataError("data.eval is not set: name at least one source to evaluate on.")
-    tokenizer_hash = tokenizer_key(load_tokenizer(tokenizer_path))
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer_hash = tokenizer_key(tokenizer)
     plans: list[_Plan] = []
     for index, source in enumerate(sources):
         place = section.place(split, index)
         opened = open_source(source, place, cache_dir, BLOCK_ROWS)
         row_format = resolve_format(source, opened.first_row, place)
         recipe = _Recipe(
-            tokenizer_path, tokenizer_hash, row_format, source.columns, section.sequence_length, section.packing
+            tokenizer_path,
+            tokenizer_hash,
+            row_format,
+            source.columns,
+            section.sequence_length,
+            section.packing,
+            section.turns,
         )
         key = digest(
             {
@@ -192,6 +200,8 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
                 "format": row_format,
                 "columns": source.columns,
                 "tokenizer": tokenizer_hash,
+                "stops": tokenizer.stop_ids,
+                "turns": section.turns,
                 "sequence_length": section.sequence_length,
                 "packing": section.packing,
             }
@@ -223,24 +233,30 @@ def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any
                 f"that all nodes share."
             )
     totals = {name: sum(result[name] for result in results) for name in results[0] if name not in _NO_COUNTS}
-    beside: Counter[str] = sum((Counter(result["unread"]) for result in results), Counter())
+    beside, noted, reasons = (
+        sum((Counter(result[name]) for result in results), Counter[str]()) for name in ("unread", "noted", "reasons")
+    )
     if beside:
         log.warning("%s", line(place, beside))
+    for note, count in noted.items():
+        log.warning("%s: %s", place, note.format(count=count, turns=totals["num_turns"]))
+    why = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
     if not shards:
         raise DataError(
             f"{place}.path={plan.source.path!r}: none of its {totals['num_examples']} examples has a token to predict "
-            f"within data.sequence_length={plan.recipe.sequence_length}: raise it, or check that completions or "
-            f"assistant turns are not empty."
+            f"within data.sequence_length={plan.recipe.sequence_length}: raise it, or mend the data ({why})."
         )
+    too_long = f"longer than data.sequence_length={plan.recipe.sequence_length}"
     for name, reason in (
-        ("dropped", "nothing in them is to be predicted"),
-        ("truncated", f"longer than data.sequence_length={plan.recipe.sequence_length}"),
+        ("dropped", f"nothing in them is to be predicted ({why})"),
+        ("truncated", too_long),
     ):
         if totals[name]:
             log.warning("%s: %d of %d examples %s: %s", place, totals[name], totals["num_examples"], name, reason)
     return {
         **totals,
         "unread": dict(beside),
+        "reasons": dict(reasons),
         "shards": shards,
         "sequence_length": plan.recipe.sequence_length,
         "packing": plan.recipe.packing,
@@ -252,30 +268,46 @@ def write_shard(recipe: _Recipe, directory: str, task: Task) -> Counts:
     """Read, encode and pack one block and write its shard.
 
     Returns:
-        plain counts; ``shard``: the file's name in ``directory``, or None where the block gave no row; and ``unread``:
-        how often the rows hold what is not read.
+        plain counts; ``shard``: the file's name in ``directory``, or None where the block gave no row; ``unread``: how
+        often the rows hold what is not read; ``noted``: what else is worth a warning; ``reasons``: why examples were
+        dropped.
     """
-    encoder = Encoder(cached_tokenizer(recipe.tokenizer_path, recipe.tokenizer_key), recipe.tokenizer_path)
+    tokenizer = cached_tokenizer(recipe.tokenizer_path, recipe.tokenizer_key)
+    encoder = Encoder(tokenizer, recipe.tokenizer_path, recipe.turns)
     calls = encoder.in_template("tool_calls")
-    examples: list[Encoded] = []
+    read: list[Example] = []
+    places: list[str] = []
     beside: Counter[str] = Counter()
     for place, row in read_block(task.block):
-        example = to_example(row, recipe.row_format, recipe.columns, place, calls=calls)
-        examples.append(encoder.encode(example, place))
+        read.append(to_example(row, recipe.row_format, recipe.columns, place, calls=calls))
+        places.append(place)
         beside.update(unread(row, recipe.row_format, recipe.columns, encoder.in_template))
+    encoded = encoder.encode(read, places)
+    reasons = Counter(
+        without_targets(example)
+        for example, (first, *_) in zip(read, encoded, strict=True)
+        if not first.targets[1:].any()
+    )
+    examples = [example for of_row in encoded for example in of_row]
     packed = pack(examples, recipe.sequence_length, recipe.packing, encoder.pad_id)
+    if cut_off := packed.dropped - reasons.total():
+        reasons[f"what is to be predicted begins behind data.sequence_length={recipe.sequence_length}"] = cut_off
     name = f"shard-{task.index:06d}.arrow" if len(packed.lengths) else None
     if name is not None:
         _write_arrow(packed, Path(directory) / name)
     return {
         "shard": name,
+        "num_read": len(read),
         "num_examples": len(examples),
+        "num_turns": encoder.num_turns,
         "num_rows": len(packed.lengths),
         "num_tokens": int(packed.lengths.sum()),
         "num_targets": int(packed.targets.sum()),
         "dropped": packed.dropped,
         "truncated": packed.truncated,
         "unread": dict(beside),
+        "noted": dict(encoder.noted),
+        "reasons": dict(reasons),
     }
 
 

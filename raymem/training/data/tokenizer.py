@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from raymem.errors import ModelError
 from raymem.storage.publish import digest
 
+_GENERATION_CONFIG = "generation_config.json"
+
 
 def load_tokenizer(path: str) -> Any:
     """The fast tokenizer of a local directory or Hugging Face id.
+
+    Its attribute ``stop_ids`` has the ids that stop generation by the ``generation_config.json`` beside it, if any.
 
     Raises:
         ModelError: it cannot be loaded, or has no ``tokenizer.json`` form.
@@ -31,7 +36,30 @@ def load_tokenizer(path: str) -> Any:
     # A tokenizer.json may have been saved with these on; lengths are ours to decide.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    tokenizer.stop_ids = _stop_ids(path, len(tokenizer))
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write what :func:`load_tokenizer` reads, ``stop_ids`` included."""
+    tokenizer.save_pretrained(directory)
+    if tokenizer.stop_ids:
+        content = json.dumps({"eos_token_id": tokenizer.stop_ids})
+        (directory / _GENERATION_CONFIG).write_text(content, encoding="ascii")
+
+
+def _stop_ids(path: str, size: int) -> list[int]:
+    """The end tokens of a generation config, as far as a tokenizer of ``size`` tokens has them; none without one."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(path, _GENERATION_CONFIG)
+        content = json.loads(Path(str(found)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is no file of the tokenizer's; those were read above
+        return []
+    ids = content.get("eos_token_id") if isinstance(content, dict) else None
+    ids = ids if isinstance(ids, list) else [ids]
+    return [token for token in ids if isinstance(token, int) and 0 <= token < size]
 
 
 def tokenizer_key(tokenizer: Any) -> str:

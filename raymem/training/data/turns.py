@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from raymem.errors import DataError
@@ -157,6 +158,12 @@ def history(value: Any, place: str) -> list[dict[str, Any]]:
         for pair in pairs
         for role, said in zip(("user", "assistant"), pair, strict=True)
     ]
+
+
+def roles_of(messages: Sequence[dict[str, Any]]) -> str:
+    """The roles of messages for an error message."""
+    roles = [str(message["role"]) for message in messages]
+    return ", ".join(roles if len(roles) <= 8 else [*roles[:6], "...", roles[-1]]) or "none"
 
 
 def shown(value: Any) -> str:

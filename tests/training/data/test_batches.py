@@ -15,6 +15,7 @@ from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import PromptCompletion
 from raymem.training.data.shards import prepare
+from tests.helpers.talks import encoded
 
 S = 80
 
@@ -58,8 +59,8 @@ def losses_one_by_one(model: Any, tokenizer: Any, examples: list[PromptCompletio
     encoder = Encoder(tokenizer, "tiny")
     total, targets = 0.0, 0
     for example in examples:
-        encoded = encoder.encode(example, "")
-        ids, mask = torch.from_numpy(encoded.input_ids[:S]).long(), torch.from_numpy(encoded.targets[:S])
+        made = encoded(encoder, example)
+        ids, mask = torch.from_numpy(made.input_ids[:S]).long(), torch.from_numpy(made.targets[:S])
         if not mask[1:].any():
             continue
         with torch.no_grad():

@@ -15,6 +15,7 @@ from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Text
 from raymem.training.data.pack import pack
 from raymem.training.data.shards import prepare
+from tests.helpers.talks import encoded
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_rows_are_what_was_packed(
     rows = PackedRows(prepared([20, 9], packing=packing))
     encoder = Encoder(tokenizer, "tiny")
     want = [
-        pack([encoder.encode(Text(text), "") for text in block], 32, packing, encoder.pad_id)
+        pack([encoded(encoder, Text(text)) for text in block], 32, packing, encoder.pad_id)
         for source in (texts(20, 0), texts(9, 1))
         for block in (source[at : at + 8] for at in range(0, len(source), 8))
     ]

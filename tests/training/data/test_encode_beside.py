@@ -15,7 +15,7 @@ from raymem.recipe.data import DataSection
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Messages, PromptCompletion, Text
 from raymem.training.data.shards import prepare
-from tests.helpers.talks import PLACE, TALK, plain, sentencepiece_like, targeted, turn, with_template
+from tests.helpers.talks import TALK, encoded, plain, sentencepiece_like, targeted, turn, with_template
 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
 CALL = {"type": "function", "function": {"name": "blue", "arguments": {"one": "two"}}}
@@ -28,22 +28,22 @@ WITH_TOOLS = (
 
 def test_a_silent_turn_has_no_target(tokenizer: Any) -> None:
     encoder = Encoder(tokenizer, "tiny")
-    both, second = encoder.encode(Messages(TALK), PLACE), encoder.encode(Messages(TALK, None, frozenset({2})), PLACE)
+    both, second = encoded(encoder, Messages(TALK)), encoded(encoder, Messages(TALK, None, frozenset({2})))
     assert tokenizer.decode(second.input_ids) == tokenizer.decode(both.input_ids)
-    assert targeted(tokenizer, second) == "five<|end|>\n"
+    assert targeted(tokenizer, second) == "five<|end|>"
     prompt = tokenizer.apply_chat_template(TALK[:4], tokenize=False, add_generation_prompt=True)
     assert second.input_ids[: len(plain(tokenizer, prompt))].tolist() == plain(tokenizer, prompt)
-    assert not encoder.encode(Messages(TALK, None, frozenset({2, 4})), PLACE).targets.any()
+    assert not encoded(encoder, Messages(TALK, None, frozenset({2, 4}))).targets.any()
 
 
 def test_tools_and_calls_reach_the_template(tokenizer: Any) -> None:
     changed = with_template(tokenizer, WITH_TOOLS)
     talk = [turn("user", "sky"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, turn("tool", "blue")]
     talk.append(turn("assistant", "the answer"))
-    encoded = Encoder(changed, "tools").encode(Messages(talk, [TOOL]), PLACE)
-    assert tokenizer.decode(encoded.input_ids) == changed.apply_chat_template(talk, tools=[TOOL], tokenize=False)
-    assert tokenizer.decode(encoded.input_ids).startswith(f"[{json.dumps([TOOL])}]<user>sky")
-    assert targeted(tokenizer, encoded) == json.dumps(CALL["function"]) + "<|end|>the answer<|end|>"
+    made = encoded(Encoder(changed, "tools"), Messages(talk, [TOOL]))
+    assert tokenizer.decode(made.input_ids) == changed.apply_chat_template(talk, tools=[TOOL], tokenize=False)
+    assert tokenizer.decode(made.input_ids).startswith(f"[{json.dumps([TOOL])}]<user>sky")
+    assert targeted(tokenizer, made) == json.dumps(CALL["function"]) + "<|end|>the answer<|end|>"
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,14 @@ def test_no_content_is_as_the_template_takes_it(tokenizer: Any, content: str, tu
     template = f"{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ {content} }}}}"
     changed = with_template(tokenizer, template + "{% if m.tool_calls %}(call){% endif %}{% endfor %}")
     talk = [turn("user", "q"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
-    assert tokenizer.decode(Encoder(changed, "x").encode(Messages(talk), PLACE).input_ids) == turns
+    assert tokenizer.decode(encoded(Encoder(changed, "x"), Messages(talk)).input_ids) == turns + "<|end|>"
 
 
 def test_calls_that_the_template_cannot_write_are_not_an_empty_answer(tokenizer: Any) -> None:
     talk = [turn("user", "q"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, turn("assistant", "two")]
-    assert targeted(tokenizer, Encoder(tokenizer, "tiny").encode(Messages(talk), PLACE)) == "two<|end|>\n"
+    assert targeted(tokenizer, encoded(Encoder(tokenizer, "tiny"), Messages(talk))) == "two<|end|>"
     talk[1]["content"] = "one"
-    assert targeted(tokenizer, Encoder(tokenizer, "tiny").encode(Messages(talk), PLACE)) == "one<|end|>\ntwo<|end|>\n"
+    assert targeted(tokenizer, encoded(Encoder(tokenizer, "tiny"), Messages(talk))) == "one<|end|>two<|end|>"
 
 
 def test_which_keys_a_template_speaks_of(tokenizer: Any) -> None:
@@ -87,18 +87,19 @@ def test_one_begin_token_whether_or_not_the_text_has_it(begin: str) -> None:
         (PromptCompletion("", f"{begin}yes"), PromptCompletion("", "yes")),
         (Text(begin), Text("")),
     ):
-        found, wanted = encoder.encode(with_begin, PLACE), encoder.encode(without, PLACE)
+        found, wanted = encoded(encoder, with_begin), encoded(encoder, without)
         assert found.input_ids.tolist() == wanted.input_ids.tolist()
         assert found.targets.tolist() == wanted.targets.tolist()
         assert found.input_ids.tolist().count(1) == 1 and not found.targets[0]
     tokenizer.chat_template = f"{begin}{{% for m in messages %}}{{{{ m.content }}}}\n{{% endfor %}}"
-    ids = encoder.encode(Messages([turn("user", "yes"), turn("assistant", "yes")]), PLACE).input_ids.tolist()
+    talk = Messages([turn("user", "yes"), turn("assistant", "yes")])
+    ids = encoded(Encoder(tokenizer, "sp"), talk).input_ids.tolist()
     assert ids.count(1) == bool(begin)  # what the template writes is all there is, as at inference
-    assert tokenizer.convert_ids_to_tokens(ids)[bool(begin) :] == ["\u2581yes", "\n", "yes", "\n"]
+    assert tokenizer.convert_ids_to_tokens(ids)[bool(begin) :] == ["\u2581yes", "\n", "yes", "\n", "</s>"]
 
 
 def test_a_begin_token_of_the_text_stays_where_the_tokenizer_adds_none(tokenizer: Any) -> None:
-    ids = Encoder(tokenizer, "tiny").encode(Text("<|end|>one"), PLACE).input_ids.tolist()
+    ids = encoded(Encoder(tokenizer, "tiny"), Text("<|end|>one")).input_ids.tolist()
     assert ids == [tokenizer.eos_token_id, *plain(tokenizer, "one"), tokenizer.eos_token_id]
 
 
@@ -116,8 +117,8 @@ def test_half_a_character_is_refused(tokenizer: Any, example: Any) -> None:
     with pytest.raises(
         DataError, match=r"^x\.jsonl:17 holds '\\ud[8c][30][d0]' after '.*', which is half .*: remove it"
     ):
-        Encoder(tokenizer, "tiny").encode(example, PLACE)
-    assert "\ufffd" not in tokenizer.decode(Encoder(tokenizer, "tiny").encode(Text("\U0001f600"), PLACE).input_ids)
+        encoded(Encoder(tokenizer, "tiny"), example)
+    assert "\ufffd" not in tokenizer.decode(encoded(Encoder(tokenizer, "tiny"), Text("\U0001f600")).input_ids)
 
 
 def test_a_source_says_once_what_it_holds_beside(
@@ -131,7 +132,7 @@ def test_a_source_says_once_what_it_holds_beside(
     recipe = DataSection(train=str(path), sequence_length=64)
     (source,) = prepare(recipe, "train", str(tokenizer_dir), tmp_path).sources
     assert (source.num_examples, source.dropped) == (6, 1)
-    assert source.num_targets == 5 * 3  # two, the end of the turn and a line break
+    assert source.num_targets == 5 * 2  # two and the end of the turn
     (said,) = [record.message for record in caplog.records if "neither raymem" in record.message]
     assert "reads mood in 5, tools in 5 (counted" in said
     assert "data.train[0]: 1 of 6 examples dropped" in caplog.text

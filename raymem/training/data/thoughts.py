@@ -1,0 +1,88 @@
+"""Reasoning that precedes an answer, where the generation prompt has already opened or closed it.
+
+Some templates end their generation prompt with an opening tag (``<think>``), some with an empty closed block, and write
+a finished turn without. What the model is to say goes on behind the prompt: the reasoning, the closing tag, the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a turn that hold its reasoning."""
+
+_TAG = re.compile(r"([<\[]\|?)(/?)([^\s<>\[\]/|]+)(\|?[>\]])\s*\Z")
+_LONGEST_TAG = 80
+
+
+def _last_tag(prompt: str) -> re.Match[str] | None:
+    return _TAG.search(prompt, max(len(prompt) - _LONGEST_TAG, 0))
+
+
+def reasoning_of(message: dict[str, Any]) -> str:
+    """The reasoning that stands in a key of its own, or ""."""
+    return next((message[key] for key in REASONING if isinstance(message.get(key), str)), "")
+
+
+def opens_thought(prompt: str, template: str) -> bool:
+    """Whether a generation prompt ends with an opening tag that a template knows how to close."""
+    tag = _last_tag(prompt)
+    return tag is not None and not tag[2] and f"{tag[1]}/{tag[3]}{tag[4]}" in template
+
+
+def follow(prompt: str, turn: str, message: dict[str, Any], template: str) -> str | None:
+    """What is to be said behind ``prompt``, where the finished turn is rendered as ``turn``; None if that is unclear.
+
+    Args:
+        message: the turn.
+        template: the template's source, in which a closing tag is looked for.
+    """
+    if turn.startswith(prompt):
+        return turn[len(prompt) :]
+    stem = prompt.rstrip()
+    if turn.startswith(stem):  # they differ in white space only, and the prompt's is there
+        return turn[len(stem) :].lstrip()
+    tag = _last_tag(prompt)
+    if tag is None:
+        return None
+    opening, closing = tag[1] + tag[3] + tag[4], f"{tag[1]}/{tag[3]}{tag[4]}"
+    head = prompt[: tag.start()]
+    content = message["content"] if isinstance(message["content"], str) else ""
+    if tag[2]:  # the prompt has closed the block: only the answer is left to say
+        head = head[: head.rfind(opening)] if opening in head[-len(opening) - 40 :] else head
+        if not turn.startswith(head):
+            return None
+        return turn[len(head) :].rpartition(closing)[2].lstrip()
+    if not turn.startswith(head) or not (closing in template or closing in content):
+        return None
+    answer = turn[len(head) :]
+    if closing in answer:  # the template writes the block in its own way, perhaps without the opening
+        thought = answer.lstrip()
+        return thought.removeprefix(opening).removeprefix(prompt[len(stem) :]) if opening in thought else thought
+    if closing in content and not reasoning_of(message):
+        before, _, after = content.partition(closing)
+        thought = before.partition(opening)[2] if opening in before else before
+        gap = after[: len(after) - len(after.lstrip())]
+        return f"{thought.removeprefix(prompt[len(stem) :])}{closing}{gap}{answer.lstrip()}"
+    return f"{reasoning_of(message).strip()}\n{closing}\n\n{answer.lstrip()}"
+
+
+def is_doubled(prompt: str, turn: str, message: dict[str, Any]) -> bool:
+    """Whether a turn whose text has a block of its own is rendered with a second one beside that which is open."""
+    tag, content, stem = _last_tag(prompt), message["content"], prompt.rstrip()
+    if tag is None or tag[2] or not isinstance(content, str) or not turn.startswith(stem):
+        return False
+    opening, closing = tag[1] + tag[3] + tag[4], f"{tag[1]}/{tag[3]}{tag[4]}"
+    return closing in content and (
+        opening in turn[len(stem) :] or turn.count(closing, len(stem)) > content.count(closing)
+    )
+
+
+def split_off(prompt: str, message: dict[str, Any]) -> dict[str, Any]:
+    """The turn with the thought at the beginning of its text as ``reasoning_content``."""
+    tag = _last_tag(prompt)
+    assert tag is not None
+    opening, closing = tag[1] + tag[3] + tag[4], f"{tag[1]}/{tag[3]}{tag[4]}"
+    thought, _, answer = message["content"].lstrip().removeprefix(opening).partition(closing)
+    return message | {"reasoning_content": thought.strip(), "content": answer.lstrip()}
