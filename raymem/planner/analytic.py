@@ -34,12 +34,11 @@ def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, i
         model: the recipe's, of which only names and shapes are read.
     """
     share = target.num_workers if recipe.scaling.strategy == "fsdp2" else 1
-    weights = trainable = 0
+    weights = sum(_frozen_bytes(name, p, share) for name, p in model.named_parameters() if not p.requires_grad)
     shapes: dict[str, tuple[int, ...]] = {}
     if isinstance(recipe.adapter, NoAdapter):
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     else:
-        weights += sum(_frozen_bytes(name, p, share) for name, p in model.named_parameters() if not p.requires_grad)
         for name, layer in _tuned_layers(model):
             if (experts := _experts_shapes(layer)) is not None:
                 shapes |= {f"{name}.{factor}": shape for factor, shape in zip("AB", experts, strict=True)}

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from raymem.planner.analytic import closed_form
-from raymem.planner.measure import measure_step
 from raymem.planner.plan import make_plan
 from raymem.planner.step_trace import planned_model, trace_session
 from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
+from raymem.testing import measure_step
 from tests.helpers.planner_cases import FRAGMENTS, LENGTH, case, model_config
 from tests.helpers.support import in_processes, make_recipe, save_model
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from raymem.runs import prepare as prepare_module
 from raymem.methods.loram import source as source_module
+from raymem.runs import prepare as prepare_module
 from raymem.runs.loram import Pipeline
 from raymem.sweeps import trial as trial_module
 from raymem.sweeps.trial import TrialJob

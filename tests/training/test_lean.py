@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raymem.memory.trace import Tracer, peak_of
 from raymem.methods.loract.config import LoRActOptions
-from raymem.planner.measure import measure_step
 from raymem.planner.plan import make_plan
 from raymem.planner.step_trace import trace_session
 from raymem.planner.types import Target
+from raymem.testing import measure_step
 from raymem.training import lean
 from raymem.training.lean import functions, nf4
 from raymem.training.lean.forwards import Lean, LeanLora, LeanMlp, LeanNorm

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from raymem.memory.meter import PeakMeter, heap_in_use_bytes, resident_tensors
+from raymem.memory.meter import PeakMeter, resident_tensors
 from raymem.methods.loract import compress_activations
+from raymem.testing import heap_in_use_bytes
 from tests.helpers.loract_families import batch, build
 
 LARGE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8,

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from raymem.memory.meter import PeakMeter, heap_in_use_bytes
+from raymem.memory.meter import PeakMeter
 from raymem.methods.moram import select_indices
 from raymem.methods.moram.base import BaseWeight
 from raymem.methods.moram.ops import moram_linear, selected_delta
+from raymem.testing import heap_in_use_bytes
 from tests.helpers.moram_cases import random_case, small_llama, token_batches, with_moram
 
 OUTPUTS, INPUTS, TOKENS = 1408, 1024, 256
