@@ -40,11 +40,13 @@ def test_an_unknown_name_says_what_there_is() -> None:
         raymem.trian  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_importing_it_loads_nothing_heavy() -> None:
-    heavy = "{'torch', 'ray', 'mlflow', 'pydantic', 'transformers', 'numpy'}"
-    program = f"import sys, raymem; print(sorted({heavy} & set(sys.modules)))"
+def test_importing_it_loads_the_standard_library_alone() -> None:
+    program = (
+        "import sys; before = set(sys.modules); import raymem; "  # an environment may load packages at start
+        "print(sorted({m.partition('.')[0] for m in set(sys.modules) - before} - sys.stdlib_module_names))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "['raymem']"
 
 
 def test_a_dict_is_a_recipe_and_is_left_as_it_is(llama: Path, examples: Path) -> None:
