@@ -70,7 +70,7 @@ BLOCKS = re.findall(r"^## (.+?)\n.*?```python\n(.+?)```", PAGE.read_text(), flag
 
 
 @pytest.mark.parametrize(
-    "title", [pytest.param(t, marks=pytest.mark.slow) if t.startswith("Search") else t for t, _ in BLOCKS]
+    "title", [pytest.param(t, marks=pytest.mark.slow) if t.startswith(("Search", "Testing")) else t for t, _ in BLOCKS]
 )
 def test_the_examples_of_the_page_run(title: str, llama: Path, examples: Path, tmp_path: Path) -> None:
     recipe = {

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -146,7 +146,6 @@ class ConformanceSuite:
         model, _ = load_artifact(outcome.artifact)
         loss.prepare(model, "full")
         eval_data = prepare_split(longer, "eval")
-        assert eval_data is not None
         mixed = longer.train.precision == "bf16_mixed"
         loaded = evaluate(model, PackedRows(eval_data.directories), Layout(), micro_batch=2, mixed=mixed).loss
         distance = abs(loaded - outcome.eval_loss)
@@ -232,20 +231,15 @@ def train(recipe: Recipe, *, stop_after: int = 0) -> tuple[Outcome, list[Row]]:
         if new[-1]["step"] == stop_after:
             raise Stopped
 
-    train_data = prepare_split(recipe, "train")
-    assert train_data is not None
-    reporter = LocalReporter(rows.extend, stop)
-    outcome = run(recipe, Layout(), run_storage(recipe), train_data, prepare_split(recipe, "eval"), reporter)
-    return outcome, rows
+    train_data, eval_data = prepare_split(recipe, "train"), prepare_split(recipe, "eval")
+    storage, reporter = run_storage(recipe), LocalReporter(rows.extend, stop)
+    return run(recipe, Layout(), storage, train_data, eval_data, reporter, metered_steps=()), rows
 
 
-def prepare_split(recipe: Recipe, split: Any) -> Prepared | None:
-    """The rows of ``train`` or ``eval``, cached beside their file; None if the recipe has no such split."""
-    sources = getattr(recipe.data, split)
-    if not sources:
-        return None
+def prepare_split(recipe: Recipe, split: Literal["train", "eval"]) -> Prepared:
+    """The rows of a split that the recipe has, cached beside their file."""
     tokenizer = recipe.model.tokenizer or recipe.model.name or ""
-    return prepare(recipe.data, split, tokenizer, Path(sources[0].path).parent / "cache")
+    return prepare(recipe.data, split, tokenizer, Path(recipe.data.train[0].path).parent / "cache")
 
 
 def run_storage(recipe: Recipe) -> Storage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,14 @@ def run_fragment(examples: Path, storage: Path, *, evaluated: bool = False) -> d
     return {"data": data, "storage": {"path": str(storage)}}
 
 
-def train(recipe: Recipe, layout: Layout | None = None, *, stop_after: int = 0) -> tuple[Outcome | None, list[Row]]:
+def train(
+    recipe: Recipe, layout: Layout | None = None, *, stop_after: int = 0, metered_steps: Collection[int] = ()
+) -> tuple[Outcome | None, list[Row]]:
     """Run a recipe in this process (one of several, if there is a process group).
 
     Args:
         stop_after: end abruptly once the row of this step was reported, before its checkpoint.
+        metered_steps: measuring a step takes longer than taking it.
 
     Returns:
         The outcome, None of a stopped run, and every row that was reported.
@@ -116,11 +119,12 @@ def train(recipe: Recipe, layout: Layout | None = None, *, stop_after: int = 0) 
         if new[-1]["step"] == stop_after:
             raise Stopped
 
-    train_data, eval_data = prepare_split(recipe, "train"), prepare_split(recipe, "eval")
-    assert train_data is not None
+    train_data = prepare_split(recipe, "train")
+    eval_data = prepare_split(recipe, "eval") if recipe.data.eval else None
     layout, reporter = layout or Layout.current(recipe), LocalReporter(rows.extend, stop)
     try:
-        return run(recipe, layout, run_storage(recipe), train_data, eval_data, reporter), rows
+        storage = run_storage(recipe)
+        return run(recipe, layout, storage, train_data, eval_data, reporter, metered_steps=metered_steps), rows
     except Stopped:
         return None, rows
 

@@ -13,10 +13,14 @@ from raymem.recipe.space import Space, apply, grid, sample
 from raymem.recipe.space_load import load_space, recipe_at, shipped
 from tests.helpers.support import make_recipe
 
-KIND = {"adapter.kind": {"type": "choice", "choices": ["lora", "moram", "none"]}}
-RANK = {"adapter.rank": {"type": "int", "low": 2, "high": 8, "log": True, "when": {"adapter.kind": ["lora", "moram"]}}}
-DENSITY = {"adapter.density": {"type": "float", "low": 0.1, "high": 0.5, "when": {"adapter.kind": ["moram"]}}}
-MLORC = {
+KIND: dict[str, Any] = {"adapter.kind": {"type": "choice", "choices": ["lora", "moram", "none"]}}
+RANK: dict[str, Any] = {
+    "adapter.rank": {"type": "int", "low": 2, "high": 8, "log": True, "when": {"adapter.kind": ["lora", "moram"]}}
+}
+DENSITY: dict[str, Any] = {
+    "adapter.density": {"type": "float", "low": 0.1, "high": 0.5, "when": {"adapter.kind": ["moram"]}}
+}
+MLORC: dict[str, Any] = {
     "optimizer.kind": {"type": "choice", "choices": ["adamw", "mlorc_adamw"], "when": {"adapter.kind": ["none"]}},
     "optimizer.rank": {"type": "choice", "choices": [4, 8], "when": {"optimizer.kind": ["mlorc_adamw"]}},
 }

@@ -112,7 +112,7 @@ def dying_trial(config: dict[str, Any]) -> None:
     import torch
 
     from raymem.sweeps.trial import TrialJob, run_trial
-    from raymem.training import loop
+    from raymem.training import loop, step
 
     job = TrialJob.of(config)
     folder = Path(job.recipe["storage"]["path"])
@@ -120,7 +120,7 @@ def dying_trial(config: dict[str, Any]) -> None:
         file.write(f"{job.number} {os.getpid()}\n")
     attempts = [line.split()[0] for line in (folder / "attempts.txt").read_text().splitlines()]
     index = sorted(set(map(int, attempts))).index(job.number)
-    original = loop.train_step
+    original = step.train_step
 
     def fails(*arguments: Any, **options: Any) -> Any:
         if index % 5 == 4:
@@ -215,11 +215,11 @@ def test_a_stopped_trial_with_workers_ends_with_them(cluster: RayHead, recipe: R
 def killed_trial(config: dict[str, Any]) -> None:
     """The second trial's process is killed at its first try."""
     from raymem.sweeps.trial import TrialJob, run_trial
-    from raymem.training import loop
+    from raymem.training import loop, step
 
     job = TrialJob.of(config)
     folder = Path(job.recipe["storage"]["path"])
-    original = loop.train_step
+    original = step.train_step
 
     def dies(*arguments: Any, **options: Any) -> Any:
         if not (folder / "killed.txt").exists():

@@ -81,7 +81,7 @@ def finished(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_all(search: BudgetedSearch, prefix: str = "t", most: int = 1000) -> list[dict[str, Any]]:
-    configs = []
+    configs: list[dict[str, Any]] = []
     while len(configs) < most and (config := next_config(search, f"{prefix}{len(configs)}")) is not None:
         search.on_trial_complete(f"{prefix}{len(configs)}", finished(config))
         configs.append(config)

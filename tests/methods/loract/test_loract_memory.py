@@ -132,10 +132,11 @@ def test_one_compression_serves_all_that_save_the_same_tensor(small: nn.Module) 
 def factors(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """Weak references to everything that is made in the place of a tensor."""
     from raymem.methods.loract import packer
+    from raymem.methods.loract.saved import Factors
 
     made: list[weakref.ref[Any]] = []
 
-    monkeypatch.setattr(packer, "Factors", type("Factors", (packer.Factors,), {"__init__": _tracked(made)}))
+    monkeypatch.setattr(packer, "Factors", type("Factors", (Factors,), {"__init__": _tracked(made)}))
     return made
 
 

@@ -19,7 +19,7 @@ def test_text_is_all_targets_and_ends(tokenizer: Any, encoder: Encoder) -> None:
     encoded = encoder.encode(Text("one two"), PLACE)
     assert encoded.input_ids.tolist() == [*plain(tokenizer, "one two"), tokenizer.eos_token_id]
     assert encoded.targets.all() and encoded.splittable
-    assert (encoded.input_ids.dtype, encoded.targets.dtype) == ("int32", "bool")
+    assert (str(encoded.input_ids.dtype), str(encoded.targets.dtype)) == ("int32", "bool")
 
 
 def test_a_text_that_already_ends_is_not_ended_twice(tokenizer: Any, encoder: Encoder) -> None:
