@@ -38,6 +38,7 @@ STEPS = 200
 TOKEN = "rehearsal-" + os.urandom(16).hex()
 
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on the PATH"),

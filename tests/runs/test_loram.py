@@ -287,6 +287,7 @@ def nodes(tmp_path: Path) -> Iterator[Any]:
 
 
 @SLOW
+@pytest.mark.ray
 def test_a_node_dies(
     nodes: Any, untouched: tuple[Path, dict[str, int]], llama: Path, examples: Path, tmp_path: Path
 ) -> None:

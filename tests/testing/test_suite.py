@@ -60,14 +60,14 @@ def test_a_lost_state_and_a_moving_base_fail(tmp_path: Path) -> None:
     """In a folder that knows nothing of raymem's own tests."""
     (tmp_path / "test_mine.py").write_text(PATCHED)
     root = str(Path(raymem.testing.__file__).parents[2])
-    tests = [f"test_mine.py::{name}" for name in sorted(BROKEN)]
+    tests = [f"test_mine.py::{name}" for name in (*sorted(BROKEN), "TestForgetful::test_training_lowers_the_loss")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "--show-capture=no", *tests],
         cwd=tmp_path, capture_output=True, text=True, check=False,
         env={"PYTHONPATH": root, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     failed = {line.split("test_mine.py::")[1].split(" ")[0] for line in done.stdout.splitlines() if "FAILED" in line}
-    assert failed == BROKEN, done.stdout + done.stderr
+    assert failed == BROKEN and "1 passed" in done.stdout, done.stdout + done.stderr
     assert len(re.findall(r"AssertionError: \d+ of \d+ tensors differ", done.stdout)) == 2, "and for no other reason"
     assert "assert losses(resumed)[-4:] == losses(rows)[-4:]" in done.stdout
 

@@ -32,10 +32,9 @@ def sink(storage: str) -> MlflowSink:
 
 @pytest.fixture
 def remote(server: Server, tmp_path: Path) -> Iterator[MlflowSink]:
-    made = start_tracking(recipe(uri=server.uri), storage_path=str(tmp_path), resume=False)
-    assert isinstance(made, MlflowSink)
-    made._retry_after_s = 0.2
-    yield made
+    started = start_tracking(recipe(uri=server.uri), storage_path=str(tmp_path), resume=False)
+    assert isinstance(started, MlflowSink) and started.run_id is not None
+    yield MlflowSink(started.tracking_uri, started.run_id, retry_after_s=0.2)
     server.status = None
     server.up = True
 
@@ -106,7 +105,8 @@ def test_outage_is_survived_and_mended(server: Server, remote: MlflowSink) -> No
 
 
 def test_no_second_attempt_before_the_pause_is_over(server: Server, remote: MlflowSink) -> None:
-    remote._retry_after_s = 30.0
+    assert remote.run_id is not None
+    remote = MlflowSink(remote.tracking_uri, remote.run_id, retry_after_s=30.0)
     server.status = 500
     server.requests.clear()
     for step in range(20):
