@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from raymem.linalg.local import local
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ def resident_tensors(model: nn.Module, extra: Iterable[torch.Tensor] = ()) -> It
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes behind the tensors, storages that are shared counted once; of a DTensor its local part."""
+    """Bytes of the storages behind the tensors: each storage once, and only the local part of a DTensor."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        storage = local(tensor).untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())

@@ -48,15 +48,14 @@ def _in_backward(recipe: Recipe) -> bool:
 
 
 def _most_workers(recipe: Recipe) -> int:
-    workers = recipe.scaling.num_workers
-    return max(1, workers[1] if isinstance(workers, tuple) else workers)
+    return max(1, recipe.scaling.most_workers)
 
 
 def _dtype_clash(recipe: Recipe) -> bool:
     dtype, precision = recipe.model.dtype, recipe.train.precision
     if dtype == "auto":
         return False
-    if precision == "bf16_mixed":
+    if recipe.train.is_mixed:
         return dtype == "bf16" and _full_training(recipe)
     return dtype != precision
 

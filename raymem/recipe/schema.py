@@ -11,13 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    GetCoreSchemaHandler,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, model_validator
 from typing_extensions import TypeAliasType
 
 from raymem.memory.budget import parse_bytes
@@ -96,11 +90,7 @@ def _one_source_or_many(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
-Sources = Annotated[
-    list[Source],
-    BeforeValidator(_one_source_or_many),
-    Field(min_length=1),
-]
+Sources = Annotated[list[Source], BeforeValidator(_one_source_or_many), Field(min_length=1)]
 
 
 class DataSection(Section):
@@ -274,6 +264,11 @@ class TrainSection(Section):
     """Steps between checkpoints; by default one tenth of the run. The last step is always saved."""
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether the forward pass runs under bf16 autocast."""
+        return self.precision == "bf16_mixed"
+
+    @property
     def rows_per_pass(self) -> int:
         """``micro_batch``, once it is a number."""
         assert self.micro_batch != "auto", "settle_micro_batch comes first"
@@ -300,9 +295,19 @@ class ScalingSection(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> ScalingSection:
-        if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
-            raise ValueError(f"scaling.num_workers is [min, max], got {list(self.num_workers)}")
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"scaling.num_workers is [min, max], got [{self.least_workers}, {self.most_workers}]")
         return self
+
+    @property
+    def least_workers(self) -> int:
+        """The smaller end of an elastic range, or the fixed number."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
+    def most_workers(self) -> int:
+        """The larger end of an elastic range, or the fixed number."""
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 
 
 class StorageSection(Section):

@@ -48,7 +48,7 @@ def measure_step(recipe: Recipe) -> Peak:
     def step(position: int) -> None:
         train_step(
             replica, batches, 1000, updater, position, 1e-3,
-            clip_norm=recipe.train.clip_norm, mixed=recipe.train.precision == "bf16_mixed",
+            clip_norm=recipe.train.clip_norm, mixed=recipe.train.is_mixed,
         )  # fmt: skip
 
     step(0)

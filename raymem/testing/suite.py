@@ -146,7 +146,7 @@ class ConformanceSuite:
         model, _ = load_artifact(outcome.artifact)
         loss.prepare(model, "full")
         eval_data = prepare_split(longer, "eval")
-        mixed = longer.train.precision == "bf16_mixed"
+        mixed = longer.train.is_mixed
         loaded = evaluate(model, PackedRows(eval_data.directories), Layout(), micro_batch=2, mixed=mixed).loss
         distance = abs(loaded - outcome.eval_loss)
         assert distance < (1e-4 if longer.train.precision == "fp32" else 1e-2) * outcome.eval_loss
@@ -210,7 +210,7 @@ def build(recipe: Recipe) -> tuple[nn.Module, Updater]:
 def step(model: nn.Module, updater: Updater, recipe: Recipe, number: int, seed: int | None = None) -> StepResult:
     """One step on random rows that ``number`` (or ``seed``) chooses."""
     batch = random_batch(2, LENGTH, number if seed is None else seed)
-    mixed = recipe.train.precision == "bf16_mixed"
+    mixed = recipe.train.is_mixed
     clip_norm = recipe.train.clip_norm
     return train_step(model, [batch], num_targets(batch), updater, number, 1e-2, clip_norm=clip_norm, mixed=mixed)
 
