@@ -15,7 +15,8 @@ import provenance
 import torch
 from loract_stack import MODES, keeping, lora_llama, tokens
 
-from raymem.memory.meter import PeakMeter, heap_in_use_bytes, resident_tensors, storage_bytes
+from raymem.memory.meter import PeakMeter, resident_tensors, storage_bytes
+from raymem.testing import heap_in_use_bytes
 
 GOALS = {  # mode -> highest share of plain LoRA, and of checkpointing, at 4 layers and 4 x 512 tokens
     "layer": (0.04, 0.55),

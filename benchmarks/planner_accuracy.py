@@ -61,7 +61,7 @@ def compare(case: tuple[str, str, int], recipe: Any, plan: Any, *, gpu: bool) ->
     """What was predicted, and what the step then took."""
     import torch
 
-    from raymem.planner.measure import measure_step
+    from raymem.testing import measure_step
 
     measured = measure_step(recipe)
     gc.collect()

@@ -19,6 +19,17 @@ os.environ["RAYMEM_CACHE"] = os.path.join(tempfile.gettempdir(), f"raymem-tests-
 import pytest
 
 pytest_plugins = ["tests.helpers.ray_fixtures"]
+pytest.register_assert_rewrite("raymem.testing.suite", "raymem.testing.tensors")
+
+RAY_FIXTURES = {"ray_head", "cluster", "login"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m takes its pick
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts Ray: tests with one of its fixtures. Others that do so carry the mark themselves."""
+    for item in items:
+        if isinstance(item, pytest.Function) and RAY_FIXTURES & set(item.fixturenames):
+            item.add_marker("ray")
 
 
 def pytest_collection() -> None:

@@ -33,6 +33,7 @@ LAYERS = {
     "raymem.training": 2,
     "raymem.tracking": 3,
     "raymem.planner": 3,
+    "raymem.testing": 3.5,
     "raymem.cluster": 4,
     "raymem.runs": 5,
     "raymem.sweeps": 5,

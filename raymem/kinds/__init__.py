@@ -24,7 +24,7 @@ from __future__ import annotations
 from raymem.kinds.activations import ActivationsKind
 from raymem.kinds.adapter import ADAPTER_FILE, AdapterKind, AttachContext
 from raymem.kinds.base import BaseKind
-from raymem.kinds.core import OPTIONS_RULES, Advice, BaseOptions, Kind, OptimizerOptions, Options, Rule
+from raymem.kinds.core import OPTIONS_RULES, Advice, Kind, Rule
 from raymem.kinds.loss import IGNORED, LossFunction, LossKind, OfLogits
 from raymem.kinds.optimizer import OptimizerContext, OptimizerKind, TensorShape
 from raymem.kinds.tracker import TrackerKind
@@ -38,15 +38,12 @@ __all__ = [
     "Advice",
     "AttachContext",
     "BaseKind",
-    "BaseOptions",
     "Kind",
     "LossFunction",
     "LossKind",
     "OfLogits",
     "OptimizerContext",
     "OptimizerKind",
-    "OptimizerOptions",
-    "Options",
     "Rule",
     "TensorShape",
     "TrackerKind",

@@ -6,7 +6,7 @@ import typing
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from raymem.hooks import Hook
 
@@ -41,27 +41,6 @@ class Advice:
     resort."""
     applies: Callable[[Any], bool] = lambda recipe: True
     """Asked with the recipe; combinations that a rule refuses are left out anyway."""
-
-
-class Options(Protocol):
-    """Options of any kind: a frozen dataclass with its name as default."""
-
-    @property
-    def kind(self) -> str: ...
-
-
-class BaseOptions(Options, Protocol):
-    """Options of any kind of base."""
-
-    @property
-    def quantize(self) -> str: ...
-
-
-class OptimizerOptions(Options, Protocol):
-    """Options of any kind of optimizer."""
-
-    @property
-    def lr(self) -> float: ...
 
 
 class Kind(ABC, Generic[OptionsT]):

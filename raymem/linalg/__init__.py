@@ -2,7 +2,7 @@
 
 from raymem.linalg.lowrank import LowRank, row_chunks
 from raymem.linalg.orthonormal import orthonormalize, whitening
-from raymem.linalg.range_finder import gaussian_qb, row_sampled_qb, warm_qb
+from raymem.linalg.range_finder import row_sampled_qb
 from raymem.linalg.rounding import stochastic_round
 from raymem.linalg.streaming import StreamingSketch
 from raymem.linalg.truncate import leading_directions
@@ -10,12 +10,10 @@ from raymem.linalg.truncate import leading_directions
 __all__ = [
     "LowRank",
     "StreamingSketch",
-    "gaussian_qb",
     "leading_directions",
     "orthonormalize",
     "row_chunks",
     "row_sampled_qb",
     "stochastic_round",
-    "warm_qb",
     "whitening",
 ]

@@ -9,7 +9,9 @@ import torch
 
 from raymem.memory.target import worth_visiting
 
-# M rows, N columns, R rank, C rows of a chunk
+# M rows, N columns, R rank
+
+_FEWEST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix that the factors stand for."""
+        """Shape of the product."""
         return self.left_MR.shape[0], self.right_RN.shape[1]
 
     @property
@@ -30,23 +32,19 @@ class LowRank:
 
     @property
     def num_bytes(self) -> int:
-        """What the two factors hold: ``R (M + N)`` elements."""
+        """Bytes of the two factors, which have ``R (M + N)`` elements."""
         return sum(factor.numel() * factor.element_size() for factor in (self.left_MR, self.right_RN))
 
     def reconstruct(self) -> torch.Tensor:
-        """The whole matrix [M, N]."""
+        """Multiply the factors: the whole matrix [M, N]."""
         return self.left_MR @ self.right_RN
 
-    def reconstruct_rows(self, rows: slice) -> torch.Tensor:
-        """Some of its rows [C, N], at the cost of those only."""
-        return self.left_MR[rows] @ self.right_RN
 
-
-def row_chunks(num_rows: int, row_bytes: int, chunk_bytes: int, *, least: int = 8) -> Iterator[slice]:
-    """Consecutive row ranges of about ``chunk_bytes`` each, of ``least`` rows or more.
+def row_chunks(num_rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
+    """Consecutive row ranges of about ``chunk_bytes`` each, with at least eight rows.
 
     Working through a matrix by these keeps every temporary as small as a chunk.
     """
-    step = max(least, chunk_bytes // max(1, row_bytes))
+    step = max(_FEWEST_ROWS, chunk_bytes // max(1, row_bytes))
     for start in worth_visiting(range(0, num_rows, step)):
         yield slice(start, min(num_rows, start + step))

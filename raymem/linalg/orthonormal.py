@@ -10,6 +10,7 @@ from raymem.memory.target import device_kind
 
 _SHIFT = 1e-6
 _STRONG_SHIFT = 1e-2
+_NEGLIGIBLE = 1e-10
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -52,17 +53,17 @@ def cholesky(gram_KK: torch.Tensor) -> torch.Tensor:
     return torch.where((failed != 0)[..., None, None], fallback_KK, factor_KK)
 
 
-def whitening(gram_KK: torch.Tensor, tolerance: float = 1e-10) -> torch.Tensor:
+def whitening(gram_KK: torch.Tensor) -> torch.Tensor:
     """``T`` [K, K], fp32, such that the columns of ``Y @ T`` are orthonormal where ``gram_KK = Y.T @ Y`` (fp64).
 
     This is how a matrix is orthonormalised that is never held whole, only streamed: its Gram matrix is the sum of
-    those of its row blocks. By eigenvectors, so that it cannot fail; directions below ``tolerance`` of the
-    largest (after every column was scaled to one) are dropped: their columns of ``T`` are zero.
+    those of its row blocks. Eigenvectors are used because they cannot fail. Directions with an eigenvalue below 1e-10
+    of the largest (after every column was scaled to one) are dropped: their columns of ``T`` are zero.
     """
     scale_K = gram_KK.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY).rsqrt()
     values_K: torch.Tensor
     vectors_KK: torch.Tensor
     values_K, vectors_KK = torch.linalg.eigh(gram_KK * scale_K[..., None] * scale_K[..., None, :])
-    kept_K = values_K > tolerance * values_K[..., -1:]
+    kept_K = values_K > _NEGLIGIBLE * values_K[..., -1:]
     inverse_root_K = torch.where(kept_K, values_K.clamp_min(_TINY).rsqrt(), 0.0)
     return (scale_K[..., None] * vectors_KK * inverse_root_K[..., None, :]).float()

@@ -8,7 +8,6 @@ does not know the size of a block whose allocation it did not see.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from raymem.linalg.local import local
 
 
 @dataclass(frozen=True)
@@ -117,31 +117,9 @@ def resident_tensors(model: nn.Module, extra: Iterable[torch.Tensor] = ()) -> It
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes behind the tensors, storages that are shared counted once; of a DTensor its local part."""
+    """Bytes of the storages behind the tensors: each storage once, and only the local part of a DTensor."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        storage = local(tensor).untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
-
-
-class _MallInfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
-    )]  # fmt: skip
-
-
-def heap_in_use_bytes() -> int:
-    """Bytes that glibc malloc has handed out; the difference around a forward pass is what it saved for backward.
-
-    Raises:
-        OSError: the C library has no ``mallinfo2`` (glibc before 2.33, musl).
-    """
-    libc = ctypes.CDLL(None)
-    try:
-        mallinfo2 = libc.mallinfo2
-    except AttributeError:
-        raise OSError("the C library has no mallinfo2 (glibc 2.33 or newer is needed)") from None
-    mallinfo2.restype = _MallInfo
-    info = mallinfo2()
-    return int(info.uordblks + info.hblkhd)

@@ -57,20 +57,20 @@ class Gate:
     """
 
     def __init__(self, budget_bytes: int, *, gpu: str | None = None) -> None:
-        self.budget_bytes, self._gpu = budget_bytes, gpu
-        self._planner = Planner(gpu=gpu)
+        self.budget_bytes = budget_bytes
+        self.planner = Planner(gpu=gpu)
         self._refused: list[tuple[dict[str, Any], dict[str, float], Refused]] = []
 
     def __enter__(self) -> Gate:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._planner.__exit__()
+        self.planner.__exit__()
 
     def warm_up(self, recipe: Recipe) -> None:
         """Have the planner ready, if there is much to judge; a recipe that cannot be planned does no harm."""
         with contextlib.suppress(RaymemError):
-            self._planner.warm_up(with_micro_batch(recipe, 1))  # it may be open: auto
+            self.planner.warm_up(with_micro_batch(recipe, 1))  # it may be open: auto
 
     def judge(self, recipe: Recipe) -> Judged:
         """Admitted or refused; nothing is raised for a recipe that cannot be planned."""
@@ -90,12 +90,12 @@ class Gate:
 
     def needed_bytes(self, recipe: Recipe) -> int:
         """What the device must have, as far as the prediction was right so far. Raises RaymemError."""
-        return int(self._planner.plan(recipe).capacity_bytes * self._margin(recipe))
+        return int(self.planner.plan(recipe).capacity_bytes * self._margin(recipe))
 
     def _judge(self, recipe: Recipe) -> Judged:
         try:
             margin = self._margin(recipe)
-            plan = self._planner.plan_within(recipe, int((self.budget_bytes + 1) / margin))
+            plan = self.planner.plan_within(recipe, int((self.budget_bytes + 1) / margin))
         except RecipeError:
             raise
         except RaymemError as error:

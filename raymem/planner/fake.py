@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from raymem.errors import PlanError
+from raymem.linalg.local import local
 from raymem.memory import nf4
 from raymem.memory.trace import Tracer
 
@@ -85,11 +86,6 @@ def fakeify(model: nn.Module, tracer: Tracer | None = None) -> None:
                 if tracer is not None:
                     tracer.adopt(made_buffer, "weights", f"{prefix}.{name}")
     del replaced
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This worker's part of a distributed tensor; others as they are."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def fake_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -90,6 +90,11 @@ class Planner:
             self._child.close()
         self._child = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether its process has been started and lives on."""
+        return self._child is not None
+
     def plan(self, recipe: Recipe) -> Plan:
         """As :func:`plan_recipe`."""
         return _or_raise(self.try_plan(recipe))

@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from raymem.linalg.local import local
 from raymem.memory import kernels
 from raymem.memory.target import planned_for
 from raymem.memory.trace import Change, LimitPassed, Phase, Tracer
@@ -26,7 +27,6 @@ from raymem.planner.fake import (
     fake_bytes,
     fakeify,
     gradients_named,
-    local,
     quantisation_tensors,
     shims,
 )

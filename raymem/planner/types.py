@@ -20,10 +20,8 @@ class Target:
 
     @staticmethod
     def of(recipe: Recipe) -> Target:
-        """As the recipe says; of an elastic range the fewest workers, whose shards are the largest."""
-        workers = recipe.scaling.num_workers
-        fewest = workers[0] if isinstance(workers, tuple) else workers
-        return Target("cuda" if recipe.scaling.use_gpu else "cpu", max(1, fewest))
+        """What the recipe says, with the fewest workers of an elastic range, since their shards are the largest."""
+        return Target("cuda" if recipe.scaling.use_gpu else "cpu", max(1, recipe.scaling.least_workers))
 
 
 @dataclass(frozen=True)

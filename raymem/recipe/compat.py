@@ -16,14 +16,14 @@ from raymem.recipe.schema import Recipe
 
 
 def _nf4(recipe: Recipe) -> bool:
-    return recipe.base.quantize == "nf4"
+    return bool(recipe.base.quantize == "nf4")
 
 
 def _dtype_clash(recipe: Recipe) -> bool:
     dtype, precision = recipe.model.dtype, recipe.train.precision
     if dtype == "auto":
         return False
-    if precision == "bf16_mixed":
+    if recipe.train.is_mixed:
         return dtype == "bf16" and not recipe.trains_adapter
     return dtype != precision
 

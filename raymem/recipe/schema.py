@@ -17,7 +17,6 @@ from pydantic import (
     model_validator,
 )
 
-from raymem.kinds import BaseOptions, OptimizerOptions, Options
 from raymem.memory.budget import parse_bytes
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, OPTIMIZERS, TRACKERS
 from raymem.recipe.axis_field import AxisField
@@ -82,6 +81,11 @@ class TrainSection(Section):
     """Steps between checkpoints; by default one tenth of the run. The last step is always saved."""
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether the forward pass runs under bf16 autocast."""
+        return self.precision == "bf16_mixed"
+
+    @property
     def rows_per_pass(self) -> int:
         """``micro_batch``, once it is a number."""
         assert self.micro_batch != "auto", "settle_micro_batch comes first"
@@ -106,21 +110,21 @@ class ScalingSection(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker crashes that are survived by restarting from the last checkpoint; -1 is no limit."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> ScalingSection:
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"scaling.num_workers is [min, max], got [{self.least_workers}, {self.most_workers}]")
+        return self
+
     @property
     def least_workers(self) -> int:
-        """Fewest worker processes that train; one without Ray."""
-        return max(1, self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers)
+        """The smaller end of an elastic range, or the fixed number."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
 
     @property
     def most_workers(self) -> int:
-        """Most worker processes that train."""
-        return max(1, self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ScalingSection:
-        if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
-            raise ValueError(f"scaling.num_workers is [min, max], got {list(self.num_workers)}")
-        return self
+        """The larger end of an elastic range, or the fixed number."""
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 
 
 class StorageSection(Section):
@@ -159,15 +163,15 @@ class Recipe(Section):
     """Which model is trained."""
     data: DataSection
     """What it is trained and evaluated on."""
-    base: Annotated[BaseOptions, AxisField(BASES)] = Field(default_factory=BASES.initial_options)
+    base: Annotated[Any, AxisField(BASES)] = Field(default_factory=BASES.initial_options)
     """Axis 1: how the base weights are held."""
-    adapter: Annotated[Options, AxisField(ADAPTERS)] = Field(default_factory=ADAPTERS.initial_options)
+    adapter: Annotated[Any, AxisField(ADAPTERS)] = Field(default_factory=ADAPTERS.initial_options)
     """Axis 2: which weights are trained."""
-    activations: Annotated[Options, AxisField(ACTIVATIONS)] = Field(default_factory=ACTIVATIONS.initial_options)
+    activations: Annotated[Any, AxisField(ACTIVATIONS)] = Field(default_factory=ACTIVATIONS.initial_options)
     """Axis 3: what is kept for the backward pass."""
-    loss: Annotated[Options, AxisField(LOSSES)] = Field(default_factory=LOSSES.initial_options)
+    loss: Annotated[Any, AxisField(LOSSES)] = Field(default_factory=LOSSES.initial_options)
     """Axis 4: whether the logits of all tokens are there at once."""
-    optimizer: Annotated[OptimizerOptions, AxisField(OPTIMIZERS)] = Field(default_factory=OPTIMIZERS.initial_options)
+    optimizer: Annotated[Any, AxisField(OPTIMIZERS)] = Field(default_factory=OPTIMIZERS.initial_options)
     """Axis 5: how the trained weights are updated."""
     train: TrainSection
     """How long, how large and how precise."""
@@ -178,7 +182,7 @@ class Recipe(Section):
     more."""
     storage: StorageSection = StorageSection()
     """Where runs, prepared data and caches live."""
-    tracking: Annotated[Options, AxisField(TRACKERS)] = Field(default_factory=TRACKERS.initial_options)
+    tracking: Annotated[Any, AxisField(TRACKERS)] = Field(default_factory=TRACKERS.initial_options)
     """Where runs are recorded."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)] | None = None
     """Search space of ``raymem sweep``, over paths of this recipe; a single run leaves it aside."""

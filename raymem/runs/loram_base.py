@@ -34,7 +34,7 @@ def find_site(recipe: Recipe, storage: Storage, backend: Backend) -> PruningSite
         ModelError: the model cannot be had, or LoRAM does not know its architecture.
         DataError: the calibration texts cannot be read, or are too few.
     """
-    options: LoRAMOptions = recipe.base  # type: ignore[assignment]
+    options: LoRAMOptions = recipe.base
     source = open_full_model(recipe)
     ids = None
     if options.pruning.needs_calibration:
@@ -84,7 +84,7 @@ def named_model(recipe: Recipe, artifact: str) -> PrunedModel:
 
 def with_artifact(recipe: Recipe, directory: Path) -> Recipe:
     """The recipe as it is trained on a pruned model."""
-    options: LoRAMOptions = recipe.base  # type: ignore[assignment]
+    options: LoRAMOptions = recipe.base
     base = LoRAMOptions(artifact=str(directory), quantize=options.quantize)
     return recipe.model_copy(update={"base": base})
 

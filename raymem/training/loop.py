@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +62,18 @@ class Outcome:
 
 def run(
     recipe: Recipe, layout: Layout, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
-    reporter: Reporter,
+    reporter: Reporter, *, metered_steps: Collection[int] = METERED_STEPS,
 ) -> Outcome:  # fmt: skip
     """Train a recipe to its end from wherever its last checkpoint stands. Collective over all ranks.
+
+    Args:
+        metered_steps: numbers of the steps of this session, from 1, whose peak memory is measured; that makes a step of
+            a tiny model many times slower.
 
     Raises:
         RaymemError: see the rooms that it calls; on any error the last good checkpoint stays.
     """
-    session = _Session(recipe, layout, run_storage, train_data, eval_data, reporter)
+    session = _Session(recipe, layout, run_storage, train_data, eval_data, reporter, metered_steps)
     return session.run()
 
 
@@ -78,8 +82,9 @@ class _Session:
 
     def __init__(
         self, recipe: Recipe, layout: Layout, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
-        reporter: Reporter,
+        reporter: Reporter, metered_steps: Collection[int],
     ) -> None:  # fmt: skip
+        self.metered_steps = metered_steps
         self.recipe, self.layout, self.run_storage, self.reporter = recipe, layout, run_storage, reporter
         self.identity = identity_of(recipe, train_data)
         self.checkpoints = Checkpoints(run_storage, layout)
@@ -189,7 +194,7 @@ class _Session:
             "elapsed_s": self._elapsed_s(),
             "epoch": (step + 1) * train.global_batch / self.sampler.epoch_size,
         }
-        if self.peak_bytes is not None and step - first + 1 in METERED_STEPS:
+        if self.peak_bytes is not None and step - first + 1 in self.metered_steps:
             row["peak_bytes"] = float(self.peak_bytes)
         return row | metrics_of(self.hooks, step, taken=row)
 
@@ -259,7 +264,7 @@ class _Session:
     @contextlib.contextmanager
     def _metered(self, nth: int) -> Iterator[None]:
         """Measure the footprint of the ``nth`` step of this session, if it is one of the metered ones."""
-        if nth not in METERED_STEPS:
+        if nth not in self.metered_steps:
             yield
             return
         # In its second step DDP allocates the buckets anew, ordered by what it saw: the window counts them itself.

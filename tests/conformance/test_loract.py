@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from tests.conformance.suite import MethodSuite
+from raymem.testing import ConformanceSuite
 
 
-class TestLayerScope(MethodSuite):
+class TestLayerScope(ConformanceSuite):
     fragment = {"activations": {"kind": "loract", "first_input": "compressed"}}
 
 
-class TestSublayerScope(MethodSuite):
+class TestSublayerScope(ConformanceSuite):
     fragment = {"activations": {"kind": "loract", "scope": "sublayer"}}
 
 
-class TestLinearScopeInFullFineTuning(MethodSuite):
+class TestLinearScopeInFullFineTuning(ConformanceSuite):
     fragment = {"adapter": "none", "activations": {"kind": "loract", "scope": "linear"}}
 
 
-class TestAutoRankUnderAutocast(MethodSuite):
+class TestAutoRankUnderAutocast(ConformanceSuite):
     fragment = {
         "activations": {"kind": "loract", "rank": "auto", "report_every": 1},
         "train": {"precision": "bf16_mixed"},

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import pytest
+from typing import Any
 
 from raymem.methods.loram import PruneOptions, prune_model
-from raymem.recipe.schema import Recipe
-from tests.conformance.suite import MethodSuite
-from tests.helpers.support import make_recipe, merged
+from raymem.testing import ConformanceSuite
 
 
-@pytest.fixture(scope="module")
-def pruned(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with half of its first layer and a quarter of its second; read only."""
-    out = tmp_path_factory.mktemp("loram") / "pruned"
-    prune_model(llama, out, PruneOptions(layer_ratios=(0.5, 0.75), seed=1))
-    return out
+class OnPruned(ConformanceSuite):
+    adapter: dict[str, Any]
 
-
-class OnPruned(MethodSuite):
-    @pytest.fixture
-    def recipe(self, llama: Path, pruned: Path) -> Recipe:
-        return make_recipe(merged({"base": {"kind": "loram", "artifact": str(pruned)}}, self.fragment), model=llama)
+    def make_fragment(self, model: Path, folder: Path) -> dict[str, Any]:
+        """Half of the first layer is kept, and three quarters of the second."""
+        prune_model(model, folder / "pruned", PruneOptions(layer_ratios=(0.5, 0.75), seed=1))
+        return {"base": {"kind": "loram", "artifact": str(folder / "pruned")}, "adapter": self.adapter}
 
 
 class TestLoRAM(OnPruned):
-    fragment = {}
+    adapter = {"kind": "lora", "rank": 4}
 
 
 class TestLoRAMWithMoRAM(OnPruned):
-    fragment = {"adapter": {"kind": "moram", "rank": 4, "density": 0.25, "criterion": "random"}}
+    adapter = {"kind": "moram", "rank": 4, "density": 0.25, "criterion": "random"}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from tests.conformance.suite import MethodSuite
+from raymem.testing import ConformanceSuite
 
 MORAM = {"kind": "moram", "rank": 4, "density": 0.25, "criterion": "random"}
 
 
-class TestMoRAM(MethodSuite):
+class TestMoRAM(ConformanceSuite):
     fragment = {"adapter": {**MORAM, "formulation": "fast"}}
 
 
-class TestMoRAMByGradients(MethodSuite):
+class TestMoRAMByGradients(ConformanceSuite):
     fragment = {"adapter": {**MORAM, "criterion": "gradient", "selection_batches": 2}}
 
 
-class TestMoRAMFrugalMixedPrecision(MethodSuite):
+class TestMoRAMFrugalMixedPrecision(ConformanceSuite):
     fragment = {
         "adapter": {**MORAM, "criterion": "magnitude", "formulation": "frugal"},
         "activations": "checkpoint",

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from tests.conformance.suite import MethodSuite
+from raymem.testing import ConformanceSuite
 
 
-class TestFullFineTuning(MethodSuite):
+class TestFullFineTuning(ConformanceSuite):
     fragment = {"adapter": {"kind": "none"}}
 
 
-class TestLora(MethodSuite):
+class TestLora(ConformanceSuite):
     fragment = {"adapter": {"kind": "lora"}}
 
 
-class TestLoraWithCheckpointing(MethodSuite):
+class TestLoraWithCheckpointing(ConformanceSuite):
     fragment = {"activations": "checkpoint"}
 
 
-class TestForeachAdamW(MethodSuite):
+class TestForeachAdamW(ConformanceSuite):
     fragment = {"optimizer": {"implementation": "foreach"}}
 
 
-class TestMasterWeights(MethodSuite):
+class TestMasterWeights(ConformanceSuite):
     fragment = {"train": {"precision": "bf16", "master": "fp32"}}
 
 
-class TestStochasticRounding(MethodSuite):
+class TestStochasticRounding(ConformanceSuite):
     fragment = {"train": {"precision": "bf16", "master": "stochastic_rounding"}}
 
 
-class TestMixedPrecision(MethodSuite):
+class TestMixedPrecision(ConformanceSuite):
     fragment = {"train": {"precision": "bf16_mixed"}, "model": {"dtype": "bf16"}}

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from raymem.cli.main import run_app
 from tests.helpers.commands import run_command
+from tests.helpers.run_files import write_recipe
 from tests.helpers.small_disk import mount_small_disk
 from tests.helpers.support import FAMILIES, in_processes
 
@@ -28,26 +28,6 @@ LOADED_BY_HELP = (
 def recipe(tmp_path: Path, llama: Path, examples: Path) -> Path:
     """A recipe file of a few steps in this process, tracked in sqlite."""
     return write_recipe(tmp_path / "tiny.yaml", tmp_path, llama, examples)
-
-
-def write_recipe(path: Path, storage: Path, model: Path, examples: Path, /, **sections: Any) -> Path:
-    raw = {
-        "model": {"name": str(model)},
-        "data": {
-            "train": str(examples / "train.jsonl"),
-            "eval": str(examples / "eval.jsonl"),
-            "sequence_length": 32,
-        },
-        "adapter": {"rank": 4},
-        "optimizer": {"lr": 1e-2},
-        "train": {"steps": 4, "global_batch": 4, "micro_batch": 2, "save_every": 2},
-        "scaling": {"num_workers": 0},
-        "storage": {"path": str(storage / "runs")},
-        "tracking": "none",
-        **sections,
-    }
-    path.write_text(yaml.safe_dump(raw))
-    return path
 
 
 def test_help_needs_no_heavy_library() -> None:

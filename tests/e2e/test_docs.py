@@ -50,6 +50,7 @@ def test_the_readme_names_the_command_that_ci_runs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_first_command_of_the_readme_in_a_fresh_clone(tmp_path: Path) -> None:
     """Installs from the registry and trains the demo for real: several minutes."""

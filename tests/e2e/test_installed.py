@@ -18,6 +18,8 @@ from tests.helpers.loram_runs import BASE
 from tests.helpers.ray_processes import RayHead, running_head
 from tests.helpers.support import merged
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from raymem.cli.main import run_app
-from tests.e2e.test_cli import write_recipe
 from tests.helpers.commands import kill_command
-from tests.helpers.run_files import losses
+from tests.helpers.run_files import losses, write_recipe
 
 
 def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(

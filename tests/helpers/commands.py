@@ -22,7 +22,9 @@ def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = run_app(*arguments)
-    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(
+        [str(argument) for argument in arguments], status, out.getvalue(), err.getvalue()
+    )
 
 
 def kill_command(*arguments: object, checkpoints: Path, folder: Path) -> None:

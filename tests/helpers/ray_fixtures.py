@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from tests.helpers.ray_processes import RayHead
+
+
+def read_authentication_again() -> None:
+    """Ray reads its authentication from the environment once per process."""
+    raylet: Any = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @pytest.fixture(scope="session")
@@ -23,13 +31,7 @@ def ray_head() -> Iterator[RayHead]:
 
 @pytest.fixture
 def login(ray_head: RayHead) -> Iterator[Callable[..., None]]:
-    """Set Ray's authentication in this process; Ray reads it once, so it must be told to read it again."""
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    def read_again() -> None:
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-
+    """Set Ray's authentication in this process."""
     with pytest.MonkeyPatch.context() as patch:
 
         def login(mode: str = "token", token_path: Path | None = ray_head.token_path) -> None:
@@ -39,10 +41,10 @@ def login(ray_head: RayHead) -> Iterator[Callable[..., None]]:
             patch.setenv("HOME", str(ray_head.home))
             if token_path:
                 patch.setenv("RAY_AUTH_TOKEN_PATH", str(token_path))
-            read_again()
+            read_authentication_again()
 
         yield login
-    read_again()
+    read_authentication_again()
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +60,7 @@ def cluster(ray_head: RayHead) -> Iterator[RayHead]:
             patch.setenv(name, value)
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        from ray._raylet import AuthenticationTokenLoader, Config
-
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        read_authentication_again()
         ray.init(address=ray_head.gcs, log_to_driver=False, logging_level="ERROR")
         yield ray_head
         ray.shutdown()

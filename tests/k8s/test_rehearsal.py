@@ -38,6 +38,7 @@ STEPS = 200
 TOKEN = "rehearsal-" + os.urandom(16).hex()
 
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on the PATH"),
@@ -88,8 +89,8 @@ def replay_dockerfile(folder: Path, app: Path) -> Image:
     shutil.copytree(build / "jobs", app / "jobs")
     shutil.rmtree(build)
     recipe = app / "jobs" / "recipes" / "quickstart.yaml"  # the package brings the manifests along
-    command = f"raymem k8s render {recipe} --overlay cpu-demo --worker-memory 1Gi --set storage.path=/shared/runs"
-    done = subprocess.run(["bash", "-c", command], cwd=app, env=environment, capture_output=True, text=True)
+    render = f"raymem k8s render {recipe} --overlay cpu-demo --worker-memory 1Gi --set storage.path=/shared/runs"
+    done = subprocess.run(["bash", "-c", render], cwd=app, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "kind: RayJob" in done.stdout
     return Image(path, app, {})

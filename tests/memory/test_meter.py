@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from raymem.memory.meter import PeakMeter, heap_in_use_bytes, resident_tensors, storage_bytes
+from raymem.memory.meter import PeakMeter, resident_tensors, storage_bytes
+from raymem.testing import heap_in_use_bytes
 from tests.helpers.support import in_processes
 
 CPU = torch.device("cpu")

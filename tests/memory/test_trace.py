@@ -92,7 +92,7 @@ def test_what_a_module_repeats_without_gradients_is_activations_too() -> None:
 
     class Block(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return Doubled.apply(x)  # type: ignore[no-untyped-call,no-any-return]
+            return Doubled.apply(x)
 
     block, x = Block(), torch.ones(FLOATS, requires_grad=True)
     with Tracer() as tracer:

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from raymem.planner.analytic import closed_form
-from raymem.planner.measure import measure_step
 from raymem.planner.plan import make_plan
 from raymem.planner.step_trace import planned_model, trace_session
 from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
+from raymem.testing import measure_step
 from tests.helpers.planner_cases import FRAGMENTS, LENGTH, case, model_config
 from tests.helpers.support import in_processes, make_recipe, save_model
 
 TOLERANCE = 0.01
+WIDE: dict[str, Any] = {"hidden_size": 128, "max_position_embeddings": 256, "head_dim": 32}
 WIDER = {
     ("mlorc lion bf16 checkpoint", "gpt2", 2): 0.015,
     ("loract sublayer bf16", "llama", 2): 0.03,
@@ -81,7 +82,12 @@ def test_the_peak_is_predicted_within_one_percent_everywhere(name: str, family: 
 @pytest.mark.parametrize("activations", ["none", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_the_peak_with_4_bit_weights(activations: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    wide = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 256, "head_dim": 32}
+    wide: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "max_position_embeddings": 256,
+        "head_dim": 32,
+    }
     model = save_model(tmp_path / "model", **wide)
     # With so many tokens that oneDNN's copies of weights are a small part (docs/planner.md).
     train = {"precision": "bf16", "global_batch": 8, "micro_batch": 8}
@@ -106,7 +112,12 @@ def test_the_peak_of_two_workers(tmp_path: Path) -> None:
     fragments: list[dict[str, Any]] = [{"scaling": {"num_workers": 2}, "train": {"global_batch": 8, "micro_batch": 2}}]
     recipes = []
     for name in ("lora", "mlorc adamw"):
-        wide = {"hidden_size": 128, "intermediate_size": 344, "max_position_embeddings": 256, "head_dim": 32}
+        wide: dict[str, Any] = {
+            "hidden_size": 128,
+            "intermediate_size": 344,
+            "max_position_embeddings": 256,
+            "head_dim": 32,
+        }
         model = save_model(tmp_path / name.replace(" ", "-"), num_hidden_layers=2, **wide)
         recipes.append(make_recipe({"data": {"sequence_length": LENGTH}}, *FRAGMENTS[name], *fragments, model=model))
     ranks = in_processes(measured_one_by_one, 2, tmp_path / "group", [recipe.to_dict() for recipe in recipes])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import RecipeError
+from raymem.memory import Tracer
 from raymem.planner import prediction_error
 from raymem.planner.admission import Admitted, Gate, Refused
 from raymem.planner.analytic import closed_form
@@ -39,7 +40,7 @@ def peak() -> int:
 
 def test_the_budget_decides_to_the_byte(peak: int) -> None:
     with Gate(peak) as gate:
-        assert gate.judge(case("lora")) == Admitted(gate._planner.plan(case("lora")).step_peak_bytes, peak)
+        assert gate.judge(case("lora")) == Admitted(gate.planner.plan(case("lora")).step_peak_bytes, peak)
     with Gate(peak - 1) as gate:
         refused = gate.judge(case("lora"))
     assert isinstance(refused, Refused) and refused.needed_bytes == peak
@@ -53,7 +54,7 @@ def test_what_is_larger_in_every_way_needs_no_plan(peak: int, monkeypatch: pytes
         def refuse(*arguments: Any) -> None:
             raise AssertionError("planned")
 
-        monkeypatch.setattr(gate._planner, "plan_within", refuse)
+        monkeypatch.setattr(gate.planner, "plan_within", refuse)
         rank = case("lora").to_dict()["adapter"]["rank"]
         larger = gate.judge(changed(adapter={"rank": 2 * rank}, optimizer={"lr": 0.3}))
         assert isinstance(larger, Refused) and larger.reason.startswith("as large as another")
@@ -67,13 +68,13 @@ def test_what_was_planned_before_needs_no_process(peak: int) -> None:
         judged = first.judge(case("lora"))
     with Gate(peak) as second:
         assert second.judge(changed(optimizer={"lr": 0.3})) == judged
-        assert second._planner._child is None
+        assert not second.planner.is_running
 
 
 def test_it_can_be_made_ready_before_it_judges(peak: int) -> None:
     with Gate(peak) as gate:
         gate.warm_up(case("lora"))
-        assert gate._planner._child is not None, "although the plan was known"
+        assert gate.planner.is_running, "although the plan was known"
         gate.warm_up(make_recipe(model="nobody/nothing"))
 
 
@@ -86,7 +87,7 @@ def test_the_closed_forms_of_an_unknown_optimizer_are_nobody_elses() -> None:
 
 
 def test_closed_forms_refuse_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymem.planner.step_trace._Runner", None)
+    monkeypatch.setattr(Tracer, "__enter__", None)  # what would begin one
     with Gate(1000) as gate:
         refused = gate.judge(case("lora"))
     assert isinstance(refused, Refused) and "alone take" in refused.reason

@@ -42,7 +42,7 @@ def test_the_peak_of_a_loop_of_ones_own_is_predicted(name: str) -> None:
     optimizer = OPTIMIZERS[name](list(model.parameters()))
 
     def step() -> None:
-        next_token(model, ids).backward()  # type: ignore[no-untyped-call]
+        next_token(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -17,7 +17,7 @@ from raymem.recipe.schema import Recipe
 from raymem.training.model import build as models
 from tests.helpers.support import make_recipe, save_model
 
-WIDE = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 256, "head_dim": 32}
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 256, "head_dim": 32}
 MORAM = {"adapter": {"kind": "moram", "rank": 4, "density": 0.1, "criterion": "gradient"}}
 CHECKPOINT = {"activations": "checkpoint", "data": {"eval": "eval.jsonl"}}
 MIXED = {"train": {"precision": "bf16_mixed"}, "model": {"dtype": "bf16"}}
@@ -54,7 +54,7 @@ def quantised_by_bitsandbytes(weight: torch.Tensor) -> nn.Parameter:
         absmax=state.absmax, shape=state.shape, dtype=state.dtype, blocksize=state.blocksize, code=state.code,
         quant_type="nf4", offset=state.offset, state2=nested,
     )  # fmt: skip
-    return packed  # type: ignore[no-any-return]
+    return packed
 
 
 own = nf4.quantised

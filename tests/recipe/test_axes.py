@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from raymem.planner.measure import measure_step
 
 from raymem.errors import RecipeError
 from raymem.planner import plan_recipe
-from raymem.planner.measure import measure_step
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, AXES, LOSSES, OPTIMIZERS, Axis, register_again, registered
 from raymem.recipe.load import recipe_of, recipe_schema
 from raymem.recipe.space_load import load_space, shipped
@@ -19,7 +19,7 @@ from raymem.training.model.build import build_model
 from tests.helpers import toy_kinds
 from tests.helpers.support import make_recipe
 
-KINDS = {
+KINDS: dict[str, tuple[Axis[Any], Any]] = {
     "optimizer": (OPTIMIZERS, toy_kinds.SignKind),
     "adapter": (ADAPTERS, toy_kinds.ScaleKind),
     "activations": (ACTIVATIONS, toy_kinds.HalfKind),

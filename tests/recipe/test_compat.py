@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import RecipeError
+from raymem.kinds import Rule
 from raymem.recipe import compat
 from raymem.recipe.axes import OPTIMIZERS
 from tests.helpers.support import make_recipe
@@ -81,7 +82,7 @@ def test_no_case_is_left_over() -> None:
 
 
 @pytest.mark.parametrize("rule", compat.all_rules(), ids=lambda rule: " + ".join(rule.settings))
-def test_a_clash_names_both_settings_the_reason_and_the_cure(rule: compat.Rule) -> None:
+def test_a_clash_names_both_settings_the_reason_and_the_cure(rule: Rule) -> None:
     assert rule.settings in CASES, "add recipes that break this new rule"
     for fragment in CASES[rule.settings]:
         with pytest.raises(RecipeError) as caught:

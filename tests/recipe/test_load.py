@@ -268,7 +268,7 @@ storage: {path: runs}
     ]
     assert recipe.data.eval is not None
     assert recipe.data.eval[0].path == str(tmp_path / "eval.parquet")
-    assert recipe.adapter.init_from == str(tmp_path / "adapters" / "one")  # type: ignore[union-attr]
+    assert recipe.adapter.init_from == str(tmp_path / "adapters" / "one")
     assert recipe.storage.path == str(tmp_path / "runs")
     assert load_recipe(written(), ["storage.path=gs://bucket/x"]).storage.path == "gs://bucket/x"
     assert load_recipe(written()).model.name == "org/model"

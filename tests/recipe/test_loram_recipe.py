@@ -64,7 +64,7 @@ def test_paths_of_all_its_parts_become_absolute(tmp_path: Path) -> None:
     assert base.calibration == str(tmp_path / "texts.jsonl")
     assert base.align["data"]["train"][0]["path"] == str(tmp_path / "general.jsonl")
     raw["base"] = {"kind": "loram", "artifact": "pruned"}
-    assert parse_recipe(raw, base_dir=tmp_path).base.artifact == str(tmp_path / "pruned")  # type: ignore[union-attr]
+    assert parse_recipe(raw, base_dir=tmp_path).base.artifact == str(tmp_path / "pruned")
 
 
 def test_alignment_trains_all_but_the_head() -> None:
@@ -74,7 +74,7 @@ def test_alignment_trains_all_but_the_head() -> None:
     assert run is not None
     assert (run.name, run.base.kind, run.adapter.kind, run.optimizer.kind) == ("aligned", "full", "none", "mlorc_adamw")
     assert run.train.steps == 3
-    assert run.adapter.freeze == ["lm_head"]  # type: ignore[union-attr]
+    assert run.adapter.freeze == ["lm_head"]
     assert alignment(make_recipe({"base": BASE})) is None
 
 
@@ -87,7 +87,7 @@ def test_what_is_frozen(llama: Path) -> None:
 
 def test_a_plan_needs_no_pruned_model_and_training_does(llama: Path, tmp_path: Path) -> None:
     planned = make_recipe({"base": BASE}, model=llama)
-    prune_model(llama, tmp_path / "pruned", planned.base.pruning)  # type: ignore[union-attr]
+    prune_model(llama, tmp_path / "pruned", planned.base.pruning)
     real = make_recipe({"base": {"kind": "loram", "artifact": str(tmp_path / "pruned")}}, model=llama)
 
     def shapes(recipe: Recipe, meta: bool) -> dict[str, torch.Size]:
@@ -120,7 +120,7 @@ def test_qloram_holds_the_pruned_layers_in_four_bits(llama: Path, tmp_path: Path
     kinds = {type(p).__name__ for name, p in model.named_parameters() if name.endswith("base_layer.weight")}
     assert kinds == {"Params4bit"}
     ids = torch.arange(16).view(1, 16)
-    model(input_ids=ids, labels=ids).loss.backward()  # type: ignore[operator]
+    model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 

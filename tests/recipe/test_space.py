@@ -13,10 +13,14 @@ from raymem.recipe.space import Space, apply, grid, sample
 from raymem.recipe.space_load import load_space, recipe_at, shipped
 from tests.helpers.support import make_recipe
 
-KIND = {"adapter.kind": {"type": "choice", "choices": ["lora", "moram", "none"]}}
-RANK = {"adapter.rank": {"type": "int", "low": 2, "high": 8, "log": True, "when": {"adapter.kind": ["lora", "moram"]}}}
-DENSITY = {"adapter.density": {"type": "float", "low": 0.1, "high": 0.5, "when": {"adapter.kind": ["moram"]}}}
-MLORC = {
+KIND: dict[str, Any] = {"adapter.kind": {"type": "choice", "choices": ["lora", "moram", "none"]}}
+RANK: dict[str, Any] = {
+    "adapter.rank": {"type": "int", "low": 2, "high": 8, "log": True, "when": {"adapter.kind": ["lora", "moram"]}}
+}
+DENSITY: dict[str, Any] = {
+    "adapter.density": {"type": "float", "low": 0.1, "high": 0.5, "when": {"adapter.kind": ["moram"]}}
+}
+MLORC: dict[str, Any] = {
     "optimizer.kind": {"type": "choice", "choices": ["adamw", "mlorc_adamw"], "when": {"adapter.kind": ["none"]}},
     "optimizer.rank": {"type": "choice", "choices": [4, 8], "when": {"optimizer.kind": ["mlorc_adamw"]}},
 }
@@ -62,12 +66,12 @@ def test_a_grid_has_every_point_once() -> None:
 def test_another_kind_starts_from_its_own_defaults() -> None:
     base = recipe(adapter={"kind": "lora", "rank": 3, "dropout": 0.5})
     same = recipe_at(base, {"adapter.kind": "lora", "adapter.rank": 5}, "point")
-    assert (same.adapter.rank, same.adapter.dropout) == (5, 0.5)  # type: ignore[union-attr]
+    assert (same.adapter.rank, same.adapter.dropout) == (5, 0.5)
     other = recipe_at(base, {"adapter.kind": "moram"}, "point")
     assert other.adapter.kind == "moram" and other.adapter.rank != 3
     assert base.to_dict() == recipe(adapter={"kind": "lora", "rank": 3, "dropout": 0.5}).to_dict(), "not changed"
     first = recipe_at(base, {"adapter.rank": 7, "adapter.kind": "moram"}, "point")
-    assert (first.adapter.kind, first.adapter.rank) == ("moram", 7), "in whatever order they come"  # type: ignore[union-attr]
+    assert (first.adapter.kind, first.adapter.rank) == ("moram", 7), "in whatever order they come"
     assert apply({"train": {"steps": 3}}, {"train.steps": 4}) == {"train": {"steps": 4}}
 
 

@@ -211,7 +211,7 @@ def test_sigkill_of_a_task_changes_nothing(
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-            os.replace = replace
+            os.replace = replace  # type: ignore[assignment]
         run_step(job, step)
 
     monkeypatch.setattr("raymem.cluster.prune.run_task", dying_task)
@@ -260,11 +260,10 @@ def test_sigkill_of_the_driver_while_tasks_run(
 
 
 def driver_that_dies(recipe: Recipe, environment: dict[str, str]) -> None:
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from tests.helpers.ray_fixtures import read_authentication_again
 
     os.environ.update(environment)
-    Config.initialize("")  # Ray read its environment when it was imported
-    AuthenticationTokenLoader.instance().reset_cache()
+    read_authentication_again()  # Ray read its environment when it was imported
     pipeline = Pipeline(recipe)
 
     def die(done: int, total: int) -> None:
@@ -294,6 +293,7 @@ def nodes(tmp_path: Path) -> Iterator[Any]:
 
 
 @SLOW
+@pytest.mark.ray
 def test_a_node_dies(
     nodes: Any, untouched: tuple[Path, dict[str, int]], llama: Path, examples: Path, tmp_path: Path
 ) -> None:
@@ -347,7 +347,7 @@ def test_bad_options_and_models(recipe_file: Path, tmp_path: Path, capsys: pytes
     assert "does not know how the layers of model_type 'gpt2' are coupled" in line
     assert "base.kind: full is not pruned" in refused(capsys, "run", recipe_file, "-s", "base={kind: full}")
     assert "base.align.model: not a section" in refused(capsys, "run", recipe_file, "-s", "base.align.model={name: x}")
-    job = [sys.executable, ROOT / "jobs" / "loram.py", recipe_file, "-s", "base.ratio=2"]
+    job: list[Any] = [sys.executable, ROOT / "jobs" / "loram.py", recipe_file, "-s", "base.ratio=2"]
     done = subprocess.run(job, capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert not list((tmp_path / "runs").rglob("*.safetensors"))

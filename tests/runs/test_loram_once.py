@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from raymem.methods.loram import source as source_module
+from raymem.methods.loram.config import LoRAMOptions
 from raymem.runs.loram import Pipeline
+from raymem.storage.safetensors_io import fingerprint
 from raymem.sweeps import trial as trial_module
 from raymem.sweeps.trial import TrialJob
 from raymem.training.data import shards
+from raymem.training.data.shards import prepare
 from tests.helpers.loram_runs import STAGES, loram_recipe, run_stages
 
 
@@ -21,7 +24,6 @@ from tests.helpers.loram_runs import STAGES, loram_recipe, run_stages
 def counts(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Openings of the full model, and preparations by split and first file."""
     found: Counter[str] = Counter()
-    fingerprint, prepare = source_module.fingerprint, shards.prepare
 
     def counting_fingerprint(directory: Path, file: str) -> Any:
         found["opened"] += directory == llama
@@ -78,7 +80,7 @@ def test_a_pruned_model_that_the_recipe_names_is_held_against_the_full_one_once(
 ) -> None:
     pruned = Pipeline(loram_recipe(llama, examples, tmp_path, align=False)).prune().directory
     recipe = loram_recipe(llama, examples, tmp_path, align=False)
-    recipe = recipe.model_copy(update={"base": type(recipe.base)(artifact=str(pruned))})
+    recipe = recipe.model_copy(update={"base": LoRAMOptions(artifact=str(pruned))})
     for stage, once in {"prune": (1, 0, 0), "train": (1, 1, 1), "recover": (1, 0, 0), "evaluate": (1, 0, 1)}.items():
         pipeline = Pipeline(recipe)
         assert (stage, counted(counts, getattr(pipeline, stage))) == (stage, once)

@@ -10,7 +10,7 @@ import pytest
 
 import raymem
 from raymem.errors import ModelError, RecipeError
-from raymem.recipe.schema import FullBase
+from raymem.recipe.axes import full_base
 from raymem.runs.backend import LocalBackend
 from raymem.runs.loram import Pipeline
 from raymem.runs.prepare import prepare
@@ -116,7 +116,7 @@ def test_a_base_is_planned_then_pruned(llama: Path, examples: Path, tmp_path: Pa
     assert prepare(aligned, status=print).recipe == aligned.recipe
     full = on_full_model(aligned, "small-full")
     assert (full.recipe.base, full.recipe.name, full.run.path) == (
-        FullBase(),
+        full_base(),
         "small-full",
         str(tmp_path / "small-full"),
     )

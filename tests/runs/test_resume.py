@@ -89,8 +89,7 @@ def test_exit_in_the_middle_of_a_step_changes_nothing(
     def exiting_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         from raymem.cluster.train.worker import train_worker
         from raymem.training import loop
-
-        original = loop.train_step
+        from raymem.training.step import train_step as original
 
         def train_step(*arguments: Any, **options: Any) -> Any:
             step, last_rank = arguments[4], int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
@@ -99,7 +98,7 @@ def test_exit_in_the_middle_of_a_step_changes_nothing(
                 os._exit(1)
             return original(*arguments, **options)
 
-        loop.train_step = train_step
+        loop.train_step = train_step  # type: ignore[attr-defined]
         return train_worker(config)
 
     monkeypatch.setattr("raymem.cluster.train.controller.train_worker", exiting_worker)

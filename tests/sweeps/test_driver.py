@@ -30,6 +30,7 @@ from raymem.sweeps.options import Objective, SweepOptions
 from raymem.sweeps.report import SweepRow
 from raymem.sweeps.result import SweepResult
 from raymem.sweeps.search import open_study
+from raymem.tracking.none_kind import NoTracking
 from tests.helpers.ray_processes import RayHead, clean_environment, end_session, free_ports
 from tests.helpers.runs import MONITOR, ray_recipe
 from tests.helpers.support import PlansHere
@@ -88,7 +89,7 @@ def test_only_what_fits_is_tried_and_the_best_can_be_trained(
 ) -> None:
     monkeypatch.setattr(search_module, "PATIENCE", 20)
     budget = (sizes[1] + sizes[2]) // 2
-    tracked = recipe.model_copy(update={"tracking": recipe.tracking.model_validate({"kind": "none"})})
+    tracked = recipe.model_copy(update={"tracking": NoTracking()})
     swept = run(tracked, budget)
     rows = started(swept.rows)
     assert len(rows) == 6 and {row.status for row in rows} == {"finished"}
@@ -114,7 +115,7 @@ def dying_trial(config: dict[str, Any]) -> None:
     import torch
 
     from raymem.sweeps.trial import TrialJob, run_trial
-    from raymem.training import loop
+    from raymem.training import loop, step
 
     job = TrialJob.of(config)
     folder = Path(job.recipe["storage"]["path"])
@@ -122,7 +123,7 @@ def dying_trial(config: dict[str, Any]) -> None:
         file.write(f"{job.number} {os.getpid()}\n")
     attempts = [line.split()[0] for line in (folder / "attempts.txt").read_text().splitlines()]
     index = sorted(set(map(int, attempts))).index(job.number)
-    original = loop.train_step
+    original = step.train_step
 
     def fails(*arguments: Any, **options: Any) -> Any:
         if index % 5 == 4:
@@ -217,11 +218,11 @@ def test_a_stopped_trial_with_workers_ends_with_them(cluster: RayHead, recipe: R
 def killed_trial(config: dict[str, Any]) -> None:
     """The second trial's process is killed at its first try."""
     from raymem.sweeps.trial import TrialJob, run_trial
-    from raymem.training import loop
+    from raymem.training import loop, step
 
     job = TrialJob.of(config)
     folder = Path(job.recipe["storage"]["path"])
-    original = loop.train_step
+    original = step.train_step
 
     def dies(*arguments: Any, **options: Any) -> Any:
         if not (folder / "killed.txt").exists():

@@ -42,7 +42,7 @@ class RankGate:
 
     def judge(self, recipe: Recipe) -> Judged:
         self.asked += 1
-        needed = 1000 * recipe.adapter.rank  # type: ignore[union-attr]
+        needed = 1000 * recipe.adapter.rank
         if needed > BUDGET:
             return Refused(f"takes {needed}", needed, needed / BUDGET - 1)
         return Admitted(needed, needed)
@@ -59,7 +59,7 @@ def begin(
 ) -> BudgetedSearch:  # fmt: skip
     def configure(number: int, recipe: Recipe, predicted: int, needed: int) -> dict[str, Any]:
         assert predicted == needed <= BUDGET
-        return {"number": number, "rank": recipe.adapter.rank, "lr": recipe.optimizer.lr, "predicted": predicted}  # type: ignore[union-attr]
+        return {"number": number, "rank": recipe.adapter.rank, "lr": recipe.optimizer.lr, "predicted": predicted}
 
     objective = Objective(metrics)
     folder.mkdir(exist_ok=True)
@@ -82,7 +82,7 @@ def finished(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_all(search: BudgetedSearch, prefix: str = "t", most: int = 1000) -> list[dict[str, Any]]:
-    configs = []
+    configs: list[dict[str, Any]] = []
     while len(configs) < most and (config := next_config(search, f"{prefix}{len(configs)}")) is not None:
         search.on_trial_complete(f"{prefix}{len(configs)}", finished(config))
         configs.append(config)
@@ -297,7 +297,7 @@ def test_the_report_has_table_figure_and_a_recipe_to_train(tmp_path: Path) -> No
     assert f"| {best.number} | {best.metrics['eval_loss']:.4f} | {bytes_text(best.measured_bytes or 0)} |" in page
     assert (tmp_path / "report" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     loaded = load_recipe(tmp_path / "report" / "best.yaml")
-    assert loaded.adapter.rank == best.point["adapter.rank"] and loaded.name == "best"  # type: ignore[union-attr]
+    assert loaded.adapter.rank == best.point["adapter.rank"] and loaded.name == "best"
     assert loaded.optimizer.lr == best.point["optimizer.lr"] and loaded.space is None
     assert loaded.budget == f"{BUDGET}B"
     assert best_recipe(RECIPE, best, "eval_loss", BUDGET).startswith(

@@ -35,7 +35,7 @@ def first_use(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     store = tmp_path_factory.mktemp("mlflow") / "new" / "store"
     cwd = tmp_path_factory.mktemp("cwd")
     command = [sys.executable, "-c", FIRST_USE, str(store), json.dumps(recipe(experiment="first"))]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     both = [subprocess.Popen(command, cwd=cwd, text=True, **pipes) for _ in range(2)]
     try:
         outputs = [process.communicate(timeout=120)[0] for process in both]

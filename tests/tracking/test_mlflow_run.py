@@ -30,7 +30,7 @@ def test_a_new_run_is_complete(storage: str) -> None:
     assert {"raymem.torch", "raymem.ray", "raymem.transformers", "raymem.peft", "raymem.version"} <= set(run.data.tags)
     here = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert run.data.tags.get("mlflow.source.git.commit", "") == here
-    text = Path(storage, "mlartifacts", tracker.run_id, "artifacts", "recipe.yaml").read_text()
+    text = Path(storage, "mlartifacts", str(tracker.run_id), "artifacts", "recipe.yaml").read_text()
     assert yaml.safe_load(text)["train"] == {"steps": 30}
 
 

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raymem.memory.trace import Tracer, peak_of
 from raymem.methods.loract.config import LoRActOptions
-from raymem.planner.measure import measure_step
 from raymem.planner.plan import make_plan
 from raymem.planner.step_trace import trace_session
 from raymem.planner.types import Target
+from raymem.testing import measure_step
 from raymem.training import lean
 from raymem.training.lean import functions, nf4
 from raymem.training.lean.forwards import Lean, LeanLora, LeanMlp, LeanNorm
@@ -112,7 +112,7 @@ def test_dropout_is_that_of_its_mask() -> None:
     for second in (None, up):
         leaves = [t for t in (x, second, a, b) if t is not None]
         torch.manual_seed(1)
-        y = LoraFunction.apply(x, second, a, b, weight.dense, weight, 1.5, 0.25)  # type: ignore[no-untyped-call]
+        y = LoraFunction.apply(x, second, a, b, weight.dense, weight, 1.5, 0.25)
         found = torch.autograd.grad(y.sin().sum(), leaves)
         torch.manual_seed(1)
         mask = torch.empty(8, 6, dtype=torch.bool).bernoulli_(0.75)
@@ -203,7 +203,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     torch.manual_seed(0)
     layer.weight = bnb.nn.Params4bit(torch.randn(192, 320), requires_grad=False, quant_type="nf4", module=layer)
     layer.bias = nn.Parameter(torch.randn(192, dtype=torch.bfloat16), requires_grad=False)
-    return layer.to("cpu")  # type: ignore[no-any-return]
+    return layer.to("cpu")
 
 
 def test_products_with_blocks_are_those_with_the_whole_weight(packed: Any) -> None:
@@ -269,7 +269,7 @@ def backward_bytes(module: nn.Module, x: torch.Tensor) -> int:
 
 def parts(dropout: float) -> tuple[list[nn.Module], list[nn.Module], torch.Tensor]:
     """Norm and MLP of a llama layer in bf16, stock and lean, and an input."""
-    shape = {"hidden_size": HIDDEN, "intermediate_size": INNER, "head_dim": 16}
+    shape: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": INNER, "head_dim": 16}
     both = pair(lora_model(dropout=dropout, dtype=torch.bfloat16, **shape))
     layers = [model.base_model.model.model.layers[0] for model in both]
     x = torch.randn(1, TOKENS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
@@ -312,7 +312,12 @@ def test_the_peak_of_a_step_is_as_predicted(quantised: bool, tmp_path: Path, mon
     """Where the MLP decides; and what lean layers take off it is really gone."""
     if quantised:
         pytest.importorskip("bitsandbytes")
-    wide = {"hidden_size": 64, "intermediate_size": 1024, "max_position_embeddings": 256, "head_dim": 16}
+    wide: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 1024,
+        "max_position_embeddings": 256,
+        "head_dim": 16,
+    }
     model = save_model(tmp_path / "model", **wide)
     recipe = make_recipe(
         {"train": {"precision": "bf16", "global_batch": 4, "micro_batch": 4}, "data": {"sequence_length": 256}},

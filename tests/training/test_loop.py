@@ -16,17 +16,14 @@ from raymem.errors import CheckpointError, NonFiniteError
 from raymem.recipe.schema import Recipe
 from raymem.training import loop
 from raymem.training.checkpoint import latest_manifest
+from raymem.training.evaluate import Evaluation, evaluate
+from raymem.training.loop import METERED_STEPS
+from raymem.training.step import train_step
 from tests.helpers.support import assert_same, column, make_recipe, run_fragment, run_storage, train
 
 STEPS = {"train": {"steps": 4, "save_every": 2}}
 SIX = {"train": {"steps": 6}}
 FULL = {"adapter": {"kind": "none"}}
-
-
-@pytest.fixture(autouse=True)
-def _unmetered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Profiling steps takes longer than making them; one test below does it."""
-    monkeypatch.setattr(loop, "METERED_STEPS", ())
 
 
 @pytest.fixture
@@ -128,14 +125,13 @@ def test_an_epoch_is_every_row_once(recipe_for: Any) -> None:
     assert len(rows) == outcome.steps
 
 
-def test_rows_and_outcome_say_what_happened(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+def test_rows_and_outcome_say_what_happened(recipe_for: Any) -> None:
     recipe = recipe_for("run", {"train": {"eval_every": 3}}, evaluated=True)
-    outcome, rows = train(recipe)
+    outcome, rows = train(recipe, metered_steps=METERED_STEPS)
     assert outcome is not None
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_loss" in row] == [3, 4]
-    assert [row["step"] for row in rows if "peak_bytes" in row] == list(loop.METERED_STEPS)
+    assert [row["step"] for row in rows if "peak_bytes" in row] == list(METERED_STEPS)
     assert outcome.loss == rows[-1]["loss"] and outcome.eval_loss == rows[-1]["eval_loss"]
     assert outcome.eval_perplexity == pytest.approx(math.exp(rows[-1]["eval_loss"]))
     peaks = column(rows, "peak_bytes")
@@ -146,14 +142,11 @@ def test_rows_and_outcome_say_what_happened(recipe_for: Any, monkeypatch: pytest
     json.dumps(outcome.to_dict())
 
 
-def test_a_run_that_is_resumed_at_its_end_still_says_what_it_took(
-    recipe_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_resumed_at_its_end_still_says_what_it_took(recipe_for: Any) -> None:
     """One step is left, and the first of a session is not metered."""
-    monkeypatch.undo()
     recipe = recipe_for("run", {"train": {"save_every": 3}})
-    _, first = train(recipe, stop_after=4)
-    outcome, second = train(recipe)
+    _, first = train(recipe, stop_after=4, metered_steps=METERED_STEPS)
+    outcome, second = train(recipe, metered_steps=METERED_STEPS)
     assert outcome is not None and outcome.started_at == 3
     assert outcome.peak_bytes == max(column(first, "peak_bytes")) > 0
     assert outcome.earlier_s >= first[2]["elapsed_s"] > 0
@@ -166,7 +159,7 @@ def test_nan_stops_with_its_step_and_keeps_the_last_good_checkpoint(
     recipe_for: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_for("run")
-    original = loop.train_step
+    original = train_step
 
     def broken(model: Any, batches: Any, targets: int, updater: Any, step: int, *args: Any, **options: Any) -> Any:
         return original(model, batches, math.nan if step == 2 else targets, updater, step, *args, **options)  # type: ignore[arg-type]
@@ -191,10 +184,10 @@ def test_nan_before_the_first_checkpoint_says_that_there_is_none(recipe_for: Any
 def test_the_best_checkpoint_leaves(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     best = recipe_for("best", SIX, {"storage": {"keep": "best", "num_to_keep": 1}}, evaluated=True)
     short = recipe_for("short", SIX, evaluated=True)
-    original, losses = loop.evaluate, iter([0.9, 0.1, 0.5])
+    losses = iter([0.9, 0.1, 0.5])
 
     def scripted(*args: Any, **options: Any) -> Any:
-        return loop.Evaluation(next(losses), original(*args, **options).num_targets)
+        return Evaluation(next(losses), evaluate(*args, **options).num_targets)
 
     monkeypatch.setattr(loop, "evaluate", scripted)
     outcome, _ = train(make_like(best, eval_every=2))

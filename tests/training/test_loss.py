@@ -58,7 +58,7 @@ def loss_and_gradients(recipe: Recipe, model: Any, batch: Batch) -> tuple[torch.
             nn.init.normal_(parameter, std=0.1)  # at zero, A would have no gradient
     torch.manual_seed(0)
     loss = forward_loss_sum(model, batch, mixed=recipe.train.precision == "bf16_mixed")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
 

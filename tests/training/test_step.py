@@ -66,8 +66,9 @@ def test_accumulation_equals_the_large_batch(llama: Path) -> None:
     drawn = random_batch(4, 24)
     drawn.labels[0, 4:] = -100
     whole = Batch(drawn.input_ids, drawn.labels, drawn.position_ids, None)
-    parts = [Batch(whole.input_ids[i : i + 1], whole.labels[i : i + 1], whole.position_ids[i : i + 1], None)
-             for i in range(4)]  # type: ignore[index]  # fmt: skip
+    assert whole.position_ids is not None
+    rows = zip(whole.input_ids.split(1), whole.labels.split(1), whole.position_ids.split(1), strict=True)
+    parts = [Batch(ids, labels, positions, None) for ids, labels, positions in rows]
     _, model, updater = build(llama)
     _, split_model, split = build(llama)
     for step in range(2):

@@ -12,16 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from raymem.methods.plain.losses import FullLoss, FullLossKind
 from raymem.planner.plan import make_plan
 from raymem.planner.step_trace import trace_session
 from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
-from raymem.training import loop
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.dataset import PackedRows
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import evaluate
+from raymem.training.loop import METERED_STEPS
 from raymem.training.loss import prepare as prepare_loss
 from raymem.training.model.build import build_model
 from tests.helpers.support import (
@@ -76,12 +77,10 @@ Job = tuple[str, dict[str, Any], int]
 def train_all(jobs: list[Job]) -> dict[str, dict[str, Any]]:
     """Per job the outcome and the rows of this rank."""
     found = {}
-    metered = loop.METERED_STEPS
     for key, raw, stop_after in jobs:
-        # Profiling takes longer than the step.
-        loop.METERED_STEPS = metered if key.endswith("lora") or key == "two-ddp-full" else ()
+        metered = METERED_STEPS if key.endswith("lora") or key == "two-ddp-full" else ()
         recipe = Recipe.model_validate(raw)
-        outcome, rows = train(recipe, stop_after=stop_after)
+        outcome, rows = train(recipe, stop_after=stop_after, metered_steps=metered)
         found[key] = {"outcome": outcome and outcome.to_dict(), "rows": rows}
     return found
 
@@ -111,9 +110,7 @@ def runs(recipe_of: Any, place: Path) -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def plain(recipe_of: Any) -> dict[str, list[dict[str, float]]]:
     """Rows of the runs without any process group."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "METERED_STEPS", ())
-        return {kind: train(recipe_of("plain", kind, 0, "ddp"))[1] for kind in KINDS}
+    return {kind: train(recipe_of("plain", kind, 0, "ddp"))[1] for kind in KINDS}
 
 
 def tolerance(kind: str) -> float:
@@ -201,7 +198,7 @@ def test_a_sharded_result_is_a_standard_model(runs: Any, recipe_of: Any) -> None
     model = AutoModelForCausalLM.from_pretrained(outcome["artifact"])
     assert model.lm_head.weight is model.model.embed_tokens.weight
     rows = PackedRows(prepare_split(recipe, "eval").directories)
-    prepare_loss(model, "full")
+    prepare_loss(model, FullLossKind(), FullLoss())
     found = evaluate(model, rows, Layout(), micro_batch=3, mixed=False)
     assert found.loss == pytest.approx(outcome["eval_loss"], rel=1e-5)
 
@@ -228,7 +225,7 @@ def export_from_a_hub_id(recipe: Recipe, snapshot: str, folder: str) -> str:
     from raymem.training.artifacts.export import export_final
     from raymem.training.model.build import build_model
 
-    huggingface_hub.snapshot_download = lambda *_, **__: snapshot
+    huggingface_hub.snapshot_download = lambda *_, **__: snapshot  # type: ignore[assignment]
     layout = Layout.current(recipe)
     Path(folder).mkdir(exist_ok=True)
     return export_final(build_model(recipe, layout), recipe, layout, Storage.open(folder), {"step": 0})

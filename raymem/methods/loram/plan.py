@@ -35,11 +35,6 @@ class Size:
     def bf16_bytes(self) -> int:
         return 2 * self.parameters
 
-    @property
-    def paper_4bit_bytes(self) -> int:
-        """The paper's idealised count: every parameter in 4 bits, scales free."""
-        return math.ceil(self.parameters / 2)
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -121,7 +121,10 @@ RULES = (
         "make train.global_batch equal to train.micro_batch times the number of workers",
         lambda r: (
             _in_backward(r)
-            and (r.train.micro_batch == "auto" or r.train.global_batch > r.train.micro_batch * r.scaling.most_workers)
+            and (
+                r.train.micro_batch == "auto"
+                or r.train.global_batch > r.train.micro_batch * max(1, r.scaling.most_workers)
+            )
         ),
     ),
     Rule(

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from raymem.errors import NonFiniteError
 from raymem.linalg import LowRank, stochastic_round
+from raymem.linalg.local import local
 from raymem.methods.mlorc import plain, sharding
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.methods.mlorc.eligibility import StateSummary, is_compressed
@@ -186,8 +187,8 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
         state["step"] += 1
         assert parameter.grad is not None
         matrix = Matrix(
-            sharding.local(parameter),
-            sharding.local(parameter.grad),
+            local(parameter),
+            local(parameter.grad),
             sharding.sum_over_ranks(parameter),
             self._rounding(name, group["step"], parameter.device),
             sketch_width=len(self.moments) * (group["rank"] + group["oversampling"]) if compressed else 0,
@@ -210,7 +211,7 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
             state[f"{moment}.left"], state[f"{moment}.right"] = factors
 
     def _momentum(self, moment: str, name: str, state: State, group: dict[str, Any]) -> Momentum:
-        factors = LowRank(*(sharding.local(state[f"{moment}.{side}"]) for side in ("left", "right")))
+        factors = LowRank(*(local(state[f"{moment}.{side}"]) for side in ("left", "right")))
         fresh = min(group["oversampling"], min(state[f"{moment}.left"].shape[0], factors.shape[1]) - factors.rank)
         return Momentum(factors, fresh, generator(self._seed, "mlorc", name, moment, group["step"]))
 

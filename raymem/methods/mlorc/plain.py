@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.adamw import adamw
 
-from raymem.methods.mlorc.sharding import local
+from raymem.linalg.local import local
 from raymem.methods.mlorc.update import Matrix
 
 

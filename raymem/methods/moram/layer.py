@@ -132,9 +132,6 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             )
         return bool(now[0] == then[0])
 
-    def is_selected(self, name: str) -> bool:
-        return name in self._selected
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         for key in state_dict:
             name = key.removeprefix(f"{prefix}moram_index.")

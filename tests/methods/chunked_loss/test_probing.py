@@ -48,7 +48,7 @@ def test_what_follows_the_head_is_found(name: str) -> None:
 class LooksAtItsNeighbour(LlamaForCausalLM):
     """Its logits depend on those of the position before, so that no chunk can be right."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:  # type: ignore[override]
+    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         output = super().forward(*args, **kwargs)
         output.logits = output.logits + 0.1 * output.logits.roll(1, dims=1)
         return output
@@ -57,7 +57,7 @@ class LooksAtItsNeighbour(LlamaForCausalLM):
 class ScalesByLength(LlamaForCausalLM):
     """Its logits depend on how many positions there are."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:  # type: ignore[override]
+    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         output = super().forward(*args, **kwargs)
         output.logits = output.logits * (1 + output.logits.shape[1] / 100)
         return output

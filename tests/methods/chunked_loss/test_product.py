@@ -108,9 +108,9 @@ def test_without_a_target_the_loss_is_zero_and_so_are_the_gradients() -> None:
 def test_a_second_backward_pass_is_refused() -> None:
     given = make(torch.float32)
     loss = cross_entropy_sum(*given)
-    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="earlier backward pass"):
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
 
 def test_rows_follow_from_bytes_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_it_holds_less_than_a_sixteenth_of_the_logits(
             tracer.adopt(given, "weights", "")
         attribute("loss")
         loss = cross_entropy_sum(hidden, head, targets, torch.arange(positions))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     alive = peak = 0
     for change in tracer.changes:
         alive += change.num_bytes * (change.record.category == "loss")

@@ -151,7 +151,7 @@ def test_the_checkpointing_switch_of_transformers_changes_nothing(scope: str) ->
 def test_a_4_bit_base() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     model = build("llama")
-    for block in model.model.layers:  # type: ignore[union-attr,attr-defined]
+    for block in model.model.layers:  # type: ignore[union-attr]
         for parent, name in ((block.mlp, "gate_proj"), (block.mlp, "down_proj"), (block.self_attn, "q_proj")):
             old = getattr(parent, name)
             new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from raymem.memory.meter import PeakMeter, heap_in_use_bytes, resident_tensors
+from raymem.memory.meter import PeakMeter, resident_tensors
 from raymem.methods.loract import compress_activations
+from raymem.testing import heap_in_use_bytes
 from tests.helpers.loract_families import batch, build
 
 LARGE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8,
@@ -131,10 +132,11 @@ def test_one_compression_serves_all_that_save_the_same_tensor(small: nn.Module) 
 def factors(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """Weak references to everything that is made in the place of a tensor."""
     from raymem.methods.loract import packer
+    from raymem.methods.loract.saved import Factors
 
     made: list[weakref.ref[Any]] = []
 
-    monkeypatch.setattr(packer, "Factors", type("Factors", (packer.Factors,), {"__init__": _tracked(made)}))
+    monkeypatch.setattr(packer, "Factors", type("Factors", (Factors,), {"__init__": _tracked(made)}))
     return made
 
 

@@ -10,18 +10,12 @@ import torch
 
 from raymem.errors import RecipeError
 from raymem.recipe.schema import Recipe
-from raymem.training import loop
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.model.build import build_model
 from tests.helpers.support import column, in_processes, make_recipe, run_fragment, run_storage, train
 
 LOSSY: dict[str, Any] = {"kind": "loract", "rank": 4, "first_input": "compressed"}
 AUTO: dict[str, Any] = {"kind": "loract", "rank": "auto", "max_rank": 16, "tolerance": 0.3, "report_every": 2}
-
-
-@pytest.fixture(autouse=True)
-def unmetered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "METERED_STEPS", ())  # profiling takes longer than the step
 
 
 @pytest.fixture
@@ -42,7 +36,6 @@ def recipe_of(examples: Path, llama: Path, tmp_path: Path) -> Any:
 
 
 def losses_of(raw: dict[str, Any]) -> list[float]:
-    loop.METERED_STEPS = ()
     return column(train(Recipe.model_validate(raw))[1])
 
 

@@ -88,7 +88,12 @@ def test_a_patch_of_somebody_else_on_top_survives_removal() -> None:
     handle = compress_activations(model, rank=4)
     layer: Any = model.model.layers[1]  # type: ignore[union-attr,index]
     inner, seen = layer.forward, []
-    layer.forward = lambda *args, **kwargs: (seen.append(1), inner(*args, **kwargs))[1]
+
+    def on_top(*args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return inner(*args, **kwargs)
+
+    layer.forward = on_top
     handle.remove()
     model(**inputs).loss.backward()
     assert seen == [1]

@@ -12,7 +12,8 @@ from transformers import AutoConfig, LlamaConfig, Phi3Config
 from raymem.errors import ModelError
 from raymem.methods.loram import coupling as coupling_module
 from raymem.methods.loram.coupling import Group, Member, couple
-from raymem.methods.loram.validate import tiny_config, validate_coupling
+from raymem.methods.loram.validate import validate_coupling
+from raymem.methods.tiny_model import tiny_config
 from tests.helpers.loram_families import FAMILIES, config_of
 
 

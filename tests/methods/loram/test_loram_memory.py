@@ -23,7 +23,13 @@ from raymem.methods.loram.nonuniform import read_config
 from raymem.methods.loram.steps import layerwise_model, memory_bytes, run_step, steps
 from tests.helpers.loram_families import save, token_ids
 
-SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "head_dim": 32, "num_hidden_layers": 6}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 8,
+    "head_dim": 32,
+    "num_hidden_layers": 6,
+}
 IDS = token_ids(2, 8)
 
 

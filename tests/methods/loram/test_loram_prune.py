@@ -213,7 +213,8 @@ def test_steps_may_run_in_any_order_that_after_allows(full: Path, tmp_path: Path
     options = PruneOptions(criterion="taylor", keep_first=1, keep_last=1)
     prune_model(full, tmp_path / "one", options, IDS)
     job = open_job(full, tmp_path / "two", options, IDS)
-    waiting, done = list(reversed(steps(job))), set()
+    waiting = list(reversed(steps(job)))
+    done: set[str] = set()
     while waiting:
         step = next(step for step in waiting if done.issuperset(step.after))
         run_step(job, step)

@@ -85,7 +85,8 @@ def test_what_is_not_a_large_matrix_gets_plain_adamw_exactly(shape: tuple[int, .
 
 def test_a_group_can_be_left_uncompressed() -> None:
     parameter, other = nn.Parameter(torch.ones(64, 64)), nn.Parameter(torch.ones(64, 64))
-    optimizer = MLorcAdamW([{"params": [parameter], "rank": None}, {"params": [other], "rank": 7}])
+    groups: list[dict[str, Any]] = [{"params": [parameter], "rank": None}, {"params": [other], "rank": 7}]
+    optimizer = MLorcAdamW(groups)
     for tensor in (parameter, other):
         tensor.grad = torch.randn(64, 64)
     optimizer.step()
@@ -131,7 +132,7 @@ def compare(rank: int, second_moment: str) -> dict[str, tuple[float, float]]:
         sums["first"].append((error(ours[0], first), error(line_moments[0], first)))
         sums["second"].append((error(ours[1], second), error(line_moments[1], second)))
         sums["cosine"].append((cosine(-parameter.detach(), exact), cosine(theirs, exact)))
-    return {key: tuple(sum(column) / len(column) for column in zip(*pairs, strict=True)) for key, pairs in sums.items()}  # type: ignore[misc]
+    return {key: tuple(sum(column) / len(column) for column in zip(*pairs, strict=True)) for key, pairs in sums.items()}
 
 
 @pytest.mark.parametrize("rank", [4, 32])

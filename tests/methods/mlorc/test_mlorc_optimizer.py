@@ -80,7 +80,7 @@ def test_in_the_trainer_of_transformers(optimizer_class: Any, llama: Path, tmp_p
         disable_tqdm=True,
     )
     data = [{"input_ids": row, "labels": row} for row in ids]
-    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))  # type: ignore[arg-type]
+    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
@@ -330,7 +330,9 @@ def test_a_bad_gradient_is_named_before_anything_is_written(optimizer_class: Any
     before, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
     optimizer.zero_grad()
     loss_of(model, 2).backward()
-    model[4].weight.grad[3, 3] = bad
+    gradient = model.get_parameter("4.weight").grad
+    assert gradient is not None
+    gradient[3, 3] = bad
     with pytest.raises(NonFiniteError, match=r"gradient of 4\.weight has NaN or infinity; nothing was updated"):
         optimizer.step()
     assert same(model, before)
@@ -355,7 +357,7 @@ def test_state_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match=r"1\.weight: the state has .*\(128, 4\).* needs .*\(192, 4\)"):
         MLorcAdamW(wider.named_parameters()).load_state_dict(saved)
     with pytest.raises(ValueError, match="doesn't match the size"):
-        MLorcAdamW(model[1].parameters()).load_state_dict(saved)
+        MLorcAdamW(model.get_submodule("1").parameters()).load_state_dict(saved)
     with pytest.raises(ValueError, match=r"0\.weight: the state has"):
         MLorcLion(model.named_parameters()).load_state_dict(saved)
     foreign = torch.optim.AdamW(model.parameters()).state_dict()

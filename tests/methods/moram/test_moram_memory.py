@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 
-from raymem.memory.meter import PeakMeter, heap_in_use_bytes
+from raymem.memory.meter import PeakMeter
 from raymem.methods.moram import select_indices
 from raymem.methods.moram.base import BaseWeight
 from raymem.methods.moram.ops import moram_linear, selected_delta
+from raymem.testing import heap_in_use_bytes
 from tests.helpers.moram_cases import random_case, small_llama, token_batches, with_moram
 
 OUTPUTS, INPUTS, TOKENS = 1408, 1024, 256
@@ -63,11 +65,21 @@ def test_fast_needs_no_more_than_both_transposes_and_a_chunk(k: int) -> None:
     assert max(transients("fast", k, torch.float32, torch.float32)) <= both + weight_bytes / 2
 
 
+def keeping() -> tuple[list[torch.Tensor], AbstractContextManager[None]]:
+    """What is saved for backward, once the context is entered."""
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    return kept, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+
 @pytest.mark.parametrize("formulation", ["fast", "frugal"])
 def test_only_the_input_is_kept_for_backward(formulation: Any) -> None:
     case = random_case(OUTPUTS, INPUTS, 16, rank=8, tokens=(TOKENS,), bias=False)
-    kept: list[torch.Tensor] = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    kept, hooks = keeping()
     with hooks:
         y = moram_linear(
             case.x, case.index_OK, case.factor_A_RI, case.factor_B_OR, scale=1.0,
@@ -82,8 +94,8 @@ def test_without_training_nothing_is_kept() -> None:
     case = random_case(OUTPUTS, INPUTS, 16, tokens=(TOKENS,))
     case.factor_A_RI.requires_grad_(False)
     case.factor_B_OR.requires_grad_(False)
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    kept, hooks = keeping()
+    with hooks:
         moram_linear(
             case.x, case.index_OK, case.factor_A_RI, case.factor_B_OR, scale=1.0, base=BaseWeight(case.weight_OI)
         )

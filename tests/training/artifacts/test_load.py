@@ -65,7 +65,7 @@ def test_a_prompt_begins_once(results: dict[str, Path], monkeypatch: pytest.Monk
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(**random_batch(2, 12, packed=False).model_inputs()).logits  # type: ignore[no-any-return]
+        return model(**random_batch(2, 12, packed=False).model_inputs()).logits
 
 
 def test_merging_folds_the_adapter_into_a_plain_model(results: dict[str, Path], tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def rows(write_jsonl: Any, examples: Any, tokenizer_dir: Path, tmp_path: Path) -
     path = write_jsonl("x.jsonl", [{"prompt": e.prompt, "completion": e.completion} for e in examples])
 
     def make(packing: Any) -> PackedRows:
-        section = DataSection(train=str(path), sequence_length=S, packing=packing)
+        section = DataSection.model_validate({"train": str(path), "sequence_length": S, "packing": packing})
         return PackedRows(prepare(section, "train", str(tokenizer_dir), tmp_path).directories)
 
     return make

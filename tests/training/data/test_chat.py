@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError, ModelError
-from raymem.recipe.schema import DataSection
+from raymem.recipe.data import DataSection
 from raymem.training.data import chat
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder

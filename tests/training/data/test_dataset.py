@@ -27,7 +27,7 @@ def prepared(
         for seed, count in enumerate(counts):
             path = write_jsonl(f"{seed}.jsonl", [{"text": text} for text in texts(count, seed)])
             train.append({"path": str(path), "weight": 1.0 + seed})
-        section = DataSection(**({"train": train, "sequence_length": 32} | options))
+        section = DataSection.model_validate({"train": train, "sequence_length": 32} | options)
         return prepare(section, "train", str(tokenizer_dir), tmp_path).directories
 
     return make

@@ -129,7 +129,7 @@ def test_a_source_says_once_what_it_holds_beside(
     rows = [{"id": i, "messages": talk, "tools": [TOOL], "mood": "sad"} for i in range(5)]
     rows.append({"id": 5, "messages": talk[:2]})
     path = write_jsonl("x.jsonl", rows)
-    recipe = DataSection(train=str(path), sequence_length=64)
+    recipe = DataSection.model_validate({"train": str(path), "sequence_length": 64})
     (source,) = prepare(recipe, "train", str(tokenizer_dir), tmp_path).sources
     assert (source.num_examples, source.dropped) == (6, 1)
     assert source.num_targets == 5 * 2  # two and the end of the turn
@@ -143,4 +143,4 @@ def test_a_place_is_named_for_half_a_character(
 ) -> None:
     path = write_jsonl("x.jsonl", [{"text": "one"}, {"text": "cut \ud83d"}])
     with pytest.raises(DataError, match=r"x\.jsonl:2 holds '\\ud83d' after 'cut '"):
-        prepare(DataSection(train=str(path)), "train", str(tokenizer_dir), tmp_path)
+        prepare(DataSection.model_validate({"train": str(path)}), "train", str(tokenizer_dir), tmp_path)

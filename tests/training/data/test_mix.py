@@ -30,7 +30,7 @@ def test_weights_alone_and_temperature_one() -> None:
     weighted = [(900, 90_000, 2.0), (100, 2_000, 0.5)]
     assert weights_in_rows(None, weighted) == [2.0, 0.5]
     for by in ("rows", "tokens"):
-        assert weights_in_rows(Mix(by=by, temperature=1.0), weighted) == pytest.approx([2.0, 0.5])  # type: ignore[arg-type]
+        assert weights_in_rows(Mix(by=by, temperature=1.0), weighted) == pytest.approx([2.0, 0.5])
 
 
 def test_the_share_is_the_tempered_size_of_the_same_total() -> None:

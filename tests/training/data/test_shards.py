@@ -27,7 +27,7 @@ def data(write_jsonl: Callable[..., Path], texts: Callable[..., list[str]]) -> P
 
 
 def section(path: Path | str, **options: Any) -> DataSection:
-    return DataSection(**({"train": str(path), "sequence_length": 32} | options))
+    return DataSection.model_validate({"train": str(path), "sequence_length": 32} | options)
 
 
 def contents(directory: Path) -> dict[str, str]:

@@ -97,7 +97,8 @@ def test_tools_are_schemas_or_the_text_of_schemas(tools: Any) -> None:
     assert convert(row) == Messages([USER, GOOD], [TOOL])
     assert beside(row, "tools") == []
     assert beside(row) == ["tools"]
-    for nothing in ("", "[]", [], None):
+    no_tools: tuple[Any, ...] = ("", "[]", [], None)
+    for nothing in no_tools:
         assert convert(row | {"tools": nothing}) == Messages([USER, GOOD])
 
 
@@ -128,7 +129,7 @@ def test_content_may_be_parts_of_text_or_nothing_beside_calls() -> None:
 def test_calls_and_observations_of_sharegpt() -> None:
     written = json.dumps(CALL["function"])
     pairs = [("human", "q"), ("function_call", written), ("observation", "blue"), ("gpt", "good")]
-    row = {"conversations": [{"from": f, "value": v} for f, v in pairs], "tools": json.dumps([TOOL])}
+    row: dict[str, Any] = {"conversations": [{"from": f, "value": v} for f, v in pairs], "tools": json.dumps([TOOL])}
     asked = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     told = {"role": "tool", "content": "blue"}
     assert convert(row) == Messages([USER, asked, told, GOOD], [TOOL])

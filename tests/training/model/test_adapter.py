@@ -224,7 +224,7 @@ def test_an_adapter_of_a_resized_base_is_refused_with_a_cure_that_works(tmp_path
         build_model(make_recipe(fragment, model=base))
     resized = AutoModelForCausalLM.from_pretrained(base)
     resized.resize_token_embeddings(140)
-    merged = PeftModel.from_pretrained(resized, tmp_path / "adapter").merge_and_unload()  # type: ignore[operator]
+    merged = PeftModel.from_pretrained(resized, tmp_path / "adapter").merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     inputs = random_batch(2, 12, packed=False).model_inputs()
     fresh = make_recipe({"model": {"tokenizer": str(base)}}, model=tmp_path / "merged")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from raymem.errors import CheckpointError, ModelError
+from raymem.methods.loram.config import LoRAMOptions
 from raymem.recipe.schema import Recipe
 from raymem.runs.backend import LocalBackend
 from raymem.runs.evaluate import evaluate_recipe
@@ -184,7 +185,7 @@ def test_a_pruned_model_that_the_recipe_names_knows_its_commit(hub: Hub, example
     (first,) = hub.commits
     artifact = Pipeline(found.model_copy(update={"name": "first"})).prune().directory
     hub.move()
-    named = found.model_copy(update={"base": type(found.base)(artifact=str(artifact))})
+    named = found.model_copy(update={"base": LoRAMOptions(artifact=str(artifact))})
     run_stages(Pipeline(named), ("train", "recover", "evaluate"))
     recovered = tmp_path / "runs" / "small" / "recovered"
     assert json.loads((recovered / "adapter_config.json").read_text())["revision"] == first

@@ -129,8 +129,14 @@ def test_the_rows_of_all_ranks_are_those_of_chunk(rows: int, world: int) -> None
 
 
 # About 170 MB in six files: large against what the interpreter itself does meanwhile.
-LARGE = {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 7, "head_dim": 64,
-         "num_attention_heads": 8}  # fmt: skip
+LARGE: dict[str, Any] = {
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 7,
+    "head_dim": 64,
+    "num_attention_heads": 8,
+}
 SLACK = 8 * MIB
 """Config, module objects, shards of norms, gloo buffers; far less than one file."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from raymem.errors import DataError
+from raymem.training.data import readers
 from raymem.training.data.readers import FileBlock
 from raymem.training.data.sources import digests
 from raymem.training.data.sources.digests import content_digest, index_of
@@ -19,7 +20,7 @@ OLD_NS = 1_600_000_000_123_456_789
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are read, in order; a file counts as settled at once."""
     names: list[str] = []
-    index = digests.index_file
+    index = readers.index_file
 
     def counting(path: Path, block_rows: int, name: str) -> tuple[str, list[FileBlock]]:
         names.append(path.name)
@@ -82,7 +83,7 @@ def test_new_permissions_while_it_is_read_do_no_harm(
     tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "x.jsonl", '{"n": 1}\n')
-    index = digests.index_file
+    index = readers.index_file
 
     def meanwhile(*arguments: object) -> object:
         path.chmod(0o600)
@@ -103,7 +104,7 @@ def test_a_file_that_is_written_meanwhile_is_refused(
     tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "x.jsonl", '{"n": 1}\n')
-    index = digests.index_file
+    index = readers.index_file
 
     def appended(*arguments: object) -> object:
         found = index(*arguments)  # type: ignore[arg-type]

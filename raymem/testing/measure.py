@@ -1,10 +1,11 @@
-"""The truth beside a plan: the recipe's own step on random tokens, on this machine's device, with the meter around it.
+"""Measured bytes: the peak of a recipe's own step, to hold a plan against, and what the heap has handed out.
 
-It allocates the model, so it is for models that fit; tests and benchmarks/planner_accuracy.py use it.
+A measured step allocates the model, so it is for models that fit.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ def measure_step(recipe: Recipe, position: int = 1) -> Peak:
     model: Any = build_model(recipe, layout)
     updater = build_updater(model, recipe)
     batches = _batches(recipe, int(model.config.get_text_config().vocab_size), layout)
-    hooks, mixed = hooks_of(recipe, model), recipe.train.precision == "bf16_mixed"
+    hooks, mixed = hooks_of(recipe, model), recipe.train.is_mixed
     view = view_of(model, lambda _: [(batch, TARGETS) for batch in batches], mixed=mixed)
     replica = model if layout.sharded else replicate(model, layout)
 
@@ -79,3 +80,25 @@ def _batches(recipe: Recipe, vocabulary: int, layout: Layout) -> list[Batch]:
             mask[:, length - length // 8 :] = 0
         made.append(Batch(ids, ids.clone(), positions, mask).to(layout.device))
     return made
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+    )]  # fmt: skip
+
+
+def heap_in_use_bytes() -> int:
+    """Bytes that glibc malloc has handed out; the difference around a forward pass is what it saved for backward.
+
+    Raises:
+        OSError: the C library has no ``mallinfo2`` (glibc before 2.33, musl).
+    """
+    libc = ctypes.CDLL(None)
+    try:
+        mallinfo2 = libc.mallinfo2
+    except AttributeError:
+        raise OSError("the C library has no mallinfo2 (glibc 2.33 or newer is needed)") from None
+    mallinfo2.restype = _MallInfo
+    info = mallinfo2()
+    return int(info.uordblks + info.hblkhd)

@@ -1,4 +1,4 @@
-"""Imported once by the server that forks the processes of tests: whatever a run imports or builds sooner or later."""
+"""Imported once by the server that forks the processes of tests: whatever a run imports sooner or later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raymem.methods.peft_import import without_bitsandbytes
 gc.disable()  # what is imported stays
 with without_bitsandbytes():
     importlib.import_module("peft")
-for name in ("tests.helpers.support", "pandas", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"):
+for name in ("raymem.testing.suite", "pandas", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"):
     importlib.import_module(name)
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns
 gc.enable()
