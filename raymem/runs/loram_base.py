@@ -82,13 +82,6 @@ def named_model(recipe: Recipe, artifact: str) -> PrunedModel:
     return PrunedModel(Path(artifact), manifest, None, None)
 
 
-def with_artifact(recipe: Recipe, directory: Path) -> Recipe:
-    """The recipe as it is trained on a pruned model."""
-    options: LoRAMOptions = recipe.base
-    base = LoRAMOptions(artifact=str(directory), quantize=options.quantize)
-    return recipe.model_copy(update={"base": base})
-
-
 def _calibration_data(recipe: Recipe, options: LoRAMOptions) -> DataSection:
     """Data whose training split is the calibration texts."""
     if options.calibration is None:

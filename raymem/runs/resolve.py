@@ -20,7 +20,7 @@ from raymem.recipe.load import alignment
 from raymem.recipe.schema import Recipe
 from raymem.runs.backend import Backend, Status, backend_of
 from raymem.runs.demo import resolve_demo
-from raymem.runs.loram_base import find_site, named_model, with_artifact
+from raymem.runs.loram_base import find_site, named_model
 from raymem.runs.prepare import prepare_data, share_tokenizer
 from raymem.runs.resolved import Alignment, Base, FullModel, PlannedModel, PrunedModel, PruningSite, ResolvedRun
 from raymem.storage.publish import digest
@@ -194,7 +194,8 @@ def _at_site(
     if not (directory / MANIFEST).is_file():
         missing = f"base.align: the pruned model {site.directory} is not aligned yet; run: raymem loram align RECIPE"
         return recipe, PlannedModel(site, missing)
-    return with_artifact(recipe, directory), PrunedModel(directory, read_manifest(directory), site.source, site)
+    named = recipe.model_copy(update={"base": LoRAMOptions(artifact=str(directory), quantize=recipe.base.quantize)})
+    return named, PrunedModel(directory, read_manifest(directory), site.source, site)
 
 
 def _alignment(

@@ -66,7 +66,7 @@ def sweep(
         resumed, facts = _same_sweep(folder, recipe, space, options)
         recipe = _prepare(recipe, facts, storage, backend, status)
         _write_facts(folder, facts | {"revision": recipe.model.revision})
-        tracker = _start_tracking(recipe, options, resumed=resumed)
+        tracker = _start_tracking(recipe, options, storage, resumed=resumed)
         report = {"sweep": folder / "report"}
         try:
             configure = _configurer(f"{recipe.name[:53]}-{facts['key']}", tracker.run_id)
@@ -106,11 +106,11 @@ def _check(recipe: Recipe, options: SweepOptions) -> Storage:
     return storage
 
 
-def _start_tracking(recipe: Recipe, options: SweepOptions, *, resumed: bool) -> Tracker:
+def _start_tracking(recipe: Recipe, options: SweepOptions, storage: Storage, *, resumed: bool) -> Tracker:
     """The sweep's own run, whose children are the trials."""
     tags = {"raymem.sweep": recipe.name, "raymem.budget": bytes_text(options.budget_bytes)}
     device = "cuda" if recipe.scaling.use_gpu else "cpu"
-    return start_tracking(RunStart(recipe.to_dict(), recipe.storage.path, resumed, device, tags=tags))
+    return start_tracking(RunStart(recipe.to_dict(), storage.path, resumed, device, tags=tags))
 
 
 def _search(

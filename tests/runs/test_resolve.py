@@ -30,7 +30,6 @@ STEPS = {
     "resolve_demo": "runs/demo.py",
     "find_site": "runs/loram_base.py",
     "named_model": "runs/loram_base.py",
-    "with_artifact": "runs/loram_base.py",
     "ResolvedRun": "runs/resolved.py",
 }
 """Step of a resolution -> the file that holds its mechanics."""

@@ -1,0 +1,36 @@
+"""What is known after memory ran out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raymem.memory import oom
+
+
+def test_the_kernels_count_is_read_from_either_version_of_cgroups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, old = tmp_path / "memory.events", tmp_path / "memory.oom_control"
+    monkeypatch.setattr(oom, "_OOM_EVENTS", (new, old))
+    assert oom.oom_kills() == 0
+    old.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
+    assert oom.oom_kills() == 2
+    new.write_text("low 0\nhigh 0\nmax 7\noom 3\noom_kill 3\n")
+    assert oom.oom_kills() == 3
+
+
+def test_a_gpu_has_given_out_what_it_did_and_was_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 KiB. GPU 0 has a total capacity ...")
+    assert oom.measured_at_failure(error, on_gpu=True) == 1000 + 1536
+    assert oom.measured_at_failure(RuntimeError("something else"), on_gpu=True) == 1000
+
+
+def test_on_cpu_it_is_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = oom.measured_at_failure(MemoryError(), on_gpu=False)
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    assert oom.measured_at_failure(MemoryError(), on_gpu=False) > before + (32 << 20)
+    del held
