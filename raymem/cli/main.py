@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from raymem import __version__
-from raymem.cli import console, k8s, loram, plan, submit, sweep
+from raymem.cli import console, data, k8s, loram, plan, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
@@ -106,6 +106,7 @@ def train(
         say(f"look at the curves: mlflow ui --backend-store-uri {tracking.uri}")
 
 
+data.register(app)
 plan.register(app)
 sweep.register(app)
 

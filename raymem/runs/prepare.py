@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from raymem.recipe.load import MODELS
 from raymem.recipe.schema import Recipe
+from raymem.runs import demo
 from raymem.storage.publish import digest, publish
 from raymem.storage.storage import Storage
 from raymem.training.data.shards import MapBlocks, Prepared, prepare, serial, source_keys
@@ -29,6 +31,23 @@ def shared_tokenizer(recipe: Recipe, storage: Storage) -> str:
 
     publish(directory, save)
     return str(directory)
+
+
+def prepare_here(recipe: Recipe, split: Literal["train", "eval"]) -> tuple[str, Prepared]:
+    """The tokenizer's directory and a split of a recipe that is not going to be trained now, prepared in this process.
+
+    Raises:
+        DataError, ModelError, StorageError: see :func:`raymem.training.data.shards.prepare`.
+    """
+    storage = Storage.open(recipe.storage.path)
+    storage.check_writable()
+    if recipe.model.tokenizer is None and recipe.model.name in MODELS:  # the tokenizer is there before the model
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"tokenizer": "demo"})})
+    if recipe.model.tokenizer == "demo":
+        model = recipe.model.model_copy(update={"tokenizer": demo.demo_tokenizer(storage)})
+        recipe = recipe.model_copy(update={"model": model})
+    tokenizer = shared_tokenizer(recipe, storage)
+    return tokenizer, prepare_split(recipe, split, tokenizer, storage, on_ray=False)
 
 
 def prepare_split(

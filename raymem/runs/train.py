@@ -25,6 +25,7 @@ from raymem.tracking.sink import TrackingSink, TrackingSummary
 from raymem.tracking.start import start_tracking
 from raymem.training.artifacts.export import artifact_name
 from raymem.training.checkpoint import latest_manifest
+from raymem.training.data.summary import overview
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import Layout
 from raymem.training.job import Job, Ready
@@ -187,6 +188,8 @@ def _settle(recipe: Recipe, storage: Storage, ready: Ready | None, *, on_ray: bo
         train_data = ready.train_data
     has_eval = recipe.data.eval is not None
     eval_data = prepare_split(recipe, "eval", tokenizer, storage, on_ray=on_ray) if has_eval else None
+    if ready is None:
+        status(overview(recipe.data.train, train_data, load_tokenizer(tokenizer)))
     job = Job(recipe, storage, storage.child(recipe.name), train_data, eval_data)
     if not fresh and (manifest := latest_manifest(job.run)) is not None:
         check_identity(manifest.identity, identity_of(recipe, train_data), job.run.path)

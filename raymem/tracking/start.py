@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,7 +17,7 @@ import raymem
 from raymem.errors import TrackingError
 from raymem.tracking.client import brief, connect, limits
 from raymem.tracking.sink import MlflowSink, NullSink, TrackingSink
-from raymem.tracking.uri import TrackingPlace, resolve_tracking
+from raymem.tracking.uri import TrackingPlace, database_file, resolve_tracking
 
 RUN_TAG = "raymem.run_id"
 _PARAMS_PER_BATCH = 100
@@ -98,8 +97,7 @@ def check_tracking(tracking: Mapping[str, Any], storage_path: str) -> str:
     if tracking["register_as"]:
         _check_alias(tracking["alias"])
     place = resolve_tracking(tracking["uri"], storage_path)
-    if place.uri.startswith("sqlite:"):
-        path = Path(place.uri.removeprefix("sqlite:///"))
+    if (path := database_file(place.uri)) is not None:
         return f"{path} " + ("exists" if path.exists() else "will be created")
     try:
         with limits(timeout_s=5, retries=0):
@@ -136,7 +134,7 @@ def _experiment(client: Any, name: str, place: TrackingPlace) -> str:
             f"(mlflow experiments restore -x {experiment.experiment_id}) or choose another name"
         )
     found = str(experiment.artifact_location).removeprefix("file://")
-    if place.embedded and found != place.artifact_location:
+    if place.embedded and found != str(place.artifact_location).removeprefix("file://"):
         raise TrackingError(
             f"tracking.experiment: {name!r} of {place.uri} keeps its artifacts in {found}, outside of storage.path; "
             "this storage was moved or copied: move it back, or choose another tracking.experiment"
