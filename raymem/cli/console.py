@@ -77,7 +77,7 @@ class TrainingDisplay:
 
     def status(self, text: str) -> None:
         """A line about what goes on before training."""
-        out.print(f"[dim]{text}[/dim]" if out.is_terminal else text)
+        out.print(text, style="dim" if out.is_terminal else None, markup=False)
 
     def show(self, rows: Sequence[Row]) -> None:
         """New metric rows, oldest first."""

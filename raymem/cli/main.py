@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from raymem import __version__
-from raymem.cli import console, k8s, loram, plan, submit, sweep
+from raymem.cli import console, data, k8s, loram, plan, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
@@ -104,6 +104,7 @@ def train(
         say(tracking.hint)
 
 
+data.register(app)
 plan.register(app)
 sweep.register(app)
 

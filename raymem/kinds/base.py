@@ -31,6 +31,10 @@ class BaseKind(Kind[OptionsT]):
         """Whether the weights are still to be made from the model, so that only their shapes are known."""
         return False
 
+    def located(self, options: OptionsT, directory: str) -> OptionsT:
+        """Options that take the weights, which have been made, from a directory."""
+        return options
+
     def planned_config(self, options: OptionsT, config: Any) -> Any:
         """transformers config of the model that will be made, where :meth:`is_planned`."""
         return config

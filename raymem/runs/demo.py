@@ -21,6 +21,14 @@ def demo_tokenizer(storage: Storage) -> str:
     return str(ensure_demo(cache_dir(storage)).tokenizer)
 
 
+def with_demo_tokenizer(recipe: Recipe, storage: Storage) -> Recipe:
+    """A recipe whose tokenizer is that of the demo names its directory; the model need not be built for it."""
+    model = recipe.model
+    if model.tokenizer != "demo" and (model.tokenizer is not None or model.name not in MODELS):
+        return recipe
+    return recipe.model_copy(update={"model": model.model_copy(update={"tokenizer": demo_tokenizer(storage)})})
+
+
 def pretraining_recipe(name: str, storage: Storage) -> Recipe:
     """The recipe that makes demo model ``name``, as a run inside the storage's cache named by its content."""
     raw: dict[str, Any] = read_yaml(packaged_recipe(MODELS[name]))

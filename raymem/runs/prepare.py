@@ -13,6 +13,7 @@ from raymem.storage.storage import Storage
 from raymem.training.data import shards
 from raymem.training.data.shards import Prepared, source_keys
 from raymem.training.data.shared import CACHE, cache_dir, download_source
+from raymem.training.data.summary import overview
 from raymem.training.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_key
 from raymem.training.job import PreparedRun
 from raymem.training.model.build import build_model, check_fit
@@ -37,8 +38,10 @@ def prepare(run: ResolvedRun, *, train_data: Prepared | None = None, status: Sta
     check_fit(model, load_tokenizer(run.tokenizer), run.recipe)
     del model
     status("preparing the data")
-    train_data = train_data or prepare_split(run, "train")
+    given, train_data = train_data is not None, train_data or prepare_split(run, "train")
     eval_data = None if run.recipe.data.eval is None else prepare_split(run, "eval")
+    if not given:
+        status(overview(run.recipe.data.train, train_data, load_tokenizer(run.tokenizer)))
     return PreparedRun(run.recipe, run.storage, run.run, train_data, eval_data)
 
 

@@ -19,7 +19,7 @@ from raymem.recipe.axes import BASES, full_base
 from raymem.recipe.load import alignment
 from raymem.recipe.schema import Recipe
 from raymem.runs.backend import Backend, Status, backend_of
-from raymem.runs.demo import resolve_demo
+from raymem.runs.demo import resolve_demo, with_demo_tokenizer
 from raymem.runs.loram_base import find_site, named_model
 from raymem.runs.prepare import prepare_data, share_tokenizer
 from raymem.runs.resolved import Alignment, Base, FullModel, PlannedModel, PrunedModel, PruningSite, ResolvedRun
@@ -99,6 +99,16 @@ def resolve_shared(
     pinned = resolve_revision(recipe, began)
     named = resolve_demo(pinned, storage, build_demo)
     return pinned, named, share_tokenizer(tokenizer_path(named), storage)
+
+
+def resolve_tokenizer(recipe: Recipe, storage: Storage) -> str:
+    """Directory of a recipe's tokenizer in the cache, for who only looks at data: no model is built or opened.
+
+    Raises:
+        ModelError: the model, its revision or its tokenizer cannot be had.
+    """
+    pinned = resolve_revision(recipe, began_with(storage.child(recipe.name)))
+    return share_tokenizer(tokenizer_path(with_demo_tokenizer(pinned, storage)), storage)
 
 
 def resolve_micro_batch(
@@ -194,7 +204,7 @@ def _at_site(
     if not (directory / MANIFEST).is_file():
         missing = f"base.align: the pruned model {site.directory} is not aligned yet; run: raymem loram align RECIPE"
         return recipe, PlannedModel(site, missing)
-    named = recipe.model_copy(update={"base": LoRAMOptions(artifact=str(directory), quantize=recipe.base.quantize)})
+    named = recipe.model_copy(update={"base": BASES.of(recipe).located(recipe.base, str(directory))})
     return named, PrunedModel(directory, read_manifest(directory), site.source, site)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raymem.tracking.mlflow_uri import database_file
+
 _environment = threading.Lock()
 
 # mlflow would otherwise report each import to its makers' server, and print a link for each run that ends.
@@ -26,9 +28,10 @@ def connect(uri: str) -> Any:
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    if not uri.startswith("sqlite:"):
+    database = database_file(uri)
+    if database is None:
         return MlflowClient(uri)
-    with _alone(Path(uri.split(":///", 1)[1])), warnings.catch_warnings(action="ignore"):
+    with _alone(database), warnings.catch_warnings(action="ignore"):
         return MlflowClient(uri)  # makes the tables; alembic warns about mlflow's own migrations
 
 

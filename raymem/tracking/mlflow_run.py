@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,7 +16,7 @@ import yaml
 import raymem
 from raymem.errors import TrackingError
 from raymem.tracking.mlflow_client import brief, connect, limits
-from raymem.tracking.mlflow_uri import TrackingAddress, resolve_tracking
+from raymem.tracking.mlflow_uri import TrackingAddress, database_file, resolve_tracking
 from raymem.tracking.tracker import RunStart
 
 RUN_TAG = "raymem.run_id"
@@ -81,8 +80,7 @@ def check_server(tracking: Mapping[str, Any], storage_path: str) -> str:
     if tracking["register_as"]:
         _check_alias(tracking["alias"])
     address = resolve_tracking(tracking["uri"], storage_path)
-    if address.uri.startswith("sqlite:"):
-        path = Path(address.uri.removeprefix("sqlite:///"))
+    if (path := database_file(address.uri)) is not None:
         return f"{path} " + ("exists" if path.exists() else "will be created")
     try:
         with limits(timeout_s=5, retries=0):
@@ -119,7 +117,7 @@ def _experiment(client: Any, name: str, address: TrackingAddress) -> str:
             f"(mlflow experiments restore -x {experiment.experiment_id}) or choose another name"
         )
     location = str(experiment.artifact_location).removeprefix("file://")
-    if address.embedded and location != address.artifact_location:
+    if address.embedded and location != str(address.artifact_location).removeprefix("file://"):
         raise TrackingError(
             f"tracking.experiment: {name!r} of {address.uri} keeps its artifacts in {location}, outside of "
             "storage.path; this storage was moved or copied: move it back, or choose another tracking.experiment"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from raymem.errors import TrackingError
@@ -35,14 +36,20 @@ def resolve_tracking(uri: str | None, storage_path: str) -> TrackingAddress:
     where = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
     storage = Storage.open(storage_path)
-    artifacts = storage.join("mlartifacts").split("?")[0]
+    artifacts = storage.join("mlartifacts")
+    # mlflow decodes plain paths too, and takes the options of an object store's URI for a part of the path.
+    artifacts = (
+        (Path(artifacts).as_uri() if _is_odd(artifacts) else artifacts)
+        if storage.is_local
+        else (artifacts.split("?")[0])
+    )
     if uri is None:
         if not storage.is_local:
             raise TrackingError(
                 f"tracking.uri is not set, and storage.path {storage_path} is no directory that could hold an sqlite "
                 "file; set tracking.uri to an MLflow server (http://host:port), or tracking: none"
             )
-        return TrackingAddress(f"sqlite:///{storage.join('mlflow.db')}", artifacts, embedded=True)
+        return TrackingAddress(_sqlite_uri(storage.join("mlflow.db")), artifacts, embedded=True)
     parts = urlsplit(uri)
     if parts.password:
         raise TrackingError(
@@ -64,3 +71,35 @@ def resolve_tracking(uri: str | None, storage_path: str) -> TrackingAddress:
         f"{where}: {uri!r} is no address that can be used; give an MLflow server (http://host:port), "
         "sqlite:////absolute/path.db, or leave it out"
     )
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of an sqlite address; None for any other."""
+    if not uri.startswith(("sqlite:", "sqlite+")):
+        return None
+    path = uri.split(":///", 1)[1]
+    if _is_odd(path):
+        from sqlalchemy import make_url
+
+        path = make_url(uri).database or path
+    return Path(path)
+
+
+def _sqlite_uri(path: str) -> str:
+    if not _is_odd(path):
+        return f"sqlite:///{path}"
+    from sqlalchemy import URL, make_url
+
+    # With the driver's name, because mlflow takes all behind sqlite:/// for a path and makes its directory.
+    uri = URL.create("sqlite+pysqlite", database=path).render_as_string(hide_password=False)
+    if make_url(uri).database != path:  # before version 2.1
+        raise TrackingError(
+            f"storage.path {path!r} cannot be written as a database address by this version of sqlalchemy: choose a "
+            f"path without %, ? and #, or install sqlalchemy>=2.1"
+        )
+    return uri
+
+
+def _is_odd(path: str) -> bool:
+    """Whether a path holds a character that has a meaning of its own in a URI."""
+    return not {"%", "?", "#"}.isdisjoint(path)

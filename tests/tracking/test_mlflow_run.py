@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,30 @@ def test_no_commit_outside_of_a_checkout(storage: str, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     tracker = start(storage)
     assert "mlflow.source.git.commit" not in connect(tracker.tracking_uri).get_run(tracker.run_id).data.tags
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a?b=c", "a#b", "a b&c;d+e@f", "50%", "\u00e9"])
+def test_a_path_is_a_path_whatever_it_holds(name: str, tmp_path: Path, template_db: Path) -> None:
+    root = tmp_path / "root"
+    storage = root / name
+    storage.mkdir(parents=True)
+    shutil.copy(template_db, storage / "mlflow.db")
+    before = sqlite_runs(storage)
+    sink = start(str(storage))
+    sink.log([{"step": 1, "loss": 1.0}])
+    (storage / "adapter").mkdir()
+    (storage / "adapter" / "note.txt").write_text("kept")
+    assert sink.finish("FINISHED", {"adapter": storage / "adapter"}).problem is None
+    assert sqlite_runs(storage) == before + 1
+    assert (storage / "mlartifacts" / sink.run_id / "artifacts" / "adapter" / "note.txt").is_file()
+    assert [path.name for path in root.iterdir()] == [name]
+    assert start(str(storage), resume=True).run_id == sink.run_id
+    assert check_tracking(recipe()["tracking"], str(storage)) == f"{storage / 'mlflow.db'} exists"
+
+
+def sqlite_runs(storage: Path) -> int:
+    with sqlite3.connect(storage / "mlflow.db") as database:
+        return int(database.execute("select count(*) from runs").fetchone()[0])
 
 
 def test_resume_continues_the_same_run(storage: str) -> None:

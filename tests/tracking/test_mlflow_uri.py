@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from urllib.parse import unquote
+
 import pytest
 
 from raymem.errors import TrackingError
-from raymem.tracking.mlflow_uri import TrackingAddress, resolve_tracking
+from raymem.tracking.mlflow_uri import TrackingAddress, database_file, resolve_tracking
 
 S3 = "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1"
 
@@ -14,6 +17,16 @@ def test_default_is_sqlite_under_the_storage_path() -> None:
     assert resolve_tracking(None, "/data/runs") == TrackingAddress(
         "sqlite:////data/runs/mlflow.db", "/data/runs/mlartifacts", embedded=True
     )
+
+
+def test_what_a_uri_would_read_otherwise_is_written_so_that_it_does_not() -> None:
+    for name in ("a%20b", "a?b", "a#b", "50%"):
+        place = resolve_tracking(None, f"/data/{name}")
+        assert database_file(place.uri) == Path(f"/data/{name}/mlflow.db")
+        assert unquote(str(place.artifact_location)) == f"file:///data/{name}/mlartifacts"
+        assert resolve_tracking("postgresql://u@h/db", f"/data/{name}").artifact_location == place.artifact_location
+    assert database_file("sqlite:////x/y.db?timeout=5") == Path("/x/y.db")
+    assert database_file("http://h:1") is None
 
 
 def test_environment_counts_after_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:

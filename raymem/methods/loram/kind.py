@@ -35,6 +35,9 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
     def is_planned(self, options: LoRAMOptions) -> bool:
         return options.artifact is None
 
+    def located(self, options: LoRAMOptions, directory: str) -> LoRAMOptions:
+        return LoRAMOptions(artifact=directory, quantize=options.quantize)
+
     def planned_config(self, options: LoRAMOptions, config: Any) -> Any:
         """With the widths that pruning will leave of every layer.
 

@@ -16,7 +16,8 @@ _GENERATION_CONFIG = "generation_config.json"
 def load_tokenizer(path: str) -> Any:
     """The fast tokenizer of a local directory or Hugging Face id.
 
-    Its attribute ``stop_ids`` has the ids that stop generation by the ``generation_config.json`` beside it, if any.
+    Its attribute ``stop_ids`` has what stops generation by the ``generation_config.json`` beside it, without its own end
+    token.
 
     Raises:
         ModelError: it cannot be loaded, or has no ``tokenizer.json`` form.
@@ -36,7 +37,9 @@ def load_tokenizer(path: str) -> Any:
     # A tokenizer.json may have been saved with these on; lengths are ours to decide.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    tokenizer.stop_ids = _stop_ids(path, len(tokenizer))
+    tokenizer.stop_ids = [
+        token for token in _stop_ids(path) if token < len(tokenizer) and token != tokenizer.eos_token_id
+    ]
     return tokenizer
 
 
@@ -48,8 +51,8 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
         (directory / _GENERATION_CONFIG).write_text(content, encoding="ascii")
 
 
-def _stop_ids(path: str, size: int) -> list[int]:
-    """The end tokens of a generation config, as far as a tokenizer of ``size`` tokens has them; none without one."""
+def _stop_ids(path: str) -> list[int]:
+    """The end tokens of a tokenizer's ``generation_config.json``; none without one."""
     from transformers.utils import cached_file
 
     try:
@@ -59,7 +62,7 @@ def _stop_ids(path: str, size: int) -> list[int]:
         return []
     ids = content.get("eos_token_id") if isinstance(content, dict) else None
     ids = ids if isinstance(ids, list) else [ids]
-    return [token for token in ids if isinstance(token, int) and 0 <= token < size]
+    return [token for token in ids if isinstance(token, int) and token >= 0]
 
 
 def tokenizer_key(tokenizer: Any) -> str:

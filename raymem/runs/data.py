@@ -1,0 +1,22 @@
+"""A recipe's data without a run: prepared in this process, to be looked at."""
+
+from __future__ import annotations
+
+from raymem.recipe.schema import Recipe
+from raymem.runs.backend import LocalBackend
+from raymem.runs.prepare import Split, prepare_data
+from raymem.runs.resolve import resolve_tokenizer
+from raymem.storage.storage import Storage
+from raymem.training.data.shards import Prepared
+
+
+def prepare_here(recipe: Recipe, split: Split) -> tuple[str, Prepared]:
+    """The tokenizer's directory, and a split of a recipe that is not going to be trained now.
+
+    Raises:
+        DataError, ModelError, StorageError: see :func:`raymem.training.data.shards.prepare`.
+    """
+    storage = Storage.open(recipe.storage.path)
+    storage.check_writable()
+    tokenizer = resolve_tokenizer(recipe, storage)
+    return tokenizer, prepare_data(recipe.data, split, tokenizer, storage, LocalBackend())

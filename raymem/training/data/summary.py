@@ -1,0 +1,149 @@
+"""What was made of a recipe's data, for people: figures per source, and examples in text with their targets marked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from raymem.recipe.data import Source
+from raymem.storage.publish import read_manifest
+from raymem.training.data.dataset import PackedRows
+from raymem.training.data.shards import Prepared
+
+OPEN, CLOSE = "[[", "]]"
+"""What stands around targets in plain text."""
+_SPACE = "\u00b7"
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """What a source gave."""
+
+    path: str
+    num_read: int
+    """Rows of the data."""
+    num_kept: int
+    """Examples; a conversation may give several."""
+    dropped: dict[str, int]
+    """Reason -> examples left out for it."""
+    truncated: int
+    """Examples that lost their end."""
+    num_tokens: int
+    """Without padding."""
+    num_targets: int
+    fill: float
+    """Share of the packed rows that is not padding."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of an example that is to be predicted, or is not."""
+
+    text: str
+    """With white space that would not be seen made visible."""
+    is_target: bool
+
+
+def summarise(sources: Sequence[Source], prepared: Prepared) -> list[SourceSummary]:
+    """The figures of every source of a split."""
+    found: list[SourceSummary] = []
+    for source, made in zip(sources, prepared.sources, strict=True):
+        manifest = read_manifest(made.directory)
+        assert manifest is not None, "prepared"
+        facts = manifest["facts"]
+        found.append(
+            SourceSummary(
+                path=source.path,
+                num_read=facts["num_read"],
+                num_kept=facts["num_examples"] - facts["dropped"],
+                dropped=facts["reasons"],
+                truncated=facts["truncated"],
+                num_tokens=facts["num_tokens"],
+                num_targets=facts["num_targets"],
+                fill=facts["num_tokens"] / max(facts["num_rows"] * facts["sequence_length"], 1),
+            )
+        )
+    return found
+
+
+def table(summaries: Iterable[SourceSummary]) -> str:
+    """The figures as lines of plain text."""
+    head = ("source", "rows read", "examples", "dropped", "truncated", "tokens", "targets", "packing fill")
+    rows: list[tuple[str, ...]] = [head]
+    reasons: list[str] = []
+    for one in summaries:
+        counts = (one.num_read, one.num_kept, sum(one.dropped.values()), one.truncated, one.num_tokens)
+        share = one.num_targets / max(one.num_tokens, 1)
+        rows.append((one.path, *(f"{count:,}" for count in counts), f"{share:.1%}", f"{one.fill:.1%}"))
+        reasons += [f"  {count:,} dropped of {one.path}: {reason}" for reason, count in one.dropped.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return "\n".join([*lines, *reasons])
+
+
+def overview(sources: Sequence[Source], prepared: Prepared, tokenizer: Any) -> str:
+    """The table, and the first example."""
+    return f"{table(summarise(sources, prepared))}\nfor example:\n{plain(next(examples(prepared, tokenizer)))}"
+
+
+def examples(prepared: Prepared, tokenizer: Any) -> Iterator[list[Part]]:
+    """Every example as it is trained, sources in turn, each in the order of its shards; of ``wrapped``, whole rows."""
+    each = [_examples(PackedRows([directory]), tokenizer) for directory in prepared.directories]
+    while each:
+        for one in list(each):
+            if (example := next(one, None)) is not None:
+                yield example
+            else:
+                each.remove(one)
+
+
+def _examples(rows: PackedRows, tokenizer: Any) -> Iterator[list[Part]]:
+    for index in range(len(rows)):
+        row = rows.row(index)
+        begins = [*np.flatnonzero(row.starts[: row.length]).tolist(), row.length]
+        for begin, end in pairwise(begins):
+            yield parts(tokenizer, row.input_ids[begin:end].tolist(), row.targets[begin:end].tolist())
+
+
+def parts(tokenizer: Any, ids: Sequence[int], targets: Sequence[bool]) -> list[Part]:
+    """Ids in text, in stretches that are targets or not."""
+    edges = [i for i in range(1, len(ids)) if targets[i] != targets[i - 1]]
+    found: list[Part] = []
+    before = ""
+    for begin, end in zip([0, *edges], [*edges, len(ids)], strict=True):
+        # Decoded with all that precedes it, because tokens are not always whole characters, nor words with their space.
+        text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        found.append(Part(_visible(text[len(before) :]), targets[begin]))
+        before = text
+    return found
+
+
+def plain(example: Iterable[Part]) -> str:
+    """An example with its targets in double brackets."""
+    return "".join(f"{OPEN}{part.text}{CLOSE}" if part.is_target else part.text for part in example)
+
+
+def _visible(text: str) -> str:
+    """Line breaks and tabs as escapes, other control characters too; a dot for spaces that are not between words."""
+    lines = text.split("\n")
+    shown: list[str] = []
+    for line in lines:
+        start = len(line) - len(line.lstrip(" "))
+        end = len(line.rstrip(" ")) if start < len(line) else len(line)
+        inner = line[start:end]
+        while "  " in inner:
+            at = inner.index("  ")
+            run = len(inner[at:]) - len(inner[at:].lstrip(" "))
+            inner = inner[:at] + _SPACE * run + inner[at + run :]
+        whole = _SPACE * start + inner + _SPACE * (len(line) - end)
+        shown.append("".join(c if c.isprintable() or c == "\ufffd" else repr(c)[1:-1] for c in whole))
+    return "\\n\n".join(shown)
