@@ -60,7 +60,7 @@ class Calibration:
         """Site -> rank; the highest where none is good enough or no tensor was seen. Collective.
 
         Args:
-            device: of the process group's collectives.
+            device: where the process group's collectives run.
         """
         width = 1 + max(len(candidate_ranks(site.rank)) for site in self._sites)
         table = torch.zeros(len(self._sites), width, dtype=torch.float64, device=device)
