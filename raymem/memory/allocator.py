@@ -234,12 +234,12 @@ class CachingAllocator:
 
 
 def rounded(num_bytes: int) -> int:
-    """What a request really takes."""
+    """Bytes that a request takes, rounded up to the allocator's grain."""
     return -(-num_bytes // GRAIN_BYTES) * GRAIN_BYTES or GRAIN_BYTES
 
 
 def segment_bytes(size: int) -> int:
-    """What is asked of the driver for a rounded request."""
+    """Bytes of the segment that the allocator asks the driver for, given a rounded request."""
     if size <= SMALL_REQUEST_BYTES:
         return SMALL_SEGMENT_BYTES
     if size < OWN_SEGMENT_BYTES:

@@ -1,4 +1,4 @@
-"""What a device has, and what it needs beside the tensors: constants per kind of GPU.
+"""Constants per kind of GPU: the memory that a device has, and what it needs beside the tensors.
 
 Capacities are what the driver reports as total memory (the "total capacity" of PyTorch's out-of-memory message),
 rounded down; the name on the box says more. Context and NCCL are outside PyTorch's allocator. They depend on driver and
@@ -49,7 +49,7 @@ GPUS: dict[str, Gpu] = {
 }
 
 ALIASES = {"A100": "A100-80GB", "H100": "H100-80GB"}
-"""What people say -> the GPU that they mean."""
+"""Short name -> the GPU that people mean by it."""
 
 UNKNOWN_GPU = Gpu(0, _HOPPER)
 """For a budget in bytes on an unnamed GPU: the larger constants."""

@@ -1,4 +1,4 @@
-"""What kernels allocate and free inside, where no trace of operations shows it: operation -> bytes.
+"""Memory that kernels allocate and free inside, where no trace of operations shows it: operation -> bytes.
 
 Each rule was found by comparing the trace with the allocator's own count (CPU), or is taken from the kernel's source
 (CUDA, marked; not measured by this project).

@@ -25,7 +25,7 @@ class Peak:
 
     allocated_bytes: int
     reserved_bytes: int | None
-    """What the CUDA caching allocator holds from the driver; None on CPU, which has no such cache."""
+    """Bytes that the CUDA caching allocator holds from the driver; None on CPU, which has no such cache."""
 
 
 class PeakMeter:

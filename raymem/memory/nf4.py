@@ -61,7 +61,7 @@ def _4bit(A: torch.Tensor, absmax: torch.Tensor, shape: list[int], dtype: torch.
 
 @dataclass
 class QuantState:
-    """What belongs to a 4-bit weight, under the names of bitsandbytes' class."""
+    """Scales and shape of a 4-bit weight, under the names of bitsandbytes' class."""
 
     absmax: torch.Tensor
     shape: torch.Size | None = None
@@ -82,7 +82,7 @@ class Params4bit(nn.Parameter):
 
 
 def quantised(weight: torch.Tensor) -> nn.Parameter:
-    """What a weight becomes: packed bytes that know their scales, double quantised. In fake mode only."""
+    """Replace a weight by packed bytes that know their scales, double quantised. In fake mode only."""
     numel = weight.numel()
     blocks = -(-numel // BLOCK)
     nested = QuantState(torch.empty(-(-blocks // NESTED_BLOCK)), code=torch.empty(256), blocksize=NESTED_BLOCK)

@@ -15,15 +15,15 @@ _planned: str | None = None
 
 
 def device_kind(device: torch.device) -> str:
-    """``cpu``, ``cuda``, ...: of ``device``, or of what is being planned for."""
+    """``cpu``, ``cuda``, ...: the kind that is being planned for, if any, or else that of ``device``."""
     return _planned or device.type
 
 
 def worth_visiting(starts: Sequence[int]) -> Sequence[int]:
-    """Where the parts begin that a matrix is worked through by; where a step is only planned, three stand for all.
+    """The chunk starts to visit: all of them, or three while a step is only planned.
 
-    Shapes count there and values are never looked at, so the parts are as good as one another, but for the first, which
-    makes what is used again, and a smaller (or, of sizes in ascending order, the largest) last one.
+    On fake tensors only shapes matter, so three chunks stand for all: the first, which allocates the buffer that the
+    others use again, one full chunk, and the last, which may be shorter (or, of sizes in ascending order, the largest).
     """
     return starts if _planned is None or len(starts) <= 3 else (*starts[:2], starts[-1])
 

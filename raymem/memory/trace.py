@@ -87,9 +87,9 @@ class Tracer(TorchDispatchMode):
         workspace: what operations use inside their kernels; by default nothing.
         call: runs an operation; by default it is simply called.
 
-    ``phase`` and ``step`` are set by the caller; within a backward pass the phase is always ``backward``. With
-    ``limit_bytes``, the first allocation after a phase with a higher peak than that raises :class:`LimitPassed`; within
-    a backward pass, where ever less is held, the first one that is below it again.
+    ``phase`` and ``step`` are set by the caller; within a backward pass the phase is always ``backward``. If
+    ``limit_bytes`` is set and the peak of a phase is above it, the first allocation after that phase raises
+    :class:`LimitPassed`. A backward pass only shrinks from there, so in it the first allocation below the limit does.
     """
 
     def __init__(self, workspace: Workspace | None = None, call: Call | None = None) -> None:

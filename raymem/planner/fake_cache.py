@@ -27,7 +27,7 @@ class _Output(NamedTuple):
 
 class _Known(NamedTuple):
     kind: type
-    """Of the result: one tensor, a tuple or list of them, or None."""
+    """Type of the result: one tensor, a tuple or list of them, or None."""
     outputs: tuple[_Output, ...]
 
 
@@ -130,7 +130,7 @@ def _is_plain(func: Any) -> bool:
 
 
 def _describe(result: Any, tensors: list[FakeTensor]) -> _Known | None:
-    """What is to be remembered of a result; None if it is not plain."""
+    """Describe a result so that it can be made again; None if it is not plain."""
     parts: list[Any] = [] if result is None else list(result) if isinstance(result, tuple | list) else [result]
     storages = [tensor.untyped_storage()._cdata for tensor in tensors]
     outputs, fresh = [], []

@@ -1,4 +1,4 @@
-"""What the planning process does without: imports that libraries make for uses that it has not.
+"""Imports that the planning process leaves out, since libraries make them for uses that it does not have.
 
 They would take a quarter of the time until it has imported everything. Only for a process that does nothing but plan.
 """
@@ -21,7 +21,7 @@ _MARKS = ("disable", "assume_constant_result", "allow_in_graph", "graph_break")
 
 
 _PARTS = (f"{_COMPILER}.config", f"{_COMPILER}._trace_wrapped_higher_order_op")
-"""What of it can be imported alone."""
+"""Parts of it that can be imported alone."""
 
 
 def do_without() -> None:

@@ -1,4 +1,4 @@
-"""What runs measured beside what was predicted for them, per kind of device and method."""
+"""Measured peaks of runs beside the predicted ones, per kind of device and method."""
 
 from __future__ import annotations
 

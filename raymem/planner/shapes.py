@@ -75,7 +75,7 @@ def _with_model(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def circumstances() -> list[Any]:
-    """What decides whether the Hub can be asked, as far as this user sets it."""
+    """The user's settings that decide whether the Hub can be asked."""
     return [os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME")] + ["HF_TOKEN" in os.environ]
 
 

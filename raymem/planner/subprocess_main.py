@@ -41,7 +41,7 @@ def main(output: int) -> None:
             answers.write(json.dumps(answer(json.loads(line))) + "\n")
             answers.flush()
             gc.collect()  # while nobody waits
-            gc.freeze()  # what is left are libraries and what is known of operations, which the next time passes over
+            gc.freeze()  # imports and the fake-operation cache survive; later collections skip them
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:

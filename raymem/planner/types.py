@@ -12,7 +12,7 @@ from raymem.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Target:
-    """What a recipe is planned for."""
+    """The device and number of workers that a recipe is planned for."""
 
     kind: str
     """``cpu`` or ``cuda``."""
@@ -20,7 +20,7 @@ class Target:
 
     @staticmethod
     def of(recipe: Recipe) -> Target:
-        """What the recipe says, with the fewest workers of an elastic range, since their shards are the largest."""
+        """The recipe's device, and the fewest workers of an elastic range, since their shards are the largest."""
         return Target("cuda" if recipe.scaling.use_gpu else "cpu", max(1, recipe.scaling.least_workers))
 
 
@@ -29,9 +29,9 @@ class Above:
     """In place of a plan: the recipe needs more than the limit that it was planned with, and planning ended there."""
 
     at_least_bytes: int
-    """What the device must have, if not more."""
+    """The device must have at least this much."""
     phase: str
-    """Which one takes that much (:data:`raymem.memory.trace.PHASES`); ``load`` if what is always there does."""
+    """The phase that takes that much (:data:`raymem.memory.trace.PHASES`); ``load`` if what is always there does."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Plan:
     state: dict[str, int]
     """Category -> bytes of weights, trainable, gradients and optimizer when all are there."""
     reserved_bytes: int
-    """What the caching allocator takes from an empty device; on CPU the peak."""
+    """Bytes that the caching allocator takes from an empty device; on CPU the peak."""
     capacity_bytes: int
-    """What the device must have: the least with which the allocator survives, and what lies outside of it."""
+    """The least memory of a device on which the run survives: the allocator's, and what lies outside of it."""
     expandable_bytes: int
     """``reserved_bytes`` with expandable segments."""
     outside_bytes: int
@@ -72,7 +72,7 @@ class Plan:
     timeline: list[dict[str, Any]]
     """Over the measured step and what follows it: phase and bytes by category."""
     seconds: float = 0.0
-    """What planning took."""
+    """Seconds that planning took."""
     config_source: str = "model"
     """``model``, or ``shipped`` if raymem's own shape of it was planned, since the Hub could not be asked."""
     config_note: str | None = None

@@ -1,4 +1,4 @@
-"""What to do about a failed storage operation, in one sentence."""
+"""Storage operations that fail, explained in one sentence with the cure."""
 
 from __future__ import annotations
 

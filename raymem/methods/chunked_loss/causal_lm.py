@@ -31,7 +31,7 @@ from raymem.methods.chunked_loss.product import cross_entropy_sum
 from raymem.methods.chunked_loss.rows import rows_per_chunk
 
 _REPLAY_BYTES_PER_LOGIT = 16
-"""Of logits in their own dtype and in fp32, log-probabilities, and the gradient of both."""
+"""Logits in their own dtype and in fp32, log-probabilities, and the gradients of both."""
 
 
 def is_plain_product(head: Any) -> bool:
@@ -70,7 +70,7 @@ def chunked_loss_sum(
 
 
 def head_input(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """What the model's forward pass gives to its output head [B, S, H].
+    """The hidden states that the model's forward pass gives to its output head [B, S, H].
 
     Raises:
         RuntimeError: it does not call the head exactly once.

@@ -39,7 +39,7 @@ def choose(model: Any) -> Choice:
 
 
 def verdict_of(config: Any) -> Verdict:
-    """What :func:`probe` says of an architecture; asked once per class, options and versions on this machine."""
+    """The verdict of :func:`probe` on an architecture; asked once per class, options and versions on this machine."""
     try:
         clone = tiny_model.tiny_config(config).to_json_string(use_diff=False)
     except Exception:  # configs raise types of their own; the probe says what is wrong

@@ -40,7 +40,7 @@ def probe(config: Any) -> Verdict:
     """Try both ways on a clone of a model; a clone that cannot be built or run proves neither.
 
     Args:
-        config: of a causal language model of transformers.
+        config: the transformers config of a causal language model.
     """
     try:
         model = random_clone(config)
@@ -84,7 +84,7 @@ def _compare(model: Any) -> Verdict:
 
 
 def _not_the_product(model: Any, inputs: dict[str, Any]) -> str | None:
-    """What else than a product makes the logits, if anything does."""
+    """Describe how the logits are made if a plain product does not make them; None if it does."""
     head = model.get_output_embeddings()
     if not is_plain_product(head):
         return f"its head is a {type(head).__name__} with more than a weight"

@@ -8,7 +8,7 @@ from raymem.memory.devices import MIB
 from raymem.memory.target import device_kind
 
 CHUNK_BYTES = {"cpu": 16 * MIB, "cuda": 128 * MIB}
-"""What the logits of one chunk may take, all their copies together. On a CPU about a last-level cache."""
+"""Bytes that all copies of one chunk's logits may take together; on a CPU about a last-level cache."""
 FEWEST_ROWS = {"cpu": 16, "cuda": 128}
 """Below that a product waits for the weights of the head to be read rather than for its arithmetic."""
 
@@ -18,7 +18,7 @@ def rows_per_chunk(vocabulary: int, bytes_per_logit: int, device: torch.device) 
 
     Args:
         vocabulary: logits of one position.
-        bytes_per_logit: of all copies of a logit that are alive at once.
+        bytes_per_logit: all copies of a logit that are alive at once, together.
         device: where the chunk is computed; while a step is planned, the kind that it is planned for counts.
     """
     kind = device_kind(device)

@@ -61,7 +61,7 @@ class Calibration:
         """Site -> rank; the highest where none is good enough or no tensor was seen, and in a plan. Collective.
 
         Args:
-            device: of the process group's collectives.
+            device: where the process group's collectives run.
         """
         if any(holds_no_values(sums) for sums in self._sums.values()):
             return {site.name: site.rank for site in self._sites}

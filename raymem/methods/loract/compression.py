@@ -49,7 +49,7 @@ def compress_activations(
         model: a transformer of transformers or plain PyTorch, also wrapped by PEFT; wrap it before this call.
         options: or its fields one by one, for example ``rank=0.125, scope="sublayer"``.
         layers: as ``options.layers``, or the layers themselves.
-        seed: of the sketches.
+        seed: seeds the sketches.
 
     Returns:
         A handle; ``handle.remove()`` undoes it, and so does leaving it as a context manager.
@@ -129,7 +129,7 @@ class Compression:
 
     @property
     def report(self) -> Report:
-        """What the first pass held; complete when its backward pass begins."""
+        """Counts and bytes of the first pass; complete when its backward pass begins."""
         return self._packer.report
 
     @property

@@ -36,7 +36,7 @@ class LoRActOptions:
     """Whether the input of the first layer of a stack is compressed too: it has one row per token of the vocabulary
     that occurs, which no low rank holds."""
     power_iterations: int = 1
-    """Of the range finder: each brings the factors closer to the best ones of their rank, for two more products."""
+    """Iterations of the range finder: each brings the factors closer to the best of their rank, for two products."""
     tolerance: float = 0.1
     """With ``rank: auto``: relative error (Frobenius norm) that the factors of a site may have."""
     max_rank: int | float = 0.25

@@ -1,4 +1,4 @@
-"""What stands in the place of a module's ``forward`` while activations are compressed.
+"""Replacements of a module's ``forward`` while activations are compressed.
 
 Only the instance is changed, hooks of the module (FSDP2's, accelerate's) stay outside, and every patch is an object
 that can be copied and pickled with its module.

@@ -32,11 +32,11 @@ class Site:
     """One place in the model whose tensors are compressed."""
 
     name: str
-    """Of the module, as ``named_modules`` gives it."""
+    """Name of the module, as ``named_modules`` gives it."""
     hidden_size: int
-    """Of the layer that it belongs to."""
+    """Hidden size of the layer that the module belongs to."""
     rank: int
-    """Of tensors as wide as the hidden size."""
+    """Rank for tensors as wide as the hidden size."""
     of_inputs: bool = False
     """Whether the tensors are linear maps of a layer input, and so of no higher rank than that, however wide."""
     exact: bool = False
@@ -57,7 +57,7 @@ class Site:
 
 @dataclass
 class Report:
-    """What the first pass held for backward at the sites, before any of it was used."""
+    """Tensors that the first pass held for backward at the sites, counted before any of them was used."""
 
     compressed: int = 0
     """Tensors that were compressed."""
@@ -66,9 +66,9 @@ class Report:
     raw: Counter[str] = field(default_factory=Counter)
     """Tensors that were kept, by reason (see :mod:`raymem.methods.loract.eligibility`)."""
     full_bytes: int = 0
-    """What the distinct tensors take themselves."""
+    """Bytes of the distinct tensors themselves."""
     held_bytes: int = 0
-    """What is held in their place."""
+    """Bytes that are held instead of them."""
 
     def __str__(self) -> str:
         kept = ", ".join(f"{count} {reason}" for reason, count in sorted(self.raw.items())) or "none"
@@ -82,8 +82,8 @@ class Packer:
     """Turns tensors into what is held for backward.
 
     Args:
-        power_iterations: of the range finder.
-        seed: of the run.
+        power_iterations: for the range finder.
+        seed: the run's.
         report_every: steps between measured errors, 0 for none.
         side_stream: compress CUDA tensors beside the forward pass.
     """
@@ -106,10 +106,10 @@ class Packer:
         self._known: dict[Key, tuple[StorageWeakRef, weakref.ref[Held]]] = {}
         self._first: dict[Key, StorageWeakRef] = {}
         self.linear_inputs: dict[Key, tuple[StorageWeakRef, Site]] = {}
-        """What came into linear layers of the running layer."""
+        """Inputs of the linear layers of the layer that runs."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is known of live tensors stays with them: a copy of the model starts without."""
+        """Leave out what is known of live tensors: a copy of the model has other tensors."""
         return {**self.__dict__, "_known": {}, "_first": {}, "linear_inputs": {}, "observer": None}
 
     def pack(self, tensor: torch.Tensor, site: Site) -> Saved:

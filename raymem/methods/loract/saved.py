@@ -1,4 +1,4 @@
-"""What is held for backward in the place of a tensor."""
+"""Objects that are saved for backward instead of a tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Held(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """What holding it costs, apart from tensors that live anyway."""
+        """Bytes that it adds to the tensors that live anyway."""
 
 
 class Raw:

@@ -18,7 +18,7 @@ CRITERIA: dict[str, tuple[Criterion, ...]] = {
     "4:8": ("magnitude", "wanda", "sparsegpt"),
     "unstructured": ("magnitude", "wanda", "sparsegpt"),
 }
-"""What may choose the weights of each structure."""
+"""Structure -> criteria that may choose its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class PruneOptions:
     round_to: int = 1
     """Kept neurons are rounded down to a multiple of this (64 or 128 suit tensor cores)."""
     seed: int = 0
-    """Of the criterion ``random``."""
+    """Seed of the criterion ``random``."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("structure", get_args(Structure)), ("criterion", get_args(Criterion))):

@@ -78,7 +78,7 @@ class Coupling:
     groups: tuple[Group, ...]
 
     def prefix(self, layer: int) -> str:
-        """What the names of a decoder layer's tensors start with."""
+        """Prefix of the names of a decoder layer's tensors."""
         return f"{self.layers}.{layer}."
 
     def locate(self, name: str) -> tuple[int, str] | None:
@@ -104,7 +104,7 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Family:
-    """What raymem knows about one ``model_type`` of transformers."""
+    """Facts about one ``model_type`` of transformers."""
 
     package: str
     """``transformers.models.<package>.modeling_<package>`` defines the layer class."""

@@ -21,12 +21,12 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Axis:
-    """What is kept along one axis of a full weight."""
+    """The indices that are kept along one axis of a full weight."""
 
     indices_K: torch.Tensor
     """int64 [K]"""
     size: int
-    """Of the axis in the full model."""
+    """Size of the axis in the full model."""
 
     def take(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """The kept part of a full tensor."""

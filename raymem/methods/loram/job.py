@@ -43,7 +43,7 @@ _FORMAT = 1
 """Raised when the same options would choose other units or write other bytes."""
 CALIBRATION = "calibration.safetensors"
 _COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
-"""What else belongs to a model: files whose names start so."""
+"""Files whose names start so belong to a model and are copied."""
 
 
 @dataclass(frozen=True)

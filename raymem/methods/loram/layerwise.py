@@ -58,7 +58,7 @@ class LayerwiseModel:
         self._loss = choose(self._model)
 
     def embed(self, ids_nT: torch.Tensor) -> torch.Tensor:
-        """What the first layer is called with, [n, T, H].
+        """The input of the first layer, [n, T, H].
 
         Reads everything outside the layers but the output head; :meth:`drop_rest` forgets it.
         """

@@ -25,7 +25,7 @@ class Manifest:
     """A pruned model: from what, how, and which units are left."""
 
     key: str
-    """Of source, options and calibration: two prunings of equal key are the same work."""
+    """Digest of source, options and calibration: two prunings with equal keys are the same work."""
     options: Mapping[str, Any]
     model_type: str
     source: Mapping[str, Any]

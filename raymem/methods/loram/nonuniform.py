@@ -27,7 +27,7 @@ from raymem.errors import ModelError
 from raymem.methods.loram.coupling import couple, family_of
 
 PRUNING_KEY = "raymem_pruning"
-"""Of ``config.json``: layer -> group -> number of kept units."""
+"""Key in ``config.json``; its value is layer -> group -> number of kept units."""
 
 Counts = Mapping[int, Mapping[str, int]]
 """Layer -> group -> number of kept units, of the layers that are pruned."""
@@ -49,7 +49,7 @@ def without_counts(config: Any) -> Any:
 
 
 def counts_of(config: Any) -> dict[int, dict[str, int]]:
-    """What :func:`with_counts` wrote; empty for a model that is not pruned."""
+    """The counts that :func:`with_counts` wrote; empty for a model that is not pruned."""
     return {int(layer): dict(kept) for layer, kept in (getattr(config, PRUNING_KEY, None) or {}).items()}
 
 

@@ -1,4 +1,4 @@
-"""What stays, and what that saves: exact arithmetic from a config alone.
+"""How much a pruning keeps and saves: exact arithmetic from a config alone.
 
 Counts follow the paper's released arithmetic (LoRAM, arXiv 2502.13533, tables 1, 4 and 5), in fractions instead of
 floats: ``int(8 * (1 - 0.9))`` is 0 and ``int(40 * (1 - 0.9))`` is 3 in floats.

@@ -121,7 +121,7 @@ def rebased(adapter: Path, model: nn.Module, target: Path) -> Path:
 
 
 def base_fingerprint(weight_OI: torch.Tensor) -> torch.Tensor:
-    """What MoRAM records of a base weight, int64 [3]."""
+    """The fingerprint that MoRAM records of a base weight, int64 [3]."""
     from raymem.methods.moram.base import fingerprint
 
     layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")

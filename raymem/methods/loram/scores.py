@@ -20,7 +20,7 @@ from raymem.methods.loram.coupling import Group, Member
 from raymem.seeds import generator
 
 _CHUNK_ELEMENTS = 1 << 17
-"""Of the one fp32 buffer that weights pass through: it stays in a core's cache."""
+"""Size of the one fp32 buffer that weights pass through, small enough for a core's cache."""
 
 
 def random_scores(group: Group, layer: int, seed: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ class Source:
     tensors: Mapping[str, Entry]
     """Parameter (or buffer) name in the model -> where it lies; names in the files may differ (old checkpoints)."""
     identity: Mapping[str, Any]
-    """What the content is: fingerprints of all weight files and the digest of ``config.json``."""
+    """Identifies the content: fingerprints of all weight files and the digest of ``config.json``."""
 
     def config(self) -> Any:
         """The transformers config."""

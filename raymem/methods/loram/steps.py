@@ -158,7 +158,7 @@ def memory_bytes(job: PruneJob, step: Step) -> int:
 
 
 def layerwise_model(job: PruneJob, device: torch.device | str = "cpu") -> LayerwiseModel:
-    """What the steps of a calibrated criterion compute with.
+    """The model that the steps of a calibrated criterion compute with.
 
     Raises:
         ModelError: the calibration file of the job is missing.

@@ -27,14 +27,14 @@ _TEXTS, _LENGTH = 2, 32
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found equal."""
+    """Counts and differences of a recovery that passed."""
 
     num_factors: int
     """Tensors of the adapter that are bitwise the trained ones where kept and zero elsewhere."""
     num_weights: int | None
     """Pruned weights that are bitwise the full model's; None if no full model was given or the weights were trained."""
     logit_difference: float | None
-    """Of zeroed full + recovered against pruned + trained, relative to the largest logit; None if not run."""
+    """Logits of zeroed full + recovered against pruned + trained, relative to the largest; None if not compared."""
 
 
 def verify_recovery(

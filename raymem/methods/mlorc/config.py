@@ -10,7 +10,7 @@ from raymem.kinds import OPTIONS_RULES
 
 @dataclass(frozen=True)
 class MLorcOptions:
-    """What both optimizers share.
+    """Options that both optimizers share.
 
     Raises:
         ValueError: a value out of range; the message starts with the field's name.
@@ -60,8 +60,8 @@ class MLorcAdamWOptions(MLorcOptions):
     eps: float = 1e-8
     """Added to the root of the second moment."""
     second_moment: Literal["raw", "sqrt"] = "raw"
-    """What is compressed: the second moment itself, as in the paper, or its root, which needs no repair of negative
-    entries."""
+    """``raw`` compresses the second moment itself, as in the paper; ``sqrt`` compresses its root, which needs no repair
+    of negative entries."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

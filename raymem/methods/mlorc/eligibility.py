@@ -13,7 +13,7 @@ def is_compressed(name: str, shape: torch.Size, group: Mapping[str, Any]) -> boo
     """Whether the moments of a parameter are held as factors: a matrix whose shorter side has ``min_dim`` or more.
 
     Args:
-        shape: of the whole parameter, over all ranks.
+        shape: shape of the whole parameter, over all ranks.
         group: its parameter group; ``rank: None`` leaves all of the group as it is.
 
     Raises:
@@ -32,7 +32,7 @@ def is_compressed(name: str, shape: torch.Size, group: Mapping[str, Any]) -> boo
 
 @dataclass(frozen=True)
 class StateSummary:
-    """What the optimizer state will hold, over all ranks."""
+    """Size of the optimizer state, over all ranks."""
 
     compressed: int
     """Parameters with factors."""
@@ -41,7 +41,7 @@ class StateSummary:
     compressed_bytes: int
     plain_bytes: int
     uncompressed_bytes: int
-    """What the compressed ones would hold as whole fp32 moments."""
+    """Bytes that the compressed ones would take as whole fp32 moments."""
 
     def __str__(self) -> str:
         return (

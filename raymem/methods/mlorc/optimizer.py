@@ -31,7 +31,7 @@ State = dict[str, torch.Tensor]
 
 
 class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
-    """What both optimizers share: groups, state, checks, and the walk over the parameters."""
+    """Base of both optimizers: groups, state, checks, and the walk over the parameters."""
 
     options_class: ClassVar[type[MLorcAdamWOptions] | type[MLorcLionOptions]]
     moments: ClassVar[tuple[str, ...]]
@@ -275,12 +275,12 @@ class MLorcAdamW(MLorcOptimizer):
         params: parameters, named parameters (their names then seed the sketches and stand in errors), or groups, which
             may have options of their own; ``rank: None`` leaves a group uncompressed.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
-        rank: of the factors; 4 matches full fine-tuning in the paper.
+        rank: rank of the factors; 4 matches full fine-tuning in the paper.
         oversampling: fresh random columns per sketch, beside the directions of the step before.
         min_dim: matrices with a shorter side below it, and all that is no matrix, get plain AdamW.
         second_moment: ``raw`` compresses the second moment (the paper), ``sqrt`` its root.
         factor_dtype: storage of the factors, ``fp32`` or ``bf16``.
-        seed: of the sketches and of the rounding; data-parallel replicas must share it.
+        seed: seeds the sketches and the rounding; data-parallel replicas must share it.
         stochastic_rounding: round updated bf16 parameters up or down at random, without bias.
         check_finite: look for NaN in the gradients before anything is written (waits for the device once per step).
 

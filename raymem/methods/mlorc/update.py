@@ -22,13 +22,13 @@ BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}
 COLD_PASSES = 2
 """Power iterations before the first step."""
 TRANSIENT_SHARE = 0.235
-"""Of the matrix's bytes: what sketches and blocks together should stay below."""
+"""Share of the matrix's bytes below which sketches and blocks together should stay."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What a step works on: this rank's rows of a weight and of its gradient."""
+    """This rank's rows of a weight and of its gradient, which a step works on."""
 
     weight_MN: torch.Tensor
     """Any float dtype; changed in place."""
@@ -70,7 +70,7 @@ class Momentum:
     fresh_columns: int
     """P, random columns of the sketch beside last step's directions."""
     source: torch.Generator
-    """Of those columns; on the CPU, so that they do not depend on the device."""
+    """Draws those columns; on the CPU, so that they do not depend on the device."""
 
     def sketch(
         self, matrix: Matrix, cold_values: Callable[[torch.Tensor], torch.Tensor], *, cold: bool
@@ -150,7 +150,7 @@ def adamw_step(
         torch.addmm(grad_CN, left_CR, right_first_RN, beta=1 - beta1, alpha=beta1, out=moment_CN)
         first_sketch.add(rows, moment_CN)
 
-        # What is to be cut becomes 1 by this division, a number that the host knows.
+        # Dividing by `cut` turns the threshold into 1, a number that the host knows without asking the device.
         torch.mm(second.factors.left_MR[rows].float() / cut, right_second_RN, out=square_CN)
         if root:
             square_CN.square_().mul_(beta2).addcmul_(grad_CN, grad_CN, value=1 - beta2).sqrt_()

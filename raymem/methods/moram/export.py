@@ -1,4 +1,4 @@
-"""What a MoRAM adapter can leave for tools that do not know it: SHiRA exactly, LoRA approximately, or merged weights.
+"""Exports of a MoRAM adapter for tools that do not know it: SHiRA exactly, LoRA approximately, or merged weights.
 
 Merging is PEFT's ``merge_and_unload``. SHiRA (Bhardwaj et al. 2024) in stock PEFT holds values at fixed places, so that
 the update's values at the selected places are the same update. A LoRA is the best approximation of its rank and no
@@ -107,7 +107,7 @@ def _found(model: nn.Module, adapter_name: str) -> list[tuple[str, MoRAMLinear]]
 
 
 def _shared(model: Any, found: list[tuple[str, MoRAMLinear]], adapter_name: str) -> dict[str, Any]:
-    """What the exported config has in common with the adapter's own."""
+    """The options that the exported config shares with the adapter's own."""
     config = model.peft_config[adapter_name]
     return {
         "target_modules": [name.removeprefix(_PREFIX) for name, _ in found],

@@ -55,7 +55,7 @@ def choose_formulation(
 
 @dataclass(frozen=True)
 class _Call:
-    """What one use of a layer needs besides tensors."""
+    """Options of one use of a layer, besides its tensors."""
 
     transposed: bool
     quant_state: Any

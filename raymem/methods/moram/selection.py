@@ -57,7 +57,7 @@ def select_indices(
         loss: replaces ``model(**batch).loss``.
         group_bytes: most that the held sums may take, at least one matrix; by default a twelfth of all of them (4 MiB
             or more). Twice the bytes, half the passes over the batches.
-        seed: of ``random``, and of dropout during the passes.
+        seed: for ``random``, and for dropout during the passes.
 
     Returns:
         layer name -> int32 [O, K], ascending within a row; of equal scores the leftmost inputs. Equal on all ranks.
