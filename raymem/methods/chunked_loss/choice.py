@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from raymem.cache import cache_root, read_json, write_json
-from raymem.methods import tiny_model
 from raymem.methods.chunked_loss.causal_lm import is_plain_product
 from raymem.methods.chunked_loss.probing import Verdict, probe
+from raymem.methods.probe import asked_once
 
 
 @dataclass(frozen=True)
@@ -40,27 +35,4 @@ def choose(model: Any) -> Choice:
 
 def verdict_of(config: Any) -> Verdict:
     """What :func:`probe` says of an architecture; asked once per class, options and versions on this machine."""
-    try:
-        clone = tiny_model.tiny_config(config).to_json_string(use_diff=False)
-    except Exception:  # configs raise types of their own; the probe says what is wrong
-        return probe(config)
-    key = hashlib.sha256(f"{type(config).__qualname__} {clone} {_code()}".encode()).hexdigest()[:32]
-    if key not in _verdicts:
-        file = cache_root() / "probes" / f"{key}.json"
-        kept = read_json(file)
-        if kept is None:
-            kept = vars(probe(config))
-            write_json(file, kept)
-        _verdicts[key] = Verdict(**kept)
-    return _verdicts[key]
-
-
-_verdicts: dict[str, Verdict] = {}
-
-
-@functools.cache
-def _code() -> str:
-    """Versions of everything that a verdict depends on."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(tiny_model.__file__)]
-    ours = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return json.dumps([ours, *(version(name) for name in ("torch", "transformers"))])
+    return Verdict(**asked_once("loss", config, (Path(__file__).parent,), lambda: vars(probe(config))))

@@ -6,7 +6,6 @@ import difflib
 import json
 import logging
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,10 @@ from raymem.methods.moram.config import MoRAMOptions
 from raymem.recipe.schema import LoraAdapter, NoAdapter, Recipe
 from raymem.seeds import generator
 from raymem.training.model.base_name import base_name
+from raymem.training.model.linear_layers import freeze_unused
 from raymem.training.model.peft_import import without_bitsandbytes
+from raymem.training.model.sentences import as_sentence
+from raymem.training.model.targets import choose
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     adapter = recipe.adapter
     if isinstance(adapter, NoAdapter):
         _freeze(model, adapter.freeze)
+        freeze_unused(model)
         return model
     with without_bitsandbytes():
         from peft import get_peft_model
@@ -47,7 +50,10 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
         config = _peft_config(model, adapter)
         planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
         try:
-            wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+            with as_sentence(
+                RecipeError, f"adapter: PEFT refuses it for {type(model).__name__}", "change adapter.targets"
+            ):
+                wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         except AdapterError as error:
             raise RecipeError(f"adapter.{error}") from None
         # Only now: PEFT puts the directory there from which the config was read, which for a hub id is a cache.
@@ -74,7 +80,7 @@ def _freeze(model: nn.Module, names: list[str]) -> None:
 
 def _peft_config(model: nn.Module, adapter: LoraAdapter | MoRAMOptions) -> Any:
     """The recipe's adapter in PEFT's terms."""
-    targets = _peft_targets(model, adapter.targets)
+    targets = choose(model, adapter.targets)
     if isinstance(adapter, LoraAdapter):
         from peft import LoraConfig
 
@@ -82,18 +88,24 @@ def _peft_config(model: nn.Module, adapter: LoraAdapter | MoRAMOptions) -> Any:
             r=adapter.rank,
             lora_alpha=adapter.alpha,
             lora_dropout=adapter.dropout,
-            target_modules=targets,
+            target_modules=targets.modules,
+            target_parameters=targets.parameters or None,
             task_type="CAUSAL_LM",
         )
     from raymem.methods.moram import MoRAMConfig
 
+    if targets.parameters:
+        raise RecipeError(
+            f"adapter.targets: {targets.parameters[0]} holds routed experts, and MoRAM adapts linear layers; leave it out "
+            "or use adapter: lora"
+        )
     return MoRAMConfig(
         r=adapter.rank,
         k=adapter.k,
         density=adapter.density,
         alpha=adapter.alpha,
         formulation=adapter.formulation,
-        target_modules=targets,
+        target_modules=targets.modules,
         task_type="CAUSAL_LM",
     )
 
@@ -110,38 +122,6 @@ def stored_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
             own = {f"{prefix}.{name}": buffer for name, buffer in layer.named_buffers()}
             found.update({name: b for name, b in own.items() if not name.startswith(f"{prefix}.base_layer.")})
     return found
-
-
-def _peft_targets(model: nn.Module, targets: str | list[str]) -> str | list[str]:
-    """Targets in PEFT's terms: module names (whole or the end after a dot), or one regular expression for whole names.
-
-    PEFT takes expressions only alone and complains only when nothing matches at all; here every pattern must match.
-    """
-    from transformers.pytorch_utils import Conv1D  # how GPT-2 writes its linear layers
-
-    if targets == "all-linear":
-        return targets
-    patterns = [targets] if isinstance(targets, str) else targets
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    expressions = []
-    for pattern in patterns:
-        if any(name == pattern or name.endswith(f".{pattern}") for name in names):
-            expressions.append(rf"(?:.*\.)?{re.escape(pattern)}")
-            continue
-        try:
-            matched = any(re.fullmatch(pattern, name) for name in names)
-        except re.error as error:
-            raise RecipeError(f"adapter.targets: {pattern!r} is not a valid pattern: {error}") from None
-        if not matched:
-            leaves = sorted({name.rpartition(".")[2] for name in names})
-            near = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3) or leaves
-            raise RecipeError(
-                f"adapter.targets: {pattern!r} matches no linear layer of {type(model).__name__}; "
-                f"near names: {', '.join(near)}"
-            )
-        expressions.append(f"(?:{pattern})")
-    only_names = all(expression.startswith("(?:.*\\.)?") for expression in expressions)
-    return patterns if only_names else "|".join(expressions)
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:

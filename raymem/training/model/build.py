@@ -18,7 +18,7 @@ from raymem.recipe.schema import Checkpointing, NoAdapter, Recipe
 from raymem.seeds import derive
 from raymem.training import activations, lean, loss, selection
 from raymem.training.dist_env import Layout, shard
-from raymem.training.model import adapter, weights
+from raymem.training.model import adapter, packing, weights
 from raymem.training.model.base_name import base_name
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,12 @@ def build_model(
 
     Raises:
         ModelError: no such model, no config, missing or odd weights.
-        RecipeError: a pattern of the adapter that matches nothing.
+        RecipeError: a pattern of the adapter that matches nothing, or packing that does not keep examples apart.
     """
     layout = layout or Layout()
     config = load_config(recipe, layout)
     bare = _on_meta(config, recipe)
+    packing.refuse_leaks(bare, recipe)
     # Names are those of the bare model: quantising, wrapping and sharding change names or parameters, not the places.
     source = None if meta else _source(bare, config, recipe, layout)
     tied: dict[str, str] = dict(getattr(bare, "all_tied_weights_keys", None) or {})
@@ -181,10 +182,12 @@ def check_model(recipe: Recipe) -> str:
     config = load_config(recipe)
     planned = isinstance(recipe.base, LoRAMOptions) and recipe.base.artifact is None
     name = recipe.model.name if planned else base_name(recipe)[0]
+    bare = _on_meta(config, recipe)
+    packing.refuse_leaks(bare, recipe)
     kind = f"{name or 'random weights'} ({config.model_type})"
     if name is None or planned or not Path(name).is_dir():
         return kind
-    weights.check_checkpoint(_on_meta(config, recipe), Path(name))
+    weights.check_checkpoint(bare, Path(name))
     return f"{kind}, every tensor accounted for"
 
 
@@ -195,7 +198,7 @@ def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
         model: may be on the meta device.
 
     Raises:
-        RecipeError: rows longer than the model has positions, or packing that its layers cannot keep apart.
+        RecipeError: rows longer than the model has positions.
         ModelError: the tokenizer makes ids that the embedding does not have.
     """
     config = model.config.get_text_config()
@@ -211,17 +214,6 @@ def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
             f"data.sequence_length: {recipe.data.sequence_length} is more than the {positions} positions of the model; "
             "lower it"
         )
-    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    stateful = kinds or any(hasattr(config, name) for name in STATE_SPACE_OPTIONS)
-    if stateful and recipe.data.packing == "bfd":
-        raise RecipeError(
-            f"data.packing: bfd keeps examples apart in attention only, and {config.model_type} has layers that carry "
-            "a state from token to token; use packing: none"
-        )
-
-
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-STATE_SPACE_OPTIONS = ("state_size", "mamba_d_state", "ssm_cfg", "mamba_n_heads", "linear_num_key_heads")
 
 
 def tokenizer_path(recipe: Recipe, layout: Layout | None = None) -> str:
@@ -254,7 +246,7 @@ def _on_meta(config: Any, recipe: Recipe) -> Any:
             # FSDP2 would gather and reduce two, and round the sum of their gradients in another order.
             bare.tie_weights()
             return bare
-    except (ValueError, TypeError, LookupError, ImportError) as error:
+    except Exception as error:  # model code may raise anything
         raise ModelError(f"model: cannot be built from its config: {_reason(error)}") from None
 
 

@@ -88,17 +88,18 @@ def test_the_clone_keeps_every_scalar_and_draws_the_same_weights() -> None:
 
 
 def test_it_is_asked_once_per_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    from raymem import cache
     from raymem.methods.chunked_loss import choice
 
     monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path))
-    monkeypatch.setattr(choice, "_verdicts", {})
+    monkeypatch.setattr(cache, "_answers", {})
     first = verdict_of(config_of("llama", rms_norm_eps=3e-5))
     (file,) = (tmp_path / "probes").iterdir()
-    monkeypatch.setattr(choice, "_verdicts", {})
+    monkeypatch.setattr(cache, "_answers", {})
     monkeypatch.setattr(choice, "probe", lambda config: pytest.fail("asked again"))
     assert verdict_of(config_of("llama", rms_norm_eps=3e-5)) == first
     file.write_text("{")  # half a file is as good as none
-    monkeypatch.setattr(choice, "_verdicts", {})
+    monkeypatch.setattr(cache, "_answers", {})
     monkeypatch.setattr(choice, "probe", probe)
     assert verdict_of(config_of("llama", rms_norm_eps=3e-5)) == first
 
