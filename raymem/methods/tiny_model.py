@@ -43,6 +43,9 @@ _SIZES = {
     "qk_head_dim": 2 * HEAD_DIM,
     "v_head_dim": HEAD_DIM,
     "num_kv_shared_layers": 0,
+    "linear_key_head_dim": HEAD_DIM,
+    "linear_value_head_dim": HEAD_DIM,
+    "linear_head_dim": HEAD_DIM,
     "state_size": 8,
     "mamba_d_state": 8,
     "mamba_d_head": HEAD_DIM,
@@ -111,6 +114,9 @@ def _shrink(values: dict[str, Any], config: Any, *, all_layers: bool) -> None:
             values[count] = int(values[expand] * hidden) // HEAD_DIM
     if values.get("mamba_d_ssm") is not None:
         values["mamba_d_ssm"] = values["mamba_n_heads"] * HEAD_DIM
+    if values.get("linear_num_key_heads") is not None:
+        values["linear_num_value_heads"] = 2 * values["linear_num_value_heads"] // values["linear_num_key_heads"]
+        values["linear_num_key_heads"] = 2
     if values.get("sliding_window") is not None:
         values["sliding_window"] = 5  # shorter than the text, so that it counts
     if layers < depth:

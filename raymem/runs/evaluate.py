@@ -21,8 +21,8 @@ from raymem.training.data.shards import Prepared
 from raymem.training.data.shared import localise, to_dict
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import Evaluation, evaluate
-from raymem.training.model.adapter import continuing
 from raymem.training.model.build import build_model, load_config
+from raymem.training.model.sentences import first_step
 from raymem.training.model.revision import at_revision, began_with, on_hub, resolve, trained_from
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ def evaluation_task(config: dict[str, Any]) -> Evaluation:
     """One process's evaluation; plain data in, plain values out."""
     recipe = Recipe.model_validate(config["recipe"])
     with local_copy(config["artifact"]) as directory:
-        return _evaluate(_with_weights(recipe, directory), config["data"])
+        adapter = Path(directory) if (Path(directory) / "adapter_config.json").is_file() else None
+        return _evaluate(_with_weights(recipe, directory), adapter, config["data"])
 
 
 def _evaluated(config: dict[str, Any], recipe: Recipe) -> Evaluation:
@@ -81,13 +82,14 @@ def _evaluated(config: dict[str, Any], recipe: Recipe) -> Evaluation:
     return call_as_worker(evaluation_task, config, recipe)
 
 
-def _evaluate(recipe: Recipe, plain_data: dict[str, Any]) -> Evaluation:
+def _evaluate(recipe: Recipe, adapter: Path | None, plain_data: dict[str, Any]) -> Evaluation:
     prepared = localise(plain_data, Storage.open(recipe.storage.path))
     layout = Layout.current(recipe)
-    model = build_model(recipe, layout)
+    model = build_model(recipe, layout, adapter_at=adapter)
     mixed = recipe.train.precision == "bf16_mixed"
     rows = PackedRows(prepared.directories)
-    return evaluate(model, rows, layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
+    with first_step(model, is_first=True):
+        return evaluate(model, rows, layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
 
 
 def _own_artifact(recipe: Recipe, storage: Storage) -> str:
@@ -119,19 +121,19 @@ def _as_trained(recipe: Recipe, place: str, storage: Storage) -> Recipe:
 
 
 def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
-    """The recipe of one unsharded process that starts from a local ``artifact``; an adapter brings its own rank."""
+    """The recipe of one unsharded process that starts from a local ``artifact``; an adapter is loaded as it is."""
     update: dict[str, Any] = {
         "scaling": recipe.scaling.model_copy(update={"num_workers": 0, "strategy": "ddp"}),
+        "adapter": NoAdapter(),
     }
     directory = Path(artifact)
     if artifact == "base":
-        update["adapter"] = NoAdapter()
+        pass
     elif (directory / "adapter_config.json").is_file():
-        update["adapter"] = continuing(directory)
         update["base"] = _unpruned(recipe) if is_recovered(directory) else recipe.base
     elif (directory / "config.json").is_file():
         update["model"] = recipe.model.model_copy(update={"name": str(directory), "config": None, "revision": None})
-        update |= {"adapter": NoAdapter(), "base": _unpruned(recipe)}
+        update["base"] = _unpruned(recipe)
     else:
         raise ModelError(f"--artifact: {artifact} holds neither adapter_config.json nor config.json")
     return recipe.model_copy(update=update)

@@ -28,6 +28,7 @@ from raymem.training.dist_env import Layout, bucket_bytes, replicate
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.loss import forward_loss_sum
 from raymem.training.model.build import build_model
+from raymem.training.model.sentences import first_step
 from raymem.training.optim import build_updater, lr_factor
 from raymem.training.reporter import Reporter, Row
 from raymem.training.resume_rules import check_identity, identity_of
@@ -113,7 +114,8 @@ class _Session:
                 selection.by_gradient(self.bare, self.recipe, self.layout, self.rows, self.sampler, step)
             if step == start:
                 self.ranks = activations.settle(self.bare, self.ranks, lambda: self._forward(start))
-            row = self._step(step, first=start)
+            with first_step(self.bare, is_first=step == start):
+                row = self._step(step, first=start)
             done = step + 1
             if self._is_evaluated(done):
                 row |= self._evaluate()

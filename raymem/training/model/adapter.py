@@ -161,24 +161,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ModelError(f"adapter.init_from: {path} cannot be read ({error}); give a PEFT directory") from None
     if config.get("peft_type") not in MEANING:
         raise ModelError(
-            f"adapter.init_from: {path} is a {config.get('peft_type')} adapter; only {' and '.join(MEANING)} are "
-            "continued"
+            f"adapter.init_from: {path} is a {config.get('peft_type')} adapter, and only {' and '.join(MEANING)} are "
+            f"continued; {_merged_instead(directory)}"
         )
     return config
-
-
-def continuing(directory: str | Path) -> LoraAdapter | MoRAMOptions:
-    """The recipe's adapter section that continues the adapter in a PEFT directory.
-
-    Raises:
-        ModelError: see :func:`read_config`.
-    """
-    config = read_config(directory)
-    targets, source = config["target_modules"], str(directory)
-    if config["peft_type"] == "LORA":
-        return LoraAdapter(rank=config["r"], alpha=float(config["lora_alpha"]), targets=targets, init_from=source)
-    sizes = {"rank": config["r"], "k": config["k"], "density": config["density"], "alpha": float(config["alpha"])}
-    return MoRAMOptions(**sizes, targets=targets, init_from=source)
 
 
 @torch.no_grad()
@@ -203,10 +189,17 @@ def _without_base(saved: dict[str, torch.Tensor], model: nn.Module, directory: s
             )
         if not torch.equal(value.to(held), held):
             raise ModelError(
-                f"adapter.init_from: {directory} holds {name} of the base with other values than this base; merge the "
-                f"adapter (raymem merge {directory} -o MERGED), give MERGED as model.name, and train without init_from"
+                f"adapter.init_from: {directory} holds {name} of the base with other values than this base; "
+                + _merged_instead(directory)
             )
     return {key: tensor for key, tensor in saved.items() if key not in of_base}
+
+
+def _merged_instead(directory: str | Path) -> str:
+    """The cure that works for every adapter that PEFT can merge."""
+    return (
+        f"merge it (raymem merge {directory} -o MERGED), give MERGED as model.name and train without init_from"
+    )
 
 
 def _has(model: nn.Module, name: str) -> bool:
@@ -235,7 +228,7 @@ def read_adapter(directory: str, model: Any) -> dict[str, torch.Tensor]:
         theirs, wanted = config.get(option) or None, ours.get(option) or None
         if theirs != wanted:
             key = _RECIPE_KEYS.get(option)
-            cure = f"set adapter.{key}: {theirs}" if key else "only plain LoRA is continued"
+            cure = f"set adapter.{key}: {theirs}" if key else _merged_instead(directory)
             raise ModelError(
                 f"adapter.init_from: {directory} was trained with {option}={theirs} but this recipe has {wanted}, "
                 f"which would change what it does; {cure}"
@@ -256,7 +249,7 @@ def read_adapter(directory: str, model: Any) -> dict[str, torch.Tensor]:
         odd = sorted(set(by_file_name) ^ set(saved))[0]
         raise ModelError(
             f"adapter.init_from: {path} was trained on other layers than adapter.targets selects "
-            f"(first difference: {odd}); use the same targets"
+            f"(first difference: {odd}); use the same targets, or {_merged_instead(directory)}"
         )
     if config["peft_type"] == "MORAM":
         from raymem.methods.moram import model_state

@@ -20,6 +20,7 @@ from raymem.training import activations, lean, loss, selection
 from raymem.training.dist_env import Layout, shard
 from raymem.training.model import adapter, packing, weights
 from raymem.training.model.base_name import base_name
+from raymem.training.model.peft_files import load_adapter
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,12 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def build_model(
-    recipe: Recipe, layout: Layout | None = None, *, meta: bool = False, planned: bool = False
+    recipe: Recipe,
+    layout: Layout | None = None,
+    *,
+    meta: bool = False,
+    planned: bool = False,
+    adapter_at: Path | None = None,
 ) -> nn.Module:
     """Build the recipe's model with its adapter, in training mode.
 
@@ -45,6 +51,7 @@ def build_model(
         layout: this process's place; its device is where the model lands.
         meta: stop before any weight is allocated or read (only the config is needed).
         planned: only memory counts, so 4-bit layers are stand-ins that need no bitsandbytes.
+        adapter_at: PEFT directory whose adapter, of whatever kind, is loaded instead of making the recipe's.
 
     Returns:
         A transformers model, wrapped by PEFT if there is an adapter; parameters are DTensors under FSDP2.
@@ -66,21 +73,32 @@ def build_model(
     places = weights.slots(bare)
     if isinstance(recipe.activations, Checkpointing):
         bare.activation_checkpointing_enable({"use_reentrant": False})
-    model: nn.Module = adapter.attach(bare, recipe, trainable_dtype(recipe))
-    if getattr(recipe.activations, "scope", None) != "linear":  # it follows what stock layers keep
-        lean.install(model)
-    model.train()
-    loss.prepare(model, recipe.loss.kind)
+    model: nn.Module = bare
+    if adapter_at is None:
+        model = adapter.attach(bare, recipe, trainable_dtype(recipe))
+        _prepare(model, recipe)
     if layout.sharded:
         shard(model, blocks, layout)
     if source is not None:
         weights.materialise(model, layout)
         weights.fill(places, source, layout, tied)
-        _fill_adapter(model, recipe, layout)
-        selection.without_training_data(model, recipe)
+        if adapter_at is None:
+            _fill_adapter(model, recipe, layout)
+            selection.without_training_data(model, recipe)
         _restore_computed_buffers(bare)
+    if adapter_at is not None:
+        model = load_adapter(bare, adapter_at, layout.device)
+        _prepare(model, recipe)
     activations.compress(model, recipe)
     return model
+
+
+def _prepare(model: nn.Module, recipe: Recipe) -> None:
+    """Arrange the forward pass of a model with its adapter."""
+    if getattr(recipe.activations, "scope", None) != "linear":  # it follows what stock layers keep
+        lean.install(model)
+    model.train()
+    loss.prepare(model, recipe.loss.kind)
 
 
 def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:

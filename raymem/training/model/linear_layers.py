@@ -11,6 +11,7 @@ and holds a whole copy of every expert for backward. So they are left alone in e
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ def pattern_of(name: str) -> str:
 def _ask(config: Any) -> dict[str, Any]:
     try:
         model = random_clone(config, all_layers=True)
-        left_alone, without_gradient = _try(model)
+        left_alone, without_gradient = _try(model, random_clone(config))
     except Exception as error:  # model code may raise anything
         return {"left_alone": {}, "without_gradient": [], "reason": why_not(error)}
     layers, parameters = linear_layers(model), [name for name, _ in model.named_parameters()]
@@ -109,8 +110,12 @@ def _ask(config: Any) -> dict[str, Any]:
     return {"left_alone": _shortened(left_alone, list(layers)), "without_gradient": sorted(unused), "reason": None}
 
 
-def _try(model: Any) -> tuple[dict[str, str], list[str]]:
-    """Layers with the reason why they take no adapter, and parameters without a gradient."""
+def _try(model: Any, few_layers: Any) -> tuple[dict[str, str], list[str]]:
+    """Layers with the reason why they take no adapter, and parameters without a gradient.
+
+    Args:
+        few_layers: a smaller clone, for what hangs on names alone.
+    """
     layers = linear_layers(model)
     calls: dict[str, str | None] = {}
     """Layer that is called -> what is odd about it."""
@@ -130,7 +135,7 @@ def _try(model: Any) -> tuple[dict[str, str], list[str]]:
     for handle in handles:
         handle.remove()
     F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).backward()  # type: ignore[no-untyped-call]
-    refused = _refused_by_peft(model, [name for name in layers if name in calls])
+    refused = _refused_by_peft(few_layers, [name for name in linear_layers(few_layers) if name in calls])
     left_alone: dict[str, str] = {}
     for name in layers:
         if name not in calls:
@@ -156,13 +161,17 @@ def _odd(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 
 def _weight_is_read(model: nn.Module, name: str) -> str | None:
     """Whether the code around a layer reads its weight, as it does for fused kernels, past whatever wraps the layer."""
-    parent, leaf = model.get_submodule(name.rpartition(".")[0]), _leaf(name)
+    return _reads(type(model.get_submodule(name.rpartition(".")[0])), _leaf(name))
+
+
+@functools.cache
+def _reads(around: type, leaf: str) -> str | None:
     try:
-        source = inspect.getsource(type(parent))
+        source = inspect.getsource(around)
     except (OSError, TypeError):
         return None
     reads = rf"self\.{re.escape(leaf)}\.(weight|bias)\b(?!\[|\.(dtype|device|shape|size|data))"
-    return f"{type(parent).__name__} reads its weight past the layer" if re.search(reads, source) else None
+    return f"{around.__name__} reads its weight past the layer" if re.search(reads, source) else None
 
 
 def _refused_by_peft(model: Any, names: list[str]) -> dict[str, str]:
