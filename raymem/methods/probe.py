@@ -15,23 +15,23 @@ from raymem.methods import tiny_model
 
 
 def asked_once(
-    question: str, config: Any, sources: tuple[Path, ...], ask: Callable[[], dict[str, Any]], *, detail: Any = None
+    question: str, model: Any, sources: tuple[Path, ...], ask: Callable[[], dict[str, Any]], *, detail: Any = None
 ) -> dict[str, Any]:
-    """The answer for the architecture of ``config``.
+    """The answer for the architecture of a causal language model of transformers.
 
     Args:
         question: its name, which tells answers apart.
-        config: of transformers; sizes count only where a clone has them.
+        model: bare, on any device; its sizes count only where a clone has them.
         sources: files and folders of the code that answers.
         ask: does so, in plain values, and raises nothing.
         detail: what else the answer depends on.
     """
     try:
-        clone = tiny_model.tiny_config(config, all_layers=True).to_json_string(use_diff=False)
+        clone = tiny_model.tiny_config(model.config, all_layers=True).to_json_string(use_diff=False)
     except Exception:  # configs raise types of their own; the probe itself says what is wrong
         return ask()
     code = source_digest(*sources, Path(tiny_model.__file__))
-    facts = [question, type(config).__qualname__, clone, detail, code, versions("torch", "transformers", "peft")]
+    facts = [question, type(model).__qualname__, clone, detail, code, versions("torch", "transformers", "peft")]
     return remembered("probes", facts, ask)
 
 

@@ -149,10 +149,11 @@ def random_weights(model: Any) -> Any:
     return model.eval()
 
 
-def random_clone(config: Any, *, all_layers: bool = False, attention: str | None = None) -> Any:
+def random_clone(config: Any, *, kind: Any = None, all_layers: bool = False, attention: str | None = None) -> Any:
     """A small causal language model of the class of ``config``, on the CPU in fp32; always the same one.
 
     Args:
+        kind: class of the model; by default the one that transformers has for such a config.
         all_layers: as of :func:`tiny_config`.
         attention: implementation of transformers; None is its choice.
 
@@ -164,4 +165,8 @@ def random_clone(config: Any, *, all_layers: bool = False, attention: str | None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         small = tiny_config(config, all_layers=all_layers)
-        return random_weights(AutoModelForCausalLM.from_config(small, attn_implementation=attention))
+        if kind is None:
+            model = AutoModelForCausalLM.from_config(small, attn_implementation=attention)
+        else:
+            model = kind._from_config(small, attn_implementation=attention)
+        return random_weights(model)

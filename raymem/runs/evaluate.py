@@ -22,8 +22,8 @@ from raymem.training.data.shared import localise, to_dict
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import Evaluation, evaluate
 from raymem.training.model.build import build_model, load_config
-from raymem.training.model.sentences import first_step
 from raymem.training.model.revision import at_revision, began_with, on_hub, resolve, trained_from
+from raymem.training.model.sentences import first_step
 
 log = logging.getLogger(__name__)
 

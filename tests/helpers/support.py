@@ -27,61 +27,19 @@ from raymem.training.data.shards import Prepared, prepare
 from raymem.training.dist_env import Layout
 from raymem.training.loop import Outcome, run
 from raymem.training.reporter import LocalReporter, Row
-
-VOCABULARY = 128
-_SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-}
-_GROUPED = {**_SHAPE, "num_key_value_heads": 2, "head_dim": 8}
+from tests.helpers import families
+from tests.helpers.families import VOCABULARY
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", **_GROUPED, "tie_word_embeddings": False},
-    "llama_tied": {"model_type": "llama", **_GROUPED, "tie_word_embeddings": True},
-    "qwen3": {"model_type": "qwen3", **_GROUPED},
-    "gemma3_text": {"model_type": "gemma3_text", **_GROUPED, "sliding_window": 16},
-    "gpt_neox": {"model_type": "gpt_neox", **_SHAPE},
-    "gpt2": {
-        "model_type": "gpt2",
-        "vocab_size": VOCABULARY,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 64,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    },
-    "opt": {"model_type": "opt", **_SHAPE, "ffn_dim": 64, "word_embed_proj_dim": 32},
-    "phi3": {"model_type": "phi3", **_GROUPED},
-    "qwen3_moe": {
-        "model_type": "qwen3_moe",
-        **_GROUPED,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-    },
+    name: families.options_of(name)
+    for name in ("llama", "llama_tied", "qwen3", "gemma3_text", "gpt_neox", "gpt2", "opt", "phi3", "qwen3_moe")
 }
+"""A handful of tests.helpers.families, with which whole runs are tried."""
 
 
 def save_model(directory: Path, family: str = "llama", *, max_shard_size: str = "5GB", **changes: Any) -> Path:
     """A model directory with random weights and a tokenizer, as ``save_pretrained`` writes it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    options = {**FAMILIES[family], **changes}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
-    with torch.no_grad():  # zeros and ones would hide a tensor that was never loaded
-        for index, parameter in enumerate(model.parameters()):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    families.save(directory, family, max_shard_size=max_shard_size, **changes)
     save_tokenizer(directory)
     return directory
 

@@ -25,7 +25,7 @@ class Choice:
 
 def choose(model: Any) -> Choice:
     """Choose for a causal language model of transformers: the bare one, with whatever an adapter made of its head."""
-    verdict = verdict_of(model.config)
+    verdict = verdict_of(model)
     if verdict.product and is_plain_product(model.get_output_embeddings()):
         return Choice(chunked=True, replay=False, reason=None)
     if verdict.replay:
@@ -33,6 +33,8 @@ def choose(model: Any) -> Choice:
     return Choice(chunked=False, replay=False, reason=verdict.reason)
 
 
-def verdict_of(config: Any) -> Verdict:
+def verdict_of(model: Any) -> Verdict:
     """What :func:`probe` says of an architecture; asked once per class, options and versions on this machine."""
-    return Verdict(**asked_once("loss", config, (Path(__file__).parent,), lambda: vars(probe(config))))
+    return Verdict(
+        **asked_once("loss", model, (Path(__file__).parent,), lambda: vars(probe(model.config, type(model))))
+    )

@@ -37,14 +37,15 @@ class Verdict:
     """Why not both."""
 
 
-def probe(config: Any) -> Verdict:
+def probe(config: Any, kind: Any = None) -> Verdict:
     """Try both ways on a clone of a model; a clone that cannot be built or run proves neither.
 
     Args:
         config: of a causal language model of transformers.
+        kind: its class, where transformers has another one for such a config.
     """
     try:
-        model = random_clone(config)
+        model = random_clone(config, kind=kind)
         if model.get_output_embeddings() is None:
             return Verdict(False, False, "it has no output head that transformers knows")
         return _compare(model)

@@ -197,9 +197,7 @@ def _without_base(saved: dict[str, torch.Tensor], model: nn.Module, directory: s
 
 def _merged_instead(directory: str | Path) -> str:
     """The cure that works for every adapter that PEFT can merge."""
-    return (
-        f"merge it (raymem merge {directory} -o MERGED), give MERGED as model.name and train without init_from"
-    )
+    return f"merge it (raymem merge {directory} -o MERGED), give MERGED as model.name and train without init_from"
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -330,21 +331,63 @@ def _fill_adapter(model: nn.Module, recipe: Recipe, layout: Layout) -> None:
         weights.put(*places[name], lambda rows, full=full: full if rows is None else full[rows], layout, name)  # type: ignore[misc]
 
 
+@torch.no_grad()
 def _restore_computed_buffers(bare: Any) -> None:
     """Recompute buffers that no checkpoint holds (rotary frequencies, embedding scales) through transformers' own rule.
 
     transformers initialises what is not flagged; so everything that was just loaded is flagged, and of the modules
-    only those that own such buffers are visited.
+    only those that own such buffers are visited. A buffer that its own module leaves alone is that of a module around
+    it to fill.
+
+    Raises:
+        ModelError: nothing fills one of them.
     """
     for tensor in [*bare.parameters(), *bare.buffers()]:
         tensor._is_hf_initialized = True
-    for module in bare.modules():
-        module._is_hf_initialized = not module._non_persistent_buffers_set
-        for name in module._non_persistent_buffers_set:
-            buffer = getattr(module, name)
-            if buffer is not None:
-                buffer._is_hf_initialized = False
+    computed = {
+        f"{prefix}.{name}" if prefix else name: module
+        for prefix, module in bare.named_modules()
+        for name in module._non_persistent_buffers_set
+        if getattr(module, name) is not None
+    }
+    visited = {name.rpartition(".")[0] for name in computed}
+    for name in computed:
+        buffer = bare.get_buffer(name)
+        buffer._is_hf_initialized = False
+        buffer.fill_(_untouched(buffer))
+    _initialise(bare, visited)
+    left = [name for name in computed if _is_untouched(bare.get_buffer(name))]
+    if left:
+        around = {".".join(name.split(".")[:end]) for name in left for end in range(name.count("."))}
+        _initialise(bare, around - visited)
+        left = [name for name in left if _is_untouched(bare.get_buffer(name))]
+    if left:
+        raise ModelError(
+            f"model: {type(bare).__name__} computes {left[0]} in a way that transformers does not repeat after loading, "
+            "so that it would hold no value; load and save the model with a class that transformers ships"
+        )
+
+
+def _initialise(bare: Any, paths: set[str]) -> None:
+    """Run transformers' initialisation of some modules; it leaves out what is flagged."""
+    for path, module in bare.named_modules():
+        module._is_hf_initialized = path not in paths
     bare.initialize_weights()
+
+
+def _untouched(buffer: torch.Tensor) -> float | int | bool:
+    """A value that no computed buffer is full of."""
+    if buffer.dtype == torch.bool:
+        return False
+    return math.nan if buffer.is_floating_point() or buffer.is_complex() else torch.iinfo(buffer.dtype).min
+
+
+def _is_untouched(buffer: torch.Tensor) -> bool:
+    if buffer.dtype == torch.bool or not buffer.numel():
+        return False
+    if buffer.is_floating_point() or buffer.is_complex():
+        return bool(buffer.isnan().all())
+    return bool((buffer == torch.iinfo(buffer.dtype).min).all())
 
 
 def _reason(error: Exception) -> str:

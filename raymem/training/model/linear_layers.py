@@ -54,9 +54,9 @@ class TextPass:
         return name in self.without_gradient or pattern_of(name) in self.without_gradient
 
 
-def text_pass(config: Any) -> TextPass:
-    """What text passes through in a model of ``config``; asked once per architecture, options and versions."""
-    answer = asked_once("text pass", config, (Path(__file__),), lambda: _ask(config))
+def text_pass(model: Any) -> TextPass:
+    """What text passes through in a bare model; asked once per architecture, options and versions."""
+    answer = asked_once("text pass", model, (Path(__file__),), lambda: _ask(model.config, type(model)))
     return TextPass(answer["left_alone"], frozenset(answer["without_gradient"]), answer["reason"])
 
 
@@ -70,7 +70,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def adaptable(model: Any) -> list[str]:
     """Names of the layers that ``all-linear`` stands for."""
-    verdict = text_pass(model.config)
+    verdict = text_pass(model)
     return [name for name in linear_layers(model) if verdict.why_left_alone(name) is None]
 
 
@@ -88,7 +88,7 @@ def routed_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def freeze_unused(model: Any) -> None:
     """Let what text does not pass through stay as it is: DDP would wait for its gradients."""
-    verdict = text_pass(model.config)
+    verdict = text_pass(model)
     for name, parameter in model.named_parameters():
         if verdict.is_without_gradient(name):
             parameter.requires_grad_(False)
@@ -99,10 +99,10 @@ def pattern_of(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _ask(config: Any) -> dict[str, Any]:
+def _ask(config: Any, kind: Any) -> dict[str, Any]:
     try:
-        model = random_clone(config, all_layers=True)
-        left_alone, without_gradient = _try(model, random_clone(config))
+        model = random_clone(config, kind=kind, all_layers=True)
+        left_alone, without_gradient = _try(model, random_clone(config, kind=kind))
     except Exception as error:  # model code may raise anything
         return {"left_alone": {}, "without_gradient": [], "reason": why_not(error)}
     layers, parameters = linear_layers(model), [name for name, _ in model.named_parameters()]

@@ -38,7 +38,7 @@ def refuse_leaks(model: Any, recipe: Recipe) -> None:
     """
     if recipe.data.packing != "bfd":
         return
-    reason = why_not_apart(model.config)
+    reason = why_not_apart(model)
     if reason is not None:
         raise RecipeError(
             f"data.packing: bfd does not keep the examples of a row apart in {type(model).__name__}: {reason}; use "
@@ -46,23 +46,19 @@ def refuse_leaks(model: Any, recipe: Recipe) -> None:
         )
 
 
-def why_not_apart(config: Any) -> str | None:
-    """Why packed examples of a model are not kept apart; None if they are.
-
-    Args:
-        config: of transformers, with the attention implementation that the model has.
-    """
-    attention = getattr(config, "_attn_implementation", None)
+def why_not_apart(model: Any) -> str | None:
+    """Why packed examples of a model are not kept apart, with the attention that it has; None if they are."""
+    attention = getattr(model.config, "_attn_implementation", None)
     attention = attention if attention in _ON_CPU else None
     sources = (Path(__file__),)
-    answer = asked_once("packing", config, sources, lambda: {"reason": _ask(config, attention)}, detail=attention)
+    answer = asked_once("packing", model, sources, lambda: {"reason": _ask(model, attention)}, detail=attention)
     return None if answer["reason"] is None else str(answer["reason"])
 
 
 @torch.no_grad()
-def _ask(config: Any, attention: str | None) -> str | None:
+def _ask(real: Any, attention: str | None) -> str | None:
     try:
-        model = random_clone(config, all_layers=True, attention=attention)
+        model = random_clone(real.config, kind=type(real), all_layers=True, attention=attention)
     except Exception as error:  # model code may raise anything
         return why_not(error)
     source = generator(0, "packing", "probe")

@@ -44,7 +44,7 @@ def what_is_trained(model: Any, recipe: Recipe) -> list[Line]:
 
 def _trained(model: Any) -> list[Line]:
     """Lines of full fine-tuning."""
-    verdict = text_pass(model.config)
+    verdict = text_pass(model)
     parameters = dict(model.named_parameters())
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     unused = [name for name in parameters if verdict.is_without_gradient(name)]
@@ -60,7 +60,7 @@ def _adapted(model: Any, recipe: Recipe) -> list[Line]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     wrapped = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    verdict = text_pass(model.config)
+    verdict = text_pass(model)
     # Layers lie one deeper where PEFT wraps them; experts have one wrapper in the other for every parameter.
     layers = {name.removesuffix(".base_layer"): name for name in linear_layers(model) if ".lora_" not in name}
     adapted = {name: "" for name in layers if name in wrapped}

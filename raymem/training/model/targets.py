@@ -39,7 +39,7 @@ def choose(model: Any, targets: str | list[str]) -> Targets:
     Raises:
         RecipeError: a pattern that matches nothing, or nothing that takes an adapter.
     """
-    verdict = text_pass(model.config)
+    verdict = text_pass(model)
     if targets == "all-linear":
         if verdict.reason is not None:
             log.warning("adapter.targets: all-linear is every linear layer, for %s", verdict.reason)
