@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +35,53 @@ def write_json(file: Path, value: Any) -> None:
         part.replace(file)
     except OSError:
         return
+
+
+@functools.cache
+def source_digest(*places: Path) -> str:
+    """Digest of raymem's own code in files and folders: a development version changes without a number."""
+    content = hashlib.sha256()
+    for place in places:
+        files = [place] if place.is_file() else sorted([*place.rglob("*.py"), *place.rglob("*.json")])
+        for file in files:
+            content.update(file.read_bytes())
+    return content.hexdigest()
+
+
+@functools.cache
+def versions(*libraries: str) -> dict[str, str | None]:
+    """Installed version of each library; None if it is not there."""
+
+    def one(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {name: one(name) for name in libraries}
+
+
+def key_of(facts: Any) -> str:
+    """Name of a file for something that depends on ``facts`` alone."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def remembered(folder: str, facts: Any, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The answer to a question that depends on ``facts`` alone; asked once on this machine.
+
+    Args:
+        folder: of the cache, in which the answer is kept.
+        ask: gives plain values.
+    """
+    key = f"{folder}/{key_of(facts)}"
+    if key not in _answers:
+        file = cache_root() / f"{key}.json"
+        answer = read_json(file)
+        if answer is None:
+            answer = ask()
+            write_json(file, answer)
+        _answers[key] = answer
+    return _answers[key]
+
+
+_answers: dict[str, dict[str, Any]] = {}

@@ -32,8 +32,7 @@ def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, i
     adapter, optimizer = ADAPTERS.of(recipe), OPTIMIZERS.of(recipe)
     shapes = adapter.trained_shapes(model, recipe.adapter)
     weights = adapter.buffer_bytes(model, recipe.adapter)
-    if recipe.trains_adapter:
-        weights += sum(_frozen_bytes(name, p, share) for name, p in model.named_parameters() if not p.requires_grad)
+    weights += sum(_frozen_bytes(name, p, share) for name, p in model.named_parameters() if not p.requires_grad)
     weights += sum(b.numel() * b.element_size() for name, b in model.named_buffers() if not adapter.owns_buffer(name))
     width = trainable_dtype(recipe).itemsize
     low_precision = recipe.train.precision == "bf16"

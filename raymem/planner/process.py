@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -15,13 +14,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import raymem
 from raymem import errors
-from raymem.cache import cache_root, read_json, write_json
+from raymem.cache import cache_root, key_of, read_json, source_digest, versions, write_json
 from raymem.errors import PlanError
 from raymem.memory.devices import gpu_named
 from raymem.planner.shapes import circumstances
@@ -267,8 +265,9 @@ def _key(job: dict[str, Any]) -> str:
     config = Path(recipe["model"]["name"] or "") / "config.json"
     if recipe["model"]["name"] is not None and config.is_file():
         parts["config"] = config.read_text()
-    facts = [parts, job["gpu"], {name: _version(name) for name in _LIBRARIES}, _source_digest(), job.get("code")]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    package = Path(raymem.__file__).parent
+    code = source_digest(*(package / room for room in _READ))
+    return key_of([parts, job["gpu"], versions(*_LIBRARIES), code, job.get("code")])
 
 
 def without_free(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,24 +283,6 @@ def without_free(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
     parts["scaling"] = {key: recipe["scaling"][key] for key in ("num_workers", "strategy", "use_gpu")}
     return parts
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-@functools.cache
-def _source_digest() -> str:
-    """Of raymem's own code: a development version changes without a number."""
-    content = hashlib.sha256()
-    package = Path(raymem.__file__).parent
-    for room in _READ:
-        for path in sorted([*(package / room).rglob("*.py"), *(package / room).rglob("*.json")]):
-            content.update(path.read_bytes())
-    return content.hexdigest()
 
 
 def _cache_dir() -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 from raymem.errors import DataError, ModelError
 from raymem.methods.loram.recover import is_recovered
+from raymem.methods.sentences import first_step
 from raymem.recipe.axes import BASES, full_base, no_adapter
 from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
@@ -20,7 +21,7 @@ from raymem.training.data.shards import Prepared
 from raymem.training.data.shared import localise, to_dict
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
-from raymem.training.model.adapter import continuing
+from raymem.training.model.adapter import continuing, is_peft
 from raymem.training.model.build import build_model
 
 
@@ -57,15 +58,18 @@ def evaluation_task(config: dict[str, Any]) -> Evaluation:
     """One process's evaluation; plain data in, plain values out."""
     recipe = Recipe.model_validate(config["recipe"])
     with local_copy(config["artifact"]) as directory:
-        return _evaluate(_with_weights(recipe, directory), config["data"])
+        adapter = Path(directory) if is_peft(directory) else None
+        return _evaluate(_with_weights(recipe, directory), adapter, config["data"])
 
 
-def _evaluate(recipe: Recipe, plain_data: dict[str, Any]) -> Evaluation:
+def _evaluate(recipe: Recipe, adapter: Path | None, plain_data: dict[str, Any]) -> Evaluation:
     prepared = localise(plain_data, Storage.open(recipe.storage.path))
     layout = Layout.current(recipe)
-    model = build_model(recipe, layout)
-    mixed = recipe.train.precision == "bf16_mixed"
-    return evaluate(model, evaluation_rows(prepared), layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
+    model = build_model(recipe, layout, adapter_at=adapter)
+    mixed = recipe.train.is_mixed
+    rows = evaluation_rows(prepared)
+    with first_step(model, is_first=True):
+        return evaluate(model, rows, layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
 
 
 def _own_artifact(recipe: Recipe) -> str:
@@ -80,19 +84,21 @@ def _own_artifact(recipe: Recipe) -> str:
 
 
 def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
-    """The recipe of one unsharded process that starts from a local ``artifact``; an adapter brings its own rank."""
+    """The recipe of one unsharded process that starts from a local ``artifact``; an adapter is loaded as it is."""
     update: dict[str, Any] = {
         "scaling": recipe.scaling.model_copy(update={"num_workers": 0, "strategy": "ddp"}),
+        "adapter": no_adapter(),
     }
     directory = Path(artifact)
     if artifact == "base":
-        update["adapter"] = no_adapter()
+        pass
     elif (directory / "adapter_config.json").is_file():
-        update["adapter"] = continuing(directory)
         update["base"] = _unpruned(recipe) if is_recovered(directory) else recipe.base
+        if not is_peft(directory):
+            update["adapter"] = continuing(directory)
     elif (directory / "config.json").is_file():
         update["model"] = recipe.model.model_copy(update={"name": str(directory), "config": None, "revision": None})
-        update |= {"adapter": no_adapter(), "base": _unpruned(recipe)}
+        update["base"] = _unpruned(recipe)
     else:
         raise ModelError(f"--artifact: {artifact} holds neither adapter_config.json nor config.json")
     return recipe.model_copy(update=update)

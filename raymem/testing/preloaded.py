@@ -7,7 +7,7 @@ import importlib
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from raymem.methods.peft_import import without_bitsandbytes
+from raymem.methods.peft.importing import without_bitsandbytes
 
 gc.disable()  # what is imported stays
 with without_bitsandbytes():

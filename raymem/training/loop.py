@@ -14,6 +14,7 @@ import torch
 
 from raymem.errors import NonFiniteError, OutOfMemory
 from raymem.memory.meter import PeakMeter, resident_tensors
+from raymem.methods.sentences import first_step
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
 from raymem.storage.storage import Storage
@@ -113,7 +114,7 @@ class _Session:
         self.model = self.bare if self.layout.sharded else replicate(self.bare, self.layout)
         row: Row = {}
         for step in range(start, self.total_steps):
-            with self._failures_named(step):
+            with self._failures_named(step), first_step(self.bare, is_first=step == start):
                 self._seed(step)
                 for hook in self.hooks:
                     hook.before_step(step, self.view)

@@ -14,7 +14,6 @@ from raymem.testing.processes import in_processes, start_server
 from raymem.testing.suite import Stopped, merged, prepare_split, run_storage
 from raymem.testing.tensors import assert_same, frozen, snapshot
 from raymem.testing.tiny import (
-    TINY_LLAMA,
     VOCABULARY,
     num_targets,
     random_batch,
@@ -25,6 +24,7 @@ from raymem.testing.tiny import (
 from raymem.training.dist_env import Layout
 from raymem.training.loop import Outcome, run
 from raymem.training.reporter import LocalReporter, Row
+from tests.helpers import families
 
 __all__ = [
     "FAMILIES", "VOCABULARY", "PlansHere", "Stopped", "assert_same", "column", "frozen", "in_processes",
@@ -33,35 +33,11 @@ __all__ = [
     "write_examples",
 ]  # fmt: skip
 
-_GROUPED = {name: value for name, value in TINY_LLAMA.items() if name not in ("model_type", "tie_word_embeddings")}
-_SHAPE = {name: value for name, value in _GROUPED.items() if name not in ("num_key_value_heads", "head_dim")}
-
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": TINY_LLAMA,
-    "llama_tied": {"model_type": "llama", **_GROUPED, "tie_word_embeddings": True},
-    "qwen3": {"model_type": "qwen3", **_GROUPED},
-    "gemma3_text": {"model_type": "gemma3_text", **_GROUPED, "sliding_window": 16},
-    "gpt_neox": {"model_type": "gpt_neox", **_SHAPE},
-    "gpt2": {
-        "model_type": "gpt2",
-        "vocab_size": VOCABULARY,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 64,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    },
-    "opt": {"model_type": "opt", **_SHAPE, "ffn_dim": 64, "word_embed_proj_dim": 32},
-    "phi3": {"model_type": "phi3", **_GROUPED},
-    "qwen3_moe": {
-        "model_type": "qwen3_moe",
-        **_GROUPED,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-    },
+    name: families.options_of(name)
+    for name in ("llama", "llama_tied", "qwen3", "gemma3_text", "gpt_neox", "gpt2", "opt", "phi3", "qwen3_moe")
 }
+"""A handful of tests.helpers.families, with which whole runs are tried."""
 
 
 def save_model(directory: Path, family: str = "llama", *, max_shard_size: str = "5GB", **changes: Any) -> Path:

@@ -55,7 +55,7 @@ def test_a_path_is_a_path_whatever_it_holds(name: str, tmp_path: Path, template_
     (storage / "adapter" / "note.txt").write_text("kept")
     assert sink.finish("FINISHED", {"adapter": storage / "adapter"}).problem is None
     assert sqlite_runs(storage) == before + 1
-    assert (storage / "mlartifacts" / sink.run_id / "artifacts" / "adapter" / "note.txt").is_file()
+    assert (storage / "mlartifacts" / str(sink.run_id) / "artifacts" / "adapter" / "note.txt").is_file()
     assert [path.name for path in root.iterdir()] == [name]
     assert start(str(storage), resume=True).run_id == sink.run_id
     assert check_tracking(recipe()["tracking"], str(storage)) == f"{storage / 'mlflow.db'} exists"

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from raymem.cache import cache_root, read_json, write_json
-from raymem.methods import tiny_model
 from raymem.methods.chunked_loss.causal_lm import is_plain_product
 from raymem.methods.chunked_loss.probing import Verdict, probe
+from raymem.methods.probe import asked_once
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class Choice:
 
 def choose(model: Any) -> Choice:
     """Choose for a causal language model of transformers: the bare one, with whatever an adapter made of its head."""
-    verdict = verdict_of(model.config)
+    verdict = verdict_of(model)
     if verdict.product and is_plain_product(model.get_output_embeddings()):
         return Choice(chunked=True, replay=False, reason=None)
     if verdict.replay:
@@ -38,29 +33,8 @@ def choose(model: Any) -> Choice:
     return Choice(chunked=False, replay=False, reason=verdict.reason)
 
 
-def verdict_of(config: Any) -> Verdict:
+def verdict_of(model: Any) -> Verdict:
     """The verdict of :func:`probe` on an architecture; asked once per class, options and versions on this machine."""
-    try:
-        clone = tiny_model.tiny_config(config).to_json_string(use_diff=False)
-    except Exception:  # configs raise types of their own; the probe says what is wrong
-        return probe(config)
-    key = hashlib.sha256(f"{type(config).__qualname__} {clone} {_code()}".encode()).hexdigest()[:32]
-    if key not in _verdicts:
-        file = cache_root() / "probes" / f"{key}.json"
-        kept = read_json(file)
-        if kept is None:
-            kept = vars(probe(config))
-            write_json(file, kept)
-        _verdicts[key] = Verdict(**kept)
-    return _verdicts[key]
-
-
-_verdicts: dict[str, Verdict] = {}
-
-
-@functools.cache
-def _code() -> str:
-    """Versions of everything that a verdict depends on."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(tiny_model.__file__)]
-    ours = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return json.dumps([ours, *(version(name) for name in ("torch", "transformers"))])
+    return Verdict(
+        **asked_once("loss", model, (Path(__file__).parent,), lambda: vars(probe(model.config, type(model))))
+    )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from raymem.methods.chunked_loss.causal_lm import chunked_loss_sum, head_input, is_plain_product
+from raymem.methods.probe import first_line, why_not
 from raymem.methods.tiny_model import VOCABULARY, random_clone
 from raymem.seeds import generator
 
@@ -36,20 +37,20 @@ class Verdict:
     """Why not both."""
 
 
-def probe(config: Any) -> Verdict:
+def probe(config: Any, kind: Any = None) -> Verdict:
     """Try both ways on a clone of a model; a clone that cannot be built or run proves neither.
 
     Args:
         config: the transformers config of a causal language model.
+        kind: its class, where transformers has another one for such a config.
     """
     try:
-        model = random_clone(config)
+        model = random_clone(config, kind=kind)
         if model.get_output_embeddings() is None:
             return Verdict(False, False, "it has no output head that transformers knows")
         return _compare(model)
     except Exception as error:  # model code may raise anything
-        text = (str(error).strip().splitlines() or [""])[0][:200]
-        return Verdict(False, False, f"a small clone of it cannot be run ({type(error).__name__}: {text})")
+        return Verdict(False, False, why_not(error))
 
 
 def _compare(model: Any) -> Verdict:
@@ -76,7 +77,7 @@ def _compare(model: Any) -> Verdict:
         try:
             differences[way] = _difference(expected, _loss_and_gradients(model, chunked))
         except Exception as error:  # as above
-            differences[way] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            differences[way] = f"{type(error).__name__}: {first_line(error)}"
     if differences["product"] is None:
         differences["product"] = _not_the_product(model, inputs)
     found = [f"{way}: {text}" for way, text in differences.items() if text is not None]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
 from raymem.kinds import OPTIONS_RULES, Advice
-from raymem.methods.peft_kind import PeftAdapterKind, linear_shape, tuned_layers
+from raymem.methods.peft.kind import PeftAdapterKind, linear_shape, tuned_layers
+
+if TYPE_CHECKING:
+    from raymem.methods.peft.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,15 @@ class LoraKind(PeftAdapterKind[LoraOptions]):
     }
     factors = ("lora_A", "lora_B")
 
-    def peft_config(self, options: LoraOptions, targets: str | list[str]) -> Any:
+    def peft_config(self, options: LoraOptions, targets: Targets) -> Any:
         from peft import LoraConfig
 
         return LoraConfig(
             r=options.rank,
             lora_alpha=options.alpha,
             lora_dropout=options.dropout,
-            target_modules=targets,
+            target_modules=targets.modules,
+            target_parameters=targets.parameters or None,
             task_type="CAUSAL_LM",
         )
 

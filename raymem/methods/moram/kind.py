@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from raymem.errors import RecipeError
 from raymem.hooks import Hook
 from raymem.methods.moram.config import MoRAMOptions, connections
-from raymem.methods.peft_kind import PeftAdapterKind, linear_shape, tuned_layers
+from raymem.methods.peft.kind import PeftAdapterKind, linear_shape, tuned_layers
+
+if TYPE_CHECKING:
+    from raymem.methods.peft.targets import Targets
 
 _IDENTITY_BYTES = 8 * 3
 """What identifies the base weight of a layer: three int64."""
@@ -25,16 +29,21 @@ class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
     meaning = {"r": "rank", "k": "k", "density": "density", "alpha": "alpha"}
     factors = ("moram_A", "moram_B")
 
-    def peft_config(self, options: MoRAMOptions, targets: str | list[str]) -> Any:
+    def peft_config(self, options: MoRAMOptions, targets: Targets) -> Any:
         from raymem.methods.moram import MoRAMConfig
 
+        if targets.parameters:
+            raise RecipeError(
+                f"adapter.targets: {targets.parameters[0]} holds routed experts, and MoRAM adapts linear layers; leave "
+                "it out or use adapter: lora"
+            )
         return MoRAMConfig(
             r=options.rank,
             k=options.k,
             density=options.density,
             alpha=options.alpha,
             formulation=options.formulation,
-            target_modules=targets,
+            target_modules=targets.modules,
             task_type="CAUSAL_LM",
         )
 

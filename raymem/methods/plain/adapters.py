@@ -29,11 +29,11 @@ class FullTrainingKind(AdapterKind[NoAdapter]):
     trains_base = True
 
     def attach(self, model: Any, options: NoAdapter, context: AttachContext) -> Any:
-        freeze(model, options.freeze)
-        return model
+        from raymem.methods.peft.linear_layers import freeze_unused
 
-    def trained_shapes(self, model: Any, options: NoAdapter) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        freeze(model, options.freeze)
+        freeze_unused(model)
+        return model
 
 
 def freeze(model: Any, names: Sequence[str]) -> None:

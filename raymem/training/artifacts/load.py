@@ -16,7 +16,8 @@ from raymem.methods import moram
 from raymem.methods.loram.manifest import MANIFEST
 from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.recover import is_recovered
-from raymem.methods.peft_import import without_bitsandbytes
+from raymem.methods.peft.files import load_adapter
+from raymem.methods.peft.importing import without_bitsandbytes
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
 from raymem.training.dist_env import Layout
 from raymem.training.model.build import fetch
@@ -32,7 +33,7 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
         ModelError: it is neither, or the base that the adapter names cannot be loaded or is quantised.
     """
     with without_bitsandbytes():
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig
 
         moram.register()
     path = Path(directory)
@@ -44,13 +45,12 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     try:
         if (path / "adapter_config.json").is_file():
             base = _load(*_base(path, PeftConfig.from_pretrained(str(path))))
-            with without_bitsandbytes():
-                model = PeftModel.from_pretrained(base, str(path))
+            model = load_adapter(base, path, "cpu")
         else:
             model = _load(str(path), None)
     except ModelError as error:  # what training would say of the model
         raise ModelError(f"{path} cannot be loaded: {str(error).removeprefix('model.name: ')}") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # model code may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} cannot be loaded: {reason}; check the base model that it names") from None
     return model.eval(), load_tokenizer(str(path))
@@ -177,7 +177,8 @@ def _untie_adapted(model: Any) -> None:
     base = model.get_base_model()
     embedded = {id(embedding.weight) for embedding in base.modules() if isinstance(embedding, torch.nn.Embedding)}
     for layer in layers:
-        if not isinstance(layer, torch.nn.Embedding) and id(layer.weight) in embedded:
+        # Routed experts have no weight of that name, and are tied to nothing.
+        if not isinstance(layer, torch.nn.Embedding) and id(getattr(layer, "weight", None)) in embedded:
             layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
             for config in (base.config, base.config.get_text_config()):
                 config.tie_word_embeddings = False

@@ -9,7 +9,7 @@ import torch
 
 from raymem.errors import ModelError
 from raymem.kinds import AdapterKind, AttachContext
-from raymem.methods.peft_kind import read_config
+from raymem.methods.peft.kind import merged_instead, read_config
 from raymem.recipe.axes import ADAPTERS, BASES
 from raymem.recipe.schema import Recipe
 from raymem.training.model.base_name import base_name
@@ -35,12 +35,19 @@ def _kind_of(config: dict[str, Any], directory: str) -> AdapterKind[Any]:
             return kind
     raise ModelError(
         f"adapter.init_from: {Path(directory) / 'adapter_config.json'} is a {_type(config)} adapter; only those of "
-        f"adapter.kind {', '.join(kind.name for kind in ADAPTERS.kinds() if not kind.trains_base)} are continued"
+        f"adapter.kind {', '.join(kind.name for kind in ADAPTERS.kinds() if not kind.trains_base)} are continued; "
+        + merged_instead(directory)
     )
 
 
 def _type(config: dict[str, Any]) -> str:
     return str(config.get("peft_type") or config.get("raymem_kind"))
+
+
+def is_peft(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter of PEFT, rather than a whole model or an adapter of a kind of its own."""
+    path = Path(directory) / "adapter_config.json"
+    return path.is_file() and "raymem_kind" not in read_config(directory)
 
 
 def continuing(directory: str | Path) -> Any:

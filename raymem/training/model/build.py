@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import nn
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, RecipeError
 from raymem.memory import nf4
+from raymem.methods.peft.files import load_adapter
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, building
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
 from raymem.training import lean, loss
 from raymem.training.dist_env import Layout, shard
-from raymem.training.model import adapter, weights
+from raymem.training.model import adapter, packing, weights
 from raymem.training.model.base_name import base_name
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,12 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def build_model(
-    recipe: Recipe, layout: Layout | None = None, *, meta: bool = False, planned: bool = False
+    recipe: Recipe,
+    layout: Layout | None = None,
+    *,
+    meta: bool = False,
+    planned: bool = False,
+    adapter_at: Path | None = None,
 ) -> nn.Module:
     """Build the recipe's model with its adapter, in training mode.
 
@@ -45,17 +52,19 @@ def build_model(
         layout: this process's place; its device is where the model lands.
         meta: stop before any weight is allocated or read (only the config is needed).
         planned: only memory counts, so 4-bit layers are stand-ins that need no bitsandbytes.
+        adapter_at: PEFT directory whose adapter, of whatever kind, is loaded instead of making the recipe's.
 
     Returns:
         A transformers model, wrapped by PEFT if there is an adapter; parameters are DTensors under FSDP2.
 
     Raises:
         ModelError: no such model, no config, missing or odd weights.
-        RecipeError: a pattern of the adapter that matches nothing.
+        RecipeError: a pattern of the adapter that matches nothing, or packing that does not keep examples apart.
     """
     layout = layout or Layout()
     config = load_config(recipe, layout)
     bare = _on_meta(config, recipe)
+    packing.refuse_leaks(bare, recipe)
     # Names are those of the bare model: quantising, wrapping and sharding change names or parameters, not the places.
     source = None if meta else _source(bare, config, recipe, layout)
     tied: dict[str, str] = dict(getattr(bare, "all_tied_weights_keys", None) or {})
@@ -65,21 +74,32 @@ def build_model(
     places = weights.slots(bare)
     activations = ACTIVATIONS.of(recipe)
     activations.prepare(bare, recipe.activations)
-    model: nn.Module = adapter.attach(bare, recipe, trainable_dtype(recipe))
-    if not activations.keeps_stock_layers(recipe.activations):
-        lean.install(model)
-    model.train()
-    loss.prepare(model, LOSSES.of(recipe), recipe.loss)
+    model: nn.Module = bare
+    if adapter_at is None:
+        model = adapter.attach(bare, recipe, trainable_dtype(recipe))
+        _prepare(model, recipe)
     if layout.sharded:
         shard(model, blocks, layout)
     if source is not None:
         weights.materialise(model, layout)
         weights.fill(places, source, layout, tied)
-        _fill_adapter(model, recipe, layout)
-        ADAPTERS.of(recipe).loaded(model, recipe.adapter, recipe.seed)
+        if adapter_at is None:
+            _fill_adapter(model, recipe, layout)
+            ADAPTERS.of(recipe).loaded(model, recipe.adapter, recipe.seed)
         _restore_computed_buffers(bare)
+    if adapter_at is not None:
+        model = load_adapter(bare, adapter_at, layout.device)
+        _prepare(model, recipe)
     activations.install(model, recipe.activations, recipe.seed)
     return model
+
+
+def _prepare(model: nn.Module, recipe: Recipe) -> None:
+    """Arrange the forward pass of a model with its adapter."""
+    if not ACTIVATIONS.of(recipe).keeps_stock_layers(recipe.activations):
+        lean.install(model)
+    model.train()
+    loss.prepare(model, LOSSES.of(recipe), recipe.loss)
 
 
 def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
@@ -175,10 +195,12 @@ def check_model(recipe: Recipe) -> str:
     config = load_config(recipe)
     planned = BASES.of(recipe).is_planned(recipe.base)
     name = recipe.model.name if planned else base_name(recipe)[0]
+    bare = _on_meta(config, recipe)
+    packing.refuse_leaks(bare, recipe)
     kind = f"{name or 'random weights'} ({config.model_type})"
     if name is None or planned or not Path(name).is_dir():
         return kind
-    weights.check_checkpoint(_on_meta(config, recipe), Path(name))
+    weights.check_checkpoint(bare, Path(name))
     return f"{kind}, every tensor accounted for"
 
 
@@ -189,7 +211,7 @@ def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
         model: may be on the meta device.
 
     Raises:
-        RecipeError: rows longer than the model has positions, or packing that its layers cannot keep apart.
+        RecipeError: rows longer than the model has positions.
         ModelError: the tokenizer makes ids that the embedding does not have.
     """
     config = model.config.get_text_config()
@@ -205,17 +227,6 @@ def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
             f"data.sequence_length: {recipe.data.sequence_length} is more than the {positions} positions of the model; "
             "lower it"
         )
-    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    stateful = kinds or any(hasattr(config, name) for name in STATE_SPACE_OPTIONS)
-    if stateful and recipe.data.packing == "bfd":
-        raise RecipeError(
-            f"data.packing: bfd keeps examples apart in attention only, and {config.model_type} has layers that carry "
-            "a state from token to token; use packing: none"
-        )
-
-
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-STATE_SPACE_OPTIONS = ("state_size", "mamba_d_state", "ssm_cfg", "mamba_n_heads", "linear_num_key_heads")
 
 
 def tokenizer_path(recipe: Recipe, layout: Layout | None = None) -> str:
@@ -246,7 +257,7 @@ def _on_meta(config: Any, recipe: Recipe) -> Any:
             # FSDP2 would gather and reduce two, and round the sum of their gradients in another order.
             bare.tie_weights()
             return bare
-    except (ValueError, TypeError, LookupError, ImportError) as error:
+    except Exception as error:  # model code may raise anything
         raise ModelError(f"model: cannot be built from its config: {_reason(error)}") from None
 
 
@@ -314,21 +325,63 @@ def _fill_adapter(model: nn.Module, recipe: Recipe, layout: Layout) -> None:
         weights.put(*places[name], lambda rows, full=full: full if rows is None else full[rows], layout, name)  # type: ignore[misc]
 
 
+@torch.no_grad()
 def _restore_computed_buffers(bare: Any) -> None:
     """Recompute buffers that no checkpoint holds (rotary frequencies, embedding scales) through transformers' own rule.
 
     transformers initialises what is not flagged; so everything that was just loaded is flagged, and of the modules
-    only those that own such buffers are visited.
+    only those that own such buffers are visited. A buffer that its own module leaves alone is that of a module around
+    it to fill.
+
+    Raises:
+        ModelError: nothing fills one of them.
     """
     for tensor in [*bare.parameters(), *bare.buffers()]:
         tensor._is_hf_initialized = True
-    for module in bare.modules():
-        module._is_hf_initialized = not module._non_persistent_buffers_set
-        for name in module._non_persistent_buffers_set:
-            buffer = getattr(module, name)
-            if buffer is not None:
-                buffer._is_hf_initialized = False
+    computed = {
+        f"{prefix}.{name}" if prefix else name: module
+        for prefix, module in bare.named_modules()
+        for name in module._non_persistent_buffers_set
+        if getattr(module, name) is not None
+    }
+    visited = {name.rpartition(".")[0] for name in computed}
+    for name in computed:
+        buffer = bare.get_buffer(name)
+        buffer._is_hf_initialized = False
+        buffer.fill_(_untouched(buffer))
+    _initialise(bare, visited)
+    left = [name for name in computed if _is_untouched(bare.get_buffer(name))]
+    if left:
+        around = {".".join(name.split(".")[:end]) for name in left for end in range(name.count("."))}
+        _initialise(bare, around - visited)
+        left = [name for name in left if _is_untouched(bare.get_buffer(name))]
+    if left:
+        raise ModelError(
+            f"model: {type(bare).__name__} computes {left[0]} in a way that transformers does not repeat after "
+            "loading, so that it would hold no value; load and save the model with a class that transformers ships"
+        )
+
+
+def _initialise(bare: Any, paths: set[str]) -> None:
+    """Run transformers' initialisation of some modules; it leaves out what is flagged."""
+    for path, module in bare.named_modules():
+        module._is_hf_initialized = path not in paths
     bare.initialize_weights()
+
+
+def _untouched(buffer: torch.Tensor) -> float | int | bool:
+    """A value that no computed buffer is full of."""
+    if buffer.dtype == torch.bool:
+        return False
+    return math.nan if buffer.is_floating_point() or buffer.is_complex() else torch.iinfo(buffer.dtype).min
+
+
+def _is_untouched(buffer: torch.Tensor) -> bool:
+    if buffer.dtype == torch.bool or not buffer.numel():
+        return False
+    if buffer.is_floating_point() or buffer.is_complex():
+        return bool(buffer.isnan().all())
+    return bool((buffer == torch.iinfo(buffer.dtype).min).all())
 
 
 def _reason(error: Exception) -> str:

@@ -88,19 +88,21 @@ def test_the_clone_keeps_every_scalar_and_draws_the_same_weights() -> None:
 
 
 def test_it_is_asked_once_per_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    from raymem import cache
     from raymem.methods.chunked_loss import choice
 
     monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path))
-    monkeypatch.setattr(choice, "_verdicts", {})
-    first = verdict_of(config_of("llama", rms_norm_eps=3e-5))
+    monkeypatch.setattr(cache, "_answers", {})
+    model = random_clone(config_of("llama", rms_norm_eps=3e-5))
+    first = verdict_of(model)
     (file,) = (tmp_path / "probes").iterdir()
-    monkeypatch.setattr(choice, "_verdicts", {})
-    monkeypatch.setattr(choice, "probe", lambda config: pytest.fail("asked again"))
-    assert verdict_of(config_of("llama", rms_norm_eps=3e-5)) == first
+    monkeypatch.setattr(cache, "_answers", {})
+    monkeypatch.setattr(choice, "probe", lambda config, kind: pytest.fail("asked again"))
+    assert verdict_of(model) == first
     file.write_text("{")  # half a file is as good as none
-    monkeypatch.setattr(choice, "_verdicts", {})
+    monkeypatch.setattr(cache, "_answers", {})
     monkeypatch.setattr(choice, "probe", probe)
-    assert verdict_of(config_of("llama", rms_norm_eps=3e-5)) == first
+    assert verdict_of(model) == first
 
 
 def test_the_head_that_is_there_decides() -> None:

@@ -13,7 +13,7 @@ from raymem.errors import ModelError, RecipeError
 from raymem.methods.moram import MoRAMConfig, select_indices
 from raymem.methods.moram.config import MoRAMOptions
 from raymem.methods.moram.layer import layers
-from raymem.methods.peft_kind import stored_buffers
+from raymem.methods.peft.kind import stored_buffers
 from raymem.recipe.schema import Recipe
 from raymem.training.dist_env import Layout
 from raymem.training.model.build import build_model

@@ -48,7 +48,7 @@ def test_the_plain_tools_load_what_was_trained(family: str, fragment: dict[str, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = save_model(tmp_path / "base", family)
-    recipe = make_recipe(fragment, model=directory)
+    recipe = make_recipe(fragment, {"data": {"packing": "none"}}, model=directory)
     model = trained(recipe)
     path = export(model, recipe, tmp_path / "run")
     assert path.name == artifact_name(recipe) == ("model" if fragment else "adapter")

@@ -26,7 +26,8 @@ from tests.helpers.support import (
     snapshot,
 )
 
-FULL = {"adapter": {"kind": "none"}}
+FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
+UNPACKED = {"data": {"packing": "none"}}  # not every family keeps packed examples apart
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -37,7 +38,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_adapter_changes_nothing_and_alone_is_trained(family: str, tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", family)
-    plain, adapted = build_model(make_recipe(FULL, model=directory)), build_model(make_recipe(model=directory))
+    plain, adapted = (build_model(make_recipe(*parts, UNPACKED, model=directory)) for parts in ([FULL], []))
     assert torch.equal(logits(adapted), logits(plain))
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert trained and all(".lora_" in name for name in trained)

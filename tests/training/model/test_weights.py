@@ -46,7 +46,7 @@ def copy(llama: Path, tmp_path: Path) -> Any:
 
 
 def build(directory: Path) -> Any:
-    return build_model(make_recipe(FULL, model=directory))
+    return build_model(make_recipe(FULL, {"data": {"packing": "none"}}, model=directory))
 
 
 def test_a_complete_copy_loads(copy: Any, llama: Path) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from raymem.errors import AdapterError, ModelError, RecipeError
 from raymem.kinds import ADAPTER_FILE, AdapterKind, AttachContext
-from raymem.methods.peft_import import without_bitsandbytes
+from raymem.methods.peft.importing import without_bitsandbytes
+
+if TYPE_CHECKING:
+    from raymem.methods.peft.targets import Targets
 
 
 class PeftOptions(Protocol):
@@ -43,11 +44,11 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
     """What the names of the two factors hold between dots: the one that starts at random, and the one of zeros."""
 
     @abstractmethod
-    def peft_config(self, options: OptionsT, targets: str | list[str]) -> Any:
+    def peft_config(self, options: OptionsT, targets: Targets) -> Any:
         """The options as a ``peft.PeftConfig`` for causal language models.
 
-        Args:
-            targets: ``target_modules`` in PEFT's terms.
+        Raises:
+            RecipeError: targets that it cannot adapt; begins with ``adapter.targets``.
         """
 
     def state(self, model: Any, saved: dict[str, Any]) -> dict[str, Any] | None:
@@ -62,10 +63,16 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
         with without_bitsandbytes():
             from peft import get_peft_model
 
-            config = self.peft_config(options, peft_targets(model, options.targets))
+            from raymem.methods.peft.targets import choose
+            from raymem.methods.sentences import as_sentence
+
+            config = self.peft_config(options, choose(model, options.targets))
+            name = type(model).__name__
             try:
-                # PEFT would make fp32 weights, and save an fp32 copy of every layer input.
-                wrapped: Any = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+                # Else PEFT would make fp32 weights, and save an fp32 copy of every layer input.
+                arguments = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
+                with as_sentence(RecipeError, f"adapter: PEFT refuses it for {name}", "change adapter.targets"):
+                    wrapped: Any = get_peft_model(model, config, **arguments)
             except AdapterError as error:
                 raise RecipeError(f"adapter.{error}") from None
             # Only now: PEFT writes the directory there from which the config was read, which for a hub id is a cache.
@@ -107,7 +114,7 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
         for option, key in self.meaning.items():
             theirs, wanted = config.get(option) or None, ours.get(option) or None
             if theirs != wanted:
-                cure = f"set adapter.{key}: {theirs}" if key else "only plain LoRA is continued"
+                cure = f"set adapter.{key}: {theirs}" if key else merged_instead(directory)
                 raise ModelError(
                     f"adapter.init_from: {directory} was trained with {option}={theirs} but this recipe has {wanted}, "
                     f"which would change what it does; {cure}"
@@ -124,7 +131,7 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
             odd = sorted(set(by_file_name) ^ set(saved))[0]
             raise ModelError(
                 f"adapter.init_from: {path} was trained on other layers than adapter.targets selects "
-                f"(first difference: {odd}); use the same targets"
+                f"(first difference: {odd}); use the same targets, or {merged_instead(directory)}"
             )
         try:
             state = self.state(model, saved)
@@ -139,42 +146,6 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
                     f"{list(expected[by_file_name[key]])}; set adapter.rank to the rank of that adapter"
                 )
         return {by_file_name[key]: tensor for key, tensor in saved.items()}
-
-
-def peft_targets(model: Any, targets: str | list[str]) -> str | list[str]:
-    """Targets in PEFT's terms: module names (whole or the end after a dot), or one regular expression for whole names.
-
-    PEFT takes expressions only alone and complains only when nothing matches at all; here every pattern must match.
-
-    Raises:
-        RecipeError: a pattern that is none, or that matches no linear layer.
-    """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D  # how GPT-2 writes its linear layers
-
-    if targets == "all-linear":
-        return targets
-    patterns = [targets] if isinstance(targets, str) else targets
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    expressions = []
-    for pattern in patterns:
-        if any(name == pattern or name.endswith(f".{pattern}") for name in names):
-            expressions.append(rf"(?:.*\.)?{re.escape(pattern)}")
-            continue
-        try:
-            matched = any(re.fullmatch(pattern, name) for name in names)
-        except re.error as error:
-            raise RecipeError(f"adapter.targets: {pattern!r} is not a valid pattern: {error}") from None
-        if not matched:
-            leaves = sorted({name.rpartition(".")[2] for name in names})
-            near = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.3) or leaves
-            raise RecipeError(
-                f"adapter.targets: {pattern!r} matches no linear layer of {type(model).__name__}; "
-                f"near names: {', '.join(near)}"
-            )
-        expressions.append(f"(?:{pattern})")
-    only_names = all(expression.startswith("(?:.*\\.)?") for expression in expressions)
-    return patterns if only_names else "|".join(expressions)
 
 
 def stored_buffers(model: Any) -> dict[str, Any]:
@@ -262,10 +233,15 @@ def without_base(saved: dict[str, Any], model: Any, directory: str) -> dict[str,
             )
         if not torch.equal(value.to(held), held):
             raise ModelError(
-                f"adapter.init_from: {directory} holds {name} of the base with other values than this base; merge the "
-                f"adapter (raymem merge {directory} -o MERGED), give MERGED as model.name, and train without init_from"
+                f"adapter.init_from: {directory} holds {name} of the base with other values than this base; "
+                + merged_instead(directory)
             )
     return {key: tensor for key, tensor in saved.items() if key not in of_base}
+
+
+def merged_instead(directory: str | Path) -> str:
+    """The cure that works for every adapter that PEFT can merge."""
+    return f"merge it (raymem merge {directory} -o MERGED), give MERGED as model.name and train without init_from"
 
 
 def _has(model: Any, name: str) -> bool:
