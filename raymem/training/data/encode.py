@@ -9,6 +9,7 @@ boundary) ids of its own.
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,6 @@ class Encoder:
         self._tokenizer = tokenizer
         self._name = name
         self._eos = int(tokenizer.eos_token_id)
-        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos]
         self._begin: list[int] = [bos] if adds_bos else []
@@ -49,6 +49,11 @@ class Encoder:
         # Some tokenizers have several, by name.
         self._template = "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template or "")
         self.pad_id = self._eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        """Ids are below this."""
+        return int(max(self._tokenizer.get_vocab().values())) + 1
 
     def in_template(self, key: str) -> bool:
         """Whether the chat template speaks of a key of a message, or of ``tools``."""
