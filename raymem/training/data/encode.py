@@ -50,7 +50,6 @@ class Encoder:
             )
         self._backend = tokenizer.backend_tokenizer
         self._eos = int(tokenizer.eos_token_id)
-        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and self._backend.encode("a").ids[:1] == [bos]
         self._begin: list[int] = [bos] if adds_bos else []
@@ -60,6 +59,11 @@ class Encoder:
         self._is_added[list(tokenizer.added_tokens_decoder)] = True
         self._short: dict[str, list[int]] = {}
         self.pad_id = self._eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        """Ids are below this."""
+        return max(self._backend.get_vocab().values()) + 1
 
     def in_template(self, key: str) -> bool:
         """Whether the chat template speaks of a key of a message, or of ``tools``."""

@@ -15,7 +15,7 @@ from raymem.recipe.paths import DATA_FILES, DATA_SUFFIXES, is_local
 from raymem.training.data.readers import Block, Row, index_hub, read_block
 from raymem.training.data.sources.copies import LocalFile, SourceFile, plain_copy
 from raymem.training.data.sources.digests import index_of, is_rewritten, stamp
-from raymem.training.data.sources.remote import RemoteDirectory
+from raymem.training.data.sources.remote import RemoteDirectory, shown
 from raymem.training.data.sources.splits import check_single, choose, data_files
 
 _DEFAULT_SPLIT = "train"
@@ -104,11 +104,12 @@ def files_of(source: Source, place: str, cache_dir: Path) -> list[SourceFile]:
     if "://" in source.path:
         remote = RemoteDirectory(source.path, place)
         if remote.is_file():
-            name = remote.file().name
-            _check_file(name, source, place)
-            return [remote.file()]
+            file = remote.file()
+            _check_file(file.name, source, place)
+            return [file]
         names = _some(data_files(remote.entries), named)
-        return [remote.file(name) for name in choose(names, source.split, place, source.path.rpartition("/")[2])]
+        directory = shown(source.path).rstrip("/").rpartition("/")[2]
+        return [remote.file(name) for name in choose(names, source.split, place, directory)]
     path = Path(source.path).expanduser().absolute()
     if not path.exists():
         raise DataError(f"{named} does not exist{_hint(path)}")

@@ -91,6 +91,10 @@ def test_splits_of_a_folder(bucket: Bucket, tmp_path: Path) -> None:
     uri = bucket.storage.join("d")
     assert [row for _, row in rows_of(opened(uri, tmp_path, split="test"))] == [{"text": "three"}]
     assert [row for _, row in rows_of(opened(uri, tmp_path))] == ROWS * 2
+    bucket.write("test/a.jsonl", LINES)
+    path, _, options = bucket.storage.join("test").partition("?")
+    for end in ("", "/"):  # the folder itself says the split
+        assert [row for _, row in rows_of(opened(f"{path}{end}?{options}", tmp_path, split="test"))] == ROWS
     with pytest.raises(DataError, match=r"^data\.train\[0\] holds files of the splits test, train, not 'dev'"):
         opened(uri, tmp_path, split="dev")
 
