@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -63,7 +64,7 @@ class Encoder:
     @cached_property
     def _vocabulary(self) -> int:
         """Ids are below this."""
-        return max(self._backend.get_vocab().values()) + 1
+        return int(max(self._backend.get_vocab().values())) + 1
 
     def in_template(self, key: str) -> bool:
         """Whether the chat template speaks of a key of a message, or of ``tools``."""

@@ -16,7 +16,7 @@ _GENERATION_CONFIG = "generation_config.json"
 def load_tokenizer(path: str) -> Any:
     """The fast tokenizer of a local directory or Hugging Face id.
 
-    Its attribute ``stop_ids`` has what stops generation by the ``generation_config.json`` beside it, without its own
+    Its attribute ``stop_ids`` has what stops generation by the ``generation_config.json`` beside it, other than its own
     end token.
 
     Raises:
