@@ -44,14 +44,14 @@ _BY_WORDS = (
 )
 
 
-def explain(error: Exception, action: str, place: str) -> StorageError:
+def explain(error: Exception, action: str, path: str) -> StorageError:
     """A finished StorageError for a failure of ``action`` (an infinitive) at ``place``."""
     code = error.errno if isinstance(error, OSError) else None
     if code in _BY_ERRNO:
         words, cure = _BY_ERRNO[code]
-        return StorageError(f"storage: cannot {action} {place}: {words}; {cure}")
+        return StorageError(f"storage: cannot {action} {path}: {words}; {cure}")
     text = " ".join(str(error).split())
     for words_of, cure in _BY_WORDS:
         if any(word in text for word in words_of):
-            return StorageError(f"storage: cannot {action} {place}: {text}; {cure}")
-    return StorageError(f"storage: cannot {action} {place}: {text}; set storage.path to a place that works")
+            return StorageError(f"storage: cannot {action} {path}: {text}; {cure}")
+    return StorageError(f"storage: cannot {action} {path}: {text}; set storage.path to a place that works")

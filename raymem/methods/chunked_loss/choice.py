@@ -47,11 +47,11 @@ def verdict_of(config: Any) -> Verdict:
     key = hashlib.sha256(f"{type(config).__qualname__} {clone} {_code()}".encode()).hexdigest()[:32]
     if key not in _verdicts:
         file = cache_root() / "probes" / f"{key}.json"
-        kept = read_json(file)
-        if kept is None:
-            kept = vars(probe(config))
-            write_json(file, kept)
-        _verdicts[key] = Verdict(**kept)
+        stored = read_json(file)
+        if stored is None:
+            stored = vars(probe(config))
+            write_json(file, stored)
+        _verdicts[key] = Verdict(**stored)
     return _verdicts[key]
 
 

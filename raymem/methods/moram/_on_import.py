@@ -51,7 +51,9 @@ class _Following(Loader):
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         package = self._ours.rpartition(".")[0] + "."
-        inside = (name for name, found in list(sys.modules.items()) if name.startswith(package) and _unfinished(found))
+        inside = (
+            name for name, loaded in list(sys.modules.items()) if name.startswith(package) and _unfinished(loaded)
+        )
         if next(inside, None) is None:  # otherwise a module of ours asked for the trigger, and will do the same
             importlib.import_module(self._ours)
 
