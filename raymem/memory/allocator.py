@@ -194,15 +194,15 @@ class CachingAllocator:
         page = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
         last = pool.last
         at_hand = last.size_bytes if last is not None and not last.in_use else 0
-        wanted = -(-(size - at_hand) // page) * page
-        if not self._reserve(wanted):
+        added_bytes = -(-(size - at_hand) // page) * page
+        if not self._reserve(added_bytes):
             return None
         if last is not None and not last.in_use:
             pool.remove(last)
-            last.size_bytes += wanted
+            last.size_bytes += added_bytes
             return last
         address = self._range_start[small] if last is None else last.address + last.size_bytes
-        block = Block(address, wanted, small, before=last)
+        block = Block(address, added_bytes, small, before=last)
         if last is not None:
             last.after = block
         pool.last = block

@@ -16,11 +16,11 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: no such number or unit, or nothing left of it.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(found.group(2).upper()) if found else None
-    if found is None or unit is None:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None:
         raise ValueError(f"{text!r} is no amount of memory; write it as 24GiB, 512MiB or 80GB")
-    num_bytes = int(float(found.group(1)) * unit)
+    num_bytes = int(float(match.group(1)) * unit)
     if num_bytes < 1:
         raise ValueError(f"{text!r} is less than one byte")
     return num_bytes

@@ -125,11 +125,11 @@ class Linear4bit(nn.Linear):
 
 def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, state: QuantState) -> torch.Tensor:
     assert state.state2 is not None
-    found: torch.Tensor = torch.ops.raymem.gemm_4bit.default(
+    product: torch.Tensor = torch.ops.raymem.gemm_4bit.default(
         x, packed, state.shape, state.state2.absmax, state.blocksize, bias, state.absmax, state.state2.code,
         state.offset,
     )  # fmt: skip
-    return found
+    return product
 
 
 class _Product(torch.autograd.Function):
@@ -153,8 +153,8 @@ class _Product(torch.autograd.Function):
 
 def dequantize_blockwise(A: torch.Tensor, state: QuantState) -> torch.Tensor:
     """As bitsandbytes.functional's of that name, of scales."""
-    found: torch.Tensor = torch.ops.raymem.dequantize_blockwise.default(A, state.dtype)
-    return found
+    values: torch.Tensor = torch.ops.raymem.dequantize_blockwise.default(A, state.dtype)
+    return values
 
 
 def dequantize_4bit(A: torch.Tensor, state: QuantState) -> torch.Tensor:
@@ -165,8 +165,8 @@ def dequantize_4bit(A: torch.Tensor, state: QuantState) -> torch.Tensor:
         assert state.offset is not None
         absmax += state.offset
     assert state.shape is not None
-    found: torch.Tensor = torch.ops.raymem.dequantize_4bit.default(A, absmax, state.shape, state.dtype)
-    return found
+    weight: torch.Tensor = torch.ops.raymem.dequantize_4bit.default(A, absmax, state.shape, state.dtype)
+    return weight
 
 
 def functional(state: Any) -> Any:

@@ -166,11 +166,11 @@ class Tracer(TorchDispatchMode):
         if tensor is None:
             return
         for storage in _storages(tensor):
-            found = self._live.get(storage._cdata)
-            if found is None:
+            live = self._live.get(storage._cdata)
+            if live is None:
                 self._add(storage, category, name, "")
             else:
-                found[0].category, found[0].name = category, name
+                live[0].category, live[0].name = category, name
 
     def watch(self, model: nn.Module) -> list[RemovableHandle]:
         """Name storages by the module of ``model`` that is running when they are made; undone by the handles."""
@@ -222,16 +222,16 @@ class Tracer(TorchDispatchMode):
         self._note(record, record.num_bytes)
 
     def _gone(self, key: int, record: Record) -> None:
-        found = self._live.get(key)
-        if found is not None and found[0] is record:
+        live = self._live.get(key)
+        if live is not None and live[0] is record:
             del self._live[key]
         self._note(record, -record.num_bytes)
 
     def _resized(self, storage: Any) -> None:
-        found = self._live.get(storage._cdata)
-        if found is None or found[0].num_bytes == storage.nbytes():
+        live = self._live.get(storage._cdata)
+        if live is None or live[0].num_bytes == storage.nbytes():
             return
-        record = found[0]
+        record = live[0]
         self._note(record, -record.num_bytes)
         record.num_bytes = storage.nbytes()
         self._note(record, record.num_bytes)
@@ -363,5 +363,5 @@ def live_at(changes: list[Change], at: int) -> list[Live]:
             alive[change.record.key] = (change.record, change.num_bytes)
         else:
             alive.pop(change.record.key, None)
-    found = [Live(r.name, r.category, r.operation, size) for r, size in alive.values()]
-    return sorted(found, key=lambda live: (-live.num_bytes, live.name))
+    holders = [Live(r.name, r.category, r.operation, size) for r, size in alive.values()]
+    return sorted(holders, key=lambda live: (-live.num_bytes, live.name))

@@ -73,11 +73,11 @@ def fakeify(model: nn.Module, tracer: Tracer | None = None) -> None:
                 continue
             if id(parameter) not in fresh:
                 fresh[id(parameter)] = _fake_parameter(parameter)
-            made = module._parameters[name] = fresh[id(parameter)]
+            fake = module._parameters[name] = fresh[id(parameter)]
             if tracer is not None:
                 full = f"{prefix}.{name}" if prefix else name
-                tracer.adopt(local(made), "trainable" if made.requires_grad else "weights", full)
-                for tensor in quantisation_tensors(made):
+                tracer.adopt(local(fake), "trainable" if fake.requires_grad else "weights", full)
+                for tensor in quantisation_tensors(fake):
                     tracer.adopt(tensor, "weights", f"{full} (scales)")
         for name, buffer in module._buffers.items():
             if buffer is not None:

@@ -78,23 +78,23 @@ class OutputCache:
         if known is None:
             return func(*args, **kwargs)
         self.hits += 1
-        made = [self._make(output, tensors) for output in known.outputs]
+        tensors_made = [self._make(output, tensors) for output in known.outputs]
         if known.kind is FakeTensor:
-            return made[0]
-        return None if known.kind is type(None) else known.kind(made)
+            return tensors_made[0]
+        return None if known.kind is type(None) else known.kind(tensors_made)
 
     def _make(self, output: _Output, tensors: list[FakeTensor]) -> FakeTensor:
         if output.same_as is not None:
             return tensors[output.same_as]
         with torch._C._DisableTorchDispatch():
             if output.view_of is None:
-                made = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
+                meta = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
             else:
-                made = torch.empty((), dtype=output.dtype, device="meta")
+                meta = torch.empty((), dtype=output.dtype, device="meta")
                 storage = tensors[output.view_of].untyped_storage()
-                made.set_(storage, output.offset, output.shape, output.stride)
+                meta.set_(storage, output.offset, output.shape, output.stride)
             fake: FakeTensor = torch.Tensor._make_subclass(
-                FakeTensor, made, False, dispatch_device=True, device_for_backend_keys=self._device
+                FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=self._device
             )
             torch._C._set_throw_on_mutable_data_ptr(fake)
         fake.__dict__.update(self._attributes)

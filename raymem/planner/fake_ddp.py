@@ -30,8 +30,8 @@ class FakeReplica(DistributedDataParallel):
         for bucket in _buckets(list(reversed(trained))):
             flat = torch.empty(sum(p.numel() for p in bucket), dtype=bucket[0].dtype)
             tracer.adopt(flat, "gradients", "gradient bucket")
-            for parameter, place in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
-                self._places[id(parameter)] = place.view(parameter.shape)
+            for parameter, view in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
+                self._places[id(parameter)] = view.view(parameter.shape)
                 parameter.register_post_accumulate_grad_hook(self._reduce)  # type: ignore[no-untyped-call]
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
@@ -39,11 +39,11 @@ class FakeReplica(DistributedDataParallel):
 
     @torch.no_grad()
     def _reduce(self, parameter: torch.Tensor) -> None:
-        place = self._places[id(parameter)]
-        if self.require_backward_grad_sync and parameter.grad is not place:
+        view = self._places[id(parameter)]
+        if self.require_backward_grad_sync and parameter.grad is not view:
             assert parameter.grad is not None
-            place.copy_(parameter.grad)
-            parameter.grad = place
+            view.copy_(parameter.grad)
+            parameter.grad = view
 
 
 def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -77,8 +77,8 @@ def _without_values(model: nn.Module) -> nn.Module:
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
-    made = {id(tensor): hollow(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, made)
+    fakes = {id(tensor): hollow(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, fakes)
 
 
 def _fake(inputs: Any, tracer: Tracer) -> Any:

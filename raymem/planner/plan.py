@@ -22,9 +22,9 @@ def make_plan(session: Session, target: Target, gpu: str | None) -> Plan:
     steps = peak_of(changes, wanted=lambda c: c.step == MEASURED and c.phase in ("forward", "backward", "step"))
     phases: dict[str, dict[str, int]] = {}
     for phase in PHASES:
-        found = peak_of(changes, wanted=lambda c, phase=phase: c.phase == phase and id(c) in relevant)  # type: ignore[misc]
-        if found.num_bytes:
-            phases[phase] = {**_complete(found.by_category), "peak_bytes": found.num_bytes}
+        phase_peak = peak_of(changes, wanted=lambda c, phase=phase: c.phase == phase and id(c) in relevant)  # type: ignore[misc]
+        if phase_peak.num_bytes:
+            phases[phase] = {**_complete(phase_peak.by_category), "peak_bytes": phase_peak.num_bytes}
     held = _device_needs(session, target, gpu, peak.num_bytes)
     return Plan(
         device=target.kind,
@@ -99,7 +99,7 @@ def allocator_events(session: Session, cublas_bytes: int) -> list[allocator.Even
     in_step = [c for c in measured if c.phase in ("forward", "backward", "step")]
     update = next((i for i, c in enumerate(in_step) if c.phase == "step"), len(in_step))
     state = [_event(c) for c in first if c.record.category == "optimizer" and c.num_bytes > 0]
-    kept = {key for key, _ in state}
+    state_keys = {key for key, _ in state}
     rehearsal: list[allocator.Event] = []
     open_keys: set[int] = set()
     for index, change in enumerate(in_step):
@@ -115,7 +115,7 @@ def allocator_events(session: Session, cublas_bytes: int) -> list[allocator.Even
     if update == len(in_step):
         rehearsal += state
     rehearsal += [(key, 0) for key in sorted(open_keys)]
-    alive = kept | {key for key, _ in before}
+    alive = state_keys | {key for key, _ in before}
     following = []
     for change in measured:  # what step 1 alone left behind is not there
         if change.num_bytes > 0:

@@ -17,26 +17,26 @@ def method_of(recipe: Recipe) -> str:
 
 def record(recipe: Recipe, predicted_bytes: int, measured_bytes: int) -> None:
     """Take in one run."""
-    found, key = _read(), _key(recipe)
-    before, now = found.get(key, {}), measured_bytes / predicted_bytes
-    found[key] = {
+    records, key = _read(), _key(recipe)
+    before, now = records.get(key, {}), measured_bytes / predicted_bytes
+    records[key] = {
         "runs": before.get("runs", 0) + 1,
         "sum": before.get("sum", 0.0) + now,
         "highest": max(before.get("highest", 0.0), now),
     }
-    write_json(_file(), found)
+    write_json(_file(), records)
 
 
 def ratio(recipe: Recipe) -> tuple[float, int] | None:
     """Mean of measured over predicted peak, and the number of runs; None before the first one."""
-    found = _read().get(_key(recipe))
-    return None if found is None else (found["sum"] / found["runs"], found["runs"])
+    record = _read().get(_key(recipe))
+    return None if record is None else (record["sum"] / record["runs"], record["runs"])
 
 
 def highest(recipe: Recipe) -> float | None:
     """The largest measured over predicted peak of these methods; None before the first run."""
-    found: float | None = _read().get(_key(recipe), {}).get("highest")
-    return found
+    highest_ratio: float | None = _read().get(_key(recipe), {}).get("highest")
+    return highest_ratio
 
 
 def _key(recipe: Recipe) -> str:

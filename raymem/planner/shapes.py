@@ -21,8 +21,8 @@ from raymem.recipe.schema import Recipe
 
 @functools.cache
 def _shipped() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
-    return found
+    shapes: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
+    return shapes
 
 
 def shipped_models() -> dict[str, dict[str, Any]]:

@@ -44,15 +44,15 @@ _BY_WORDS = (
 )
 
 
-def explain(error: Exception, action: str, place: str) -> StorageError:
+def explain(error: Exception, action: str, path: str) -> StorageError:
     """A finished StorageError for a failure of ``action`` (an infinitive) at ``place``."""
     code = error.errno if isinstance(error, OSError) else None
     if code in _BY_ERRNO:
         words, cure = _BY_ERRNO[code]
-        return StorageError(f"storage: cannot {action} {place}: {words}; {cure}")
-    text, found = cause(error)
+        return StorageError(f"storage: cannot {action} {path}: {words}; {cure}")
+    text, cure_known = cause(error)
     return StorageError(
-        f"storage: cannot {action} {place}: {text}; {found or 'set storage.path to a place that works'}"
+        f"storage: cannot {action} {path}: {text}; {cure_known or 'set storage.path to a place that works'}"
     )
 
 

@@ -61,8 +61,8 @@ def verify(directory: Path) -> dict[str, Any]:
     if manifest is None:
         raise DataError(f"{directory} is no finished data directory (manifest missing or file sizes differ): {cure}.")
     for name, entry in manifest["files"].items():
-        if (found := file_sha256(directory / name)) != entry["sha256"]:
-            raise DataError(f"{directory / name} has SHA-256 {found}, its manifest says {entry['sha256']}: {cure}.")
+        if (actual := file_sha256(directory / name)) != entry["sha256"]:
+            raise DataError(f"{directory / name} has SHA-256 {actual}, its manifest says {entry['sha256']}: {cure}.")
     return manifest
 
 

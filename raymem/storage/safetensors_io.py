@@ -75,19 +75,19 @@ def read_header(directory: Path, file: str) -> tuple[dict[str, str], dict[str, E
             header: dict[str, Any] = json.loads(stream.read(length))
         metadata = header.pop("__metadata__", {})
         start = 8 + length
-        found = {}
+        entries = {}
         for key, value in header.items():
             begin, end = value["data_offsets"]
-            found[key] = Entry(file, key, value["dtype"], tuple(value["shape"]), start + begin, start + end)
-        size, needed = path.stat().st_size, max([start, *(entry.end for entry in found.values())])
+            entries[key] = Entry(file, key, value["dtype"], tuple(value["shape"]), start + begin, start + end)
+        size, needed = path.stat().st_size, max([start, *(entry.end for entry in entries.values())])
         if size < needed:
             raise ValueError(f"it has {size} bytes of {needed}")
-        for entry in found.values():
+        for entry in entries.values():
             if entry.dtype in DTYPES and entry.num_bytes != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
                 raise ValueError(f"tensor {entry.key} has {entry.num_bytes} bytes for shape {list(entry.shape)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
-    return metadata, found
+    return metadata, entries
 
 
 def read_tensor(directory: Path, entry: Entry) -> torch.Tensor:

@@ -193,8 +193,8 @@ class Storage:
             for file in files:
                 with self._explained("download", f"{name}/{file}"):
                     (scratch / file).parent.mkdir(parents=True, exist_ok=True)
-                    found = _copy(self.filesystem, f"{base}/{file}", target, str(scratch / file))
-                _verify(self.join(name, file), expected.get(file), found)
+                    copied = _copy(self.filesystem, f"{base}/{file}", target, str(scratch / file))
+                _verify(self.join(name, file), expected.get(file), copied)
             with self._explained("download", name):
                 scratch.mkdir(parents=True, exist_ok=True)
                 os.rename(scratch, local)
@@ -295,14 +295,14 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _verify_names(place: str, expected: dict[str, Any], files: list[str]) -> None:
+def _verify_names(directory: str, expected: dict[str, Any], files: list[str]) -> None:
     if missing := sorted(set(expected) - set(files)):
-        raise StorageError(f"{place} is damaged: {missing[0]} is listed but missing; use another one")
+        raise StorageError(f"{directory} is damaged: {missing[0]} is listed but missing; use another one")
 
 
-def _verify(place: str, expected: dict[str, Any] | None, found: dict[str, Any]) -> None:
-    for key, value in found.items():
+def _verify(directory: str, expected: dict[str, Any] | None, actual: dict[str, Any]) -> None:
+    for key, value in actual.items():
         if expected is not None and expected.get(key, value) != value:
             raise StorageError(
-                f"{place} is damaged: it has {key} {value}, its manifest says {expected[key]}; use another one"
+                f"{directory} is damaged: it has {key} {value}, its manifest says {expected[key]}; use another one"
             )

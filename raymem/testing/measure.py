@@ -68,7 +68,7 @@ def _batches(recipe: Recipe, vocabulary: int, layout: Layout) -> list[Batch]:
     count = -(-per_rank // train.rows_per_pass)
     rows = -(-per_rank // count)
     source = torch.Generator().manual_seed(layout.rank)
-    made = []
+    batches = []
     for _ in range(count):
         ids = torch.randint(vocabulary, (rows, length), generator=source)
         positions = mask = None
@@ -78,8 +78,8 @@ def _batches(recipe: Recipe, vocabulary: int, layout: Layout) -> list[Batch]:
         elif recipe.data.packing == "none":
             mask = torch.ones(rows, length, dtype=torch.int64)
             mask[:, length - length // 8 :] = 0
-        made.append(Batch(ids, ids.clone(), positions, mask).to(layout.device))
-    return made
+        batches.append(Batch(ids, ids.clone(), positions, mask).to(layout.device))
+    return batches
 
 
 class _MallInfo(ctypes.Structure):

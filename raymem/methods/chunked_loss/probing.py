@@ -80,8 +80,8 @@ def _compare(model: Any) -> Verdict:
             differences[way] = f"{type(error).__name__}: {first_line(error)}"
     if differences["product"] is None:
         differences["product"] = _not_the_product(model, inputs)
-    found = [f"{way}: {text}" for way, text in differences.items() if text is not None]
-    return Verdict(differences["product"] is None, differences["replay"] is None, "; ".join(found) or None)
+    reasons = [f"{way}: {text}" for way, text in differences.items() if text is not None]
+    return Verdict(differences["product"] is None, differences["replay"] is None, "; ".join(reasons) or None)
 
 
 def _not_the_product(model: Any, inputs: dict[str, Any]) -> str | None:
@@ -98,12 +98,12 @@ def _loss_and_gradients(model: Any, run: Any) -> list[torch.Tensor]:
     model.zero_grad(set_to_none=True)
     loss = run()
     loss.backward()
-    found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
-    return [loss.detach(), *found]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return [loss.detach(), *gradients]
 
 
-def _difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> str | None:
-    for what, theirs, ours in zip(("loss", *["gradients"] * len(expected)), expected, found, strict=False):
+def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> str | None:
+    for what, theirs, ours in zip(("loss", *["gradients"] * len(expected)), expected, actual, strict=False):
         if not float((ours - theirs).norm()) <= _TOLERANCE * float(theirs.norm()) + 1e-6:
             return f"{what} differ: {float((ours - theirs).norm()):.1e} of {float(theirs.norm()):.1e}"
     return None

@@ -74,8 +74,8 @@ def is_gated_mlp(module: nn.Module) -> bool:
             return False
         product = GateFunction.apply(gate(x), up(x), module.act_fn, _hold)  # type: ignore[no-untyped-call]
         ours = down(product)
-        found = torch.autograd.grad(ours.sum(), [gate.weight, up.weight])
-    return torch.equal(ours, stock) and all(map(torch.allclose, found, expected))
+        gradients = torch.autograd.grad(ours.sum(), [gate.weight, up.weight])
+    return torch.equal(ours, stock) and all(map(torch.allclose, gradients, expected))
 
 
 def _small_linear(inputs: int, outputs: int, source: torch.Generator) -> nn.Linear:

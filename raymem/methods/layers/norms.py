@@ -157,8 +157,8 @@ def _agrees(probe: nn.Module, x_TN: torch.Tensor, form: NormForm) -> bool:
         ours_TN = NormFunction.apply(  # type: ignore[no-untyped-call]
             x_TN, weight, bias, form, lambda x: type(probe).forward(probe, x), _hold
         )
-        found = torch.autograd.grad(ours_TN, [x_TN, *leaves], grad_TN)
-    return all(torch.allclose(f, e, rtol=1e-3, atol=1e-4) for f, e in zip(found, expected, strict=True))
+        gradients = torch.autograd.grad(ours_TN, [x_TN, *leaves], grad_TN)
+    return all(torch.allclose(f, e, rtol=1e-3, atol=1e-4) for f, e in zip(gradients, expected, strict=True))
 
 
 def _hold(y_TN: torch.Tensor) -> Saved:

@@ -49,12 +49,12 @@ class Calibration:
         if reason_to_keep(tensor, 1, site.hidden_size) is not None:
             return
         matrix_TN = tensor.detach().flatten(0, -2)
-        found = [matrix_TN.float().square().sum()]
+        squares = [matrix_TN.float().square().sum()]
         for rank in worth_visiting(candidate_ranks(site.rank)):
             wide = site.rank_of(matrix_TN.shape[1], rank)
             low_rank = factorise(matrix_TN, wide, self._power_iterations, self._seed, 0, site.name)
-            found.append(squared_error(matrix_TN, low_rank))
-        sums = torch.stack(found).double()
+            squares.append(squared_error(matrix_TN, low_rank))
+        sums = torch.stack(squares).double()
         self._sums[site.name] = self._sums.get(site.name, 0) + sums
 
     def choose(self, tolerance: float, device: torch.device) -> dict[str, int]:

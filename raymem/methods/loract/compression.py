@@ -98,12 +98,12 @@ class Compression:
         )
         self._patches: list[Patched] = []
         self._linear_inputs: list[tuple[nn.Module, LinearInput]] = []
-        found = sites.find_layers(model, layers)
-        firsts = sites.first_of_each_stack(found) if options.first_input == "raw" else set()
-        for name, layer in found.items():
+        named_layers = sites.find_layers(model, layers)
+        firsts = sites.first_of_each_stack(named_layers) if options.first_input == "raw" else set()
+        for name, layer in named_layers.items():
             self._plan(name, layer, is_first=name in firsts)
         self._install()
-        log.info("LoRAct: scope %s, %d sites in %d layers", options.scope, len(self._sites()), len(found))
+        log.info("LoRAct: scope %s, %d sites in %d layers", options.scope, len(self._sites()), len(named_layers))
 
     def __enter__(self) -> Compression:
         return self
@@ -150,15 +150,15 @@ class Compression:
             with handle.calibration():
                 model(**batch)
         """
-        found = Calibration(self._sites(), self.options.power_iterations, self._seed)
+        calibration = Calibration(self._sites(), self.options.power_iterations, self._seed)
         devices = [self._device.index or 0] if self._device.type == "cuda" else []
-        self._packer.observer = found.observe
+        self._packer.observer = calibration.observe
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=devices):
                 yield
         finally:
             self._packer.observer = None
-        self.set_ranks(found.choose(self.options.tolerance, self._device))
+        self.set_ranks(calibration.choose(self.options.tolerance, self._device))
         log.info("LoRAct: ranks by calibration: %s", self.ranks)
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:

@@ -253,9 +253,9 @@ class GatedMLP(Patched):
 
     def _save(self, gate: torch.Tensor, up: torch.Tensor, product: torch.Tensor) -> tuple[Saved, Saved, GateProduct]:
         saved_gate, saved_up = self.packer.pack(gate, self.site), self.packer.pack(up, self._up)
-        made = GateProduct(saved_gate.held, saved_up.held)
-        self.packer.remember(product, made)
-        return saved_gate, saved_up, made
+        factor_product = GateProduct(saved_gate.held, saved_up.held)
+        self.packer.remember(product, factor_product)
+        return saved_gate, saved_up, factor_product
 
 
 class LinearInput:

@@ -71,9 +71,9 @@ class Report:
     """Bytes that are held instead of them."""
 
     def __str__(self) -> str:
-        kept = ", ".join(f"{count} {reason}" for reason, count in sorted(self.raw.items())) or "none"
+        exact = ", ".join(f"{count} {reason}" for reason, count in sorted(self.raw.items())) or "none"
         return (
-            f"{self.compressed} tensors compressed and shared by {self.shared} further uses; kept raw: {kept}; "
+            f"{self.compressed} tensors compressed and shared by {self.shared} further uses; kept raw: {exact}; "
             f"{self.held_bytes / 2**20:.1f} MiB held instead of {self.full_bytes / 2**20:.1f}"
         )
 

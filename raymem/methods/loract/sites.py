@@ -31,20 +31,20 @@ def find_layers(model: nn.Module, layers: str | nn.ModuleList | None) -> dict[st
             raise ModelError(f"layers: the list holds {what}; give a non-empty ModuleList of {type(model).__name__}")
         return {names[layer]: layer for layer in layers}
     if layers is not None:
-        found = {name: module for module, name in names.items() if re.fullmatch(layers, name)}
-        if not found:
+        matching = {name: module for module, name in names.items() if re.fullmatch(layers, name)}
+        if not matching:
             near = difflib.get_close_matches(layers, names.values(), n=3, cutoff=0.3)
             raise ModelError(
                 f"layers: {layers!r} matches no module of {type(model).__name__}; near names: {', '.join(near)}"
             )
-        return _outermost(found)
-    found = {name: module for module, name in names.items() if isinstance(module, _layer_types())}
-    if not found:
+        return _outermost(matching)
+    matching = {name: module for module, name in names.items() if isinstance(module, _layer_types())}
+    if not matching:
         raise ModelError(
             f"layers: no transformer layers were found in {type(model).__name__}, so nothing would be compressed; "
             "name them with layers= (a regular expression such as 'blocks\\.\\d+', or a ModuleList)"
         )
-    return _outermost(found)
+    return _outermost(matching)
 
 
 def first_of_each_stack(layers: dict[str, nn.Module]) -> set[str]:
@@ -102,12 +102,12 @@ def routes_tokens(module: nn.Module) -> bool:
     return any("experts" in inner._modules or "Experts" in type(inner).__name__ for inner in module.modules())
 
 
-def _outermost(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _outermost(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
     def is_inner(name: str) -> bool:
         parts = name.split(".")
-        return any(".".join(parts[:end]) in found for end in range(1, len(parts)))
+        return any(".".join(parts[:end]) in named for end in range(1, len(parts)))
 
-    return {name: module for name, module in found.items() if not is_inner(name)}
+    return {name: module for name, module in named.items() if not is_inner(name)}
 
 
 def _layer_types() -> tuple[type[nn.Module], ...]:

@@ -58,12 +58,12 @@ class PruneOptions:
                 f"criterion: {self.criterion} cannot choose what goes under structure: {self.structure}; "
                 f"choose one of {', '.join(CRITERIA[self.structure])}"
             )
-        for place, ratio in [("ratio", self.ratio), *_named(self.layer_ratios)]:
+        for option, ratio in [("ratio", self.ratio), *_named(self.layer_ratios)]:
             if not 0 <= ratio < 1:
-                raise ValueError(f"{place}: {ratio} is outside [0, 1); it is the share that is pruned away")
+                raise ValueError(f"{option}: {ratio} is outside [0, 1); it is the share that is pruned away")
             if ":" in self.structure and ratio not in (0, 0.5):
                 raise ValueError(
-                    f"{place}: {ratio} contradicts structure: {self.structure}, which removes 0.5; set 0.5"
+                    f"{option}: {ratio} contradicts structure: {self.structure}, which removes 0.5; set 0.5"
                 )
         for name, least in (("keep_first", 0), ("keep_last", 0), ("round_to", 1)):
             if getattr(self, name) < least:

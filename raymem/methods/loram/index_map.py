@@ -70,10 +70,10 @@ def place(coupling: Coupling, kept: Kept, module: str) -> Placement:
 
 
 def _axis(coupling: Coupling, kept: Mapping[str, Sequence[int]], path: str, side: Side) -> Axis | None:
-    found = coupling.member(path, side)
-    if found is None:
+    coupled = coupling.member(path, side)
+    if coupled is None:
         return None
-    group, member = found
+    group, member = coupled
     units = torch.tensor(kept[group.name], dtype=torch.int64)
     return Axis(member.indices(units), group.num_units * member.width)
 

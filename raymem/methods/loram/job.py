@@ -145,12 +145,12 @@ def is_committed(job: PruneJob) -> bool:
     if not out.exists():
         return False
     if not (out / MANIFEST).is_file():
-        found = f"it holds no {MANIFEST}"
+        difference = f"it holds no {MANIFEST}"
     elif (manifest := read_manifest(out)).key != job.key:
-        found = f"it was pruned from {manifest.source['name']} with {dict(manifest.options)}"
+        difference = f"it was pruned from {manifest.source['name']} with {dict(manifest.options)}"
     else:
         return True
-    raise ModelError(f"{out} is not the result of this job: {found}; give another directory or remove it")
+    raise ModelError(f"{out} is not the result of this job: {difference}; give another directory or remove it")
 
 
 def _check_calibration(calibration: torch.Tensor | None, options: PruneOptions, config: Any) -> None:

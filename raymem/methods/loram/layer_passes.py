@@ -53,8 +53,8 @@ def forward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
     if observe:
         weights = {path: _linear(module, path).weight.cpu() for path in job.coupling.linears}
         square_sums = {path: sums.cpu() for path, sums in statistics.sums.items()}
-        found = {group.name: wanda_scores(group, weights, square_sums) for group in job.coupling.groups}
-        save_tensors(job.work / f"scores-{layer}.safetensors", found)
+        scores = {group.name: wanda_scores(group, weights, square_sums) for group in job.coupling.groups}
+        save_tensors(job.work / f"scores-{layer}.safetensors", scores)
     model.drop_layer(layer)
 
 
@@ -95,8 +95,8 @@ def backward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
         gradients = {
             path: linear.weight.grad.cpu() for path, linear in linears.items() if linear.weight.grad is not None
         }
-        found = {group.name: taylor_scores(group, weights, gradients) for group in job.coupling.groups}
-        save_tensors(job.work / f"scores-{layer}.safetensors", found)
+        scores = {group.name: taylor_scores(group, weights, gradients) for group in job.coupling.groups}
+        save_tensors(job.work / f"scores-{layer}.safetensors", scores)
     model.drop_layer(layer)
 
 
@@ -165,8 +165,8 @@ class _Statistics:
             hook.remove()
 
     def _see(self, path: str, inputs: torch.Tensor) -> None:
-        found = self._of(inputs.detach().reshape(-1, inputs.shape[-1]))
-        self.sums[path] = self.sums[path] + found if path in self.sums else found
+        statistic = self._of(inputs.detach().reshape(-1, inputs.shape[-1]))
+        self.sums[path] = self.sums[path] + statistic if path in self.sums else statistic
 
     def _of(self, inputs_TI: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

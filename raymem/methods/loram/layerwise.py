@@ -63,9 +63,9 @@ class LayerwiseModel:
         Reads everything outside the layers but the output head; :meth:`drop_rest` forgets it.
         """
         self._fill(self._without(self._model.get_output_embeddings()))
-        found: list[torch.Tensor] = []
-        self._run_until_layer(0, lambda hidden, args, kwargs: found.append(hidden.detach()), ids_nT)
-        return found[0]
+        embedded: list[torch.Tensor] = []
+        self._run_until_layer(0, lambda hidden, args, kwargs: embedded.append(hidden.detach()), ids_nT)
+        return embedded[0]
 
     def loss_gradient(self, hidden_1TH: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
         """Gradient [1, T, H] of the mean next-token loss of one text with respect to the last layer's output.

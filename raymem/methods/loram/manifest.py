@@ -73,9 +73,11 @@ def read_manifest(directory: str | Path, *, with_weights: bool = True) -> Manife
         raise ModelError(f"{path}: not a manifest of LoRAM ({error}); prune again") from None
     if with_weights:
         for file, size in manifest.files.items():
-            found = Path(directory) / file
-            if not found.is_file() or found.stat().st_size != size:
-                raise ModelError(f"{found} is missing or not of {size} bytes, as {MANIFEST} says; copy or prune again")
+            weights_file = Path(directory) / file
+            if not weights_file.is_file() or weights_file.stat().st_size != size:
+                raise ModelError(
+                    f"{weights_file} is missing or not of {size} bytes, as {MANIFEST} says; copy or prune again"
+                )
     return manifest
 
 
@@ -105,13 +107,13 @@ def check_base(manifest: Manifest, full: Source) -> None:
     Raises:
         ModelError: names the first file that differs.
     """
-    expected, found = manifest.source["identity"], full.identity
-    if expected == found:
+    expected, actual = manifest.source["identity"], full.identity
+    if expected == actual:
         return
-    differing = [file for file, value in expected["files"].items() if found["files"].get(file) != value]
-    place = differing[0] if differing else "config.json"
+    differing = [file for file, value in expected["files"].items() if actual["files"].get(file) != value]
+    changed_file = differing[0] if differing else "config.json"
     raise ModelError(
-        f"model.name: {full.directory} is not the base that was pruned ({place} differs from the manifest's "
+        f"model.name: {full.directory} is not the base that was pruned ({changed_file} differs from the manifest's "
         f"fingerprint); give {manifest.source['name']} at revision {manifest.source['revision']}"
     )
 

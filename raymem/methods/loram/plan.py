@@ -161,8 +161,8 @@ def _pruned_shape(
     if located is None or located[0] not in counts:
         return shape
     for side, axis in (("out", 0), ("in", 1)):
-        found = coupling.member(located[1], side)  # type: ignore[arg-type]
-        if found is not None and axis < len(shape):
-            group, member = found
+        coupled = coupling.member(located[1], side)  # type: ignore[arg-type]
+        if coupled is not None and axis < len(shape):
+            group, member = coupled
             shape[axis] = counts[located[0]][group.name] * member.width
     return shape

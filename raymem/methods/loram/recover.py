@@ -216,7 +216,7 @@ def check_recoverable(config: dict[str, Any], adapter: Path) -> None:
 def _recovered(
     adapter: Path, entries: dict[str, Entry], source: Source, coupling: Coupling, manifest: Manifest
 ) -> dict[str, torch.Tensor]:
-    found = {}
+    tensors = {}
     model = meta_model(source.config())
     shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     for key, entry in sorted(entries.items()):
@@ -233,10 +233,10 @@ def _recovered(
                 f"{'does not exist' if shape is None else f'is {shape}'}; it belongs to another model"
             )
         placement = place(coupling, manifest.kept, match["module"])
-        found[key] = recover_factor(tensor, match["factor"], placement.columns if of_inputs else placement.rows)
-    if not found:
+        tensors[key] = recover_factor(tensor, match["factor"], placement.columns if of_inputs else placement.rows)
+    if not tensors:
         raise RecoveryMismatch(f"{adapter / WEIGHTS} holds no LoRA tensor; give the adapter that was trained")
-    return found
+    return tensors
 
 
 def _check_is_copy(key: str, tensor: torch.Tensor, source: Source, model: Any, adapter: Path) -> None:

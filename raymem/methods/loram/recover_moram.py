@@ -41,16 +41,16 @@ def read_layers(file: Path) -> dict[str, Layer]:
         ModelError: the file cannot be read.
         RecoveryMismatch: it holds anything else.
     """
-    found: dict[str, Layer] = {}
+    by_name: dict[str, Layer] = {}
     for key, entry in read_header(file.parent, file.name)[1].items():
         match = MORAM_KEY.fullmatch(key)
         if match is None:
             raise RecoveryMismatch(f"{file}: {key} is no part of a MoRAM layer; train without modules_to_save")
-        found.setdefault(match["module"], {})[match["part"]] = read_tensor(file.parent, entry)
-    odd = next((module for module, layer in found.items() if layer.keys() != _PARTS), None)
-    if odd is not None or not found:
+        by_name.setdefault(match["module"], {})[match["part"]] = read_tensor(file.parent, entry)
+    odd = next((module for module, layer in by_name.items() if layer.keys() != _PARTS), None)
+    if odd is not None or not by_name:
         raise RecoveryMismatch(f"{file}: {odd or 'every layer'} is incomplete; give the adapter that was trained")
-    return found
+    return by_name
 
 
 def recover_moram(
@@ -89,15 +89,15 @@ def compare_moram(
     Raises:
         RecoveryMismatch: names the layer and the part that differ.
     """
-    trained, found = read_layers(adapter), read_layers(recovered)
-    if trained.keys() != found.keys():
-        odd = min(trained.keys() ^ found.keys())
+    trained, recovered_layers = read_layers(adapter), read_layers(recovered)
+    if trained.keys() != recovered_layers.keys():
+        odd = min(trained.keys() ^ recovered_layers.keys())
         raise RecoveryMismatch(f"{recovered}: {odd} is only in one of the adapters; recover it again")
     for module, small in trained.items():
         expected = _recover_layer(small, configs[0], place(coupling, manifest.kept, module), module)
         for part in ("A", "B", "index"):
-            if found[module][part].dtype != expected[part].dtype or not torch.equal(
-                found[module][part], expected[part]
+            if recovered_layers[module][part].dtype != expected[part].dtype or not torch.equal(
+                recovered_layers[module][part], expected[part]
             ):
                 raise RecoveryMismatch(
                     f"{recovered}: moram_{part} of {module} is not the trained one; recover it again"
@@ -105,7 +105,7 @@ def compare_moram(
     for option in ("r", "k", "density", "alpha"):
         if configs[0].get(option) != configs[1].get(option):
             raise RecoveryMismatch(f"{recovered}: its {option} is not that of {adapter}; recover it again")
-    return len(_PARTS) * len(found)
+    return len(_PARTS) * len(recovered_layers)
 
 
 def rebased(adapter: Path, model: nn.Module, target: Path) -> Path:

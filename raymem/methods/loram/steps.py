@@ -51,36 +51,36 @@ class Step:
 def steps(job: PruneJob) -> list[Step]:
     """All steps of a job in an order that respects ``after``."""
     pruned, options = job.pruned_layers, job.options
-    found = [Step("rest")]
+    all_steps = [Step("rest")]
     if options.needs_calibration and pruned:
-        found.append(Step("embed"))
-        found += _taylor_steps(job) if options.criterion == "taylor" else _forward_steps(job)
-    by_name = {step.name for step in found}
+        all_steps.append(Step("embed"))
+        all_steps += _taylor_steps(job) if options.criterion == "taylor" else _forward_steps(job)
+    by_name = {step.name for step in all_steps}
     for layer in range(job.coupling.num_layers):
         if f"mask-{layer}" not in by_name:
             scored = f"{'backward' if options.criterion == 'taylor' else 'forward'}-{layer}"
             needs_scores = options.needs_calibration and layer in pruned
-            found.append(Step("layer", layer, (scored,) if needs_scores else ()))
-    return found
+            all_steps.append(Step("layer", layer, (scored,) if needs_scores else ()))
+    return all_steps
 
 
 def _taylor_steps(job: PruneJob) -> list[Step]:
     layers, first = job.coupling.num_layers, job.pruned_layers[0]
-    found = [Step("forward", i, ("embed" if i == 0 else f"forward-{i - 1}",)) for i in range(layers)]
-    found.append(Step("loss", after=(f"forward-{layers - 1}",)))
+    forward = [Step("forward", i, ("embed" if i == 0 else f"forward-{i - 1}",)) for i in range(layers)]
+    forward.append(Step("loss", after=(f"forward-{layers - 1}",)))
     for i in range(layers - 1, first - 1, -1):
-        found.append(Step("backward", i, ("loss" if i == layers - 1 else f"backward-{i + 1}",)))
-    return found
+        forward.append(Step("backward", i, ("loss" if i == layers - 1 else f"backward-{i + 1}",)))
+    return forward
 
 
 def _forward_steps(job: PruneJob) -> list[Step]:
-    found: list[Step] = []
+    passes: list[Step] = []
     previous = "embed"
     for i in range(job.pruned_layers[-1] + 1):
         kind: Kind = "mask" if job.options.structure != "units" and i in job.pruned_layers else "forward"
-        found.append(Step(kind, i, (previous,)))
-        previous = found[-1].name
-    return found
+        passes.append(Step(kind, i, (previous,)))
+        previous = passes[-1].name
+    return passes
 
 
 def run_step(job: PruneJob, step: Step, model: LayerwiseModel | None = None) -> None:
@@ -203,18 +203,18 @@ def _choose(job: PruneJob, layer: int, tensors: dict[str, torch.Tensor]) -> dict
     for group in job.coupling.groups:
         match job.options.criterion:
             case "random":
-                found = random_scores(group, layer, job.options.seed)
+                scores = random_scores(group, layer, job.options.seed)
             case "magnitude":
                 weights = {path: tensors[f"{prefix}{path}.weight"] for path in job.coupling.linears}
-                found = magnitude_scores(group, weights)
+                scores = magnitude_scores(group, weights)
             case _:
-                found = stored[group.name]
-        if not bool(torch.isfinite(found).all()):
+                scores = stored[group.name]
+        if not bool(torch.isfinite(scores).all()):
             raise ModelError(
                 f"layer {layer}: its {group.name} scores are not finite; the weights or the calibration texts hold "
                 "NaN or infinity: check the model"
             )
-        kept[group.name] = best(found, job.counts[layer][group.name])
+        kept[group.name] = best(scores, job.counts[layer][group.name])
     return kept
 
 

@@ -43,12 +43,12 @@ def validate_coupling(config: Any) -> float:
         pruned = from_config(with_counts(small, {i: {g: len(u) for g, u in k.items()} for i, k in kept.items()}))
         pruned.load_state_dict({name: take(coupling, kept, name, value) for name, value in state.items()})
         ids = torch.randint(3, VOCABULARY, (2, _LENGTH), generator=generator(0, "loram", "validate"))
-        original, found = _logits(full, ids), _logits(pruned.eval(), ids)
+        original, actual = _logits(full, ids), _logits(pruned.eval(), ids)
         full.load_state_dict(zeroed(coupling, kept, state))
         expected = _logits(full, ids)
     except (RuntimeError, AttributeError, KeyError) as error:
         raise ModelError(f"{_refused(config)}: a pruned clone cannot be built or run ({error})") from None
-    difference = float((found - expected).abs().max() / expected.abs().max())
+    difference = float((actual - expected).abs().max() / expected.abs().max())
     pruning_matters = float((original - expected).abs().max() / expected.abs().max()) > 100 * _TOLERANCE
     if not difference <= _TOLERANCE or not pruning_matters:
         raise ModelError(

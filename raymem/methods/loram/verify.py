@@ -81,13 +81,13 @@ def verify_recovery(
 
 def _compare_factors(adapter: Path, recovered: Path, coupling: Coupling, manifest: Manifest) -> int:
     _, trained = read_header(adapter, WEIGHTS)
-    _, found = read_header(recovered, WEIGHTS)
-    missing = {key for key in trained if FACTOR_KEY.fullmatch(key)} ^ found.keys()
+    _, entries = read_header(recovered, WEIGHTS)
+    missing = {key for key in trained if FACTOR_KEY.fullmatch(key)} ^ entries.keys()
     if missing:
         raise RecoveryMismatch(
             f"{recovered / WEIGHTS}: {min(missing)} is only in one of the adapters; recover it again"
         )
-    for key, entry in found.items():
+    for key, entry in entries.items():
         match = FACTOR_KEY.fullmatch(key)
         assert match is not None
         small, large = read_tensor(adapter, trained[key]), read_tensor(recovered, entry)
@@ -99,7 +99,7 @@ def _compare_factors(adapter: Path, recovered: Path, coupling: Coupling, manifes
             outside = large.index_fill(dim, axis.indices_K, 0)
         if inside.dtype != small.dtype or not _same_bits(inside, small) or bool(outside.count_nonzero()):
             raise RecoveryMismatch(f"{recovered / WEIGHTS}: {key} is not the trained factor in zeros; recover it again")
-    return len(found)
+    return len(entries)
 
 
 def _compare_weights(source: Source, full: Source, coupling: Coupling, manifest: Manifest) -> int | None:
@@ -136,11 +136,11 @@ def _compare_logits(adapter: Path, pruned: Path, recovered: Path, coupling: Coup
             if read_adapter_config(directory)["peft_type"] == "MORAM":  # it loads on the weights that it names only
                 directory = rebased(directory, model, Path(folder) / "adapter")
             adapted = PeftModel.from_pretrained(model.eval(), directory)
-        found: torch.Tensor = adapted.eval()(input_ids=ids, use_cache=False).logits
-        return found
+        output: torch.Tensor = adapted.eval()(input_ids=ids, use_cache=False).logits
+        return output
 
-    expected, found = logits(small, adapter), logits(zeroed, recovered)
-    difference = float((found - expected).abs().max() / expected.abs().max())
+    expected, actual = logits(small, adapter), logits(zeroed, recovered)
+    difference = float((actual - expected).abs().max() / expected.abs().max())
     if not difference <= _TOLERANCE:
         raise RecoveryMismatch(
             f"{recovered}: the full model without pruned units and the pruned model differ by {difference:.1e} of the "

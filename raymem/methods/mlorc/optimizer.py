@@ -263,9 +263,9 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
             expected = {f"{moment}.{side}": sizes for moment in self.moments for side, sizes in sides.items()}
         else:
             expected = dict.fromkeys(self.moments, tuple(shape))
-        found = {key: tuple(value.shape) for key, value in state.items() if key != "step"}
-        if found != expected:
-            raise ValueError(f"{name}: the state has {found}, a parameter of shape {list(shape)} needs {expected}")
+        shapes = {key: tuple(value.shape) for key, value in state.items() if key != "step"}
+        if shapes != expected:
+            raise ValueError(f"{name}: the state has {shapes}, a parameter of shape {list(shape)} needs {expected}")
 
 
 class MLorcAdamW(MLorcOptimizer):

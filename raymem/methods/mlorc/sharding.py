@@ -59,8 +59,8 @@ def sum_over_ranks(parameter: torch.Tensor) -> Callable[[torch.Tensor], object] 
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh
-    groups = [mesh.get_group(dim) for dim, place in enumerate(parameter.placements)
-              if isinstance(place, Shard) and mesh.size(dim) > 1]  # fmt: skip
+    groups = [mesh.get_group(dim) for dim, placement in enumerate(parameter.placements)
+              if isinstance(placement, Shard) and mesh.size(dim) > 1]  # fmt: skip
     if not groups:
         return None
 

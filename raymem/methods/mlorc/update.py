@@ -88,14 +88,14 @@ class Momentum:
         fresh_NP = torch.randn(columns, drawn, generator=self.source).to(right_RN.device)
         if not cold:
             return StreamingSketch(_test_matrix(right_RN, fresh_NP), num_rows)
-        found = LowRank(self.factors.left_MR, torch.empty_like(right_RN))
+        cold_factors = LowRank(self.factors.left_MR, torch.empty_like(right_RN))
         test_NK = orthonormalize(fresh_NP)
         for _ in range(COLD_PASSES):
             sketch = StreamingSketch(test_NK, num_rows)
             for rows in matrix.blocks():
                 sketch.add(rows, cold_values(matrix.grad_MN[rows].float()))
-            write_factors(matrix, [(sketch, found)])
-            test_NK = _test_matrix(found.right_RN, fresh_NP[:, rank:])
+            write_factors(matrix, [(sketch, cold_factors)])
+            test_NK = _test_matrix(cold_factors.right_RN, fresh_NP[:, rank:])
         return StreamingSketch(test_NK, num_rows)
 
 
@@ -142,7 +142,7 @@ def adamw_step(
     right_first_RN, right_second_RN = first.factors.right_RN.float(), second.factors.right_RN.float()
     moment_buffer, square_buffer = matrix.buffer(), matrix.buffer()
     cut = torch.ones_like(step) if root or cold else mean_of_cut(matrix, second.factors, square_buffer)
-    kept = beta2 * cut
+    decayed_cut = beta2 * cut
     for rows in matrix.blocks():
         weight_CN, grad_CN = matrix.weight_MN[rows].float(), matrix.grad_MN[rows].float()
         moment_CN, square_CN = moment_buffer[: len(grad_CN)], square_buffer[: len(grad_CN)]
@@ -156,7 +156,7 @@ def adamw_step(
             square_CN.square_().mul_(beta2).addcmul_(grad_CN, grad_CN, value=1 - beta2).sqrt_()
             second_sketch.add(rows, square_CN)
         else:
-            torch.threshold_(square_CN, -_TINY, 1.0).mul_(kept).addcmul_(grad_CN, grad_CN, value=1 - beta2)
+            torch.threshold_(square_CN, -_TINY, 1.0).mul_(decayed_cut).addcmul_(grad_CN, grad_CN, value=1 - beta2)
             second_sketch.add(rows, square_CN)
             square_CN.sqrt_()
 

@@ -83,8 +83,8 @@ class RowReader:
             dtype=state.dtype,
         )
         packed = weight.reshape(-1).view(torch.uint8)[elements.start // 2 : -(-elements.stop // 2)]
-        found: torch.Tensor = bnb.dequantize_4bit(packed[:, None], part)
-        return found.view(-1, inputs)
+        dense: torch.Tensor = bnb.dequantize_4bit(packed[:, None], part)
+        return dense.view(-1, inputs)
 
 
 def base_weight(layer: nn.Module) -> BaseWeight:

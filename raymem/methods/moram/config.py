@@ -35,7 +35,7 @@ def check_sizes(rank: int, k: int | None, density: float | None, alpha: float, *
         raise ValueError(f"density: {density} is outside (0, 1]; it is the share of inputs that every output keeps")
 
 
-def connections(k: int | None, density: float | None, fan_in: int, place: str) -> int:
+def connections(k: int | None, density: float | None, fan_in: int, layer: str) -> int:
     """Connections that every output of a layer with ``fan_in`` inputs keeps (at least one).
 
     Raises:
@@ -45,7 +45,7 @@ def connections(k: int | None, density: float | None, fan_in: int, place: str) -
         return max(1, round((DEFAULT_DENSITY if density is None else density) * fan_in))
     if k > fan_in:
         raise ValueError(
-            f"k: {k} is more than the {fan_in} inputs of {place}; use k <= {fan_in}, leave that layer out of the "
+            f"k: {k} is more than the {fan_in} inputs of {layer}; use k <= {fan_in}, leave that layer out of the "
             "targets, or give density, which follows the width of each layer"
         )
     return k

@@ -34,13 +34,13 @@ def export_shira(model: nn.Module, directory: str | Path, adapter_name: str = "d
     """
     from peft import ShiraConfig
 
-    found = _found(model, adapter_name)
-    for name, layer in found:
+    named_layers = _found(model, adapter_name)
+    for name, layer in named_layers:
         if base_weight(layer.get_base_layer()).transposed:
             raise AdapterError(f"{name}: SHiRA in PEFT has no Conv1D; merge the adapter instead")
-    r = max(_shira_r(layer, adapter_name) for _, layer in found)
+    r = max(_shira_r(layer, adapter_name) for _, layer in named_layers)
     tensors = {}
-    for name, layer in found:
+    for name, layer in named_layers:
         outputs, inputs = layer.out_features, layer.in_features
         if r * (outputs + inputs) > outputs * inputs:
             raise AdapterError(
@@ -55,7 +55,7 @@ def export_shira(model: nn.Module, directory: str | Path, adapter_name: str = "d
         places_2N[0, : index_OK.numel()] = rows_O.repeat_interleave(index_OK.shape[1])
         places_2N[1, : index_OK.numel()] = index_OK.flatten()
         tensors[f"{name}.shira_weight"], tensors[f"{name}.shira_indices"] = values_N.float().cpu(), places_2N.cpu()
-    config = ShiraConfig(r=r, **_shared(model, found, adapter_name))
+    config = ShiraConfig(r=r, **_shared(model, named_layers, adapter_name))
     return _write(Path(directory), config, tensors)
 
 
@@ -72,9 +72,9 @@ def export_lora(
     """
     from peft import LoraConfig
 
-    found = _found(model, adapter_name)
-    tensors, kept = {}, {}
-    for name, layer in found:
+    named_layers = _found(model, adapter_name)
+    tensors, energy_shares = {}, {}
+    for name, layer in named_layers:
         outputs, inputs = layer.out_features, layer.in_features
         if not 1 <= rank <= min(outputs, inputs):
             raise AdapterError(f"rank: {rank} is not between 1 and {min(outputs, inputs)}, the ranks of {name}")
@@ -85,11 +85,13 @@ def export_lora(
         tensors[f"{name}.lora_A.weight"] = (root_R[:, None] * right_MI[:rank]).float().cpu().contiguous()
         tensors[f"{name}.lora_B.weight"] = (left_OM[:, :rank] * root_R).float().cpu().contiguous()
         energy_M = singular_M.double().square()
-        kept[name] = float(energy_M[:rank].sum() / energy_M.sum()) if float(energy_M.sum()) > 0 else 1.0
-    written_as = base_weight(found[0][1].get_base_layer()).transposed
-    config = LoraConfig(r=rank, lora_alpha=rank, fan_in_fan_out=written_as, **_shared(model, found, adapter_name))
+        energy_shares[name] = float(energy_M[:rank].sum() / energy_M.sum()) if float(energy_M.sum()) > 0 else 1.0
+    written_as = base_weight(named_layers[0][1].get_base_layer()).transposed
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, fan_in_fan_out=written_as, **_shared(model, named_layers, adapter_name)
+    )
     _write(Path(directory), config, tensors)
-    return kept
+    return energy_shares
 
 
 def _shira_r(layer: MoRAMLinear, adapter_name: str) -> int:
@@ -100,17 +102,17 @@ def _shira_r(layer: MoRAMLinear, adapter_name: str) -> int:
 
 def _found(model: nn.Module, adapter_name: str) -> list[tuple[str, MoRAMLinear]]:
     """Layers under their names in a PEFT file."""
-    found = layers(model, adapter_name)
-    if not found:
+    named_layers = layers(model, adapter_name)
+    if not named_layers:
         raise AdapterError(f"{type(model).__name__} has no MoRAM adapter {adapter_name!r} to export")
-    return [(name if name.startswith(_PREFIX) else _PREFIX + name, layer) for name, layer in found]
+    return [(name if name.startswith(_PREFIX) else _PREFIX + name, layer) for name, layer in named_layers]
 
 
-def _shared(model: Any, found: list[tuple[str, MoRAMLinear]], adapter_name: str) -> dict[str, Any]:
+def _shared(model: Any, named_layers: list[tuple[str, MoRAMLinear]], adapter_name: str) -> dict[str, Any]:
     """The options that the exported config shares with the adapter's own."""
     config = model.peft_config[adapter_name]
     return {
-        "target_modules": [name.removeprefix(_PREFIX) for name, _ in found],
+        "target_modules": [name.removeprefix(_PREFIX) for name, _ in named_layers],
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
         "revision": config.revision,

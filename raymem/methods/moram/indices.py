@@ -37,8 +37,8 @@ def top_columns(score_OI: torch.Tensor, k: int) -> torch.Tensor:
         score = score_OI[start : start + step]
         threshold = score.topk(k, dim=1).values[:, -1:]
         above, equal = score > threshold, score == threshold
-        wanted = k - above.sum(1, keepdim=True, dtype=torch.int32)
-        chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= wanted))
+        missing = k - above.sum(1, keepdim=True, dtype=torch.int32)
+        chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= missing))
         index_OK[start : start + step] = chosen.nonzero()[:, 1].view(-1, k)
     return index_OK
 

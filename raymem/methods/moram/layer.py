@@ -112,7 +112,7 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             raise AdapterError(f"{self.place}: the connections in the checkpoint were never selected; start over")
         self._selected.add(name)
 
-    def check_base(self, recorded: torch.Tensor, place: str) -> bool:
+    def check_base(self, recorded: torch.Tensor, name: str) -> bool:
         """Compare the base weight with the one that a selection was made for, int64 [3]. Collective if it is sharded.
 
         Returns:
@@ -127,7 +127,7 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         now, then = fingerprint(layer).tolist(), recorded.tolist()
         if now[0] == then[0] and now != then:
             raise AdapterError(
-                f"{place}: the base weight is not the one that the connections were selected for and trained on; load "
+                f"{name}: the base weight is not the one that the connections were selected for and trained on; load "
                 "the base model (and revision) that the adapter names, or select and train again"
             )
         return bool(now[0] == then[0])
@@ -267,8 +267,8 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 def layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, MoRAMLinear]]:
     """Name and layer of everything that MoRAM adapts (with this adapter), in the order of the model."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoRAMLinear)]
-    return [(name, layer) for name, layer in found if adapter_name is None or adapter_name in layer.moram_A]
+    named_layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoRAMLinear)]
+    return [(name, layer) for name, layer in named_layers if adapter_name is None or adapter_name in layer.moram_A]
 
 
 def check_bases(recorded: dict[str, torch.Tensor], adapted: list[tuple[str, MoRAMLinear]]) -> None:

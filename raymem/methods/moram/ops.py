@@ -114,8 +114,8 @@ class _Chunks:
         )
         stored_bytes = 2 if call.quant_state is not None else (A_RI if weight is None else weight).element_size()
         share *= max(1, self.work_dtype.itemsize // stored_bytes)  # beside the buffer there are copies in its dtype
-        wanted = max(least, min(most, int(outputs * inputs * stored_bytes / share)))
-        count = max(1, min(wanted // row_bytes, -(-outputs // 2)))
+        buffer_bytes = max(least, min(most, int(outputs * inputs * stored_bytes / share)))
+        count = max(1, min(buffer_bytes // row_bytes, -(-outputs // 2)))
         multiple = base.row_multiple
         count = -(-count // multiple) * multiple
         together = math.lcm(multiple, _ROWS_TOGETHER)

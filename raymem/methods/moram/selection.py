@@ -67,31 +67,31 @@ def select_indices(
             then nothing was changed.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    found = layers(model, adapter_name)
-    if not found:
+    named_layers = layers(model, adapter_name)
+    if not named_layers:
         raise AdapterError(
             f"{type(model).__name__} has no MoRAM adapter {adapter_name!r}; attach one first: "
             "peft.get_peft_model(model, MoRAMConfig(...))"
         )
     if criterion == "magnitude":
-        chosen = {name: _largest_weights(layer, name, adapter_name) for name, layer in found}
+        chosen = {name: _largest_weights(layer, name, adapter_name) for name, layer in named_layers}
     elif criterion == "random":
-        chosen = {name: _random_columns(layer, name, adapter_name, seed) for name, layer in found}
+        chosen = {name: _random_columns(layer, name, adapter_name, seed) for name, layer in named_layers}
     elif criterion in ("gradient", "absolute_gradient"):
-        kept = list(batches)
-        if not kept:
+        stored_batches = list(batches)
+        if not stored_batches:
             raise AdapterError(f"batches: there are none, and criterion {criterion!r} needs gradients; give some")
         absolute = criterion == "absolute_gradient"
         chosen = {}
-        for group in _groups(found, group_bytes):
+        for group in _groups(named_layers, group_bytes):
             listeners = {name: _Listener(layer, absolute=absolute) for name, layer in group}
-            _listen(model, listeners, kept, loss or _model_loss, seed)
+            _listen(model, listeners, stored_batches, loss or _model_loss, seed)
             for name, layer in group:
                 chosen[name] = _best(listeners.pop(name).score_OI, layer.moram_index[adapter_name].shape[1], name)
-        chosen = {name: chosen[name] for name, _ in found}
+        chosen = {name: chosen[name] for name, _ in named_layers}
     else:
         raise AdapterError(f"criterion: {criterion!r} is not one of gradient, absolute_gradient, magnitude, random")
-    for name, layer in found:
+    for name, layer in named_layers:
         layer.set_selection(adapter_name, chosen[name], fingerprint(layer.get_base_layer()))
     return chosen
 
@@ -129,19 +129,19 @@ def check_base(model: nn.Module, adapter_name: str = "default") -> None:
     Raises:
         AdapterError: names the first layer whose weight is another.
     """
-    found = layers(model, adapter_name)
-    check_bases({name: layer.moram_base[adapter_name] for name, layer in found}, found)
+    named_layers = layers(model, adapter_name)
+    check_bases({name: layer.moram_base[adapter_name] for name, layer in named_layers}, named_layers)
 
 
 def _groups(
-    found: Sequence[tuple[str, MoRAMLinear]], group_bytes: int | None
+    named_layers: Sequence[tuple[str, MoRAMLinear]], group_bytes: int | None
 ) -> Iterator[list[tuple[str, MoRAMLinear]]]:  # fmt: skip
     """The layers from the last to the first, in groups whose sums fit into the limit."""
-    sizes = {name: 4 * layer.out_features * layer.in_features for name, layer in found}
+    sizes = {name: 4 * layer.out_features * layer.in_features for name, layer in named_layers}
     limit = max(_LEAST_GROUP_BYTES, sum(sizes.values()) // _GROUPS) if group_bytes is None else group_bytes
     group: list[tuple[str, MoRAMLinear]] = []
     held = 0
-    for name, layer in reversed(found):
+    for name, layer in reversed(named_layers):
         if group and held + sizes[name] > limit:
             yield group
             group, held = [], 0
@@ -262,7 +262,7 @@ def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _largest_weights(layer: MoRAMLinear, place: str, adapter_name: str) -> torch.Tensor:
+def _largest_weights(layer: MoRAMLinear, layer_name: str, adapter_name: str) -> torch.Tensor:
     """Columns of largest |weight|, of a readable weight of any kind."""
     module: Any = layer.get_base_layer()
     base = base_weight(module)
@@ -270,7 +270,7 @@ def _largest_weights(layer: MoRAMLinear, place: str, adapter_name: str) -> torch
         base = BaseWeight(module.weight.full_tensor())
     if base.weight is None:
         raise AdapterError(
-            f"{place}: the weight of {type(module).__name__} cannot be read; use criterion: gradient or random"
+            f"{layer_name}: the weight of {type(module).__name__} cannot be read; use criterion: gradient or random"
         )
     index_OK = layer.moram_index[adapter_name]
     chosen = torch.empty_like(index_OK)

@@ -168,13 +168,13 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
                 "moram_base": layer.moram_base[adapter_name].shape,
             }
             for part, shape in expected.items():
-                found = state.get(f"{name}.{part}.{adapter_name}")
-                if found is None:
+                tensor = state.get(f"{name}.{part}.{adapter_name}")
+                if tensor is None:
                     raise AdapterError(f"{name}: {part} is missing from the adapter's file; it is for other targets")
-                if tuple(found.shape) != tuple(shape):
+                if tuple(tensor.shape) != tuple(shape):
                     raise AdapterError(
-                        f"{name}: {part} is {list(found.shape)} in the adapter's file but {list(shape)} in this model; "
-                        "it was trained on a base of another shape, or with another r, k or density"
+                        f"{name}: {part} is {list(tensor.shape)} in the adapter's file but {list(shape)} in this "
+                        "model; it was trained on a base of another shape, or with another r, k or density"
                     )
         check_bases({name: state[f"{name}.moram_base.{adapter_name}"] for name, _ in adapted}, adapted)
         for name, layer in adapted:
