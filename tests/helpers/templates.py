@@ -165,7 +165,7 @@ SHAPES: dict[str, Shape] = {
     "closed thought": Shape(CLOSED_THOUGHT, ("<|im_end|>",), "<|im_end|>", examples=3, reasons=False),
 }
 
-TALK = [
+TALK: list[dict[str, Any]] = [
     {"role": "system", "content": "think first"},
     {"role": "user", "content": "question one"},
     {"role": "assistant", "content": None, "reasoning_content": "thought one", "tool_calls": [CALL]},

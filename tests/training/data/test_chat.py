@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import DataError, ModelError
-from raymem.recipe.data import DataSection
+from raymem.recipe.data import DataSection, Source
 from raymem.training.data import chat
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder
@@ -23,6 +23,10 @@ from tests.helpers.templates import CALL, SHAPES, TALK, TOOL, Shape, tokenizer_f
 
 ANSWERS = [i for i, message in enumerate(TALK) if message["role"] == "assistant"]
 BESIDE = {"silent": frozenset({4}), "last": frozenset({2, 4})}
+
+
+def sources(*paths: str) -> list[Source]:
+    return [Source(path=path) for path in paths]
 
 
 def encode(tokenizer: Any, messages: list[Any], tools: Any = None, **options: Any) -> list[Encoded]:
@@ -196,7 +200,7 @@ def test_the_end_tokens_of_a_generation_config_count(tmp_path: Path, write_jsonl
     tokenizer = tokenizer_for(template, "</s>")
     tokenizer.save_pretrained(tmp_path / "model")
     path = write_jsonl("x.jsonl", [{"messages": [turn("user", "one"), turn("assistant", "two")]}])
-    section = DataSection(train=str(path), sequence_length=64, packing="none")
+    section = DataSection(train=sources(str(path)), sequence_length=64, packing="none")
     stop = tokenizer.convert_tokens_to_ids("</tool_call>")
     said: list[str] = []
     for ids in (None, stop, [5, stop, 10**6]):
@@ -269,7 +273,7 @@ def test_all_layouts_come_to_the_template(name: str, tmp_path: Path, write_jsonl
     whole = [turn("system", "think"), *turns]
     for layout, row in rows.items():
         path = write_jsonl(f"{layout}.jsonl", [row])
-        section = DataSection(train=str(path), sequence_length=128, packing="none", turns="last")
+        section = DataSection(train=sources(str(path)), sequence_length=128, packing="none", turns="last")
         packed = PackedRows(prepare(section, "train", str(tmp_path / "tokenizer"), tmp_path).directories)
         (only,) = [packed.row(i) for i in range(len(packed))]
         said = tokenizer.decode(said_after(tokenizer, [only], whole[:4]))
@@ -287,7 +291,7 @@ def test_what_is_worth_a_warning_is_said_before_training(
     tokenizer_for(template, "</s>").save_pretrained(tmp_path / "tokenizer")
     talk = [turn(role, "one") for role in ("user", "assistant", "user", "assistant")]
     path = write_jsonl("x.jsonl", [{"messages": talk}] * 3 + [{"messages": [turn("user", "q"), turn("model", "a")]}])
-    section = DataSection(train=str(path), sequence_length=64)
+    section = DataSection(train=sources(str(path)), sequence_length=64)
     prepare(section, "train", str(tmp_path / "tokenizer"), tmp_path)
     assert "data.train[0]: behind 3 of 6 assistant turns the chat template writes no token" in caplog.text
     assert "(no turn has the role assistant, only user, model: 1)" in caplog.text

@@ -7,10 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from raymem.recipe.data import DataSection
+from raymem.recipe.data import DataSection, Source
 from raymem.training.data import summary
 from raymem.training.data.shards import prepare
 from tests.helpers.talks import sentencepiece_like, turn
+
+
+def sources(*paths: str) -> list[Source]:
+    return [Source(path=path) for path in paths]
 
 
 def text_of(example: list[summary.Part]) -> str:
@@ -22,7 +26,7 @@ def test_figures_and_reasons(write_jsonl: Callable[..., Path], tokenizer_dir: Pa
     rows = [{"messages": talk}] * 3 + [{"messages": talk[:1]}, {"messages": [talk[0], talk[1] | {"weight": 0}]}]
     path = write_jsonl("talks.jsonl", rows)
     texts = write_jsonl("texts.jsonl", [{"text": "one two three"}] * 2)
-    section = DataSection(train=[str(path), str(texts)], sequence_length=16)
+    section = DataSection(train=sources(str(path), str(texts)), sequence_length=16)
     prepared = prepare(section, "train", str(tokenizer_dir), tmp_path)
     first, second = summary.summarise(section.train, prepared)
     assert (first.num_read, first.num_kept, first.truncated) == (5, 3, 0)
@@ -57,7 +61,7 @@ def test_examples_come_from_all_sources_with_their_targets(
     talks = [turn("user", "a  b"), turn("assistant", "one \n\ttwo"), turn("user", "[x]"), turn("assistant", "three")]
     path = write_jsonl("talks.jsonl", [{"messages": talks}])
     texts = write_jsonl("texts.jsonl", [{"text": "one two"}, {"text": "blue sky of the value"}])
-    section = DataSection(train=[str(path), str(texts)], sequence_length=64)
+    section = DataSection(train=sources(str(path), str(texts)), sequence_length=64)
     prepared = prepare(section, "train", str(tokenizer_dir), tmp_path)
     shown = [text_of(example) for example in summary.examples(prepared, tokenizer)]
     assert shown[0] == (
