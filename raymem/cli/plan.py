@@ -134,6 +134,8 @@ def _print(
     console.print_whole(console.plan_table(found.terms, found.phases))
     if found.loss_note is not None:
         say(found.loss_note, markup=False)
+    for line in found.trained:
+        say(line, markup=False)
     say(f"peak of what is allocated: {bytes_text(found.peak_bytes)}")
     if found.term_peaks["loss"] > found.terms["loss"]:
         say(f"the loss has its own highest moment elsewhere: {bytes_text(found.term_peaks['loss'])}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from raymem.training.data.batches import Batch
 from raymem.training.dist_env import Layout
 from raymem.training.loss import forward_loss_sum, why_full
 from raymem.training.model.build import build_model, load_config
+from raymem.training.model.summary import what_is_trained
 from raymem.training.optim import Updater, build_updater
 from raymem.training.step import train_step
 
@@ -60,6 +61,8 @@ class Session:
     """Whether step 1 was taken too, rather than only its optimizer state made."""
     loss_note: str | None
     """Why the loss is not taken in chunks although the recipe leaves that open."""
+    trained: list[str] = field(default_factory=list)
+    """What is trained, quantised and left alone, in lines."""
 
 
 def trace_session(recipe: Recipe, target: Target, limit_bytes: int | None = None) -> Session:
@@ -112,6 +115,7 @@ def _on_cpu(recipe: Recipe) -> Recipe:
 
 def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | None) -> Session:
     bare = planned_model(recipe, layout)
+    trained = [str(line) for line in what_is_trained(bare, recipe)]
     if limit_bytes is not None:
         held = sum(closed_form(recipe, target, bare).values())
         if held > limit_bytes:
@@ -133,7 +137,7 @@ def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | No
         runner.run(limit_bytes)
         state = runner.state_bytes()
         changes = list(tracer.changes)
-    return Session(changes, state, runner.rehearsed, why_full(bare))
+    return Session(changes, state, runner.rehearsed, why_full(bare), trained)
 
 
 class _Runner:

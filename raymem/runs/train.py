@@ -31,6 +31,7 @@ from raymem.training.job import Job, Ready
 from raymem.training.loop import Outcome, run
 from raymem.training.model.build import build_model, check_fit
 from raymem.training.model.revision import at_revision, began_with, record, resolve
+from raymem.training.model.summary import what_is_trained
 from raymem.training.reporter import Listener, LocalReporter, Row
 from raymem.training.resume_rules import check_identity, identity_of
 
@@ -179,6 +180,8 @@ def _settle(recipe: Recipe, storage: Storage, ready: Ready | None, *, on_ray: bo
     model = build_model(recipe, meta=True)
     tokenizer = shared_tokenizer(recipe, storage) if ready is None else ready.tokenizer
     check_fit(model, load_tokenizer(tokenizer), recipe)
+    for line in what_is_trained(model, recipe):
+        status(str(line))
     del model
     status("preparing the data")
     if ready is None:

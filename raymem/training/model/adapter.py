@@ -96,8 +96,8 @@ def _peft_config(model: nn.Module, adapter: LoraAdapter | MoRAMOptions) -> Any:
 
     if targets.parameters:
         raise RecipeError(
-            f"adapter.targets: {targets.parameters[0]} holds routed experts, and MoRAM adapts linear layers; leave it out "
-            "or use adapter: lora"
+            f"adapter.targets: {targets.parameters[0]} holds routed experts, and MoRAM adapts linear layers; leave it "
+            "out or use adapter: lora"
         )
     return MoRAMConfig(
         r=adapter.rank,

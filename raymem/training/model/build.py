@@ -363,8 +363,8 @@ def _restore_computed_buffers(bare: Any) -> None:
         left = [name for name in left if _is_untouched(bare.get_buffer(name))]
     if left:
         raise ModelError(
-            f"model: {type(bare).__name__} computes {left[0]} in a way that transformers does not repeat after loading, "
-            "so that it would hold no value; load and save the model with a class that transformers ships"
+            f"model: {type(bare).__name__} computes {left[0]} in a way that transformers does not repeat after "
+            "loading, so that it would hold no value; load and save the model with a class that transformers ships"
         )
 
 

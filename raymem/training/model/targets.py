@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from raymem.errors import RecipeError
-from raymem.training.model.linear_layers import adaptable, linear_layers, routed_experts, text_pass
+from raymem.training.model.linear_layers import adaptable, linear_layers, output_head, routed_experts, text_pass
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ def choose(model: Any, targets: str | list[str]) -> Targets:
         if not taken and not expert_names:
             name, reason = next(iter(reasons.items()))
             raise RecipeError(
-                f"adapter.targets: {pattern!r} matches only layers of {type(model).__name__} that take no adapter, such "
-                f"as {name}: {reason}; leave it out"
+                f"adapter.targets: {pattern!r} matches only layers of {type(model).__name__} that take no adapter, "
+                f"such as {name}: {reason}; leave it out"
             )
         is_whole = is_whole and len(taken) == len(matched)
         chosen |= dict.fromkeys(taken)
@@ -86,7 +86,7 @@ def _is_end(expression: str) -> bool:
 def _all_linear_layers(model: nn.Module) -> list[str]:
     """Every linear layer, the output head among them."""
     layers = set(linear_layers(model))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     return [name for name, module in model.named_modules() if name in layers or (name and module is head)]
 
 

@@ -1,4 +1,4 @@
-"""Adapters that plain PEFT wrote, with whatever options it knows: evaluated, merged and generated with as PEFT has them."""
+"""Adapters that plain PEFT wrote, with whatever options: evaluated, merged and generated with as PEFT has them."""
 
 from __future__ import annotations
 

@@ -87,9 +87,7 @@ def test_packed_examples_are_kept_apart_or_refused(name: str) -> None:
     assert leaks == (name in HYBRID | RECURRENT | NO_POSITION_IDS)
     packed = make_recipe(recipe.to_dict(), {"data": {"packing": "bfd"}})
     if leaks:
-        with pytest.raises(
-            RecipeError, match=r"data\.packing: bfd does not keep .* apart in \w+: .*; use data\.packing"
-        ):
+        with pytest.raises(RecipeError, match=r"data\.packing: bfd does not keep .* apart in \w+: .*; use data"):
             build_model(packed, meta=True)
     else:
         build_model(packed, meta=True)
