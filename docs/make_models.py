@@ -18,27 +18,31 @@ from tests.helpers.families import FAMILIES, config_of, options_of  # noqa: E402
 PAGE = Path(__file__).with_name("models.md")
 HEAD = """# Models
 
-Made by `python docs/make_models.py` with transformers {transformers}, peft {peft} and torch {torch}; do not edit by hand.
+Made by `python docs/make_models.py` with transformers {transformers}, peft {peft} and torch {torch}; do not edit by
+hand.
 
 raymem trains every causal language model of transformers, also those that see images, on text. What an architecture
 supports is asked of a small random clone of it, once per machine, and kept in raymem's cache; so what is not in this
-table is known all the same. `raymem train` and `raymem plan` say in a few lines what of a model is adapted, quantised and
-left alone, and why.
+table is known all the same. `raymem train` and `raymem plan` say in a few lines what of a model is adapted, quantised
+and left alone, and why.
 
-- **packing**: `bfd` where a clone shows that the second of two examples in a row gets the logits that it gets in a row of
-  its own; otherwise `data.packing: bfd`, which is the default, is refused, and `none` (or `wrapped`, which runs examples
-  into one stream by definition) is to be set. A GPU's FlashAttention is judged by the same clone on the CPU.
-- **loss**: how `loss: auto` takes it. `product`: in chunks, from the head's input and weight. `replay`: in chunks, through
-  the model's own head. `full`: whole.
-- **all-linear leaves out**: `adapter.targets: all-linear` is every linear layer that text passes through and that multiplies
-  by its weight and no more, except the output head. Left out are layers that text does not reach (vision), routers
-  that give more than a tensor, layers whose weight the code around them hands to a kernel, where an adapter would do
-  nothing, and layers whose names PEFT takes for those of routed experts, so that it would adapt these instead.
+- **packing**: `bfd` where a clone shows that the second of two examples in a row gets the logits that it gets in a
+  row of its own; otherwise `data.packing: bfd`, which is the default, is refused, and `none` (or `wrapped`, which
+  runs examples into one stream by definition) is to be set. A GPU's FlashAttention is judged by the same clone on the
+  CPU.
+- **loss**: how `loss: auto` takes it. `product`: in chunks, from the head's input and weight. `replay`: in chunks,
+  through the model's own head. `full`: whole.
+- **all-linear leaves out**: `adapter.targets: all-linear` is every linear layer that text passes through and that
+  multiplies by its weight and no more, except the output head. Left out are layers that text does not reach (vision),
+  routers that give more than a tensor, layers whose weight the code around them hands to a kernel, where an adapter
+  would do nothing, and layers whose names PEFT takes for those of routed experts, so that it would adapt these
+  instead.
 - **experts**: routed experts are parameters with three dimensions, no linear layers. They are left alone in every
-  architecture, because PEFT reaches them under rules that differ between architectures and holds a whole copy of them for
-  backward. `adapter.targets: [q_proj, experts.down_proj, experts.gate_up_proj]` adapts them (LoRA without dropout).
-- **NF4**: `base.quantize: nf4` stores linear layers in 4 bits, except the output head. Fused experts keep the dtype of the
-  base, since bitsandbytes packs linear layers only.
+  architecture, because PEFT reaches them under rules that differ between architectures and holds a whole copy of them
+  for backward. `adapter.targets: [q_proj, experts.down_proj, experts.gate_up_proj]` adapts them (LoRA without
+  dropout).
+- **NF4**: `base.quantize: nf4` stores linear layers in 4 bits, except the output head. Fused experts keep the dtype
+  of the base, since bitsandbytes packs linear layers only.
 - **LoRAM**: whether `base.kind: loram` can prune it.
 
 With full fine-tuning (`adapter: none`) parameters that text does not pass through stay as they are.
