@@ -115,6 +115,8 @@ def _print(
     console.print_whole(console.plan_table(prediction.terms, prediction.phases))
     if prediction.loss_note is not None:
         say(prediction.loss_note, markup=False)
+    for line in prediction.trained:
+        say(line, markup=False)
     say(f"peak of what is allocated: {bytes_text(prediction.peak_bytes)}")
     if prediction.term_peaks["loss"] > prediction.terms["loss"]:
         say(f"the loss has its own highest moment elsewhere: {bytes_text(prediction.term_peaks['loss'])}")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
+
 from raymem.cache import remembered, source_digest, versions
 from raymem.methods import tiny_model
 
@@ -31,8 +33,13 @@ def asked_once(
     except Exception:  # configs raise types of their own; the probe itself says what is wrong
         return ask()
     code = source_digest(*sources, Path(tiny_model.__file__))
-    facts = [question, type(model).__qualname__, clone, detail, code, versions("torch", "transformers", "peft")]
+    facts = [question, class_of(model).__qualname__, clone, detail, code, versions("torch", "transformers", "peft")]
     return remembered("probes", facts, ask)
+
+
+def class_of(model: Any) -> Any:
+    """The class of a model as transformers has it; FSDP2 makes one of its own from that."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def why_not(error: Exception) -> str:

@@ -41,6 +41,7 @@ def make_plan(session: Session, target: Target, gpu: str | None) -> Plan:
         top=_top(changes, peak.at),
         timeline=_timeline(changes, peak.at),
         loss_note=session.loss_note,
+        trained=session.trained,
         **held,
     )
 

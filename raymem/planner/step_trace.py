@@ -8,7 +8,7 @@ because gathering and reducing settle in the first.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ from raymem.training.dist_env import Layout
 from raymem.training.hooks import hooks_of, view_of
 from raymem.training.loss import forward_loss_sum, loss_of
 from raymem.training.model.build import build_model, load_config
+from raymem.training.model.summary import what_is_trained
 from raymem.training.optim import Updater, build_updater
 from raymem.training.step import train_step
 
@@ -59,6 +60,8 @@ class Session:
     """Whether step 1 was taken too, rather than only its optimizer state made."""
     loss_note: str | None
     """Why the loss is not taken in chunks although the recipe leaves that open."""
+    trained: list[str] = field(default_factory=list)
+    """What is trained, quantised and left alone, in lines."""
 
 
 def trace_session(recipe: Recipe, target: Target, limit_bytes: int | None = None) -> Session:
@@ -108,6 +111,7 @@ def _on_cpu(recipe: Recipe) -> Recipe:
 
 def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | None) -> Session:
     bare = planned_model(recipe, layout)
+    trained = [str(line) for line in what_is_trained(bare, recipe)]
     if limit_bytes is not None:
         held = sum(closed_form(recipe, target, bare).values())
         if held > limit_bytes:
@@ -129,7 +133,7 @@ def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | No
         runner.run(limit_bytes)
         state = runner.state_bytes()
         changes = list(tracer.changes)
-    return Session(changes, state, runner.rehearsed, loss_of(bare).note)
+    return Session(changes, state, runner.rehearsed, loss_of(bare).note, trained)
 
 
 class _Runner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raymem.memory.budget import Verdict, parse_bytes, verdict
@@ -79,6 +79,8 @@ class Plan:
     """Why it is the shipped one, in a sentence."""
     loss_note: str | None = None
     """Why ``loss: auto`` is ``full`` for this model, in a sentence."""
+    trained: list[str] = field(default_factory=list)
+    """What is trained, quantised and left alone, and why, in lines."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

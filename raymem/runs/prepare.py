@@ -17,6 +17,7 @@ from raymem.training.data.summary import overview
 from raymem.training.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_key
 from raymem.training.job import PreparedRun
 from raymem.training.model.build import build_model, check_fit
+from raymem.training.model.summary import what_is_trained
 
 Split = Literal["train", "eval"]
 
@@ -36,6 +37,8 @@ def prepare(run: ResolvedRun, *, train_data: Prepared | None = None, status: Sta
     status("checking the model")
     model = build_model(run.recipe, meta=True)
     check_fit(model, load_tokenizer(run.tokenizer), run.recipe)
+    for line in what_is_trained(model, run.recipe):
+        status(str(line))
     del model
     status("preparing the data")
     given, train_data = train_data is not None, train_data or prepare_split(run, "train")

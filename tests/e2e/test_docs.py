@@ -9,20 +9,40 @@ import re
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.helpers.families import FAMILIES, SOME
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_recipe_reference_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
+def maker_of(name: str) -> Any:
+    """The module that writes a page."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
+    return maker
+
+
+def test_recipe_reference_is_up_to_date() -> None:
+    maker = maker_of("make_reference")
     assert maker.PAGE.read_text() == maker.page(), "run python docs/make_reference.py"
+
+
+def test_the_table_of_models_is_up_to_date() -> None:
+    """Every architecture has its row; some are made again."""
+    maker = maker_of("make_models")
+    rows = [line for line in maker.PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(FAMILIES)
+    by_name = dict(zip(FAMILIES, rows, strict=True))
+    assert {name: by_name[name] for name in SOME} == {name: maker.row(name) for name in SOME}, (
+        "run python docs/make_models.py"
+    )
 
 
 def test_every_command_is_in_the_readme() -> None:

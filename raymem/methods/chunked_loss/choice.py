@@ -8,7 +8,7 @@ from typing import Any
 
 from raymem.methods.chunked_loss.causal_lm import is_plain_product
 from raymem.methods.chunked_loss.probing import Verdict, probe
-from raymem.methods.probe import asked_once
+from raymem.methods.probe import asked_once, class_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,5 @@ def choose(model: Any) -> Choice:
 
 def verdict_of(model: Any) -> Verdict:
     """The verdict of :func:`probe` on an architecture; asked once per class, options and versions on this machine."""
-    return Verdict(
-        **asked_once("loss", model, (Path(__file__).parent,), lambda: vars(probe(model.config, type(model))))
-    )
+    sources = (Path(__file__).parent,)
+    return Verdict(**asked_once("loss", model, sources, lambda: vars(probe(model.config, class_of(model)))))

@@ -35,7 +35,8 @@ def validate_coupling(config: Any) -> float:
     small = tiny_config(config)
     coupling = couple(small)
     kept: dict[int, dict[str, list[int]]] = {}
-    for layer in (1, 2):
+    depth = small.num_hidden_layers
+    for layer in range(min(1, depth - 1), depth):
         kept[layer] = {group.name: _some(group.num_units, layer, group.name) for group in coupling.groups}
     full = _random_model(small)
     state = full.state_dict()

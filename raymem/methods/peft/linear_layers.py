@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D  # how GPT-2 writes its linear layers
 
 from raymem.methods.peft.importing import without_bitsandbytes
-from raymem.methods.probe import asked_once, first_line, why_not
+from raymem.methods.probe import asked_once, class_of, first_line, why_not
 from raymem.methods.tiny_model import VOCABULARY, random_clone
 from raymem.seeds import generator
 
@@ -56,16 +56,21 @@ class TextPass:
 
 def text_pass(model: Any) -> TextPass:
     """What text passes through in a bare model; asked once per architecture, options and versions."""
-    answer = asked_once("text pass", model, (Path(__file__),), lambda: _ask(model.config, type(model)))
+    answer = asked_once("text pass", model, (Path(__file__),), lambda: _ask(model.config, class_of(model)))
     return TextPass(answer["left_alone"], frozenset(answer["without_gradient"]), answer["reason"])
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer by name, of 4 bits too, but the output head."""
-    get_head = getattr(model, "get_output_embeddings", lambda: None)
-    head = get_head()
+    head = output_head(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     return {name: module for name, module in layers.items() if module is not head}
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """The layer that gives the logits, if transformers knows it."""
+    head: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head
 
 
 def adaptable(model: Any) -> list[str]:
@@ -159,17 +164,16 @@ def _odd(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 def _weight_is_read(model: nn.Module, name: str) -> str | None:
     """Whether the code around a layer reads its weight, as it does for fused kernels, past whatever wraps the layer."""
     around: Any = type(model.get_submodule(name.rpartition(".")[0]))
-    return _reads(around, _leaf(name))
-
-
-@functools.cache
-def _reads(around: type, leaf: str) -> str | None:
+    leaf = _leaf(name)
     try:
-        source = inspect.getsource(around)
+        source = _source(around)
     except (OSError, TypeError):
         return None
     reads = rf"self\.{re.escape(leaf)}\.(weight|bias)\b(?!\[|\.(dtype|device|shape|size|data))"
     return f"{around.__name__} reads its weight past the layer" if re.search(reads, source) else None
+
+
+_source: Callable[[Any], str] = functools.cache(inspect.getsource)
 
 
 def _refused_by_peft(model: Any, names: list[str]) -> dict[str, str]:
@@ -195,7 +199,7 @@ def _refused_by_peft(model: Any, names: list[str]) -> dict[str, str]:
     return refused
 
 
-_NAME_OF_EXPERTS = "PEFT takes its name for that of the routed experts"
+_NAME_OF_EXPERTS = "PEFT takes the name for one of routed experts"
 
 
 def _shortened(facts: dict[str, str], names: list[str]) -> dict[str, str]:

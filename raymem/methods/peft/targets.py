@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from raymem.errors import RecipeError
-from raymem.methods.peft.linear_layers import adaptable, linear_layers, routed_experts, text_pass
+from raymem.methods.peft.linear_layers import adaptable, linear_layers, output_head, routed_experts, text_pass
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _is_end(expression: str) -> bool:
 def _all_linear_layers(model: Any) -> list[str]:
     """Every linear layer, the output head among them."""
     layers = set(linear_layers(model))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     return [name for name, module in model.named_modules() if name in layers or (name and module is head)]
 
 

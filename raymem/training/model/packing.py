@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from raymem.errors import RecipeError
-from raymem.methods.probe import asked_once, first_line, why_not
+from raymem.methods.probe import asked_once, class_of, first_line, why_not
 from raymem.methods.tiny_model import VOCABULARY, random_clone
 from raymem.recipe.schema import Recipe
 from raymem.seeds import generator
@@ -58,7 +58,7 @@ def why_not_apart(model: Any) -> str | None:
 @torch.no_grad()
 def _ask(real: Any, attention: str | None) -> str | None:
     try:
-        model = random_clone(real.config, kind=type(real), all_layers=True, attention=attention)
+        model = random_clone(real.config, kind=class_of(real), all_layers=True, attention=attention)
     except Exception as error:  # model code may raise anything
         return why_not(error)
     source = generator(0, "packing", "probe")
