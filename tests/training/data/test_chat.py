@@ -269,7 +269,6 @@ def test_all_layouts_come_to_the_template(name: str, tmp_path: Path, write_jsonl
         "prompt": {"system": "think", "prompt": turns[:3], "completion": turns[3:]},
         "alpaca": {"system": "think", "history": [["one", "answer two"]], "instruction": "three", "output": "blue"},
     }
-    rows["alpaca"]["history"] = [["one", "answer two"]]
     whole = [turn("system", "think"), *turns]
     for layout, row in rows.items():
         path = write_jsonl(f"{layout}.jsonl", [row])
@@ -279,7 +278,7 @@ def test_all_layouts_come_to_the_template(name: str, tmp_path: Path, write_jsonl
         said = tokenizer.decode(said_after(tokenizer, [only], whole[:4]))
         assert "blue" in said and said.endswith(shape.stops[0]) and "answer two" not in said
     # Without turns: last, the mark of the turn is what counts.
-    section = DataSection(train=str(tmp_path / "messages.jsonl"), sequence_length=128, packing="none")
+    section = DataSection(train=sources(str(tmp_path / "messages.jsonl")), sequence_length=128, packing="none")
     packed = PackedRows(prepare(section, "train", str(tmp_path / "tokenizer"), tmp_path).directories)
     assert len(packed) == 1
 
