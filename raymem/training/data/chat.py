@@ -81,7 +81,7 @@ class Chat:
                 f"{place} is a conversation, but tokenizer {template.name} has no chat template: set model.tokenizer "
                 f"to one that has (for example that of the model's instruct version), or use format prompt_completion."
             )
-        messages = template.with_contents(example, place)
+        messages = template.readable(example, place)
         learned = self._learned(example, messages)
         self.num_turns += len(learned)
         if template.has_marks:

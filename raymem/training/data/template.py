@@ -10,7 +10,7 @@ from typing import Any
 from raymem.errors import DataError, ModelError
 from raymem.training.data.formats import Messages
 from raymem.training.data.thoughts import REASONING, opens_thought
-from raymem.training.data.turns import roles_of
+from raymem.training.data.turns import roles_of, with_arguments
 
 Turn = dict[str, Any]
 Span = tuple[int, int]
@@ -119,18 +119,32 @@ class Template:
             raise self._refusal(error, talk, place) from error
         return self._not_empty(texts[0], place), [(begin, end) for begin, end in spans[0] if end > begin]
 
-    def with_contents(self, example: Messages, place: str) -> list[Turn]:
-        """The messages; a content that is None becomes "" where the template would fail or write None into the text."""
+    def readable(self, example: Messages, place: str) -> list[Turn]:
+        """The messages as the template takes them.
+
+        A content that is None becomes "" where the template would fail or write None into the text. Arguments of calls
+        that are JSON text become what it says, or the other way round, where the template fails otherwise.
+
+        Raises:
+            DataError, ModelError: as :meth:`render`.
+        """
         messages = example.messages
-        if all(message["content"] is not None for message in messages):
+        lacks_content = any(message["content"] is None for message in messages)
+        if not (lacks_content or any(message.get("tool_calls") for message in messages)):
             return messages
         filled = [m if m["content"] is not None else m | {"content": ""} for m in messages]
-        (rendered,) = self.render([filled], example.tools, place)
-        try:
-            (as_they_are,) = self.apply([messages], example.tools)
-        except Exception:  # it needs a text
-            return filled
-        return filled if as_they_are.count("None") > rendered.count("None") else messages
+        for talk in (filled, with_arguments(filled, as_text=False), with_arguments(filled, as_text=True)):
+            with contextlib.suppress(Exception):
+                (rendered,) = self.apply([talk], example.tools)
+                break
+        else:
+            self.render([filled], example.tools, place)
+            raise AssertionError("it was refused a moment ago")
+        if talk is filled and lacks_content:
+            with contextlib.suppress(Exception):  # it needs a text
+                (as_they_are,) = self.apply([messages], example.tools)
+                return filled if as_they_are.count("None") > rendered.count("None") else messages
+        return talk if talk is not filled or lacks_content else messages
 
     def end_of(self, text: str) -> int | None:
         """Where the token that stops generation ends, if ``text`` ends with one and perhaps more that closes a turn."""

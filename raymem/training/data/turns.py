@@ -119,6 +119,23 @@ def _calls(text: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": function} for function in functions]
 
 
+def with_arguments(messages: list[dict[str, Any]], *, as_text: bool) -> list[dict[str, Any]]:
+    """The messages with the arguments of their tool calls as JSON text, or as what such a text says."""
+
+    def changed(call: Any) -> Any:
+        function: Any = call.get("function") if isinstance(call, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if arguments is None or isinstance(arguments, str) == as_text:
+            return call
+        written = json.dumps(arguments, ensure_ascii=False) if as_text else _parsed(arguments)
+        return call | {"function": function | {"arguments": written}}
+
+    return [
+        m | {"tool_calls": [changed(call) for call in m["tool_calls"]]} if isinstance(m.get("tool_calls"), list) else m
+        for m in messages
+    ]
+
+
 def schemas(value: Any, place: str) -> list[dict[str, Any]] | None:
     """A ``tools`` column: a list of schemas, the JSON text of one, or a list of such texts; None where it is empty.
 

@@ -336,3 +336,18 @@ def test_calls_are_written_once() -> None:
     talk = [turn("user", "one"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
     said = tokenizer.decode(said_after(tokenizer, encode(tokenizer, talk), talk[:1]))
     assert said == f"<tool_call>{json.dumps(CALL['function'])}</tool_call><|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "written", ["{{ c.function.arguments + '' }}", "{{ c.function.arguments.items() | list | first | join('=') }}"]
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_arguments_of_calls_are_text_or_not_as_the_template_takes_them(written: str, as_text: bool) -> None:
+    tokenizer = tokenizer_for(templates.CHATML.replace("{{ c.function | tojson }}", written), "<|im_end|>")
+    arguments = json.dumps(CALL["function"]["arguments"]) if as_text else CALL["function"]["arguments"]
+    call = {"type": "function", "function": {"name": "look_up", "arguments": arguments}}
+    talk = [turn("user", "one"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    said = tokenizer.decode(said_after(tokenizer, encode(tokenizer, talk), talk[:1]))
+    assert (
+        said == f"<tool_call>{'word=sky' if 'items' in written else json.dumps({'word': 'sky'})}</tool_call><|im_end|>"
+    )
