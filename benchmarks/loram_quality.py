@@ -34,7 +34,7 @@ from raymem.recipe.load import load_recipe, packaged_recipe, parse_recipe
 from raymem.recipe.schema import Recipe
 from raymem.runs import demo
 from raymem.runs.evaluate import evaluate_recipe
-from raymem.runs.loram import Pipeline, PrunedBase
+from raymem.runs.loram.pipeline import Pipeline, PrunedBase
 from raymem.runs.train import launch
 from raymem.seeds import generator
 from raymem.storage.safetensors_io import read_header, read_tensor, save_tensors

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 import raymem
+from raymem.recipe.axes import MEMORY_AXES
 
 PACKAGE = Path(raymem.__file__).parent
 ROOT = PACKAGE.parent
-METHODS = sorted(folder.name for folder in (PACKAGE / "methods").iterdir() if (folder / "__init__.py").is_file())
+METHODS = sorted({place.split(".")[2] for axis in MEMORY_AXES.values() for place in axis.builtin.values()})
 REGISTRY = "raymem/recipe/axes.py"
 MOST_FILES = 14
 
@@ -93,54 +94,32 @@ def foreign_methods(source: ast.Module, module: str, *, is_package: bool = False
 
 
 METHOD_IMPORTS: dict[str, tuple[set[str], str]] = {
-    "raymem/cli/loram.py": ({"loram"}, "the LoRAM commands"),
-    "raymem/cluster/prune.py": ({"loram"}, "prunes layers as Ray tasks"),
     "raymem/methods/loram/layerwise.py": ({"chunked_loss"}, "calibrates by the loss that training takes"),
     "raymem/methods/loram/recover_moram.py": ({"moram"}, "recovers MoRAM's connections"),
-    "raymem/planner/analytic.py": ({"chunked_loss", "loram", "mlorc", "moram"}, "closed forms of all kinds"),
-    "raymem/planner/shapes.py": ({"loram"}, "a pruned base brings a config of its own"),
-    "raymem/planner/step_trace.py": (
-        {"loract", "loram", "moram"},
-        "MoRAM's selection, LoRAct's stream, pruned layers",
-    ),
-    "raymem/recipe/compat.py": ({"loram"}, "rules of all kinds"),
-    "raymem/recipe/load.py": ({"loram"}, "paths of LoRAM's alignment"),
-    "raymem/recipe/schema.py": ({"loract", "loram", "mlorc", "moram"}, "the unions of the axes"),
-    "raymem/runs/evaluate.py": ({"loram"}, "a recovered adapter sits on the full base"),
-    "raymem/runs/loram.py": ({"loram"}, "the stages of LoRAM"),
-    "raymem/runs/loram_base.py": ({"loram"}, "finds or makes the pruned base"),
-    "raymem/sweeps/trial.py": ({"loram"}, "a trial on a pruned base"),
-    "raymem/testing/measure.py": ({"moram"}, "selects MoRAM's connections"),
-    "raymem/training/activations.py": ({"loract"}, "LoRAct's part in the loop"),
-    "raymem/training/artifacts/export.py": ({"loram"}, "copies the manifest of the pruned base"),
-    "raymem/training/artifacts/load.py": ({"loram", "moram"}, "pruned layers, and MoRAM's registration with PEFT"),
-    "raymem/training/artifacts/vllm.py": ({"loram"}, "a recovered adapter is checked"),
-    "raymem/training/lean/forwards.py": ({"loract"}, "shares LoRAct's forward passes"),
-    "raymem/training/lean/functions.py": ({"loract"}, "shares LoRAct's forward passes"),
-    "raymem/training/lean/install.py": ({"loract"}, "shares LoRAct's forward passes"),
-    "raymem/training/loss.py": ({"chunked_loss"}, "the loss axis"),
-    "raymem/training/model/adapter.py": ({"loram", "moram"}, "PEFT configs of MoRAM, and adapters of pruned models"),
-    "raymem/training/model/base_name.py": ({"loram"}, "the base of a pruned model"),
-    "raymem/training/model/build.py": ({"loram"}, "builds pruned models"),
-    "raymem/training/model/weights.py": ({"loram"}, "reads pruned layers"),
-    "raymem/training/optim.py": ({"mlorc"}, "builds MLorc"),
-    "raymem/training/selection.py": ({"moram"}, "MoRAM's part in the loop"),
+    "raymem/runs/loram/": ({"loram"}, "LoRAM's stages as a run: its room on the floor of the drivers"),
 }
-"""File -> the methods that it still imports from, and what for."""
+"""File, or folder -> the methods that it imports from, and what for."""
 
 
 def test_a_method_is_imported_by_its_own_room_and_the_registry() -> None:
+    used: dict[str, set[str]] = defaultdict(set)
     places = {}
     for module, path in modules().items():
-        if file_name(path) != REGISTRY:
-            methods = foreign_methods(tree_of(path), module, is_package=path.name == "__init__.py")
-            allowed = METHOD_IMPORTS.get(file_name(path), (set[str](), ""))[0]
-            assert not allowed - set(methods), (
-                f"{file_name(path)} imports no {allowed - set(methods)} any more: unlist it"
-            )
-            places[file_name(path)] = [line for method in set(methods) - allowed for line in methods[method]]
-    assert not (gone := set(METHOD_IMPORTS) - set(places)), f"unlist {gone}: there are no such files"
+        name = file_name(path)
+        if name == REGISTRY:
+            continue
+        methods = foreign_methods(tree_of(path), module, is_package=path.name == "__init__.py")
+        entry = next((listed for listed in METHOD_IMPORTS if name == listed or name.startswith(listed)), None)
+        allowed = METHOD_IMPORTS[entry][0] if entry is not None else set[str]()
+        if entry is not None:
+            used[entry] |= set(methods) & allowed
+        places[name] = [line for method in set(methods) - allowed for line in methods[method]]
     assert not any(places.values()), report(places, f"only the method's own room and {REGISTRY} may import from it")
+    unused = {
+        listed: allowed - used[listed] for listed, (allowed, _) in METHOD_IMPORTS.items() if allowed - used[listed]
+    }
+    assert not unused, f"unlist {unused}: nothing imports it any more"
+    assert len(METHOD_IMPORTS) <= 3
 
 
 @pytest.mark.parametrize(
@@ -201,41 +180,15 @@ def _names(node: ast.expr) -> set[str]:
     }
 
 
-KIND_QUESTIONS: dict[str, str] = {
-    "raymem/cluster/jobs/entrypoint.py": "LoRAM has a command of its own",
-    "raymem/planner/advise.py": "what to try next",
-    "raymem/planner/analytic.py": "closed forms of all kinds",
-    "raymem/planner/shapes.py": "a pruned base brings a config of its own",
-    "raymem/planner/step_trace.py": "MoRAM's selection, LoRAct's stream",
-    "raymem/recipe/compat.py": "rules of all kinds",
-    "raymem/recipe/load.py": "paths of LoRAM's alignment",
-    "raymem/runs/evaluate.py": "a recovered adapter sits on the full base",
-    "raymem/runs/loram.py": "the stages of LoRAM",
-    "raymem/runs/loram_base.py": "finds or makes the pruned base",
-    "raymem/runs/train.py": "whether anything is tracked",
-    "raymem/sweeps/trial.py": "a trial on a pruned base",
-    "raymem/testing/measure.py": "selects MoRAM's connections",
-    "raymem/training/activations.py": "LoRAct's part in the loop",
-    "raymem/training/artifacts/export.py": "full fine-tuning leaves a model, not an adapter",
-    "raymem/training/model/adapter.py": "PEFT configs of all kinds",
-    "raymem/training/model/base_name.py": "the base of a pruned model",
-    "raymem/training/model/build.py": "builds all kinds",
-    "raymem/training/optim.py": "builds all kinds",
-    "raymem/training/selection.py": "MoRAM's part in the loop",
-}
-"""File -> what it asks for."""
-
-
 def test_nobody_outside_the_methods_asks_which_kind_it_is() -> None:
     places = {
         file_name(path): kind_questions(tree_of(path))
         for module, path in modules().items()
         if not module.startswith("raymem.methods.")
     }
-    clean = {name for name in KIND_QUESTIONS if not places.get(name)}
-    assert not clean, f"unlist {sorted(clean)}: they ask no more"
-    new = {name: lines for name, lines in places.items() if name not in KIND_QUESTIONS}
-    assert not any(new.values()), report(new, "the kind itself is to answer (a method of it), not its name or class")
+    assert not any(places.values()), report(
+        places, "the kind itself is to answer (a method of it), not its name or class"
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
 from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
-    from raymem.methods.loram import Verification
-    from raymem.runs.loram import Pipeline, PrunedBase
+    from raymem.runs.loram.pipeline import Pipeline, PrunedBase
 
 app = typer.Typer(
     help="LoRAM: prune a model, train an adapter on what is left, recover it for the full model.", no_args_is_help=True
@@ -103,7 +102,7 @@ def _pipeline(
 
     console.log_to_stderr(verbose)
     recipe = load_recipe(path, overrides)  # before the slow imports: a typo is answered at once
-    from raymem.runs.loram import Pipeline
+    from raymem.runs.loram.pipeline import Pipeline
 
     try:
         with console.TrainingDisplay(None) as display:
@@ -143,7 +142,7 @@ def _show_recovery(directory: Path) -> None:
     console.out.print(f"next: raymem generate {directory} --prompt '...'   or   raymem export {directory} --check vllm")
 
 
-def _show_verification(checked: Verification) -> None:
+def _show_verification(checked: Any) -> None:
     parts = [f"{checked.num_factors} tensors of the adapter are exact"]
     if checked.num_weights is None:
         parts.append("weights were trained on, so they are not the full model's")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from raymem.methods.loram.job import PruneJob
 from raymem.recipe.schema import ScalingSection
 from raymem.storage.storage import Storage
 from raymem.tracking import Tracker
-from raymem.training.job import PreparedRun
+from raymem.training.job import PreparedRun, StepJob
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Listener
 
@@ -58,8 +57,8 @@ class RayBackend:
 
         return train_workers(prepared, tracker, listeners)
 
-    def prune(self, job: PruneJob, progress: Callable[[int, int], None]) -> None:
+    def run_steps(self, job: StepJob, progress: Callable[[int, int], None]) -> None:
         """One task per step."""
-        from raymem.cluster.prune import prune_by_tasks
+        from raymem.cluster.step_jobs import run_by_tasks
 
-        prune_by_tasks(job, progress)
+        run_by_tasks(job, progress)

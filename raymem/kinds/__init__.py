@@ -25,7 +25,7 @@ from raymem.kinds.activations import ActivationsKind
 from raymem.kinds.adapter import ADAPTER_FILE, AdapterKind, AttachContext
 from raymem.kinds.base import BaseKind
 from raymem.kinds.core import OPTIONS_RULES, Advice, Kind, Rule
-from raymem.kinds.loss import IGNORED, LossFunction, LossKind, OfLogits
+from raymem.kinds.loss import IGNORED, LossFunction, LossKind, OfLogits, cross_entropy_sum
 from raymem.kinds.optimizer import OptimizerContext, OptimizerKind, TensorShape
 from raymem.kinds.tracker import TrackerKind
 
@@ -47,4 +47,5 @@ __all__ = [
     "Rule",
     "TensorShape",
     "TrackerKind",
+    "cross_entropy_sum",
 ]

@@ -40,6 +40,9 @@ class AdapterKind(Kind[OptionsT]):
             RecipeError: an option that does not go with the model; begins with ``adapter.``.
         """
 
+    def register(self) -> None:
+        """Make libraries know its files, before one of them is loaded."""
+
     def initial_value(self, name: str, shape: Sequence[int], seed: int) -> Any:
         """fp32 start of a trained tensor that no checkpoint of the base holds, the same on every rank.
 

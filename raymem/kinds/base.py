@@ -53,5 +53,14 @@ class BaseKind(Kind[OptionsT]):
         """The options with :meth:`alignment` replaced."""
         return options
 
+    def is_of_model(self, directory: str) -> bool:
+        """Whether an adapter that was trained on these weights has been made one of the model that the recipe names."""
+        return not self.replaces_model
+
+    def why_not_of_model(self, directory: Path) -> str | None:
+        """Why the adapter in a directory, trained on these weights, does not go with the model that it names, and what
+        to do; None if it does, or has nothing to do with this kind."""
+        return None
+
     def stamp(self, directory: Path, options: OptionsT) -> None:
         """Add to a written result what must be known of these weights to use it on the full model."""

@@ -98,3 +98,10 @@ class OfLogits:
         if hidden:
             attribute_backward("loss", since=loss, until=hidden[-1])
         return loss
+
+
+def cross_entropy_sum(logits_NV: Any, ids_N: Any) -> Any:
+    """Summed cross-entropy in nats of fp32 logits [N, V], 0-dim."""
+    import torch.nn.functional as F
+
+    return F.cross_entropy(logits_NV, ids_N, ignore_index=IGNORED, reduction="sum")

@@ -20,7 +20,6 @@ from raymem.linalg.local import local
 from raymem.memory import kernels
 from raymem.memory.target import planned_for
 from raymem.memory.trace import Change, LimitPassed, Phase, Tracer
-from raymem.methods.loram.nonuniform import pruned_layers
 from raymem.planner.analytic import closed_form
 from raymem.planner.fake import (
     CudaAutocast,
@@ -33,6 +32,7 @@ from raymem.planner.fake import (
 from raymem.planner.fake_cache import OutputCache
 from raymem.planner.fake_ddp import FakeReplica
 from raymem.planner.types import Target
+from raymem.recipe.axes import building
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
 from raymem.training.dist_env import Layout
@@ -97,7 +97,7 @@ def planned_model(recipe: Recipe, layout: Layout | None = None) -> nn.Module:
     Raises:
         RaymemError: as building does.
     """
-    with pruned_layers(load_config(recipe)):
+    with building(load_config(recipe)):
         return build_model(recipe, layout, meta=True, planned=True)
 
 

@@ -43,7 +43,7 @@ class Axis(Generic[KindT]):
     ) -> None:
         self.name, self.group, self.default, self.initial = name, group, default, initial
         self._base = base
-        self._builtin = dict(builtin)
+        self.builtin = dict(builtin)
         self._outside: dict[str, str] = {}
         self._kinds: dict[str, KindT] = {}
         self._entry_points_read = False
@@ -51,10 +51,10 @@ class Axis(Generic[KindT]):
     def __iter__(self) -> Iterator[str]:
         """Names of all kinds, raymem's own first."""
         self._read_entry_points()
-        return iter([*self._builtin, *self._outside])
+        return iter([*self.builtin, *self._outside])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._builtin or name in list(self)
+        return name in self.builtin or name in list(self)
 
     def __getitem__(self, name: str) -> KindT:
         """The kind of that name.
@@ -65,7 +65,7 @@ class Axis(Generic[KindT]):
         if name not in self._kinds:
             if name not in self:
                 raise RecipeError(f"{self.name}.kind: {name!r} is not registered; known are {', '.join(self)}")
-            self._kinds[name] = self._load({**self._builtin, **self._outside}[name])
+            self._kinds[name] = self._load({**self.builtin, **self._outside}[name])
         return self._kinds[name]
 
     def kinds(self) -> list[KindT]:
@@ -105,7 +105,7 @@ class Axis(Generic[KindT]):
                 "module that is installed or on PYTHONPATH"
             )
         loaded = self._load(place)
-        if self._outside.get(loaded.name, place) != place or loaded.name in self._builtin:
+        if self._outside.get(loaded.name, place) != place or loaded.name in self.builtin:
             raise RecipeError(
                 f"{self.name}: {place} is to be named {loaded.name!r}, which is another kind already; choose another "
                 "name for its options' field kind"
@@ -128,7 +128,7 @@ class Axis(Generic[KindT]):
             return
         self._entry_points_read = True
         for point in importlib.metadata.entry_points(group=self.group):
-            if point.name in self._builtin:
+            if point.name in self.builtin:
                 raise RecipeError(
                     f"{self.name}: the entry point {point.name} = {point.value} of {_distribution(point)} has the name "
                     "of a kind of raymem; uninstall that package, or let its author rename it"
@@ -236,6 +236,11 @@ def building(config: Any) -> Iterator[None]:
         for kind in BASES.kinds():
             stack.enter_context(kind.building(config))
         yield
+
+
+def why_not_of_model(directory: Path) -> str | None:
+    """Why an adapter does not go with the model that it names, and what to do; None if it does."""
+    return next((why for kind in BASES.kinds() if (why := kind.why_not_of_model(directory)) is not None), None)
 
 
 def full_base() -> Any:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from raymem.methods.loram.job import PruneJob
-from raymem.methods.loram.prune import finish_job
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
 from raymem.tracking import Tracker
 from raymem.training.dist_env import Layout
-from raymem.training.job import PreparedRun
+from raymem.training.job import PreparedRun, StepJob
 from raymem.training.loop import Outcome, run
 from raymem.training.reporter import Listener, LocalReporter
 
@@ -44,8 +42,8 @@ class Backend(Protocol):
     def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
         """Train to the end; every row of metrics goes to the tracker and, in this process, to the listeners."""
 
-    def prune(self, job: PruneJob, progress: Progress) -> None:
-        """Do the steps of a pruning job that are not done yet, and commit it."""
+    def run_steps(self, job: StepJob, progress: Progress) -> None:
+        """Do the steps of a job that are not done yet, and commit it."""
 
 
 class LocalBackend:
@@ -68,9 +66,16 @@ class LocalBackend:
         layout = Layout.current(prepared.recipe)
         return run(prepared.recipe, layout, prepared.run, prepared.train_data, prepared.eval_data, reporter)
 
-    def prune(self, job: PruneJob, progress: Progress) -> None:
+    def run_steps(self, job: StepJob, progress: Progress) -> None:
         """Step after step."""
-        finish_job(job)
+        if job.is_committed():
+            return
+        steps = job.steps()
+        for number, step in enumerate(steps, start=1):
+            if not job.is_done(step):
+                job.run(step)
+                progress(number, len(steps))
+        job.commit()
 
 
 def backend_of(recipe: Recipe) -> Backend:

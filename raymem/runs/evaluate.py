@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError, ModelError
-from raymem.methods.loram.recover import is_recovered
 from raymem.methods.sentences import first_step
 from raymem.recipe.axes import BASES, full_base, no_adapter
 from raymem.recipe.schema import Recipe
@@ -93,7 +92,7 @@ def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
     if artifact == "base":
         pass
     elif (directory / "adapter_config.json").is_file():
-        update["base"] = _unpruned(recipe) if is_recovered(directory) else recipe.base
+        update["base"] = _unpruned(recipe) if BASES.of(recipe).is_of_model(str(directory)) else recipe.base
         if not is_peft(directory):
             update["adapter"] = continuing(directory)
     elif (directory / "config.json").is_file():

@@ -12,17 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raymem.errors import ModelError
-from raymem.methods.loram.manifest import MANIFEST, read_manifest
-from raymem.methods.loram.recover import is_recovered
 from raymem.planner import settle_micro_batch
 from raymem.recipe.axes import BASES, full_base
 from raymem.recipe.load import alignment
 from raymem.recipe.schema import Recipe
 from raymem.runs.backend import Backend, Status, backend_of
 from raymem.runs.demo import resolve_demo, with_demo_tokenizer
-from raymem.runs.loram_base import find_site, named_model
+from raymem.runs.loram.base import find_site, is_made, manifest_of, named_model
+from raymem.runs.loram.models import Alignment, PlannedModel, PrunedModel, PruningSite
 from raymem.runs.prepare import prepare_data, share_tokenizer
-from raymem.runs.resolved import Alignment, Base, FullModel, PlannedModel, PrunedModel, PruningSite, ResolvedRun
+from raymem.runs.resolved import Base, FullModel, ResolvedRun
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.model.build import load_config, tokenizer_path
@@ -74,7 +73,8 @@ def resolve(
     backend.connect(storage, status)
     settled = settle_micro_batch(pinned, status=status)
     asked = at_revision(settled, recipe.model.revision)
-    if artifact is not None and is_recovered(artifact):  # an adapter of the full model needs no pruned one
+    kind = BASES.of(settled)
+    if artifact is not None and kind.replaces_model and kind.is_of_model(artifact):
         settled = settled.model_copy(update={"base": full_base()})
     named = resolve_demo(settled, storage, build_demo)
     located, base = _locate(named, storage, backend, status)
@@ -192,7 +192,7 @@ def _at_site(
     recipe: Recipe, site: PruningSite, storage: Storage, backend: Backend, status: Status
 ) -> tuple[Recipe, Base]:  # fmt: skip
     """The model that pruning and alignment have left so far."""
-    if not (site.directory / MANIFEST).is_file():
+    if not is_made(site.directory):
         missing = (
             f"base.kind: loram: {recipe.model.name} is not pruned with these options yet in {storage.path}; run: "
             "raymem loram prune RECIPE"
@@ -201,11 +201,11 @@ def _at_site(
     if site.alignment is None:
         site = dataclasses.replace(site, alignment=_alignment(recipe, site.directory, storage, backend, status))
     directory = site.directory if site.alignment is None else site.alignment.model
-    if not (directory / MANIFEST).is_file():
+    if not is_made(directory):
         missing = f"base.align: the pruned model {site.directory} is not aligned yet; run: raymem loram align RECIPE"
         return recipe, PlannedModel(site, missing)
     named = recipe.model_copy(update={"base": BASES.of(recipe).located(recipe.base, str(directory))})
-    return named, PrunedModel(directory, read_manifest(directory), site.source, site)
+    return named, PrunedModel(directory, manifest_of(directory), site.source, site)
 
 
 def _alignment(
@@ -224,7 +224,7 @@ def _alignment(
     train_data = prepare_data(aligning.data, "train", tokenizer, storage, backend)
     values = aligning.to_dict()
     sections = {name: values[name] for name in ("seed", "adapter", "activations", "optimizer", "train")}
-    name = f"loram-aligned-{digest([read_manifest(pruned).digest, train_data.key, sections])[:16]}"
+    name = f"loram-aligned-{digest([manifest_of(pruned).digest, train_data.key, sections])[:16]}"
     settled = settle_micro_batch(aligning.model_copy(update={"name": name}), status=status)
     if aligning.scaling != recipe.scaling:
         backend = backend_of(aligning)  # connects when it trains

@@ -156,8 +156,8 @@ def earlier_result(run: Storage) -> dict[str, Any] | None:
 
 def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> TrainResult:
     """A whole training, on a model that is pruned first if that has to be."""
+    from raymem.runs.loram.models import PlannedModel
     from raymem.runs.resolve import resolve
-    from raymem.runs.resolved import PlannedModel
     from raymem.runs.train import InSweep, TrainOptions, train
 
     run = resolve(recipe)
@@ -169,8 +169,8 @@ def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> TrainResult:
 def _on_pruned_model(run: ResolvedRun) -> ResolvedRun:
     """The run on its pruned model. The first of the trials that share one makes it; the others wait for it."""
     from raymem.runs.lock import in_turn
-    from raymem.runs.loram import Pipeline
-    from raymem.runs.resolved import PlannedModel
+    from raymem.runs.loram.models import PlannedModel
+    from raymem.runs.loram.pipeline import Pipeline
 
     assert isinstance(run.base, PlannedModel)
     pipeline = Pipeline(run.asked, run=run)

@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from raymem.errors import RecipeError
-from raymem.methods.plain.losses import FullLoss, FullLossKind
 from raymem.planner.analytic import closed_form
 from raymem.planner.plan import make_plan
 from raymem.planner.step_trace import planned_model, trace_session
 from raymem.planner.types import Target
+from raymem.recipe.axes import LOSSES
 from raymem.recipe.load import parse_recipe
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
@@ -149,7 +149,7 @@ class ConformanceSuite:
         assert outcome.eval_loss is not None
         evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
         model, _ = load_artifact(outcome.artifact)
-        loss.prepare(model, FullLossKind(), FullLoss())
+        loss.prepare(model, LOSSES["full"], LOSSES["full"].options())
         eval_data = prepare_split(longer, "eval")
         mixed = longer.train.is_mixed
         loaded = evaluate(model, PackedRows(eval_data.directories), Layout(), micro_batch=2, mixed=mixed).loss

@@ -1,8 +1,10 @@
-"""The run that a driver hands to the workers that train."""
+"""What a driver hands to whoever does the work: a run that is prepared, or a job in steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
@@ -19,3 +21,35 @@ class PreparedRun:
     """The run's own directory in it."""
     train_data: Prepared
     eval_data: Prepared | None
+
+
+class StepJob(Protocol):
+    """Work in steps, of which each may be done in another process, and again after its process died.
+
+    A step is plain data with ``name`` and ``after``, the names of the steps that come before it.
+    """
+
+    what: str
+    """In a word, for errors."""
+
+    def is_committed(self) -> bool:
+        """Whether all is done."""
+
+    def steps(self) -> Sequence[Any]:
+        """All steps, in an order in which they can be done."""
+
+    def is_done(self, step: Any) -> bool:
+        """Whether a step's result is there, whole."""
+
+    def memory_bytes(self, step: Any) -> int:
+        """Most that a step holds."""
+
+    def run(self, step: Any) -> None:
+        """Do a step, or nothing if it is done.
+
+        Raises:
+            RaymemError: it cannot be done; it would not help to try again.
+        """
+
+    def commit(self) -> object:
+        """Make the result of all steps appear."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.recipe.schema import Recipe
-from raymem.runs.loram import Pipeline
+from raymem.runs.loram.pipeline import Pipeline
 from tests.helpers.support import make_recipe, run_fragment
 
 STAGES = ("prune", "align", "train", "recover", "evaluate")

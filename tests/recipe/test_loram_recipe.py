@@ -13,9 +13,9 @@ from raymem.methods.loram import LoRAMOptions, PruneOptions, prune_model
 from raymem.methods.loram.manifest import read_manifest
 from raymem.recipe.load import alignment, parse_recipe
 from raymem.recipe.schema import Recipe
+from raymem.runs.loram.calibration_texts import calibration_ids
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import export_final
-from raymem.training.calibration import calibration_ids
 from raymem.training.data.dataset import PackedRows
 from raymem.training.dist_env import Layout
 from raymem.training.model.build import build_model

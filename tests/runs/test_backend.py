@@ -21,7 +21,7 @@ from tests.helpers.support import make_recipe
 def test_a_run_in_this_process_loads_no_ray() -> None:
     program = (
         "import sys; sys.modules['bitsandbytes'] = None\n"  # PEFT would load the whole compiler
-        "import raymem.runs.train, raymem.runs.evaluate, raymem.runs.loram\n"
+        "import raymem.runs.train, raymem.runs.evaluate, raymem.runs.loram.pipeline\n"
         "print(sorted({'ray', 'mlflow', 'optuna'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

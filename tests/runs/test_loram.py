@@ -30,7 +30,7 @@ from raymem.methods.loram.manifest import MANIFEST
 from raymem.methods.loram.recover import is_recovered
 from raymem.methods.loram.steps import Step
 from raymem.recipe.schema import Recipe
-from raymem.runs.loram import Pipeline
+from raymem.runs.loram.pipeline import Pipeline
 from raymem.runs.train import launch
 from raymem.training.data import shards
 from tests.helpers.loram_runs import STAGES, dying_run, files_of, identities, loram_recipe, run_stages
@@ -203,8 +203,6 @@ def test_sigkill_of_a_task_changes_nothing(
     marker = tmp_path / "died"
 
     def dying_task(job: Any, step: Step) -> None:
-        from raymem.methods.loram.steps import run_step
-
         if step.name == victim and not marker.exists():
 
             def replace(*arguments: Any) -> None:
@@ -212,9 +210,9 @@ def test_sigkill_of_a_task_changes_nothing(
                 os.kill(os.getpid(), signal.SIGKILL)
 
             os.replace = replace  # type: ignore[assignment]
-        run_step(job, step)
+        job.run(step)
 
-    monkeypatch.setattr("raymem.cluster.prune.run_task", dying_task)
+    monkeypatch.setattr("raymem.cluster.step_jobs.run_task", dying_task)
     pipeline = Pipeline(on_ray(llama, examples, tmp_path))
     pipeline.prune()
     assert marker.exists()

@@ -11,7 +11,7 @@ import pytest
 
 from raymem.methods.loram import source as source_module
 from raymem.methods.loram.config import LoRAMOptions
-from raymem.runs.loram import Pipeline
+from raymem.runs.loram.pipeline import Pipeline
 from raymem.storage.safetensors_io import fingerprint
 from raymem.sweeps import trial as trial_module
 from raymem.sweeps.trial import TrialJob

@@ -12,7 +12,7 @@ import raymem
 from raymem.errors import ModelError, RecipeError
 from raymem.recipe.axes import full_base
 from raymem.runs.backend import LocalBackend
-from raymem.runs.loram import Pipeline
+from raymem.runs.loram.pipeline import Pipeline
 from raymem.runs.prepare import prepare
 from raymem.runs.resolve import locate_again, on_full_model, resolve
 from raymem.runs.resolved import FullModel, PlannedModel, PrunedModel
@@ -28,8 +28,8 @@ STEPS = {
     "record": "training/model/revision.py",
     "settle_micro_batch": "planner/micro_batch.py",
     "resolve_demo": "runs/demo.py",
-    "find_site": "runs/loram_base.py",
-    "named_model": "runs/loram_base.py",
+    "find_site": "runs/loram/base.py",
+    "named_model": "runs/loram/base.py",
     "ResolvedRun": "runs/resolved.py",
 }
 """Step of a resolution -> the file that holds its mechanics."""

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from raymem.errors import RecipeError
-from raymem.kinds import OPTIONS_RULES, Advice, LossFunction, LossKind, OfLogits
-from raymem.methods.plain.losses import cross_entropy_sum
+from raymem.kinds import OPTIONS_RULES, Advice, LossFunction, LossKind, OfLogits, cross_entropy_sum
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,4 @@ class ChunkedLossKind(LossKind[ChunkedLoss]):
 
 
 def _holds_logits(recipe: Any) -> bool:
-    from raymem.methods.plain.losses import FullLoss
-
-    return isinstance(recipe.loss, FullLoss)
+    return not isinstance(recipe.loss, AutoLoss | ChunkedLoss)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from raymem.methods.loract.saved import Raw, Saved
+from raymem.methods.layers.saved import Raw, Saved
 
 # T tokens (all leading dimensions), N inner features
 

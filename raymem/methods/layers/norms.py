@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from raymem.methods.loract.saved import Raw, Saved
+from raymem.methods.layers.saved import Raw, Saved
 
 # T tokens (all leading dimensions), N features, 1 a kept dimension
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from raymem.errors import ModelError
 from raymem.methods.layers.gated_mlp import GateFunction
 from raymem.methods.layers.norms import NormForm, NormFunction
+from raymem.methods.layers.saved import GateProduct, Saved
 from raymem.methods.loract.packer import Key, Packer, Site, key_of
-from raymem.methods.loract.saved import GateProduct, Saved
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 

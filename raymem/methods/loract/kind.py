@@ -9,7 +9,6 @@ from raymem.errors import ModelError, RecipeError
 from raymem.hooks import Hook
 from raymem.kinds import ActivationsKind, Advice, Rule
 from raymem.methods.loract.config import LoRActOptions
-from raymem.methods.plain.activations import keeps_all
 
 
 class LoRActKind(ActivationsKind[LoRActOptions]):
@@ -52,4 +51,8 @@ class LoRActKind(ActivationsKind[LoRActOptions]):
         ]
 
     def advice(self) -> Sequence[Advice]:
-        return [Advice("activations=loract", ("activations",), cost=40, applies=keeps_all)]
+        return [Advice("activations=loract", ("activations",), cost=40, applies=_has_none)]
+
+
+def _has_none(recipe: Any) -> bool:
+    return not isinstance(recipe.activations, LoRActOptions)

@@ -15,8 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from raymem.linalg import LowRank, row_sampled_qb
+from raymem.methods.layers.saved import Factors, Held, Raw, Saved, without_autocast
 from raymem.methods.loract.eligibility import is_plain, reason_to_keep
-from raymem.methods.loract.saved import Factors, Held, Raw, Saved, without_autocast
 from raymem.methods.loract.streams import compress_beside
 from raymem.seeds import generator
 

@@ -60,6 +60,18 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
     def with_alignment(self, options: LoRAMOptions, sections: Mapping[str, Any]) -> LoRAMOptions:
         return replace(options, align=dict(sections))
 
+    def is_of_model(self, directory: str) -> bool:
+        from raymem.methods.loram.recover import is_recovered
+
+        return is_recovered(directory)
+
+    def why_not_of_model(self, directory: Path) -> str | None:
+        from raymem.methods.loram.manifest import MANIFEST
+
+        if not (directory / MANIFEST).is_file() or self.is_of_model(str(directory)):
+            return None
+        return "it is of a pruned model; recover it first: raymem loram recover RECIPE"
+
     def stamp(self, directory: Path, options: LoRAMOptions) -> None:
         """Which weights of the full model the adapter was trained on, so that it can be recovered."""
         from raymem.methods.loram.recover import stamp_adapter

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from raymem.errors import ModelError
 from raymem.methods.loram.config import PruneOptions
 from raymem.methods.loram.job import PruneJob, commit, is_committed, open_job
 from raymem.methods.loram.layerwise import LayerwiseModel
 from raymem.methods.loram.manifest import Manifest, read_manifest
-from raymem.methods.loram.steps import Step, is_done, layerwise_model, run_step, steps
+from raymem.methods.loram.steps import Step, is_done, layerwise_model, memory_bytes, run_step, steps
 
 
 def prune_model(
@@ -42,21 +44,72 @@ def prune_model(
         DataError: calibration missing, superfluous or out of the vocabulary.
         StorageError: the result cannot be written.
     """
-    return finish_job(open_job(model, out, options, calibration, name=name, revision=revision), device, progress)
-
-
-def finish_job(
-    job: PruneJob, device: torch.device | str = "cpu", progress: Callable[[Step], None] = lambda step: None
-) -> Manifest:
-    """Do what is not done of a job, step after step, and commit it; see :func:`prune_model`."""
-    if is_committed(job):
+    job = open_job(model, out, options, calibration, name=name, revision=revision)
+    pruning = Pruning(job, device)
+    if pruning.is_committed():
         return read_manifest(job.out)
-    layers: LayerwiseModel | None = None
-    for step in steps(job):
-        if is_done(job, step):
-            continue
-        progress(step)
-        if layers is None and step.kind not in ("rest", "layer"):
-            layers = layerwise_model(job, device)
-        run_step(job, step, layers)
-    return commit(job)
+    for step in pruning.steps():
+        if not pruning.is_done(step):
+            progress(step)
+            pruning.run(step)
+    return pruning.commit()
+
+
+class Pruning:
+    """A pruning job in steps, to be done here or anywhere that sees its files. Pickled as paths and plain values.
+
+    Args:
+        device: where layers run.
+    """
+
+    what = "pruning"
+
+    def __init__(self, job: PruneJob, device: torch.device | str = "cpu") -> None:
+        self.job, self.device = job, device
+
+    def is_committed(self) -> bool:
+        """Whether the pruned model is there."""
+        return is_committed(self.job)
+
+    def steps(self) -> list[Step]:
+        """All steps, in an order in which they can be done."""
+        return steps(self.job)
+
+    def is_done(self, step: Step) -> bool:
+        """Whether a step's result is there, whole."""
+        return is_done(self.job, step)
+
+    def memory_bytes(self, step: Step) -> int:
+        """Most that a step holds."""
+        return memory_bytes(self.job, step)
+
+    def run(self, step: Step) -> None:
+        """Do a step, or nothing if it is done.
+
+        Raises:
+            ModelError: this machine does not see the model or the workspace, or a shard of the source is damaged.
+            StorageError: a result cannot be written.
+        """
+        job = self.job
+        if not Path(job.source.directory).is_dir() or not job.workspace.is_dir():
+            directory = job.workspace if Path(job.source.directory).is_dir() else job.source.directory
+            raise ModelError(
+                f"model.name: {directory} is not there on node {os.uname().nodename}; every node needs the same "
+                "directory (storage.path and, for downloads, HF_HOME on a shared file system)"
+            )
+        run_step(job, step, None if step.kind in ("rest", "layer") else self._layers())
+
+    def commit(self) -> Manifest:
+        """Make the pruned model appear."""
+        return commit(self.job)
+
+    def _layers(self) -> LayerwiseModel:
+        """Kept between the steps of a process: recording how layers are called takes longer than a small step."""
+        key = (self.job.key, str(self.device))
+        if key not in _models:
+            _models.clear()
+            _models[key] = layerwise_model(self.job, self.device)
+        return _models[key]
+
+
+_models: dict[tuple[str, str], LayerwiseModel] = {}

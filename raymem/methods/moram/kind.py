@@ -47,6 +47,11 @@ class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
             task_type="CAUSAL_LM",
         )
 
+    def register(self) -> None:
+        from raymem.methods import moram
+
+        moram.register()
+
     def continuing(self, config: Mapping[str, Any], directory: str) -> MoRAMOptions:
         return MoRAMOptions(
             rank=config["r"],

@@ -22,8 +22,6 @@ def load_adapter(base: Any, directory: Path, device: torch.device | str) -> Any:
     with without_bitsandbytes():
         from peft import PeftModel
 
-        import raymem.methods.moram  # noqa: F401 - makes PEFT know the method
-
         with (
             as_sentence(
                 ModelError,

@@ -45,9 +45,8 @@ class CheckpointKind(ActivationsKind[Checkpointing]):
         return layers * input_bytes + layer_bytes
 
     def advice(self) -> Sequence[Advice]:
-        return [Advice("activations=checkpoint", ("activations",), cost=30, applies=keeps_all)]
+        return [Advice("activations=checkpoint", ("activations",), cost=30, applies=_has_none)]
 
 
-def keeps_all(recipe: Any) -> bool:
-    """Whether a recipe leaves activations as they are, so that any other kind holds less of them."""
-    return isinstance(recipe.activations, KeepAll)
+def _has_none(recipe: Any) -> bool:
+    return not isinstance(recipe.activations, Checkpointing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from raymem.kinds import IGNORED, OPTIONS_RULES, LossKind
+from raymem.kinds import OPTIONS_RULES, LossKind, cross_entropy_sum
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,3 @@ class FullLossKind(LossKind[FullLoss]):
 
     def loss_sum(self, logits_NV: Any, ids_N: Any, options: FullLoss) -> Any:
         return cross_entropy_sum(logits_NV, ids_N)
-
-
-def cross_entropy_sum(logits_NV: Any, ids_N: Any) -> Any:
-    """Summed cross-entropy in nats of fp32 logits [N, V], 0-dim."""
-    import torch.nn.functional as F
-
-    return F.cross_entropy(logits_NV, ids_N, ignore_index=IGNORED, reduction="sum")

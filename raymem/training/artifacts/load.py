@@ -12,12 +12,9 @@ from safetensors import SafetensorError
 
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, StorageError
-from raymem.methods import moram
-from raymem.methods.loram.manifest import MANIFEST
-from raymem.methods.loram.nonuniform import meta_model
-from raymem.methods.loram.recover import is_recovered
 from raymem.methods.peft.files import load_adapter
 from raymem.methods.peft.importing import without_bitsandbytes
+from raymem.recipe.axes import ADAPTERS, building, why_not_of_model
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
 from raymem.training.dist_env import Layout
 from raymem.training.model.build import fetch
@@ -35,7 +32,8 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     with without_bitsandbytes():
         from peft import PeftConfig
 
-        moram.register()
+        for kind in ADAPTERS.kinds():
+            kind.register()
     path = Path(directory)
     if not (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(
@@ -83,16 +81,25 @@ def _load(name: str, revision: str | None) -> Any:
     """A full or pruned model in its stored dtype, every tensor of it accounted for."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from raymem.methods.loram import pruned_layers
-
     config = AutoConfig.from_pretrained(name, revision=revision)
     refuse_quantised(config, name)
     if Path(name).is_dir():
-        check_checkpoint(meta_model(config), Path(name))
-    with pruned_layers(config):
+        check_checkpoint(_on_meta(config), Path(name))
+    with building(config):
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, config=config, dtype="auto")
     if not Path(name).is_dir():
-        check_checkpoint(meta_model(config), _directory(name, revision))
+        check_checkpoint(_on_meta(config), _directory(name, revision))
+    return model
+
+
+def _on_meta(config: Any) -> Any:
+    """The model without weights: names and shapes; tied parameters are one."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights(), building(config):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # part of the initialisation that was left out
     return model
 
 
@@ -137,11 +144,8 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     source, target = Path(adapter), Path(output)
     if not (source / "adapter_config.json").is_file():
         raise ModelError(f"{source} holds no adapter_config.json; only adapters are merged")
-    if (source / MANIFEST).is_file() and not is_recovered(source):
-        raise ModelError(
-            f"{source} was trained on a pruned model, and the full one is what is wanted; recover it first: "
-            "raymem loram recover RECIPE"
-        )
+    if (why := why_not_of_model(source)) is not None:
+        raise ModelError(f"{source} cannot be merged into the model that it names: {why}")
     if target.exists():
         raise StorageError(f"--output: {target} already exists; choose another directory or remove it")
     model, tokenizer = load_artifact(source)

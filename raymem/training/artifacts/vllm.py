@@ -17,8 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from raymem.errors import ModelError, StorageError
-from raymem.methods.loram.manifest import MANIFEST
-from raymem.methods.loram.recover import is_recovered
+from raymem.recipe.axes import why_not_of_model
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be."""
@@ -72,8 +71,8 @@ def lint_vllm(adapter: str | Path, *, allow_lm_head: bool = False, served_as: st
     rank = max([int(config.get("r") or 1), *(config.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
         problems.append(f"r: {rank} is above {RANKS[-1]}, the largest that is served; train a lower rank or merge")
-    if (directory / MANIFEST).is_file() and not is_recovered(directory):
-        problems.append("it is of a pruned model, which is not served; recover it first: raymem loram recover RECIPE")
+    if (why := why_not_of_model(directory)) is not None:
+        problems.append(f"it does not go with the model that it names: {why}")
     problems += _odd_modules(shapes, config, allow_lm_head)
     return Linted(tuple(problems), _command(served_as or str(directory), config, rank))
 

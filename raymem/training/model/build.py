@@ -88,6 +88,8 @@ def build_model(
             ADAPTERS.of(recipe).loaded(model, recipe.adapter, recipe.seed)
         _restore_computed_buffers(bare)
     if adapter_at is not None:
+        for kind in ADAPTERS.kinds():
+            kind.register()
         model = load_adapter(bare, adapter_at, layout.device)
         _prepare(model, recipe)
     activations.install(model, recipe.activations, recipe.seed)

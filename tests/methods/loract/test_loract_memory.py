@@ -131,8 +131,8 @@ def test_one_compression_serves_all_that_save_the_same_tensor(small: nn.Module) 
 @pytest.fixture
 def factors(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """Weak references to everything that is made in the place of a tensor."""
+    from raymem.methods.layers.saved import Factors
     from raymem.methods.loract import packer
-    from raymem.methods.loract.saved import Factors
 
     made: list[weakref.ref[Any]] = []
 
@@ -141,7 +141,7 @@ def factors(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
 
 
 def _tracked(made: list[weakref.ref[Any]]) -> Any:
-    from raymem.methods.loract.saved import Factors
+    from raymem.methods.layers.saved import Factors
 
     def init(self: Any, *args: Any) -> None:
         Factors.__init__(self, *args)

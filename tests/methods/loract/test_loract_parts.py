@@ -13,10 +13,10 @@ from torch import nn
 from raymem.linalg import LowRank, row_sampled_qb
 from raymem.methods.layers.gated_mlp import is_gated_mlp
 from raymem.methods.layers.norms import NormForm, NormFunction, recognise
+from raymem.methods.layers.saved import Factors, Raw, Saved
 from raymem.methods.loract import compress_activations
 from raymem.methods.loract.auto_rank import candidate_ranks
 from raymem.methods.loract.packer import Packer, Site
-from raymem.methods.loract.saved import Factors, Raw, Saved
 from raymem.seeds import generator
 from tests.helpers.loract_families import WIDTH, batch, build, difference, gradients
 

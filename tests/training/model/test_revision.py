@@ -17,7 +17,7 @@ from raymem.methods.loram.config import LoRAMOptions
 from raymem.recipe.schema import Recipe
 from raymem.runs.backend import LocalBackend
 from raymem.runs.evaluate import evaluate_recipe
-from raymem.runs.loram import Pipeline
+from raymem.runs.loram.pipeline import Pipeline
 from raymem.runs.train import launch
 from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module

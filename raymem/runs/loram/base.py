@@ -7,17 +7,17 @@ from pathlib import Path
 from raymem.errors import ModelError
 from raymem.methods.loram.config import LoRAMOptions
 from raymem.methods.loram.job import job_key
-from raymem.methods.loram.manifest import check_base, read_manifest
+from raymem.methods.loram.manifest import MANIFEST, Manifest, check_base, read_manifest
 from raymem.methods.loram.source import Source, open_source
 from raymem.recipe.data import DataSection
 from raymem.recipe.data import Source as DataSource
 from raymem.recipe.schema import Recipe
 from raymem.runs.backend import Backend
+from raymem.runs.loram.calibration_texts import calibration_ids
+from raymem.runs.loram.models import PrunedModel, PruningSite
 from raymem.runs.prepare import prepare_data, share_tokenizer
-from raymem.runs.resolved import PrunedModel, PruningSite
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
-from raymem.training.calibration import calibration_ids
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.shared import cache_dir
 from raymem.training.dist_env import Layout
@@ -58,6 +58,20 @@ def open_full_model(recipe: Recipe) -> Source:
     if Path(name).is_dir():
         return open_source(directory)
     return open_source(directory, name, recipe.model.revision)
+
+
+def is_made(directory: Path) -> bool:
+    """Whether a pruned model is there, whole."""
+    return (directory / MANIFEST).is_file()
+
+
+def manifest_of(directory: Path) -> Manifest:
+    """What a pruned model says of itself.
+
+    Raises:
+        ModelError: it is none.
+    """
+    return read_manifest(directory)
 
 
 def named_model(recipe: Recipe, artifact: str) -> PrunedModel:

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raymem.errors import DataError, ModelError
+from raymem.training.data.chat.template import Span, Template, Turn
+from raymem.training.data.chat.thoughts import follow, is_doubled, reasoning_of, split_off
 from raymem.training.data.formats import Messages
-from raymem.training.data.template import Span, Template, Turn
-from raymem.training.data.thoughts import follow, is_doubled, reasoning_of, split_off
 
 Piece = tuple[str, bool]
 """A text, and whether its tokens are to be predicted."""
@@ -87,7 +87,11 @@ class Chat:
         if template.has_marks:
             text, spans = template.marked(messages, tools, place)
             if spans:
-                return [self._between(text, self._of_learned(spans, messages, learned, tools, place))]
+                spans = self._of_learned(spans, messages, learned, tools, place)
+                marked = "".join(text[begin:end] for begin, end in spans)
+                if lacking := sum(self._lacks_reasoning(messages[i], marked) for i in learned):
+                    self.noted[UNSAID] += lacking
+                return [self._between(text, spans)]
         full = template.whole(messages, tools, place)
         turns = self._turns(messages, learned, full, tools, place)
         return self._joined(turns, full, lambda end: self._template.whole(messages[:end], tools, place), len(messages))

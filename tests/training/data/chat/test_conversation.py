@@ -11,7 +11,7 @@ import pytest
 
 from raymem.errors import DataError, ModelError
 from raymem.recipe.data import DataSection, Source
-from raymem.training.data import chat
+from raymem.training.data.chat import conversation as chat
 from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Messages
@@ -246,6 +246,12 @@ def test_marks_of_silent_turns_are_left_out_and_stops_are_added() -> None:
     assert [tokenizer.decode(run) for _, run in runs(example)] == [
         f"assistant {i}{stop}" for i, stop in enumerate(stops)
     ]
+
+
+def test_reasoning_that_is_not_marked_is_counted() -> None:
+    encoder = Encoder(tokenizer_for(MARKED + "{# thinking #}", "</s>"), "t")
+    encoder.encode([Messages([*LONG[:-1], LONG[-1] | {"thinking": "thought"}])], ["x"])
+    assert dict(encoder.noted) == {chat.UNSAID: 1}
 
 
 def test_marks_that_mark_nothing_do_not_count() -> None:

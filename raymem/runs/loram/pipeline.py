@@ -25,7 +25,6 @@ from typing import Any
 
 from raymem.errors import ModelError, RecipeError, StorageError
 from raymem.methods.loram import (
-    LoRAMOptions,
     Manifest,
     Plan,
     PruneOptions,
@@ -36,19 +35,21 @@ from raymem.methods.loram import (
     recover_adapter,
     verify_recovery,
 )
-from raymem.methods.loram.job import is_committed, open_job
+from raymem.methods.loram.job import open_job
 from raymem.methods.loram.manifest import MANIFEST
+from raymem.methods.loram.prune import Pruning
 from raymem.methods.loram.recover import WEIGHTS, is_recovery_of
 from raymem.methods.loram.source import Source
-from raymem.methods.loram.steps import is_done, steps
+from raymem.recipe.axes import BASES
 from raymem.recipe.schema import Recipe
 from raymem.runs import demo
 from raymem.runs.backend import Status
 from raymem.runs.evaluate import check_has_eval, evaluate_run
-from raymem.runs.loram_base import open_full_model
+from raymem.runs.loram.base import open_full_model
+from raymem.runs.loram.models import PlannedModel, PrunedModel, PruningSite
 from raymem.runs.prepare import prepare_split
 from raymem.runs.resolve import locate_again, note_start, on_full_model, resolve
-from raymem.runs.resolved import FullModel, PlannedModel, PrunedModel, PruningSite, ResolvedRun
+from raymem.runs.resolved import FullModel, ResolvedRun
 from raymem.runs.train import TrainOptions, build_demo, train
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
@@ -94,7 +95,7 @@ class Pipeline:
         self, recipe: Recipe, *, status: Status = log.info, listeners: Sequence[Listener] = (), fresh: bool = False,
         run: ResolvedRun | None = None,
     ) -> None:  # fmt: skip
-        if not isinstance(recipe.base, LoRAMOptions):
+        if not BASES.of(recipe).replaces_model:
             raise RecipeError(f"base.kind: {recipe.base.kind} is not pruned; set base: {{kind: loram, ...}}")
         self.storage = Storage.open(recipe.storage.path)
         if not self.storage.is_local:
@@ -113,20 +114,20 @@ class Pipeline:
         """Write the pruned model, step by step, on the cluster or in this process.
 
         Raises:
-            RaymemError: see :func:`raymem.methods.loram.job.open_job` and :meth:`raymem.runs.backend.Backend.prune`.
+            RaymemError: see :func:`raymem.methods.loram.job.open_job` and :meth:`.Backend.run_steps`.
         """
         run = self.resolved(build=self.base.artifact is None)
         site = _site(run)
         if site is None:
             return self.ready()
-        job = open_job(site.source, site.directory, self.base.pruning, site.calibration)
-        if is_committed(job):
+        pruning = Pruning(open_job(site.source, site.directory, self.base.pruning, site.calibration))
+        if pruning.is_committed():
             self.status(f"pruned before: {site.directory}")
         else:
-            total = len(steps(job))
-            done = sum(is_done(job, step) for step in steps(job))
-            self.status(f"pruning {site.source.name}: {total} steps, {done} of them done before")
-            run.backend.prune(job, self._progress)
+            steps = pruning.steps()
+            done = sum(map(pruning.is_done, steps))
+            self.status(f"pruning {site.source.name}: {len(steps)} steps, {done} of them done before")
+            run.backend.run_steps(pruning, self._progress)
             self.status(f"pruned: {site.directory}")
         return _beside_full(run, site.directory, site.source)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from raymem.errors import DataError, ModelError
+from raymem.training.data.chat.thoughts import REASONING, opens_thought
 from raymem.training.data.formats import Messages
-from raymem.training.data.thoughts import REASONING, opens_thought
 from raymem.training.data.turns import roles_of, with_arguments
 
 Turn = dict[str, Any]

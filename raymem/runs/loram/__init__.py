@@ -1,0 +1,1 @@
+"""LoRAM as stages of a run: prune, align, train, recover, verify, evaluate."""
