@@ -5,7 +5,7 @@ python benchmarks/encode_time.py [--rows 4000] [--rounds 5]
 CPU time of one process whose tokenizer has one thread: what other processes do to the machine in between counts little.
 raymem goes from rows to ids *and* targets; ``datasets`` to the ids that ``tokenizer(...)`` and ``apply_chat_template``
 give, which it writes to its cache. Texts and chats are the demo corpus; a chat has three turns of the user and three of
-the assistant.
+the assistant. Beside that the time of one conversation by its turns, which is to be linear.
 """
 
 from __future__ import annotations
@@ -77,6 +77,13 @@ def measure(work: Callable[[], int]) -> tuple[float, int]:
     return time.process_time() - began, tokens
 
 
+def with_turns(tokenizer: Any, count: int) -> float:
+    """CPU seconds for one conversation of so many turns."""
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": f"turn {i} of a conversation that goes on and on"} for i in range(count)]
+    return min(measure(partial(with_raymem, tokenizer, "messages", [{"messages": turns}]))[0] for _ in range(5))
+
+
 def main() -> None:
     parser = provenance.parser(__doc__)
     parser.add_argument("--rows", type=int, default=4000, help="of each kind, at most; default: %(default)s")
@@ -88,6 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, data = corpora(args.rows, Path(folder))
         figures: dict[str, Any] = {"aim": AIM, "rounds": args.rounds, "cases": {}}
+        figures["seconds_by_turns"] = {count: round(with_turns(tokenizer, count), 4) for count in (50, 100, 200, 400)}
         for kind, rows in data.items():
             ways = {"raymem": with_raymem, "datasets": with_datasets}
             rates: dict[str, list[float]] = {name: [] for name in ways}

@@ -26,7 +26,8 @@ def data(
 ) -> None:
     """Prepare a recipe's data in this process, and show what is trained: figures per source, and examples in text.
 
-    Targets are in colour, or where that cannot be in [[double brackets]]. `raymem train` then uses what was prepared.
+    Targets are in colour, or between double square brackets where that cannot be. `raymem train` then uses what was
+    prepared.
     """
     console.log_to_stderr(verbose)
     from raymem.recipe.load import load_recipe

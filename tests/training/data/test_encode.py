@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -110,3 +111,29 @@ def test_begin_tokens_and_leading_spaces_are_as_the_tokenizer_has_them(
     text = encoded(Encoder(tokenizer, "sp"), Text("yes"))
     assert tokenizer.convert_ids_to_tokens(text.input_ids.tolist()) == ["<s>", "\u2581yes", "</s>"]
     assert text.targets.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+def test_the_short_way_through_a_text_is_the_long_one(
+    tokenizer: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ids of a whole text are looked through from its last added token on; the long way encodes every beginning."""
+    used = tokenizer if kind == "byte level" else sentencepiece_like()
+    words = ["one", " two", "\n", "  ", "yes", "\n\n    ", " yes", used.eos_token, "<|user|>", "<s>", ":"]
+    generator = random.Random(0)
+    examples = [
+        [("".join(generator.choices(words, k=generator.randint(0, 5))), n % 2 == 1) for n in range(6)]
+        for _ in range(300)
+    ]
+    encoder = Encoder(used, kind)
+    short = [_ids_of(encoder, pieces) for pieces in examples]
+    monkeypatch.setattr(Encoder, "_located", lambda *_: None)
+    assert short == [_ids_of(encoder, pieces) for pieces in examples]
+    assert len({len(found) for found in short}) > 1  # some are cut in two, some are not
+
+
+def _ids_of(encoder: Encoder, pieces: list[tuple[str, bool]]) -> list[tuple[list[int], list[bool]]]:
+    text = "".join(piece for piece, _ in pieces)
+    (encoding,) = encoder._encode_batch([text])
+    found = encoder._located(pieces, text, encoding) or encoder._piece_by_piece(pieces)
+    return [(ids.tolist(), targets.tolist()) for ids, targets in found]
