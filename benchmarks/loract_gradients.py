@@ -27,8 +27,8 @@ from raymem.runs.prepare import prepare_split
 from raymem.runs.resolve import resolve
 from raymem.runs.train import launch
 from raymem.training.data.batches import Batch, global_targets, rank_batches
-from raymem.training.data.dataset import PackedRows
-from raymem.training.data.sampler import Sampler
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.sampler import Sampler
 from raymem.training.loss import forward_loss_sum
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater

@@ -94,8 +94,8 @@ def prune(source: Path, out: Path, criterion: str) -> dict[str, Any]:
     import torch
 
     from raymem.methods.loram import PruneOptions, prune_model
-    from raymem.methods.loram.job import commit, open_job
-    from raymem.methods.loram.steps import layerwise_model, run_step, steps
+    from raymem.methods.loram.pruning.job import commit, open_job
+    from raymem.methods.loram.pruning.steps import layerwise_model, run_step, steps
 
     torch.set_num_threads(1)
     options = PruneOptions(criterion=criterion, ratio=RATIO, keep_first=FIRST, keep_last=LAST)  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ from raymem.recipe.schema import Recipe
 from raymem.runs.prepare import prepare_split
 from raymem.runs.resolve import resolve
 from raymem.training.data.batches import Batch, global_targets, rank_batches
-from raymem.training.data.dataset import PackedRows, Row
-from raymem.training.data.sampler import Sampler
+from raymem.training.data.packed.dataset import PackedRows, Row
+from raymem.training.data.packed.sampler import Sampler
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import evaluate
 from raymem.training.hooks import hooks_of, view_of

@@ -17,7 +17,7 @@ import moram_demo
 import provenance
 
 from raymem.cli.console import hush_libraries
-from raymem.training.data.dataset import PackedRows
+from raymem.training.data.packed.dataset import PackedRows
 
 LEARNING_RATES = (5e-4, 1.5e-3, 4e-3, 1e-2, 2.5e-2)
 TUNING_SEED = 100

@@ -23,7 +23,7 @@ import provenance
 
 from raymem.recipe.data import DataSection
 from raymem.training.data.demo import train_tokenizer
-from raymem.training.data.shards import Counts, Task, prepare, serial
+from raymem.training.data.packed.shards import Counts, Task, prepare, serial
 
 WORDS = [
     f"{a}{b}" for a in ("ser", "vo", "lam", "ti", "gra", "pen", "du", "ok") for b in ("na", "rel", "to", "mis", "u")

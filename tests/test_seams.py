@@ -94,7 +94,7 @@ def foreign_methods(source: ast.Module, module: str, *, is_package: bool = False
 
 
 METHOD_IMPORTS: dict[str, tuple[set[str], str]] = {
-    "raymem/methods/loram/layerwise.py": ({"chunked_loss"}, "calibrates by the loss that training takes"),
+    "raymem/methods/loram/pruning/layerwise.py": ({"chunked_loss"}, "calibrates by the loss that training takes"),
     "raymem/methods/loram/recover_moram.py": ({"moram"}, "recovers MoRAM's connections"),
     "raymem/runs/loram/": ({"loram"}, "LoRAM's stages as a run: its room on the floor of the drivers"),
 }
@@ -216,19 +216,10 @@ def test_the_rule_lets_other_questions_through(source: str) -> None:
 # ---- (c) folders
 
 
-FULL_FOLDERS = {
-    "raymem/methods/loram": 19,
-    "raymem/planner": 17,
-}
-"""Folder -> how many files it still holds."""
-
-
 def test_a_folder_holds_few_files() -> None:
     counts = Counter(file_name(path.parent) for path in modules().values() if path.name != "__init__.py")
     full = {folder: count for folder, count in counts.items() if count > MOST_FILES}
-    assert full == FULL_FOLDERS, (
-        f"more than {MOST_FILES} files; sort them into folders, or lower the number that is listed"
-    )
+    assert not full, f"more than {MOST_FILES} files; sort them into folders"
 
 
 # ---- (d) circles

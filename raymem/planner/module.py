@@ -17,10 +17,10 @@ from raymem.memory import kernels
 from raymem.memory.devices import gpu_named
 from raymem.memory.target import planned_for
 from raymem.memory.trace import Tracer
-from raymem.planner.fake import fake_bytes, fakeify, gradients_named, shims
-from raymem.planner.fake_cache import OutputCache
 from raymem.planner.plan import make_plan
-from raymem.planner.step_trace import MEASURED, Session
+from raymem.planner.tracing.fake import fake_bytes, fakeify, gradients_named, shims
+from raymem.planner.tracing.fake_cache import OutputCache
+from raymem.planner.tracing.step_trace import MEASURED, Session
 from raymem.planner.types import Plan, Target
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

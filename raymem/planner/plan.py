@@ -7,7 +7,7 @@ from typing import Any
 
 from raymem.memory import allocator, devices
 from raymem.memory.trace import CATEGORIES, PHASES, Change, Phase, live_at, peak_of
-from raymem.planner.step_trace import MEASURED, Session
+from raymem.planner.tracing.step_trace import MEASURED, Session
 from raymem.planner.types import Plan, Target
 
 _POINTS = 600

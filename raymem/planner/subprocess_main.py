@@ -16,14 +16,14 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from raymem.errors import RaymemError
-from raymem.planner.imports import compiler_is_put_off, do_without
 from raymem.planner.shapes import located
+from raymem.planner.tracing.imports import compiler_is_put_off, do_without
 from raymem.planner.types import Above, Plan, Target
 from raymem.recipe.axes import register_again
 from raymem.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from raymem.planner.step_trace import Session
+    from raymem.planner.tracing.step_trace import Session
 
 
 def main(output: int) -> None:
@@ -86,7 +86,7 @@ def _traced(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan | Above
 
 def _session(recipe: Recipe, target: Target, limit_bytes: int | None) -> Session:
     """A session within which the compiler had to be loaded is held again: loading keeps tensors of the step alive."""
-    from raymem.planner.step_trace import trace_session
+    from raymem.planner.tracing.step_trace import trace_session
 
     put_off = compiler_is_put_off()
     try:
@@ -117,7 +117,7 @@ def _rough(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
     from raymem.memory import devices
     from raymem.memory.trace import CATEGORIES
     from raymem.planner.analytic import closed_form, rough_activations, rough_loss
-    from raymem.planner.step_trace import planned_model
+    from raymem.planner.tracing.step_trace import planned_model
     from raymem.training.loss import loss_of
     from raymem.training.model.build import load_config
 

@@ -7,14 +7,14 @@ from raymem.runs.backend import LocalBackend
 from raymem.runs.prepare import Split, prepare_data
 from raymem.runs.resolve import resolve_tokenizer
 from raymem.storage.storage import Storage
-from raymem.training.data.shards import Prepared
+from raymem.training.data.packed.shards import Prepared
 
 
 def prepare_here(recipe: Recipe, split: Split) -> tuple[str, Prepared]:
     """The tokenizer's directory, and a split of a recipe that is not going to be trained now.
 
     Raises:
-        DataError, ModelError, StorageError: see :func:`raymem.training.data.shards.prepare`.
+        DataError, ModelError, StorageError: see :func:`raymem.training.data.packed.shards.prepare`.
     """
     storage = Storage.open(recipe.storage.path)
     storage.check_writable()

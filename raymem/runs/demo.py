@@ -13,7 +13,7 @@ from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS
 from raymem.training.data.demo import ensure_demo
-from raymem.training.data.shared import cache_dir
+from raymem.training.data.packed.shared import cache_dir
 
 
 def demo_tokenizer(storage: Storage) -> str:

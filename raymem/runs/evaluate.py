@@ -16,8 +16,8 @@ from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import EvaluationResult
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS, artifact_name
-from raymem.training.data.shards import Prepared
-from raymem.training.data.shared import localise, to_dict
+from raymem.training.data.packed.shards import Prepared
+from raymem.training.data.packed.shared import localise, to_dict
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.model.adapter import continuing, is_peft

@@ -10,9 +10,9 @@ from raymem.runs.backend import Backend, Status
 from raymem.runs.resolved import ResolvedRun
 from raymem.storage.publish import digest, publish
 from raymem.storage.storage import Storage
-from raymem.training.data import shards
-from raymem.training.data.shards import Prepared, source_keys
-from raymem.training.data.shared import CACHE, cache_dir, download_source
+from raymem.training.data.packed import shards
+from raymem.training.data.packed.shards import Prepared, source_keys
+from raymem.training.data.packed.shared import CACHE, cache_dir, download_source
 from raymem.training.data.summary import overview
 from raymem.training.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_key
 from raymem.training.job import PreparedRun
@@ -62,7 +62,7 @@ def prepare_data(section: DataSection, split: Split, tokenizer: str, storage: St
         tokenizer: its directory.
 
     Raises:
-        DataError, ModelError, StorageError: see :func:`raymem.training.data.shards.prepare`.
+        DataError, ModelError, StorageError: see :func:`raymem.training.data.packed.shards.prepare`.
     """
     cache = cache_dir(storage)
     if storage.is_local:

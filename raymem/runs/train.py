@@ -25,7 +25,7 @@ from raymem.storage.storage import Storage
 from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.training.artifacts.export import artifact_name
 from raymem.training.checkpoint import latest_manifest
-from raymem.training.data.shards import Prepared
+from raymem.training.data.packed.shards import Prepared
 from raymem.training.job import PreparedRun
 from raymem.training.reporter import Listener, Row
 from raymem.training.resume_rules import check_identity, identity_of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from raymem.memory.meter import Peak, PeakMeter, resident_tensors
-from raymem.planner.step_trace import TARGETS
+from raymem.planner.tracing.step_trace import TARGETS
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
 from raymem.training.dist_env import Layout, replicate

@@ -25,7 +25,7 @@ from torch import nn
 from raymem.errors import RecipeError
 from raymem.planner.analytic import closed_form
 from raymem.planner.plan import make_plan
-from raymem.planner.step_trace import planned_model, trace_session
+from raymem.planner.tracing.step_trace import planned_model, trace_session
 from raymem.planner.types import Target
 from raymem.recipe.axes import LOSSES
 from raymem.recipe.load import parse_recipe
@@ -39,8 +39,8 @@ from raymem.training import loss
 from raymem.training.artifacts.load import load_artifact
 from raymem.training.checkpoint import Checkpoints, Manifest, latest_manifest
 from raymem.training.data.batches import Batch
-from raymem.training.data.dataset import PackedRows
-from raymem.training.data.shards import Prepared, prepare
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.shards import Prepared, prepare
 from raymem.training.dist_env import Layout, replicate
 from raymem.training.evaluate import evaluate
 from raymem.training.hooks import hooks_of, resume_hooks, states_of, view_of

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from raymem.training.data.batches import eval_batches
-from raymem.training.data.dataset import PackedRows
-from raymem.training.data.shards import Prepared
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.shards import Prepared
 from raymem.training.dist_env import Layout
 from raymem.training.loss import forward_loss_sum
 from raymem.training.reporter import Row

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
-from raymem.training.data.shards import Prepared
+from raymem.training.data.packed.shards import Prepared
 
 
 @dataclass(frozen=True)

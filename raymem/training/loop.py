@@ -21,9 +21,9 @@ from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import export_final
 from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
 from raymem.training.data.batches import Batch, global_targets, rank_batches
-from raymem.training.data.dataset import PackedRows
-from raymem.training.data.sampler import Sampler
-from raymem.training.data.shards import Prepared
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.sampler import Sampler
+from raymem.training.data.packed.shards import Prepared
 from raymem.training.dist_env import Layout, bucket_bytes, replicate
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.hooks import hooks_of, metrics_of, resume_hooks, states_of, view_of

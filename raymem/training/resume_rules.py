@@ -7,7 +7,7 @@ from typing import Any
 
 from raymem.errors import CheckpointError
 from raymem.recipe.schema import Recipe
-from raymem.training.data.shards import Prepared
+from raymem.training.data.packed.shards import Prepared
 
 FIXED = (
     "seed",

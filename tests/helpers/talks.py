@@ -6,7 +6,7 @@ from typing import Any
 
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Example
-from raymem.training.data.pack import Encoded
+from raymem.training.data.packed.pack import Encoded
 
 PLACE = "x.jsonl:17"
 

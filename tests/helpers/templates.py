@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "sky"}}}
+CALL: dict[str, Any] = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "sky"}}}
 TOOL = {"type": "function", "function": {"name": "look_up", "description": "a word", "parameters": {"type": "object"}}}
 
 TOKENS = (

@@ -12,7 +12,7 @@ import pytest
 
 from raymem.planner.analytic import closed_form
 from raymem.planner.plan import make_plan
-from raymem.planner.step_trace import planned_model, trace_session
+from raymem.planner.tracing.step_trace import planned_model, trace_session
 from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
 from raymem.testing import measure_step

@@ -15,8 +15,8 @@ from raymem.planner import prediction_error
 from raymem.planner.admission import Admitted, Gate, Refused
 from raymem.planner.analytic import closed_form
 from raymem.planner.process import Planner
-from raymem.planner.step_trace import planned_model
 from raymem.planner.subprocess_main import answer
+from raymem.planner.tracing.step_trace import planned_model
 from raymem.planner.types import Plan, Target
 from raymem.recipe.schema import Recipe
 from tests.helpers.planner_cases import case

@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from raymem.memory.trace import Tracer
-from raymem.planner import step_trace
-from raymem.planner.fake import CudaAutocast
-from raymem.planner.fake_cache import OutputCache
+from raymem.planner.tracing import step_trace
+from raymem.planner.tracing.fake import CudaAutocast
+from raymem.planner.tracing.fake_cache import OutputCache
 from raymem.planner.types import Target
 from tests.helpers.planner_cases import case
 from tests.helpers.support import make_recipe

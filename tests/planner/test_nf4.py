@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from raymem.memory import nf4
-from raymem.planner.step_trace import planned_model
 from raymem.planner.subprocess_main import answer
+from raymem.planner.tracing.step_trace import planned_model
 from raymem.recipe.schema import Recipe
 from raymem.training.model import build as models
 from tests.helpers.support import make_recipe, save_model

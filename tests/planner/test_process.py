@@ -266,7 +266,7 @@ def llama(shape: tuple[int, ...], ratio: float, directory: Path) -> Any:
 
     from raymem.methods.loram.config import PruneOptions
     from raymem.methods.loram.nonuniform import with_counts
-    from raymem.methods.loram.plan import plan_pruning
+    from raymem.methods.loram.pruning.plan import plan_pruning
 
     hidden, layers, heads, groups, neurons, vocabulary = shape
     config = LlamaConfig(
@@ -280,7 +280,7 @@ def llama(shape: tuple[int, ...], ratio: float, directory: Path) -> Any:
 
 def weights(model: Path, quantize: str) -> int:
     from raymem.planner.analytic import closed_form
-    from raymem.planner.step_trace import planned_model
+    from raymem.planner.tracing.step_trace import planned_model
     from raymem.planner.types import Target
 
     recipe = make_recipe({"base": {"quantize": quantize}, "train": {"precision": "bf16"}}, model=model)

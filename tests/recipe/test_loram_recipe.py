@@ -16,7 +16,7 @@ from raymem.recipe.schema import Recipe
 from raymem.runs.loram.calibration_texts import calibration_ids
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import export_final
-from raymem.training.data.dataset import PackedRows
+from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.dist_env import Layout
 from raymem.training.model.build import build_model
 from tests.helpers.support import make_recipe, prepare_split, run_fragment

@@ -27,12 +27,12 @@ from raymem.cluster.tasks import ray_map
 from raymem.errors import ModelError
 from raymem.methods.loram import read_manifest
 from raymem.methods.loram.manifest import MANIFEST
+from raymem.methods.loram.pruning.steps import Step
 from raymem.methods.loram.recover import is_recovered
-from raymem.methods.loram.steps import Step
 from raymem.recipe.schema import Recipe
 from raymem.runs.loram.pipeline import Pipeline
 from raymem.runs.train import launch
-from raymem.training.data import shards
+from raymem.training.data.packed import shards
 from tests.helpers.loram_runs import STAGES, dying_run, files_of, identities, loram_recipe, run_stages
 from tests.helpers.ray_processes import RayHead
 from tests.helpers.support import in_processes, make_recipe, run_fragment, save_model

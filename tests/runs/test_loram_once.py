@@ -15,8 +15,8 @@ from raymem.runs.loram.pipeline import Pipeline
 from raymem.storage.safetensors_io import fingerprint
 from raymem.sweeps import trial as trial_module
 from raymem.sweeps.trial import TrialJob
-from raymem.training.data import shards
-from raymem.training.data.shards import prepare
+from raymem.training.data.packed import shards
+from raymem.training.data.packed.shards import prepare
 from tests.helpers.loram_runs import STAGES, loram_recipe, run_stages
 
 

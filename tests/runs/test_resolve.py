@@ -12,10 +12,11 @@ import raymem
 from raymem.errors import ModelError, RecipeError
 from raymem.recipe.axes import full_base
 from raymem.runs.backend import LocalBackend
+from raymem.runs.loram.models import PlannedModel, PrunedModel
 from raymem.runs.loram.pipeline import Pipeline
 from raymem.runs.prepare import prepare
 from raymem.runs.resolve import locate_again, on_full_model, resolve
-from raymem.runs.resolved import FullModel, PlannedModel, PrunedModel
+from raymem.runs.resolved import FullModel
 from tests.helpers.loram_runs import loram_recipe
 from tests.helpers.support import make_recipe, run_fragment
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from raymem.training.data.dataset import PackedRows
+from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.model.build import build_model

@@ -12,8 +12,8 @@ from torch import nn
 
 from raymem.hooks import Hook, RunView
 from raymem.memory.meter import PeakMeter, resident_tensors
-from raymem.planner import step_trace
 from raymem.planner.plan import make_plan
+from raymem.planner.tracing import step_trace
 from raymem.planner.types import Plan, Target
 from raymem.recipe.schema import Recipe
 from raymem.training import loop

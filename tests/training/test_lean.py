@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raymem.memory.trace import Tracer, peak_of
 from raymem.methods.loract.config import LoRActOptions
 from raymem.planner.plan import make_plan
-from raymem.planner.step_trace import trace_session
+from raymem.planner.tracing.step_trace import trace_session
 from raymem.planner.types import Target
 from raymem.testing import measure_step
 from raymem.training import lean

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import CheckpointError
-from raymem.training.data.shards import Prepared, PreparedSource
+from raymem.training.data.packed.shards import Prepared, PreparedSource
 from raymem.training.resume_rules import check_identity, identity_of
 from tests.helpers.support import make_recipe
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from raymem.methods.plain.losses import FullLoss, FullLossKind
 from raymem.planner.plan import make_plan
-from raymem.planner.step_trace import trace_session
+from raymem.planner.tracing.step_trace import trace_session
 from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
 from raymem.training.checkpoint import latest_manifest
-from raymem.training.data.dataset import PackedRows
+from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import evaluate
 from raymem.training.loop import METERED_STEPS

@@ -14,7 +14,7 @@ from raymem.errors import RaymemError
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
-from raymem.training.data.shared import localise, to_dict
+from raymem.training.data.packed.shared import localise, to_dict
 from raymem.training.dist_env import Layout
 from raymem.training.job import PreparedRun
 from raymem.training.loop import run

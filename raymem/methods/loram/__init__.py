@@ -13,8 +13,8 @@ from raymem.methods.loram.config import LoRAMOptions, PruneOptions
 if TYPE_CHECKING:
     from raymem.methods.loram.manifest import Manifest, mark_aligned, read_manifest
     from raymem.methods.loram.nonuniform import load_pruned, pruned_layers
-    from raymem.methods.loram.plan import Plan, plan_pruning
-    from raymem.methods.loram.prune import prune_model
+    from raymem.methods.loram.pruning.plan import Plan, plan_pruning
+    from raymem.methods.loram.pruning.prune import prune_model
     from raymem.methods.loram.recover import recover_adapter, stamp_adapter
     from raymem.methods.loram.validate import validate_coupling
     from raymem.methods.loram.verify import Verification, verify_recovery
@@ -41,12 +41,12 @@ __getattr__ = lazy_exports(
     __name__,
     {
         "Manifest": "manifest",
-        "Plan": "plan",
+        "Plan": "pruning.plan",
         "Verification": "verify",
         "load_pruned": "nonuniform",
         "mark_aligned": "manifest",
-        "plan_pruning": "plan",
-        "prune_model": "prune",
+        "plan_pruning": "pruning.plan",
+        "prune_model": "pruning.prune",
         "pruned_layers": "nonuniform",
         "read_manifest": "manifest",
         "recover_adapter": "recover",

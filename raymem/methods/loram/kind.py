@@ -45,7 +45,7 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
             RecipeError: options that leave nothing of a layer.
         """
         from raymem.methods.loram.nonuniform import with_counts
-        from raymem.methods.loram.plan import plan_pruning
+        from raymem.methods.loram.pruning.plan import plan_pruning
 
         return with_counts(config, plan_pruning(config, options.pruning).counts)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from raymem.errors import ModelError
 from raymem.methods.loram.config import LoRAMOptions
-from raymem.methods.loram.job import job_key
 from raymem.methods.loram.manifest import MANIFEST, Manifest, check_base, read_manifest
+from raymem.methods.loram.pruning.job import job_key
 from raymem.methods.loram.source import Source, open_source
 from raymem.recipe.data import DataSection
 from raymem.recipe.data import Source as DataSource
@@ -18,8 +18,8 @@ from raymem.runs.loram.models import PrunedModel, PruningSite
 from raymem.runs.prepare import prepare_data, share_tokenizer
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
-from raymem.training.data.dataset import PackedRows
-from raymem.training.data.shared import cache_dir
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.shared import cache_dir
 from raymem.training.dist_env import Layout
 from raymem.training.model.build import fetch, tokenizer_path
 

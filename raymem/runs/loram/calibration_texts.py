@@ -6,7 +6,7 @@ import torch
 
 from raymem.errors import DataError
 from raymem.seeds import generator
-from raymem.training.data.dataset import PackedRows
+from raymem.training.data.packed.dataset import PackedRows
 
 
 def calibration_ids(rows: PackedRows, texts: int, length: int, seed: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from raymem.methods.loram.manifest import Manifest
 from raymem.methods.loram.source import Source
-from raymem.training.data.shards import Prepared
+from raymem.training.data.packed.shards import Prepared
 
 if TYPE_CHECKING:
     from raymem.runs.resolved import ResolvedRun

@@ -35,9 +35,9 @@ from raymem.methods.loram import (
     recover_adapter,
     verify_recovery,
 )
-from raymem.methods.loram.job import open_job
 from raymem.methods.loram.manifest import MANIFEST
-from raymem.methods.loram.prune import Pruning
+from raymem.methods.loram.pruning.job import open_job
+from raymem.methods.loram.pruning.prune import Pruning
 from raymem.methods.loram.recover import WEIGHTS, is_recovery_of
 from raymem.methods.loram.source import Source
 from raymem.recipe.axes import BASES
@@ -114,7 +114,7 @@ class Pipeline:
         """Write the pruned model, step by step, on the cluster or in this process.
 
         Raises:
-            RaymemError: see :func:`raymem.methods.loram.job.open_job` and :meth:`.Backend.run_steps`.
+            RaymemError: see :func:`raymem.methods.loram.pruning.job.open_job` and :meth:`.Backend.run_steps`.
         """
         run = self.resolved(build=self.base.artifact is None)
         site = _site(run)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from raymem.kinds import IGNORED
-from raymem.training.data.dataset import PackedRows
-from raymem.training.data.sampler import RowIds
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.sampler import RowIds
 
 
 @dataclass(frozen=True)

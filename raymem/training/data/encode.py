@@ -21,7 +21,7 @@ from raymem.errors import DataError, ModelError
 from raymem.training.data.chat.conversation import Chat, Piece
 from raymem.training.data.chat.template import Template
 from raymem.training.data.formats import Example, Messages, PromptCompletion, Text
-from raymem.training.data.pack import Encoded
+from raymem.training.data.packed.pack import Encoded
 from raymem.training.data.tokens import Tokens
 
 # A SentencePiece tokenizer puts a space in front of a text that stands alone, but not after a line break.

@@ -11,8 +11,8 @@ import numpy as np
 
 from raymem.recipe.data import Source
 from raymem.storage.publish import read_manifest
-from raymem.training.data.dataset import PackedRows
-from raymem.training.data.shards import Prepared
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.shards import Prepared
 
 OPEN, CLOSE = "[[", "]]"
 """What stands around targets in plain text."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from raymem.errors import DataError
-from raymem.training.data.pack import Encoded, Ids, Mask
+from raymem.training.data.packed.pack import Encoded, Ids, Mask
 from raymem.training.data.turns import shown
 
 IGNORED = -100

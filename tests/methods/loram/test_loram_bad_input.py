@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from raymem.errors import DataError, ModelError, RecipeError, StorageError
 from raymem.methods.loram import PruneOptions, prune_model
-from raymem.methods.loram.job import open_job
 from raymem.methods.loram.manifest import MANIFEST, read_manifest
-from raymem.methods.loram.steps import run_step, steps
+from raymem.methods.loram.pruning.job import open_job
+from raymem.methods.loram.pruning.steps import run_step, steps
 from tests.helpers.loram_families import save, token_ids
 
 RANDOM = PruneOptions(keep_first=1, keep_last=1)

@@ -18,9 +18,9 @@ from raymem.methods.loram import (
     recover_adapter,
     verify_recovery,
 )
-from raymem.methods.loram.job import PruneJob, open_job
 from raymem.methods.loram.nonuniform import read_config
-from raymem.methods.loram.steps import layerwise_model, memory_bytes, run_step, steps
+from raymem.methods.loram.pruning.job import PruneJob, open_job
+from raymem.methods.loram.pruning.steps import layerwise_model, memory_bytes, run_step, steps
 from tests.helpers.loram_families import save, token_ids
 
 SHAPE: dict[str, Any] = {

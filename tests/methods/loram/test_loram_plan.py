@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 from raymem.errors import ModelError, RecipeError
 from raymem.methods.loram import Plan, PruneOptions, plan_pruning
 from raymem.methods.loram.coupling import Group
-from raymem.methods.loram.plan import kept_units
+from raymem.methods.loram.pruning.plan import kept_units
 
 SHAPES = {
     "2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

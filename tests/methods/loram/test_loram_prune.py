@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raymem.methods.loram import PruneOptions, load_pruned, prune_model
-from raymem.methods.loram import job as job_module
 from raymem.methods.loram.coupling import couple
-from raymem.methods.loram.job import commit, open_job
 from raymem.methods.loram.manifest import read_manifest
 from raymem.methods.loram.nonuniform import pruned_layers
+from raymem.methods.loram.pruning import job as job_module
+from raymem.methods.loram.pruning.job import commit, open_job
+from raymem.methods.loram.pruning.steps import run_step, steps
 from raymem.methods.loram.source import open_source
-from raymem.methods.loram.steps import run_step, steps
 from raymem.methods.loram.validate import zeroed
 from tests.helpers.loram_families import FAMILIES, config_of, logits, random_model, save, token_ids
 from tests.helpers.support import realigned

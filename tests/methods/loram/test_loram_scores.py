@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from raymem.methods.loram import PruneOptions, layer_passes
+from raymem.methods.loram import PruneOptions
 from raymem.methods.loram.coupling import Group, Member, couple
-from raymem.methods.loram.job import PruneJob, open_job, read_shard, shard_name
-from raymem.methods.loram.masks import magnitude_mask, sparsegpt, wanda_mask
-from raymem.methods.loram.scores import best, magnitude_scores, random_scores
-from raymem.methods.loram.steps import run_step, steps
+from raymem.methods.loram.pruning import layer_passes
+from raymem.methods.loram.pruning.job import PruneJob, open_job, read_shard, shard_name
+from raymem.methods.loram.pruning.masks import magnitude_mask, sparsegpt, wanda_mask
+from raymem.methods.loram.pruning.scores import best, magnitude_scores, random_scores
+from raymem.methods.loram.pruning.steps import run_step, steps
 from tests.helpers.loram_families import config_of, random_model, save, token_ids
 
 STREAMED = ["llama", "qwen3", "gemma3", "granite", "phi3", "gpt_neox", "opt"]

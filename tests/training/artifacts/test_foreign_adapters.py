@@ -13,7 +13,7 @@ from raymem.methods.plain.losses import FullLoss, FullLossKind
 from raymem.recipe.schema import Recipe
 from raymem.runs.evaluate import evaluate_recipe
 from raymem.training.artifacts.load import generate, load_artifact, merge
-from raymem.training.data.dataset import PackedRows
+from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.dist_env import Layout
 from raymem.training.evaluate import evaluate
 from raymem.training.loss import prepare

@@ -11,10 +11,10 @@ import torch
 
 from raymem.recipe.data import DataSection
 from raymem.training.data.batches import Batch, eval_batches, global_targets, rank_batches
-from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import PromptCompletion
-from raymem.training.data.shards import prepare
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.shards import prepare
 from tests.helpers.talks import encoded
 
 S = 80

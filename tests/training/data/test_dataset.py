@@ -9,12 +9,12 @@ import pytest
 
 from raymem.errors import DataError
 from raymem.recipe.data import DataSection
-from raymem.training.data import shards
-from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Text
-from raymem.training.data.pack import pack
-from raymem.training.data.shards import prepare
+from raymem.training.data.packed import shards
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.pack import pack
+from raymem.training.data.packed.shards import prepare
 from tests.helpers.talks import encoded
 
 

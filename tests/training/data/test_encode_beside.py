@@ -14,7 +14,7 @@ from raymem.errors import DataError
 from raymem.recipe.data import DataSection
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Messages, PromptCompletion, Text
-from raymem.training.data.shards import prepare
+from raymem.training.data.packed.shards import prepare
 from tests.helpers.talks import TALK, encoded, plain, sentencepiece_like, targeted, turn, with_template
 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
@@ -124,7 +124,7 @@ def test_half_a_character_is_refused(tokenizer: Any, example: Any) -> None:
 def test_a_source_says_once_what_it_holds_beside(
     write_jsonl: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path, caplog: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("raymem.training.data.shards.BLOCK_ROWS", 2)
+    monkeypatch.setattr("raymem.training.data.packed.shards.BLOCK_ROWS", 2)
     talk = [turn("user", "q"), turn("assistant", "one") | {"weight": 0}, turn("user", "q"), turn("assistant", "two")]
     rows = [{"id": i, "messages": talk, "tools": [TOOL], "mood": "sad"} for i in range(5)]
     rows.append({"id": 5, "messages": talk[:2]})

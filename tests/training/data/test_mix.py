@@ -12,11 +12,11 @@ import pytest
 
 from raymem.errors import DataError
 from raymem.recipe.data import DataSection, Mix
-from raymem.training.data.dataset import PackedRows
 from raymem.training.data.mix import weights_in_rows
-from raymem.training.data.sampler import Sampler
-from raymem.training.data.shards import prepare
-from raymem.training.data.shared import to_dict
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.sampler import Sampler
+from raymem.training.data.packed.shards import prepare
+from raymem.training.data.packed.shared import to_dict
 
 SIZES = [(900, 90_000, 1.0), (100, 2_000, 1.0)]
 

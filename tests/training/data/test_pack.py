@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from raymem.training.data.pack import Encoded, Packed, Packing, best_fit_decreasing, pack
+from raymem.training.data.packed.pack import Encoded, Packed, Packing, best_fit_decreasing, pack
 
 S = 16
 PAD = 99

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from raymem.recipe.data import DataSection
-from raymem.training.data import readers, shards
-from raymem.training.data.shards import prepare
+from raymem.training.data import readers
+from raymem.training.data.packed import shards
+from raymem.training.data.packed.shards import prepare
 from tests.helpers.support import in_processes
 
 MIB = 1 << 20

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from raymem.errors import DataError
-from raymem.training.data.sampler import Sampler
+from raymem.training.data.packed.sampler import Sampler
 
 
 def stream(sampler: Sampler, steps: int) -> list[int]:

@@ -11,8 +11,8 @@ import pytest
 from raymem.errors import DataError, StorageError
 from raymem.recipe.data import DataSection
 from raymem.storage.publish import file_sha256, publish, read_manifest, verify
-from raymem.training.data import shards
-from raymem.training.data.shards import Counts, Task, prepare, source_keys
+from raymem.training.data.packed import shards
+from raymem.training.data.packed.shards import Counts, Task, prepare, source_keys
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from raymem.recipe.data import DataSection, Source
 from raymem.training.data import summary
-from raymem.training.data.shards import prepare
+from raymem.training.data.packed.shards import prepare
 from tests.helpers.talks import sentencepiece_like, turn
 
 

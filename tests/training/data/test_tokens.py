@@ -12,11 +12,11 @@ import torch
 from raymem.errors import DataError
 from raymem.kinds import IGNORED
 from raymem.recipe.data import DataSection, Source
-from raymem.training.data import shards
 from raymem.training.data.batches import rank_batches
-from raymem.training.data.dataset import PackedRows
 from raymem.training.data.formats import resolve_format, to_example
-from raymem.training.data.shards import Prepared, prepare
+from raymem.training.data.packed import shards
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.shards import Prepared, prepare
 from raymem.training.data.tokens import Tokens, tokens
 
 PLACE = "x.jsonl:17"

@@ -12,11 +12,11 @@ import pytest
 from raymem.errors import DataError, ModelError
 from raymem.recipe.data import DataSection, Source
 from raymem.training.data.chat import conversation as chat
-from raymem.training.data.dataset import PackedRows
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Messages
-from raymem.training.data.pack import Encoded
-from raymem.training.data.shards import prepare
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.data.packed.pack import Encoded
+from raymem.training.data.packed.shards import prepare
 from tests.helpers import templates
 from tests.helpers.talks import turn
 from tests.helpers.templates import CALL, SHAPES, TALK, TOOL, Shape, tokenizer_for

@@ -13,9 +13,9 @@ import pytest
 
 from raymem.errors import DataError
 from raymem.recipe.data import DataSection, Source
-from raymem.training.data import shards
+from raymem.training.data.packed import shards
+from raymem.training.data.packed.shards import prepare
 from raymem.training.data.readers import read_block
-from raymem.training.data.shards import prepare
 from raymem.training.data.sources import OpenedSource, open_source
 
 ROWS = [{"text": f"one two {'three ' * (n % 5)}", "n": str(n)} for n in range(20)]

@@ -15,8 +15,8 @@ import pytest
 from raymem.errors import DataError
 from raymem.recipe.data import DataSection, Source
 from raymem.storage.storage import Storage
+from raymem.training.data.packed.shards import prepare
 from raymem.training.data.readers import read_block
-from raymem.training.data.shards import prepare
 from raymem.training.data.sources import OpenedSource, copies, open_source
 from raymem.training.data.sources.remote import RemoteDirectory, below, shown
 

@@ -10,7 +10,7 @@ import pytest
 
 from raymem.errors import DataError
 from raymem.recipe.data import DataSection, Source
-from raymem.training.data.shards import prepare
+from raymem.training.data.packed.shards import prepare
 from raymem.training.data.sources.opened import open_source
 from raymem.training.data.sources.splits import check_single, choose, split_of
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from raymem.methods.loram.job import CALIBRATION, PruneJob, shard_name, write_shard
-from raymem.methods.loram.layerwise import LayerwiseModel
-from raymem.methods.loram.masks import sparsegpt, wanda_mask
-from raymem.methods.loram.scores import taylor_scores, wanda_scores
+from raymem.methods.loram.pruning.job import CALIBRATION, PruneJob, shard_name, write_shard
+from raymem.methods.loram.pruning.layerwise import LayerwiseModel
+from raymem.methods.loram.pruning.masks import sparsegpt, wanda_mask
+from raymem.methods.loram.pruning.scores import taylor_scores, wanda_scores
 from raymem.storage.safetensors_io import DTYPES, Spec, read_header, read_tensor, save_tensors, write_tensors
 
 _BATCH_TOKENS = 1024

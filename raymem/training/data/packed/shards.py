@@ -25,7 +25,7 @@ from raymem.storage.publish import digest, publish
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Example, Format, resolve_format, to_example, without_targets
 from raymem.training.data.mix import weights_in_rows
-from raymem.training.data.pack import Packed, Packing, pack
+from raymem.training.data.packed.pack import Packed, Packing, pack
 from raymem.training.data.readers import BLOCK_BYTES, Block, read_block
 from raymem.training.data.sources import OpenedSource, open_source
 from raymem.training.data.sources.overlap import also_trained_on

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from raymem.errors import DataError
 from raymem.storage.publish import read_manifest
-from raymem.training.data.pack import Ids, Mask, Packing
+from raymem.training.data.packed.pack import Ids, Mask, Packing
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from raymem.errors import RaymemError, StorageError
 from raymem.storage.publish import read_manifest
 from raymem.storage.storage import Storage
-from raymem.training.data.shards import Prepared, PreparedSource
+from raymem.training.data.packed.shards import Prepared, PreparedSource
 
 CACHE = "cache"
 

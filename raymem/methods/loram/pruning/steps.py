@@ -23,12 +23,12 @@ from typing import Literal
 import torch
 
 from raymem.errors import ModelError
-from raymem.methods.loram import layer_passes
 from raymem.methods.loram.index_map import take
-from raymem.methods.loram.job import PruneJob, is_committed, read_shard, shard_name, write_shard
-from raymem.methods.loram.layerwise import LayerwiseModel
-from raymem.methods.loram.masks import magnitude_mask
-from raymem.methods.loram.scores import best, magnitude_scores, random_scores
+from raymem.methods.loram.pruning import layer_passes
+from raymem.methods.loram.pruning.job import PruneJob, is_committed, read_shard, shard_name, write_shard
+from raymem.methods.loram.pruning.layerwise import LayerwiseModel
+from raymem.methods.loram.pruning.masks import magnitude_mask
+from raymem.methods.loram.pruning.scores import best, magnitude_scores, random_scores
 from raymem.storage.safetensors_io import DTYPES, Entry, Spec, write_json
 
 Kind = Literal["rest", "layer", "embed", "forward", "loss", "backward", "mask"]

@@ -10,10 +10,10 @@ import torch
 
 from raymem.errors import ModelError
 from raymem.methods.loram.config import PruneOptions
-from raymem.methods.loram.job import PruneJob, commit, is_committed, open_job
-from raymem.methods.loram.layerwise import LayerwiseModel
 from raymem.methods.loram.manifest import Manifest, read_manifest
-from raymem.methods.loram.steps import Step, is_done, layerwise_model, memory_bytes, run_step, steps
+from raymem.methods.loram.pruning.job import PruneJob, commit, is_committed, open_job
+from raymem.methods.loram.pruning.layerwise import LayerwiseModel
+from raymem.methods.loram.pruning.steps import Step, is_done, layerwise_model, memory_bytes, run_step, steps
 
 
 def prune_model(

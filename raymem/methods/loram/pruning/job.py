@@ -23,7 +23,7 @@ from raymem.methods.loram.config import PruneOptions
 from raymem.methods.loram.coupling import Coupling
 from raymem.methods.loram.manifest import MANIFEST, Manifest, read_manifest
 from raymem.methods.loram.nonuniform import Counts, counts_of, with_counts
-from raymem.methods.loram.plan import plan_pruning
+from raymem.methods.loram.pruning.plan import plan_pruning
 from raymem.methods.loram.source import Source, open_source
 from raymem.methods.loram.validate import validate_coupling
 from raymem.storage.safetensors_io import (

@@ -21,16 +21,9 @@ from raymem.memory import kernels
 from raymem.memory.target import planned_for
 from raymem.memory.trace import Change, LimitPassed, Phase, Tracer
 from raymem.planner.analytic import closed_form
-from raymem.planner.fake import (
-    CudaAutocast,
-    fake_bytes,
-    fakeify,
-    gradients_named,
-    quantisation_tensors,
-    shims,
-)
-from raymem.planner.fake_cache import OutputCache
-from raymem.planner.fake_ddp import FakeReplica
+from raymem.planner.tracing.fake import CudaAutocast, fake_bytes, fakeify, gradients_named, quantisation_tensors, shims
+from raymem.planner.tracing.fake_cache import OutputCache
+from raymem.planner.tracing.fake_ddp import FakeReplica
 from raymem.planner.types import Target
 from raymem.recipe.axes import building
 from raymem.recipe.schema import Recipe
