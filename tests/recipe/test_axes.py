@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from raymem.planner.measure import measure_step
 
 from raymem.errors import RecipeError
 from raymem.planner import plan_recipe
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, AXES, LOSSES, OPTIMIZERS, Axis, register_again, registered
 from raymem.recipe.load import recipe_of, recipe_schema
 from raymem.recipe.space_load import load_space, shipped
+from raymem.testing.measure import measure_step
 from raymem.training.model.build import build_model
 from tests.helpers import toy_kinds
 from tests.helpers.support import make_recipe

@@ -1,5 +1,5 @@
 """Data of a run: sources -> examples -> tokens -> packed rows on disk -> batches.
 
-:func:`raymem.training.data.packed.shards.prepare` runs once, on the driver or in tasks; workers then open its directories
+:func:`.packed.shards.prepare` runs once, on the driver or in tasks; workers then open its directories
 with ``PackedRows``, ask ``Sampler`` which rows a step takes, and build their share with ``rank_batches``.
 """
