@@ -32,14 +32,25 @@ RECURRENT = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
 NO_POSITION_IDS = {"opt", "biogpt", "xglm", "openai-gpt", "bloom", "mpt", "falcon", "falcon_alibi", "gpt_oss", "afmoe"}
 """Those whose attention looks past the position ids."""
 
-SCANNED = {"mamba", "falcon_mamba"}
+SCANNED = {"mamba", "falcon_mamba", "jamba"}
 """Those whose backward goes token by token without a kernel, and frees a little sooner than is planned."""
+UNTRACED = {"longcat_flash", "jetmoe"}
+"""Those whose experts are chosen by values, so that their plans are rough figures, which say so."""
 NOT_LOADED = {"mllama"}
 """Those that transformers itself does not load as causal language models from what it has saved."""
 
+LIKE_OTHERS = {"gemma", "olmo", "olmo2", "glm", "smollm3", "seed_oss", "helium", "arcee", "apertus", "ernie4_5",
+               "hunyuan_v1_dense", "doge", "bitnet", "stablelm", "starcoder2", "nemotron", "ministral", "cohere2", "exaone4",
+               "vaultgemma", "olmoe", "flex_olmo", "minimax_m2", "deepseek_v2", "glm4_moe", "hunyuan_v1_moe",
+               "falcon_mamba", "bamba", "zamba2", "gpt_neo", "codegen", "openai-gpt", "xglm", "falcon_alibi"}  # fmt: skip
+"""Those that differ little from another one of the list: for the slow tier."""
+ALL = [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in FAMILIES]
+LOADED = [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in FAMILIES
+          if name not in NOT_LOADED]  # fmt: skip
+
 
 def test_the_list_is_long_and_of_every_kind() -> None:
-    assert len(FAMILIES) >= 80
+    assert len(FAMILIES) >= 80 and len(set(FAMILIES) - LIKE_OTHERS) >= 50 and set(FAMILIES) >= LIKE_OTHERS
     assert set(families.SOME) | HYBRID | RECURRENT | NO_POSITION_IDS <= set(FAMILIES)
 
 
@@ -59,7 +70,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_base_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -72,7 +83,7 @@ def test_base_logits_are_those_of_transformers(name: str, tmp_path: Path) -> Non
     close(logits(model), logits(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_packed_examples_are_kept_apart_or_refused(name: str) -> None:
     """What the probe says of a clone is what the model itself does with the batch of a training step."""
     recipe = make_recipe(families.fragment(name), FULL)
@@ -103,7 +114,7 @@ def loss_and_gradients(recipe: Recipe, kind: str) -> tuple[Any, torch.Tensor, di
     return model, loss.detach(), gradients  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_chunked_loss_is_the_full_one_or_auto_says_full(name: str, caplog: pytest.LogCaptureFixture) -> None:
     recipe = make_recipe(families.fragment(name), FULL)
     _, expected, gradients = loss_and_gradients(recipe, "full")
@@ -118,7 +129,7 @@ def test_the_chunked_loss_is_the_full_one_or_auto_says_full(name: str, caplog: p
     assert note is None or note in caplog.text
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_LOADED])
+@pytest.mark.parametrize("name", LOADED)
 def test_lora_on_all_linear_layers(name: str, tmp_path: Path) -> None:
     """Every layer that text uses, or a reason; a step moves every adapter; plain PEFT loads and merges what it left."""
     from transformers import AutoModelForCausalLM
@@ -186,7 +197,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(name: str, examples: Path, llama
     assert column(rows) == column(whole)
 
 
-PLANNED = ("gpt_oss", "gemma3", "bloom", "deepseek_v3")
+PLANNED = ("gpt_oss", "gemma3", "bloom")
 
 
 @pytest.mark.parametrize("name", [n if n in PLANNED else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
@@ -197,6 +208,9 @@ def test_the_planner_predicts_the_step_or_says_that_it_is_rough(name: str, plann
     own = {"loss": "full", "data": {"sequence_length": 64}, "adapter": "none"}
     recipe = make_recipe(families.fragment(name), own)
     plan = plan_recipe(recipe)
+    if name in UNTRACED:
+        assert not plan.traced and "decides by values" in (plan.note or "")
+        return
     if not plan.traced:
         assert plan.note is not None and "Expected inputs of BF16 type" in plan.note, (
             "torch's shapes of grouped products"
@@ -205,5 +219,5 @@ def test_the_planner_predicts_the_step_or_says_that_it_is_rough(name: str, plann
         plan = plan_recipe(recipe)
         assert plan.traced
     measured = measure_step(recipe).allocated_bytes
-    tolerance = 0.08 if name in SCANNED else 0.02
+    tolerance = 0.1 if name in SCANNED else 0.02
     assert abs(plan.step_peak_bytes - measured) <= tolerance * measured, (plan.step_peak_bytes, measured)
