@@ -26,7 +26,7 @@ TALK = [
 
 
 def encoded(encoder: Encoder, example: Example) -> Encoded:
-    """What an example gives that gives one."""
+    """The one encoded example that an example gives."""
     ((only,),) = encoder.encode([example], [PLACE])
     return only
 

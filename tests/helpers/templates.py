@@ -49,7 +49,7 @@ class Shape:
 
     template: str
     stops: tuple[str, ...]
-    """What may end a turn."""
+    """Tokens that may end a turn."""
     eos: str
     examples: int = 1
     """How many examples the conversation of the tests becomes."""

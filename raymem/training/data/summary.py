@@ -1,4 +1,4 @@
-"""What was made of a recipe's data, for people: figures per source, and examples in text with their targets marked."""
+"""Prepared data for people: figures per source, and examples in text with their targets marked."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.shards import Prepared
 
 OPEN, CLOSE = "[[", "]]"
-"""What stands around targets in plain text."""
+"""Marks around targets in plain text."""
 _SPACE = "\u00b7"
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What a source gave."""
+    """One source's figures."""
 
     path: str
     num_read: int
@@ -50,12 +50,12 @@ class Part:
 
 def summarise(sources: Sequence[Source], prepared: Prepared) -> list[SourceSummary]:
     """The figures of every source of a split."""
-    found: list[SourceSummary] = []
+    summaries: list[SourceSummary] = []
     for source, made in zip(sources, prepared.sources, strict=True):
         manifest = read_manifest(made.directory)
         assert manifest is not None, "prepared"
         facts = manifest["facts"]
-        found.append(
+        summaries.append(
             SourceSummary(
                 path=source.path,
                 num_read=facts["num_read"],
@@ -67,7 +67,7 @@ def summarise(sources: Sequence[Source], prepared: Prepared) -> list[SourceSumma
                 fill=facts["num_tokens"] / max(facts["num_rows"] * facts["sequence_length"], 1),
             )
         )
-    return found
+    return summaries
 
 
 def table(summaries: Iterable[SourceSummary]) -> str:
@@ -117,14 +117,14 @@ def _examples(rows: PackedRows, tokenizer: Any) -> Iterator[list[Part]]:
 def parts(tokenizer: Any, ids: Sequence[int], targets: Sequence[bool]) -> list[Part]:
     """Ids in text, in stretches that are targets or not."""
     edges = [i for i in range(1, len(ids)) if targets[i] != targets[i - 1]]
-    found: list[Part] = []
+    stretches: list[Part] = []
     before = ""
     for begin, end in zip([0, *edges], [*edges, len(ids)], strict=True):
         # Decoded with all that precedes it, because tokens are not always whole characters, nor words with their space.
         text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        found.append(Part(_visible(text[len(before) :]), targets[begin]))
+        stretches.append(Part(_visible(text[len(before) :]), targets[begin]))
         before = text
-    return found
+    return stretches
 
 
 def plain(example: Iterable[Part]) -> str:

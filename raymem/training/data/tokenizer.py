@@ -56,8 +56,8 @@ def _stop_ids(path: str) -> list[int]:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(path, _GENERATION_CONFIG)
-        content = json.loads(Path(str(found)).read_text(encoding="utf-8"))
+        file = cached_file(path, _GENERATION_CONFIG)
+        content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it is no file of the tokenizer's; those were read above
         return []
     ids = content.get("eos_token_id") if isinstance(content, dict) else None

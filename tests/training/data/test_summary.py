@@ -1,4 +1,4 @@
-"""What people are shown of prepared data."""
+"""Prepared data as people are shown them."""
 
 from __future__ import annotations
 

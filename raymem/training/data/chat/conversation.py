@@ -47,7 +47,7 @@ class _Said:
 
     prompt: str
     text: str
-    """What the model is to say behind the prompt, up to the token that stops it if there is one."""
+    """The targets behind the prompt, up to the token that stops generation if there is one."""
     stops: bool
     """Whether ``text`` ends with a token that stops generation."""
 
@@ -126,7 +126,7 @@ class Chat:
         return _Said(prompt, text[:end], end is not None)
 
     def _said(self, messages: list[Turn], index: int, prompt: str, turn: str, tools: Any, place: str) -> str:
-        """What stands behind the prompt of a turn that is rendered as ``turn``."""
+        """The text behind the prompt of a turn that is rendered as ``turn``."""
         message = messages[index]
         if is_doubled(prompt, turn, message):
             message = split_off(prompt, message)
@@ -198,7 +198,9 @@ class Chat:
             is_first = exchange < 0
             turn = finished[number] if is_first else texts[index + 1]
             offset, skipped = (0, 0) if is_first else (offsets[exchange], len(start))
-            if not turn.startswith(prompt) or is_doubled(prompt, turn, messages[index]):
+            if not (turn.startswith(prompt) and prompt.startswith(start[:skipped])):
+                return None
+            if is_doubled(prompt, turn, messages[index]):
                 return None
             said = self._up_to_its_stop(prompt, turn[len(prompt) :])
             at = offset + len(prompt) - skipped
@@ -244,7 +246,7 @@ class Chat:
         return [_merged(pieces) for pieces in examples]
 
     def _following(self, text: str, full: str, begin: Callable[[int], str], last: int) -> str:
-        """What the template writes behind ``text``, which ends with turn ``last``; at least its first token."""
+        """The text that follows ``text``, which ends with turn ``last``; at least its first token."""
         whole = full if full.startswith(text) else begin(last + 2)
         return whole[len(text) :] if whole.startswith(text) else self._template.user_marker or ""
 

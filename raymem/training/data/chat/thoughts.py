@@ -32,7 +32,7 @@ def opens_thought(prompt: str, template: str) -> bool:
 
 
 def follow(prompt: str, turn: str, message: dict[str, Any], template: str) -> str | None:
-    """What is to be said behind ``prompt``, where the finished turn is rendered as ``turn``; None if that is unclear.
+    """The text behind ``prompt`` where the finished turn is rendered as ``turn``; None if that is unclear.
 
     Args:
         message: the turn.

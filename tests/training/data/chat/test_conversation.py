@@ -120,7 +120,7 @@ def test_rendering_is_linear_in_the_turns(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_token_across_a_boundary_makes_an_example_of_its_own() -> None:
-    """What was said before is tokenised with its surroundings once more follows."""
+    """An answer is tokenised with its surroundings once more follows."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}ans{{ m.content }}<|end|>"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}ans{% endif %}"
