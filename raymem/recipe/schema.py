@@ -113,8 +113,8 @@ class DataSection(Section):
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens per row of a batch."""
     packing: Literal["bfd", "wrapped", "none"] = "bfd"
-    """``bfd`` packs whole examples best-fit and keeps them apart (refused where a model cannot); ``wrapped`` runs them into one stream
-    cut at the row length; ``none`` gives every example its own padded row."""
+    """``bfd`` packs whole examples best-fit and keeps them apart (refused where a model cannot); ``wrapped`` runs them
+    into one stream cut at the row length; ``none`` gives every example its own padded row."""
 
 
 class FullBase(Section):
@@ -141,8 +141,8 @@ class LoraAdapter(Section):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Fraction = 0.0
     targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """``all-linear`` (every linear layer that text passes through but the output head; docs/models.md), or names such as ``[q_proj, v_proj]``, or regular
-    expressions for whole module names."""
+    """``all-linear`` (every linear layer that text passes through but the output head; docs/models.md), or names such
+    as ``[q_proj, v_proj]``, or regular expressions for whole module names."""
     init_from: str | None = None
     """PEFT directory whose adapter is continued."""
 
