@@ -90,8 +90,8 @@ class DataSection(Section):
     turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns are trained in a conversation; marks of turns (``weight: 0``) hold as well."""
     packing: Literal["bfd", "wrapped", "none"] = "bfd"
-    """``bfd`` packs whole examples best-fit and keeps them apart in attention; ``wrapped`` runs them into one stream
-    cut at the row length; ``none`` gives every example its own padded row."""
+    """``bfd`` packs whole examples best-fit and keeps them apart (refused where a model cannot); ``wrapped`` runs them
+    into one stream cut at the row length; ``none`` gives every example its own padded row."""
 
     @model_validator(mode="after")
     def _named_alike(self) -> DataSection:

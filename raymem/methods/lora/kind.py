@@ -26,8 +26,8 @@ class LoraOptions:
     alpha: Annotated[float, Gt(0)] = 32.0
     dropout: Annotated[float, Ge(0.0), Lt(1.0)] = 0.0
     targets: str | Annotated[list[str], MinLen(1)] = "all-linear"
-    """``all-linear`` (every linear layer but the output head), or names such as ``[q_proj, v_proj]``, or regular
-    expressions for whole module names."""
+    """``all-linear`` (every linear layer that text passes through but the output head; docs/models.md), or names such
+    as ``[q_proj, v_proj]``, or regular expressions for whole module names."""
     init_from: str | None = None
     """PEFT directory whose adapter is continued."""
 

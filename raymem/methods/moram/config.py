@@ -71,8 +71,8 @@ class MoRAMOptions:
     alpha: float = 32.0
     """The update is scaled by alpha / rank."""
     targets: str | list[str] = "all-linear"
-    """``all-linear`` (every linear layer but the output head), or names such as ``[q_proj, v_proj]``, or regular
-    expressions for whole module names."""
+    """``all-linear`` (every linear layer that text passes through but the output head; docs/models.md), or names such
+    as ``[q_proj, v_proj]``, or regular expressions for whole module names."""
     criterion: Criterion = "gradient"
     """``gradient`` (|sum over the batches|), ``absolute_gradient`` (sum of |gradient|), or without data ``magnitude``
     (of the weight) or ``random``."""

@@ -109,15 +109,20 @@ def test_a_run_selects_trains_evaluates_merges_and_is_continued(llama: Path, exa
 
 
 def test_evaluation_of_a_run_reads_its_adapter(llama: Path, examples: Path, tmp_path: Path) -> None:
-    from raymem.training.model.adapter import continuing
-
     outcome, _ = train(moram_recipe(llama, examples, tmp_path))
     assert outcome is not None
-    section = continuing(outcome.artifact)
-    assert isinstance(section, MoRAMOptions) and (section.rank, section.density) == (4, 0.25)
-    recipe = moram_recipe(llama, examples, tmp_path).model_copy(update={"adapter": section})
-    model = build_model(recipe, Layout())
+    plain = moram_recipe(llama, examples, tmp_path, {"adapter": {"kind": "none"}})
+    model: Any = build_model(plain, Layout(), adapter_at=Path(outcome.artifact))
     assert all((layer.moram_index["default"] >= 0).all() for _, layer in layers(model))
+    continued: Any = build_model(
+        moram_recipe(llama, examples, tmp_path, {"adapter": {"init_from": outcome.artifact}}), Layout()
+    )
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = continued.eval()(input_ids=ids, use_cache=False).logits
+        assert torch.equal(model.eval()(input_ids=ids, use_cache=False).logits, expected)
+        with model.disable_adapter():
+            assert not torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("refresh", [None, 2], ids=["chosen once", "refreshed"])
