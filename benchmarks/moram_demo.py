@@ -15,7 +15,7 @@ from raymem.runs.resolve import resolve
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.packed.dataset import PackedRows, Row
 from raymem.training.data.packed.sampler import Sampler
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import evaluate
 from raymem.training.hooks import hooks_of, view_of
 from raymem.training.model.build import build_model
@@ -78,4 +78,4 @@ def finetuned_loss(recipe: Recipe, rows: PackedRows, eval_rows: PackedRows, *, a
         share, targets = [batch for batch, _ in batches(step)], global_targets(rows, sampler.ids(step))
         lr = recipe.optimizer.lr * lr_factor(step, steps, recipe.train.schedule, recipe.train.warmup)
         train_step(model, share, targets, updater, step, lr, clip_norm=recipe.train.clip_norm)
-    return evaluate(model, eval_rows, Layout(), micro_batch=recipe.train.micro_batch, mixed=False).loss
+    return evaluate(model, eval_rows, DistEnv(), micro_batch=recipe.train.micro_batch, mixed=False).loss

@@ -87,7 +87,7 @@ def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
     from raymem.planner import process
     from tests.helpers.support import PlansHere
 
-    monkeypatch.setattr(process, "Child", PlansHere)
+    monkeypatch.setattr(process, "PlannerProcess", PlansHere)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ _GROWS = {"train": ("micro_batch",), "data": ("sequence_length",)}
 
 
 @dataclass(frozen=True)
-class Admitted:
+class Admit:
     """It fits."""
 
     step_peak_bytes: int
@@ -31,7 +31,7 @@ class Admitted:
 
 
 @dataclass(frozen=True)
-class Refused:
+class Reject:
     """It must not be tried."""
 
     reason: str
@@ -41,10 +41,10 @@ class Refused:
     """Above the budget, as a share of it: how far from feasible."""
 
 
-Judged = Admitted | Refused
+Decision = Admit | Reject
 
 
-class Gate:
+class AdmissionController:
     """Judges recipes against one budget.
 
     What it costs: nothing for a recipe that is larger in every way than one that was refused, or was planned before
@@ -59,9 +59,9 @@ class Gate:
     def __init__(self, budget_bytes: int, *, gpu: str | None = None) -> None:
         self.budget_bytes = budget_bytes
         self.planner = Planner(gpu=gpu)
-        self._refused: list[tuple[dict[str, Any], dict[str, float], Refused]] = []
+        self._refused: list[tuple[dict[str, Any], dict[str, float], Reject]] = []
 
-    def __enter__(self) -> Gate:
+    def __enter__(self) -> AdmissionController:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,10 +72,10 @@ class Gate:
         with contextlib.suppress(RaymemError):
             self.planner.warm_up(with_micro_batch(recipe, 1))  # it may be open: auto
 
-    def judge(self, recipe: Recipe) -> Judged:
+    def judge(self, recipe: Recipe) -> Decision:
         """Admitted or refused; nothing is raised for a recipe that cannot be planned."""
         if recipe.train.micro_batch == "auto":
-            return Refused("train.micro_batch: auto is for single runs; give a number, or search over it", None, 1.0)
+            return Reject("train.micro_batch: auto is for single runs; give a number, or search over it", None, 1.0)
         rest, amounts = _split(recipe)
         for other, least, refused in self._refused:
             if other == rest and all(amounts[name] >= amount for name, amount in least.items()):
@@ -83,8 +83,8 @@ class Gate:
         try:
             judged = self._judge(recipe)
         except RecipeError as error:
-            return Refused(str(error), None, 1.0)
-        if isinstance(judged, Refused):
+            return Reject(str(error), None, 1.0)
+        if isinstance(judged, Reject):
             self._refused.append((rest, amounts, judged))
         return judged
 
@@ -92,14 +92,14 @@ class Gate:
         """What the device must have, as far as the prediction was right so far. Raises RaymemError."""
         return int(self.planner.plan(recipe).capacity_bytes * self._margin(recipe))
 
-    def _judge(self, recipe: Recipe) -> Judged:
+    def _judge(self, recipe: Recipe) -> Decision:
         try:
             margin = self._margin(recipe)
             plan = self.planner.plan_within(recipe, int((self.budget_bytes + 1) / margin))
         except RecipeError:
             raise
         except RaymemError as error:
-            return Refused(str(error), None, 1.0)
+            return Reject(str(error), None, 1.0)
         if isinstance(plan, Above):
             held = plan.phase == "load"
             what = "weights, gradients and states alone take" if held else "a step is predicted to take at least"
@@ -107,11 +107,11 @@ class Gate:
         needed = int(plan.capacity_bytes * margin)
         if needed > self.budget_bytes:
             return self._too_large(needed, "a step is predicted to take")
-        return Admitted(plan.step_peak_bytes, needed)
+        return Admit(plan.step_peak_bytes, needed)
 
-    def _too_large(self, num_bytes: int, what: str) -> Refused:
+    def _too_large(self, num_bytes: int, what: str) -> Reject:
         reason = f"{what} {bytes_text(num_bytes)}, above the budget of {bytes_text(self.budget_bytes)}"
-        return Refused(reason, num_bytes, num_bytes / self.budget_bytes - 1)
+        return Reject(reason, num_bytes, num_bytes / self.budget_bytes - 1)
 
     def _margin(self, recipe: Recipe) -> float:
         """By how much the worst run of these methods went above its prediction; at least 1."""

@@ -12,7 +12,7 @@ from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
 
 
-def settle_micro_batch(
+def choose_micro_batch(
     recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | None = None, status: Callable[[str], None] = print
 ) -> Recipe:
     """The recipe with a number in the place of ``auto``; others come back as they are.

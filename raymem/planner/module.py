@@ -20,7 +20,7 @@ from raymem.memory.trace import Tracer
 from raymem.planner.plan import make_plan
 from raymem.planner.tracing.fake import fake_bytes, fakeify, gradients_named, shims
 from raymem.planner.tracing.fake_cache import OutputCache
-from raymem.planner.tracing.step_trace import MEASURED, Session
+from raymem.planner.tracing.step_trace import MEASURED, StepTrace
 from raymem.planner.types import Plan, Target
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -92,7 +92,7 @@ def _fake(inputs: Any, tracer: Tracer) -> Any:
     return tree_map(made, inputs)
 
 
-def _trace(model: nn.Module, make: MakeOptimizer, loss: Loss, inputs: Any, tracer: Tracer) -> Session:
+def _trace(model: nn.Module, make: MakeOptimizer, loss: Loss, inputs: Any, tracer: Tracer) -> StepTrace:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make(list(trained.values()))
     gradient_bytes = 0
@@ -115,4 +115,4 @@ def _trace(model: nn.Module, make: MakeOptimizer, loss: Loss, inputs: Any, trace
         "gradients": gradient_bytes,
         "optimizer": fake_bytes(value for value in states if isinstance(value, torch.Tensor)),
     }
-    return Session(list(tracer.changes), state, rehearsed=True, loss_note=None)
+    return StepTrace(list(tracer.changes), state, rehearsed=True, loss_note=None)

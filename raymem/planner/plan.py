@@ -7,14 +7,14 @@ from typing import Any
 
 from raymem.memory import allocator, devices
 from raymem.memory.trace import CATEGORIES, PHASES, Change, Phase, live_at, peak_of
-from raymem.planner.tracing.step_trace import MEASURED, Session
+from raymem.planner.tracing.step_trace import MEASURED, StepTrace
 from raymem.planner.types import Plan, Target
 
 _POINTS = 600
 _TOP = 12
 
 
-def make_plan(session: Session, target: Target, gpu: str | None) -> Plan:
+def make_plan(session: StepTrace, target: Target, gpu: str | None) -> Plan:
     """Evaluate a recorded session."""
     changes = session.changes
     relevant = {id(change) for change in changes if change.step != 1}
@@ -61,7 +61,7 @@ def _complete(by_category: Any) -> dict[str, int]:
     return {category: by_category.get(category, 0) for category in CATEGORIES}
 
 
-def _device_needs(session: Session, target: Target, gpu: str | None, peak_bytes: int) -> dict[str, Any]:
+def _device_needs(session: StepTrace, target: Target, gpu: str | None, peak_bytes: int) -> dict[str, Any]:
     if target.kind == "cpu":
         same = dict.fromkeys(("reserved_bytes", "capacity_bytes", "expandable_bytes"), peak_bytes)
         return {**same, "outside_bytes": 0}
@@ -83,7 +83,7 @@ def outside_bytes(target: Target, gpu: str | None) -> int:
     return devices.gpu_facts(gpu).context_bytes + (devices.NCCL_BYTES if target.num_workers > 1 else 0)
 
 
-def allocator_events(session: Session, cublas_bytes: int) -> list[allocator.Event]:
+def allocator_events(session: StepTrace, cublas_bytes: int) -> list[allocator.Event]:
     """The session as a program for the allocator model.
 
     Where step 1 was not taken, its place is filled by what step 2 allocates and frees, with the optimizer state coming

@@ -78,7 +78,7 @@ class Planner:
         if gpu is not None:
             gpu_named(gpu)
         self._gpu, self._timeout_s = gpu, timeout_s
-        self._child: Child | None = None
+        self._child: PlannerProcess | None = None
 
     def __enter__(self) -> Planner:
         return self
@@ -130,7 +130,7 @@ class Planner:
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         """The answer; where the process dies over a job, a rough plan from another one."""
-        child = self._child = self._child or Child()
+        child = self._child = self._child or PlannerProcess()
         try:
             answer = child.ask(job, self._timeout_s)
         except PlanError:  # it was ended; the next recipe gets a process of its own, not a rough plan for its death
@@ -141,7 +141,7 @@ class Planner:
             return answer
         self._child, status = None, child.close()
         if status > 0:
-            raise PlanError(f"the planning process failed: {child.last_words()}")
+            raise PlanError(f"the planning process failed: {child.last_stderr_line()}")
         if job["problem"]:
             raise PlanError(f"planning ended with status {status} even without a trace; please report the recipe")
         ended = signal.Signals(-status).name if status < 0 else "status 0"
@@ -184,7 +184,7 @@ def _plannable(recipe: Recipe, gpu: str | None) -> Recipe:
     return recipe
 
 
-class Child:
+class PlannerProcess:
     """The process: one JSON line in, one out, through pipes of its own, since libraries print what they like."""
 
     def __init__(self) -> None:
@@ -230,7 +230,7 @@ class Child:
         line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)  # type: ignore[no-any-return]
 
-    def last_words(self) -> str:
+    def last_stderr_line(self) -> str:
         """The last line that it printed."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()

@@ -23,7 +23,7 @@ from raymem.recipe.axes import register_again
 from raymem.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from raymem.planner.tracing.step_trace import Session
+    from raymem.planner.tracing.step_trace import StepTrace
 
 
 def main(output: int) -> None:
@@ -84,13 +84,13 @@ def _traced(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan | Above
         return _rough(recipe, target, {**job, "problem": describe(error)})
 
 
-def _session(recipe: Recipe, target: Target, limit_bytes: int | None) -> Session:
+def _session(recipe: Recipe, target: Target, limit_bytes: int | None) -> StepTrace:
     """A session within which the compiler had to be loaded is held again: loading keeps tensors of the step alive."""
-    from raymem.planner.tracing.step_trace import trace_session
+    from raymem.planner.tracing.step_trace import trace_step
 
     put_off = compiler_is_put_off()
     try:
-        session = trace_session(recipe, target, limit_bytes)
+        session = trace_step(recipe, target, limit_bytes)
     except RaymemError:
         raise
     except Exception:
@@ -100,7 +100,7 @@ def _session(recipe: Recipe, target: Target, limit_bytes: int | None) -> Session
         if put_off == compiler_is_put_off():
             return session
     gc.collect()
-    return trace_session(recipe, target, limit_bytes)
+    return trace_step(recipe, target, limit_bytes)
 
 
 def describe(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
-class Section(BaseModel):
+class RecipeModel(BaseModel):
     """Base of every part of a recipe: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(
@@ -22,14 +22,14 @@ class Section(BaseModel):
     )
 
 
-def is_section(value: Any) -> bool:
-    """Whether this is a class that the recipe validates: a :class:`Section` or the options of a method."""
-    return isinstance(value, type) and (issubclass(value, Section) or dataclasses.is_dataclass(value))
+def is_recipe_model(value: Any) -> bool:
+    """Whether this is a class that the recipe validates: a :class:`RecipeModel` or the options of a method."""
+    return isinstance(value, type) and (issubclass(value, RecipeModel) or dataclasses.is_dataclass(value))
 
 
 def fields_of(section: type) -> dict[str, Any]:
     """Field name -> annotation."""
-    if issubclass(section, Section):
+    if issubclass(section, RecipeModel):
         return {name: field.annotation for name, field in section.model_fields.items()}
     hints = typing.get_type_hints(section, include_extras=True)
     return {name: hints[name] for name in getattr(section, "__dataclass_fields__", {}) if name in hints}

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from raymem.recipe.base import Section
+from raymem.recipe.base import RecipeModel
 
 
-class Source(Section):
+class Source(RecipeModel):
     """One source of examples: a file, a directory of files, a Hugging Face data set, or the embedded demo data."""
 
     path: str
@@ -64,7 +64,7 @@ Sources = Annotated[
 ]
 
 
-class Mix(Section):
+class Mix(RecipeModel):
     """Of an epoch, a source of weight w_i, size n_i gives w_i n_i^(1/temperature) / sum_j w_j n_j^(1/temperature)."""
 
     by: Literal["rows", "tokens"] = "rows"
@@ -75,7 +75,7 @@ class Mix(Section):
     very large one the same from all of equal weight. The length of an epoch stays what it is at 1."""
 
 
-class DataSection(Section):
+class DataSection(RecipeModel):
     """What the model is trained and evaluated on."""
 
     train: Sources

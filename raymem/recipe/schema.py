@@ -20,7 +20,7 @@ from pydantic import (
 from raymem.memory.budget import parse_bytes
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, OPTIMIZERS, TRACKERS
 from raymem.recipe.axis_field import AxisField
-from raymem.recipe.base import Section
+from raymem.recipe.base import RecipeModel
 from raymem.recipe.data import DataSection
 from raymem.recipe.space import Dimension
 
@@ -28,7 +28,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class ModelSection(Section):
+class ModelSection(RecipeModel):
     """Which model is trained: exactly one of ``name`` and ``config``."""
 
     name: str | None = None
@@ -55,7 +55,7 @@ class ModelSection(Section):
         return self
 
 
-class TrainSection(Section):
+class TrainSection(RecipeModel):
     """How long, how large and how precise. Exactly one of ``steps`` and ``epochs``."""
 
     steps: Positive | None = None
@@ -88,7 +88,7 @@ class TrainSection(Section):
     @property
     def rows_per_pass(self) -> int:
         """``micro_batch``, once it is a number."""
-        assert self.micro_batch != "auto", "settle_micro_batch comes first"
+        assert self.micro_batch != "auto", "choose_micro_batch comes first"
         return self.micro_batch
 
     @model_validator(mode="after")
@@ -98,7 +98,7 @@ class TrainSection(Section):
         return self
 
 
-class ScalingSection(Section):
+class ScalingSection(RecipeModel):
     """How many workers and what each one gets."""
 
     num_workers: Annotated[int, Field(ge=0)] | Annotated[tuple[Positive, Positive], Field(strict=False)] = 1
@@ -127,7 +127,7 @@ class ScalingSection(Section):
         return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 
 
-class StorageSection(Section):
+class StorageSection(RecipeModel):
     """Where runs, prepared data and caches live: one path that every node sees."""
 
     path: str = "raymem-runs"
@@ -152,7 +152,7 @@ def _amount(text: str) -> str:
     return text
 
 
-class Recipe(Section):
+class Recipe(RecipeModel):
     """One run, complete."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"), AfterValidator(_not_reserved)]

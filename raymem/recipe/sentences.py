@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from typing_extensions import TypeAliasType
 
-from raymem.recipe.base import fields_of, is_section, kind_of
+from raymem.recipe.base import fields_of, is_recipe_model, kind_of
 
 SENTENCE = "raymem_sentence"
 """Type of an error whose message is the sentence itself, and whose location is the path in the YAML file."""
@@ -127,7 +127,7 @@ def _is_mapping(annotation: Any) -> bool:
 
 def sections_in(annotation: Any) -> list[type]:
     """Every recipe section that an annotation can hold."""
-    if is_section(annotation):
+    if is_recipe_model(annotation):
         return [annotation]
     if isinstance(annotation, TypeAliasType):
         return sections_in(annotation.__value__)

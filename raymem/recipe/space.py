@@ -17,14 +17,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raymem.recipe.base import Section
+from raymem.recipe.base import RecipeModel
 
 Scalar = str | int | float | bool | None
 Point = dict[str, Any]
 """Path -> value, of the dimensions that exist there."""
 
 
-class _Conditional(Section):
+class _Conditional(RecipeModel):
     when: dict[str, list[Scalar]] = {}
     """Path -> values of it with which this dimension exists; the paths come earlier in the space, or are the recipe's
     own."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
 from raymem.tracking import Tracker
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.job import PreparedRun, StepJob
 from raymem.training.loop import Outcome, run
 from raymem.training.reporter import Listener, LocalReporter
@@ -63,8 +63,8 @@ class LocalBackend:
     def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
         """The loop itself."""
         reporter = LocalReporter(*listeners, tracker.log)
-        layout = Layout.current(prepared.recipe)
-        return run(prepared.recipe, layout, prepared.run, prepared.train_data, prepared.eval_data, reporter)
+        dist_env = DistEnv.current(prepared.recipe)
+        return run(prepared.recipe, dist_env, prepared.run, prepared.train_data, prepared.eval_data, reporter)
 
     def run_steps(self, job: StepJob, progress: Progress) -> None:
         """Step after step."""

@@ -18,7 +18,7 @@ from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS, artifact_name
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.packed.shared import localise, to_dict
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.model.adapter import continuing, is_peft
 from raymem.training.model.build import build_model
@@ -63,12 +63,12 @@ def evaluation_task(config: dict[str, Any]) -> Evaluation:
 
 def _evaluate(recipe: Recipe, adapter: Path | None, plain_data: dict[str, Any]) -> Evaluation:
     prepared = localise(plain_data, Storage.open(recipe.storage.path))
-    layout = Layout.current(recipe)
-    model = build_model(recipe, layout, adapter_at=adapter)
+    dist_env = DistEnv.current(recipe)
+    model = build_model(recipe, dist_env, adapter_at=adapter)
     mixed = recipe.train.is_mixed
     rows = evaluation_rows(prepared)
     with first_step(model, is_first=True):
-        return evaluate(model, rows, layout, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
+        return evaluate(model, rows, dist_env, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
 
 
 def _own_artifact(recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raymem.errors import ModelError
-from raymem.planner import settle_micro_batch
+from raymem.planner import choose_micro_batch
 from raymem.recipe.axes import BASES, full_base
 from raymem.recipe.load import alignment
 from raymem.recipe.schema import Recipe
@@ -71,7 +71,7 @@ def resolve(
         pinned = _as_trained(recipe, artifact, run)
     backend = backend_of(recipe)
     backend.connect(storage, status)
-    settled = settle_micro_batch(pinned, status=status)
+    settled = choose_micro_batch(pinned, status=status)
     asked = at_revision(settled, recipe.model.revision)
     kind = BASES.of(settled)
     if artifact is not None and kind.replaces_model and kind.is_of_model(artifact):
@@ -114,8 +114,8 @@ def resolve_tokenizer(recipe: Recipe, storage: Storage) -> str:
 def resolve_micro_batch(
     recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | None = None, status: Status = log.info
 ) -> Recipe:
-    """The recipe as it is planned, with a number as its micro-batch; see :func:`raymem.planner.settle_micro_batch`."""
-    return settle_micro_batch(recipe, budget_bytes=budget_bytes, gpu=gpu, status=status)
+    """The recipe as it is planned, with a number as its micro-batch; see :func:`raymem.planner.choose_micro_batch`."""
+    return choose_micro_batch(recipe, budget_bytes=budget_bytes, gpu=gpu, status=status)
 
 
 def locate_again(run: ResolvedRun, status: Status = log.info) -> ResolvedRun:
@@ -225,7 +225,7 @@ def _alignment(
     values = aligning.to_dict()
     sections = {name: values[name] for name in ("seed", "adapter", "activations", "optimizer", "train")}
     name = f"loram-aligned-{digest([manifest_of(pruned).digest, train_data.key, sections])[:16]}"
-    settled = settle_micro_batch(aligning.model_copy(update={"name": name}), status=status)
+    settled = choose_micro_batch(aligning.model_copy(update={"name": name}), status=status)
     if aligning.scaling != recipe.scaling:
         backend = backend_of(aligning)  # connects when it trains
     run = ResolvedRun(settled, FullModel(), tokenizer, storage, storage.child(name), backend, settled)

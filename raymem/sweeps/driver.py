@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from raymem.errors import BudgetError, BudgetExceeded, RaymemError, RecipeError, StorageError
 from raymem.memory.budget import bytes_text
-from raymem.planner.admission import Gate
+from raymem.planner.admission import AdmissionController
 from raymem.recipe.schema import ModelSection, Recipe
 from raymem.recipe.space import AXES, Space, sample
 from raymem.recipe.space_load import recipe_at
@@ -128,7 +128,7 @@ def _search(
         return study.get_trials(deepcopy=False)
 
     admitted = admitted_bytes(recipe, options.budget_bytes, status)
-    with Gate(admitted, gpu=options.gpu) as gate:
+    with AdmissionController(admitted, gpu=options.gpu) as gate:
         if sum(map(started, trials())) < options.samples:
             status("starting the planner")
             gate.warm_up(recipe)
@@ -221,7 +221,7 @@ def _configurer(name: str, parent_run_id: str | None) -> Configure:
     return configure
 
 
-def _nothing_fits(space: Space, recipe: Recipe, gate: Gate, rows: list[SweepRow]) -> RaymemError:
+def _nothing_fits(space: Space, recipe: Recipe, gate: AdmissionController, rows: list[SweepRow]) -> RaymemError:
     """The error of a sweep in which no trial was started, with the least that any point needs."""
     sized = [(row.predicted_bytes, row.point) for row in rows if row.predicted_bytes is not None]
     if not sized:

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from raymem.errors import RecipeError
-from raymem.planner.admission import Gate, Refused
+from raymem.planner.admission import AdmissionController, Reject
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space import ChoiceDimension, FloatDimension, IntDimension, Point, Space, grid, sample
 from raymem.recipe.space_load import recipe_at
@@ -66,7 +66,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
     """
 
     def __init__(
-        self, study: optuna.Study, space: Space, recipe: Recipe, gate: Gate, objective: Objective, *,
+        self, study: optuna.Study, space: Space, recipe: Recipe, gate: AdmissionController, objective: Objective, *,
         algorithm: str, samples: int, configure: Configure,
     ) -> None:  # fmt: skip
         super().__init__(metric=list(objective.metrics), mode=[METRICS[name] for name in objective.metrics])
@@ -175,12 +175,12 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         try:
             recipe = recipe_at(self._recipe, point, f"point {trial.number}")
         except RecipeError as error:
-            judged: Any = Refused(str(error), None, 1.0)
+            judged: Any = Reject(str(error), None, 1.0)
         else:
             began = time.perf_counter()
             judged = self._gate.judge(recipe)
             trial.set_user_attr("judged_s", round(time.perf_counter() - began, 3))
-        if isinstance(judged, Refused):
+        if isinstance(judged, Reject):
             trial.set_user_attr("status", "refused")
             trial.set_user_attr("problem", judged.reason)
             trial.set_user_attr("predicted_bytes", judged.needed_bytes)

@@ -15,7 +15,7 @@ from raymem.memory.meter import Peak, PeakMeter, resident_tensors
 from raymem.planner.tracing.step_trace import TARGETS
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
-from raymem.training.dist_env import Layout, replicate
+from raymem.training.dist_env import DistEnv, replicate
 from raymem.training.hooks import hooks_of, view_of
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
@@ -31,13 +31,13 @@ def measure_step(recipe: Recipe, position: int = 1) -> Peak:
     Raises:
         RaymemError: as training does.
     """
-    layout = Layout.current(recipe)
-    model: Any = build_model(recipe, layout)
+    dist_env = DistEnv.current(recipe)
+    model: Any = build_model(recipe, dist_env)
     updater = build_updater(model, recipe)
-    batches = _batches(recipe, int(model.config.get_text_config().vocab_size), layout)
+    batches = _batches(recipe, int(model.config.get_text_config().vocab_size), dist_env)
     hooks, mixed = hooks_of(recipe, model), recipe.train.is_mixed
     view = view_of(model, lambda _: [(batch, TARGETS) for batch in batches], mixed=mixed)
-    replica = model if layout.sharded else replicate(model, layout)
+    replica = model if dist_env.sharded else replicate(model, dist_env)
 
     def resident() -> Iterator[torch.Tensor]:
         tokens = (
@@ -56,18 +56,18 @@ def measure_step(recipe: Recipe, position: int = 1) -> Peak:
     prepare(0)
     step(0)
     prepare(position)
-    with PeakMeter(layout.device, resident) as meter:
+    with PeakMeter(dist_env.device, resident) as meter:
         step(position)
     assert meter.peak is not None
     return meter.peak
 
 
-def _batches(recipe: Recipe, vocabulary: int, layout: Layout) -> list[Batch]:
+def _batches(recipe: Recipe, vocabulary: int, dist_env: DistEnv) -> list[Batch]:
     train, length = recipe.train, recipe.data.sequence_length
-    per_rank = -(-train.global_batch // layout.world_size)
+    per_rank = -(-train.global_batch // dist_env.world_size)
     count = -(-per_rank // train.rows_per_pass)
     rows = -(-per_rank // count)
-    source = torch.Generator().manual_seed(layout.rank)
+    source = torch.Generator().manual_seed(dist_env.rank)
     batches = []
     for _ in range(count):
         ids = torch.randint(vocabulary, (rows, length), generator=source)
@@ -78,7 +78,7 @@ def _batches(recipe: Recipe, vocabulary: int, layout: Layout) -> list[Batch]:
         elif recipe.data.packing == "none":
             mask = torch.ones(rows, length, dtype=torch.int64)
             mask[:, length - length // 8 :] = 0
-        batches.append(Batch(ids, ids.clone(), positions, mask).to(layout.device))
+        batches.append(Batch(ids, ids.clone(), positions, mask).to(dist_env.device))
     return batches
 
 

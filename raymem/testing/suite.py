@@ -25,7 +25,7 @@ from torch import nn
 from raymem.errors import RecipeError
 from raymem.planner.analytic import closed_form
 from raymem.planner.plan import make_plan
-from raymem.planner.tracing.step_trace import planned_model, trace_session
+from raymem.planner.tracing.step_trace import planned_model, trace_step
 from raymem.planner.types import Target
 from raymem.recipe.axes import LOSSES
 from raymem.recipe.load import parse_recipe
@@ -41,7 +41,7 @@ from raymem.training.checkpoint import Checkpoints, Manifest, latest_manifest
 from raymem.training.data.batches import Batch
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.shards import Prepared, prepare
-from raymem.training.dist_env import Layout, replicate
+from raymem.training.dist_env import DistEnv, replicate
 from raymem.training.evaluate import evaluate
 from raymem.training.hooks import hooks_of, resume_hooks, states_of, view_of
 from raymem.training.loop import Outcome, run
@@ -119,7 +119,7 @@ class ConformanceSuite:
         worker, other = Worker(recipe), Worker(recipe)
         for number in range(2):
             worker.step(number)
-        checkpoints = Checkpoints(Storage.open(str(tmp_path)), Layout())
+        checkpoints = Checkpoints(Storage.open(str(tmp_path)), DistEnv())
         manifest = Manifest(2, {}, recipe.to_dict(), None, hooks=states_of(worker.hooks))
         checkpoints.save(manifest, worker.updater.state(), "last", 1)
         other.updater.allocate_state()
@@ -152,7 +152,7 @@ class ConformanceSuite:
         loss.prepare(model, LOSSES["full"], LOSSES["full"].options())
         eval_data = prepare_split(longer, "eval")
         mixed = longer.train.is_mixed
-        loaded = evaluate(model, PackedRows(eval_data.directories), Layout(), micro_batch=2, mixed=mixed).loss
+        loaded = evaluate(model, PackedRows(eval_data.directories), DistEnv(), micro_batch=2, mixed=mixed).loss
         distance = abs(loaded - outcome.eval_loss)
         assert distance < (1e-4 if longer.train.precision == "fp32" else 1e-2) * outcome.eval_loss
         assert distance < 0.1 * abs(evaluated[0] - evaluated[-1]), "far less than what training changed"
@@ -166,7 +166,7 @@ class ConformanceSuite:
     def test_the_planned_peak_is_the_measured_one(self, recipe: Recipe) -> None:
         larger = parse_recipe(merged(recipe.to_dict(), _LARGER))
         target = Target.of(larger)
-        session = trace_session(larger, target)
+        session = trace_step(larger, target)
         planned = make_plan(session, target, None).step_peak_bytes
         measured = measure_step(larger).allocated_bytes
         # The kernels of products in bf16 take buffers of their own, which depend on the processor.
@@ -213,21 +213,21 @@ class Worker:
         same_rows: every step has the rows of the first.
     """
 
-    def __init__(self, recipe: Recipe, layout: Layout | None = None, *, same_rows: bool = False) -> None:
-        self.layout = layout or Layout()
+    def __init__(self, recipe: Recipe, dist_env: DistEnv | None = None, *, same_rows: bool = False) -> None:
+        self.dist_env = dist_env or DistEnv()
         self.clip_norm, self.mixed = recipe.train.clip_norm, recipe.train.is_mixed
         self.same_rows = same_rows
-        self.model = build_model(recipe, self.layout)
+        self.model = build_model(recipe, self.dist_env)
         self.updater = build_updater(self.model, recipe)
         self.hooks = hooks_of(recipe, self.model)
         self.view = view_of(self.model, self.batches, mixed=self.mixed)
-        self.trained = replicate(self.model, self.layout)
+        self.trained = replicate(self.model, self.dist_env)
 
     def batches(self, number: int) -> list[tuple[Batch, int]]:
         """Random rows, other ones for every step and rank."""
-        world = self.layout.world_size
+        world = self.dist_env.world_size
         shares = [random_batch(2, LENGTH, (0 if self.same_rows else number) * world + rank) for rank in range(world)]
-        return [(shares[self.layout.rank], num_targets(*shares))]
+        return [(shares[self.dist_env.rank], num_targets(*shares))]
 
     def step(self, number: int) -> StepResult:
         """The hooks, and one optimizer step."""
@@ -257,7 +257,7 @@ def train(recipe: Recipe, *, stop_after: int = 0) -> tuple[Outcome, list[Row]]:
 
     train_data, eval_data = prepare_split(recipe, "train"), prepare_split(recipe, "eval")
     storage, reporter = run_storage(recipe), LocalReporter(rows.extend, stop)
-    return run(recipe, Layout(), storage, train_data, eval_data, reporter, metered_steps=()), rows
+    return run(recipe, DistEnv(), storage, train_data, eval_data, reporter, metered_steps=()), rows
 
 
 def prepare_split(recipe: Recipe, split: Literal["train", "eval"]) -> Prepared:
@@ -284,15 +284,15 @@ def final_state(recipe: Recipe) -> dict[str, torch.Tensor]:
     assert manifest is not None and manifest.step == recipe.train.steps
     updater = build_updater(build_model(recipe), recipe)
     updater.allocate_state()
-    Checkpoints(run_storage(recipe), Layout()).load(manifest, updater.state())
+    Checkpoints(run_storage(recipe), DistEnv()).load(manifest, updater.state())
     return updater.state()
 
 
 def train_on_a_rank(raw: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Two steps, every rank with rows of its own; returns the whole state afterwards and the losses."""
     recipe = Recipe.model_validate(raw)
-    layout = Layout.current(recipe)
-    torch.manual_seed(layout.rank)  # nothing may depend on the global stream
-    worker = Worker(recipe, layout)
+    dist_env = DistEnv.current(recipe)
+    torch.manual_seed(dist_env.rank)  # nothing may depend on the global stream
+    worker = Worker(recipe, dist_env)
     losses = [float(worker.step(number).loss) for number in range(2)]
     return {name: tensor.contiguous() for name, tensor in worker.updater.state().items()}, losses

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from raymem import __version__
 from raymem.errors import CheckpointError, RaymemError, StorageError
 from raymem.storage.storage import Storage, sync
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.reporter import Row
 
 log = logging.getLogger(__name__)
@@ -77,12 +77,12 @@ class Checkpoints:
 
     Args:
         run: storage of the run's directory.
-        layout: this process's place.
+        dist_env: this process's place.
     """
 
-    def __init__(self, run: Storage, layout: Layout) -> None:
+    def __init__(self, run: Storage, dist_env: DistEnv) -> None:
         self._run = run
-        self._layout = layout
+        self._layout = dist_env
 
     def latest(self) -> Manifest | None:
         """The newest complete checkpoint, or None.

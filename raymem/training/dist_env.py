@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Layout:
+class DistEnv:
     """One process's place; the default is a single process without a process group, as with ``num_workers: 0``."""
 
     rank: int = 0
@@ -27,7 +27,7 @@ class Layout:
     strategy: str = "ddp"
 
     @staticmethod
-    def current(recipe: Recipe, local_rank: int = 0, device: torch.device | None = None) -> Layout:
+    def current(recipe: Recipe, local_rank: int = 0, device: torch.device | None = None) -> DistEnv:
         """The layout of this process, from its process group if there is one.
 
         Raises:
@@ -38,7 +38,7 @@ class Layout:
             device = torch.device("cuda", 0) if recipe.scaling.use_gpu else torch.device("cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RecipeError("scaling.use_gpu: true, but PyTorch sees no CUDA device here; set it to false")
-        return Layout(
+        return DistEnv(
             rank=dist.get_rank() if grouped else 0,
             world_size=dist.get_world_size() if grouped else 1,
             local_rank=local_rank,
@@ -86,7 +86,7 @@ class Layout:
         return outcome[0]  # type: ignore[no-any-return]
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], layout: Layout) -> None:
+def shard(model: nn.Module, blocks: list[nn.Module], dist_env: DistEnv) -> None:
     """FSDP2: every transformer block is one unit, what is left (embeddings, head) the root's.
 
     Works on meta parameters, so that no rank ever holds more than its shard.
@@ -95,19 +95,19 @@ def shard(model: nn.Module, blocks: list[nn.Module], layout: Layout) -> None:
     from torch.distributed.fsdp import fully_shard
 
     # Named explicitly: the default is the machine's accelerator even where the run is to use the CPU.
-    mesh = init_device_mesh(layout.device.type, (layout.world_size,))
+    mesh = init_device_mesh(dist_env.device.type, (dist_env.world_size,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def replicate(model: nn.Module, layout: Layout) -> nn.Module:
+def replicate(model: nn.Module, dist_env: DistEnv) -> nn.Module:
     """DDP around a materialised model; one worker needs none."""
-    if layout.world_size == 1:
+    if dist_env.world_size == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
 
-    device_ids = [layout.device.index] if layout.device.type == "cuda" else None
+    device_ids = [dist_env.device.index] if dist_env.device.type == "cuda" else None
     return DistributedDataParallel(
         model,
         device_ids=device_ids,

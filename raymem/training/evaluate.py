@@ -13,7 +13,7 @@ from torch import nn
 from raymem.training.data.batches import eval_batches
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.shards import Prepared
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.loss import forward_loss_sum
 from raymem.training.reporter import Row
 
@@ -53,17 +53,17 @@ def evaluation_rows(prepared: Prepared) -> EvaluationRows:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, rows: EvaluationRows, layout: Layout, *, micro_batch: int, mixed: bool) -> Evaluation:
+def evaluate(model: nn.Module, rows: EvaluationRows, dist_env: DistEnv, *, micro_batch: int, mixed: bool) -> Evaluation:
     """Collective: every rank evaluates its share and gets the whole result."""
     sets = rows if isinstance(rows, Mapping) else {"": rows}
     was_training = model.training
     model.eval()
-    totals = torch.zeros(len(sets), dtype=torch.float64, device=layout.device)
+    totals = torch.zeros(len(sets), dtype=torch.float64, device=dist_env.device)
     for index, part in enumerate(sets.values()):
-        for batch in eval_batches(part, layout.rank, layout.world_size, micro_batch):
-            totals[index] += forward_loss_sum(model, batch.to(layout.device), mixed=mixed).double()
+        for batch in eval_batches(part, dist_env.rank, dist_env.world_size, micro_batch):
+            totals[index] += forward_loss_sum(model, batch.to(dist_env.device), mixed=mixed).double()
     model.train(was_training)
-    if layout.world_size > 1:
+    if dist_env.world_size > 1:
         dist.all_reduce(totals)
     counts = [int(part.num_targets.sum()) for part in sets.values()]
     by_name = {

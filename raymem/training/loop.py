@@ -24,7 +24,7 @@ from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.sampler import Sampler
 from raymem.training.data.packed.shards import Prepared
-from raymem.training.dist_env import Layout, bucket_bytes, replicate
+from raymem.training.dist_env import DistEnv, bucket_bytes, replicate
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.hooks import hooks_of, metrics_of, resume_hooks, states_of, view_of
 from raymem.training.model.build import build_model
@@ -62,7 +62,7 @@ class Outcome:
 
 
 def run(
-    recipe: Recipe, layout: Layout, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
+    recipe: Recipe, dist_env: DistEnv, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
     reporter: Reporter, *, metered_steps: Collection[int] = METERED_STEPS,
 ) -> Outcome:  # fmt: skip
     """Train a recipe to its end from wherever its last checkpoint stands. Collective over all ranks.
@@ -74,7 +74,7 @@ def run(
     Raises:
         RaymemError: see the rooms that it calls; on any error the last good checkpoint stays.
     """
-    session = _Session(recipe, layout, run_storage, train_data, eval_data, reporter, metered_steps)
+    session = _Session(recipe, dist_env, run_storage, train_data, eval_data, reporter, metered_steps)
     return session.run()
 
 
@@ -82,13 +82,13 @@ class _Session:
     """One process's part in a run, from (re)start to end."""
 
     def __init__(
-        self, recipe: Recipe, layout: Layout, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
+        self, recipe: Recipe, dist_env: DistEnv, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
         reporter: Reporter, metered_steps: Collection[int],
     ) -> None:  # fmt: skip
         self.metered_steps = metered_steps
-        self.recipe, self.layout, self.run_storage, self.reporter = recipe, layout, run_storage, reporter
+        self.recipe, self.dist_env, self.run_storage, self.reporter = recipe, dist_env, run_storage, reporter
         self.identity = identity_of(recipe, train_data)
-        self.checkpoints = Checkpoints(run_storage, layout)
+        self.checkpoints = Checkpoints(run_storage, dist_env)
         self.rows = PackedRows(train_data.directories)
         self.eval_rows = None if eval_data is None else evaluation_rows(eval_data)
         self.sampler = Sampler(recipe.seed, self.rows.sizes_and_weights, recipe.train.global_batch)
@@ -105,13 +105,13 @@ class _Session:
 
     def run(self) -> Outcome:
         self._seed(step=0)
-        self.bare = build_model(self.recipe, self.layout)
+        self.bare = build_model(self.recipe, self.dist_env)
         self.updater = build_updater(self.bare, self.recipe)
         self.hooks = hooks_of(self.recipe, self.bare)
         self.view = view_of(self.bare, self._micro_batches, mixed=self.mixed)
         start = self._resume()
         self.total_steps = max(start, self.total_steps)  # a run that is longer already stays what it is
-        self.model = self.bare if self.layout.sharded else replicate(self.bare, self.layout)
+        self.model = self.bare if self.dist_env.sharded else replicate(self.bare, self.dist_env)
         row: Row = {}
         for step in range(start, self.total_steps):
             with self._failures_named(step), first_step(self.bare, is_first=step == start):
@@ -129,7 +129,7 @@ class _Session:
         self.reporter.flush()
         exported = self._load_best() if self.recipe.storage.keep == "best" else self.total_steps
         facts = {"step": exported, "eval_loss": self.eval_loss, "peak_bytes": self.peak_bytes}
-        artifact = export_final(self.bare, self.recipe, self.layout, self.run_storage, facts)
+        artifact = export_final(self.bare, self.recipe, self.dist_env, self.run_storage, facts)
         return Outcome(
             steps=self.total_steps,
             started_at=start,
@@ -208,7 +208,7 @@ class _Session:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise OutOfMemory(
-                f"out of memory at step {step + 1} on rank {self.layout.rank} with train.micro_batch="
+                f"out of memory at step {step + 1} on rank {self.dist_env.rank} with train.micro_batch="
                 f"{self.recipe.train.rows_per_pass} and data.sequence_length={self.recipe.data.sequence_length}: "
                 "lower train.micro_batch (the result stays the same), or set activations: checkpoint"
             ) from None
@@ -223,13 +223,13 @@ class _Session:
     def _micro_batches(self, step: int) -> list[tuple[Batch, int]]:
         """This rank's micro-batches of a step, each with the target tokens of the global batch."""
         ids, micro_batch = self.sampler.ids(step), self.recipe.train.rows_per_pass
-        share = rank_batches(self.rows, ids, self.layout.rank, self.layout.world_size, micro_batch)
-        return [(batch.to(self.layout.device), global_targets(self.rows, ids)) for batch in share]
+        share = rank_batches(self.rows, ids, self.dist_env.rank, self.dist_env.world_size, micro_batch)
+        return [(batch.to(self.dist_env.device), global_targets(self.rows, ids)) for batch in share]
 
     def _evaluate(self) -> Row:
         assert self.eval_rows is not None
         micro_batch = self.recipe.train.rows_per_pass
-        found = evaluate(self.model, self.eval_rows, self.layout, micro_batch=micro_batch, mixed=self.mixed)
+        found = evaluate(self.model, self.eval_rows, self.dist_env, micro_batch=micro_batch, mixed=self.mixed)
         self.eval_loss = found.loss
         return found.metrics
 
@@ -260,7 +260,7 @@ class _Session:
 
     def _seed(self, step: int) -> None:
         """Dropout draws from the global stream; seeding it by step and rank makes it a function of the position."""
-        torch.manual_seed(derive(self.recipe.seed, "dropout", step, self.layout.rank))
+        torch.manual_seed(derive(self.recipe.seed, "dropout", step, self.dist_env.rank))
 
     @contextlib.contextmanager
     def _metered(self, nth: int) -> Iterator[None]:
@@ -270,10 +270,10 @@ class _Session:
             return
         # In its second step DDP allocates the buckets anew, ordered by what it saw: the window counts them itself.
         hidden = bucket_bytes(self.model) if nth > 2 else 0
-        with PeakMeter(self.layout.device, self._resident, hidden) as meter:
+        with PeakMeter(self.dist_env.device, self._resident, hidden) as meter:
             yield
         assert meter.peak is not None
-        self.peak_bytes = max(self.peak_bytes or 0, self.layout.max_over_ranks(meter.peak.allocated_bytes))
+        self.peak_bytes = max(self.peak_bytes or 0, self.dist_env.max_over_ranks(meter.peak.allocated_bytes))
 
     def _resident(self) -> Iterator[torch.Tensor]:
         return resident_tensors(self.bare, self.updater.state().values())

@@ -9,7 +9,7 @@ from raymem.errors import CheckpointError
 from raymem.recipe.schema import Recipe
 from raymem.training.data.packed.shards import Prepared
 
-FIXED = (
+IMMUTABLE_KEYS = (
     "seed",
     "model",
     "base",
@@ -27,7 +27,7 @@ def identity_of(recipe: Recipe, train_data: Prepared) -> dict[str, Any]:
     """The settings that a checkpoint is tied to; worker count, batch split, schedule and length are free."""
     raw = recipe.to_dict()
     del raw["model"]["attention"]  # another kernel computes the same thing
-    found = {path: _lookup(raw, path.split(".")) for path in FIXED}
+    found = {path: _lookup(raw, path.split(".")) for path in IMMUTABLE_KEYS}
     found["data.train"] = [[source.directory.name, source.weight] for source in train_data.sources]
     return found
 

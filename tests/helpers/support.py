@@ -21,7 +21,7 @@ from raymem.testing.tiny import (
     save_tokenizer,
     write_examples,
 )
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.loop import Outcome, run
 from raymem.training.reporter import LocalReporter, Row
 from tests.helpers import families
@@ -78,7 +78,7 @@ def run_fragment(examples: Path, storage: Path, *, evaluated: bool = False) -> d
 
 
 def train(
-    recipe: Recipe, layout: Layout | None = None, *, stop_after: int = 0, metered_steps: Collection[int] = ()
+    recipe: Recipe, dist_env: DistEnv | None = None, *, stop_after: int = 0, metered_steps: Collection[int] = ()
 ) -> tuple[Outcome | None, list[Row]]:
     """Run a recipe in this process (one of several, if there is a process group).
 
@@ -97,10 +97,10 @@ def train(
 
     train_data = prepare_split(recipe, "train")
     eval_data = prepare_split(recipe, "eval") if recipe.data.eval else None
-    layout, reporter = layout or Layout.current(recipe), LocalReporter(rows.extend, stop)
+    dist_env, reporter = dist_env or DistEnv.current(recipe), LocalReporter(rows.extend, stop)
     try:
         storage = run_storage(recipe)
-        return run(recipe, layout, storage, train_data, eval_data, reporter, metered_steps=metered_steps), rows
+        return run(recipe, dist_env, storage, train_data, eval_data, reporter, metered_steps=metered_steps), rows
     except Stopped:
         return None, rows
 

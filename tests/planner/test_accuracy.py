@@ -12,7 +12,7 @@ import pytest
 
 from raymem.planner.analytic import closed_form
 from raymem.planner.plan import make_plan
-from raymem.planner.tracing.step_trace import planned_model, trace_session
+from raymem.planner.tracing.step_trace import planned_model, trace_step
 from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
 from raymem.testing import measure_step
@@ -49,7 +49,7 @@ REST = [
 
 def check(recipe: Recipe, tolerance: float = TOLERANCE, position: int = 1) -> None:
     target = Target.of(recipe)
-    session = trace_session(recipe, target)
+    session = trace_step(recipe, target)
     plan = make_plan(session, target, None)
     measured = measure_step(recipe, position).allocated_bytes
     assert closed_form(recipe, target, planned_model(recipe)) == session.state
@@ -67,7 +67,7 @@ def test_a_step_that_measures_errors_is_the_one_that_is_planned() -> None:
     silent = case("loract layer")
     recipe = make_recipe(silent.to_dict(), {"activations": {"report_every": 3}})
     check(recipe, position=3)
-    changes, fewer = (trace_session(each, Target.of(each)).changes for each in (recipe, silent))
+    changes, fewer = (trace_step(each, Target.of(each)).changes for each in (recipe, silent))
     assert len(changes) > len(fewer)
 
 
@@ -122,7 +122,7 @@ def test_the_peak_of_two_workers(tmp_path: Path) -> None:
         recipes.append(make_recipe({"data": {"sequence_length": LENGTH}}, *FRAGMENTS[name], *fragments, model=model))
     ranks = in_processes(measured_one_by_one, 2, tmp_path / "group", [recipe.to_dict() for recipe in recipes])
     for recipe, *measured in zip(recipes, *ranks, strict=True):
-        plan = make_plan(trace_session(recipe, Target.of(recipe)), Target.of(recipe), None)
+        plan = make_plan(trace_step(recipe, Target.of(recipe)), Target.of(recipe), None)
         assert measured == pytest.approx([plan.step_peak_bytes] * 2, rel=TOLERANCE)
 
 
@@ -142,7 +142,7 @@ def test_the_peak_of_many_words(name: str, precision: str, loss: str) -> None:
         *FRAGMENTS[name],
     )
     check(recipe)
-    peak = make_plan(trace_session(recipe, Target.of(recipe)), Target.of(recipe), None).term_peaks["loss"]
+    peak = make_plan(trace_step(recipe, Target.of(recipe)), Target.of(recipe), None).term_peaks["loss"]
     logits_bytes = rows * length * WORDS * 4
     if loss == "full":
         assert peak >= 3 * logits_bytes

@@ -12,7 +12,7 @@ import pytest
 from raymem.errors import RecipeError
 from raymem.memory import Tracer
 from raymem.planner import prediction_error
-from raymem.planner.admission import Admitted, Gate, Refused
+from raymem.planner.admission import AdmissionController, Admit, Reject
 from raymem.planner.analytic import closed_form
 from raymem.planner.process import Planner
 from raymem.planner.subprocess_main import answer
@@ -39,16 +39,16 @@ def peak() -> int:
 
 
 def test_the_budget_decides_to_the_byte(peak: int) -> None:
-    with Gate(peak) as gate:
-        assert gate.judge(case("lora")) == Admitted(gate.planner.plan(case("lora")).step_peak_bytes, peak)
-    with Gate(peak - 1) as gate:
+    with AdmissionController(peak) as gate:
+        assert gate.judge(case("lora")) == Admit(gate.planner.plan(case("lora")).step_peak_bytes, peak)
+    with AdmissionController(peak - 1) as gate:
         refused = gate.judge(case("lora"))
-    assert isinstance(refused, Refused) and refused.needed_bytes == peak
+    assert isinstance(refused, Reject) and refused.needed_bytes == peak
     assert refused.excess == pytest.approx(1 / (peak - 1)) and "a step is predicted to take" in refused.reason
 
 
 def test_what_is_larger_in_every_way_needs_no_plan(peak: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Gate(peak - 1) as gate:
+    with AdmissionController(peak - 1) as gate:
         gate.judge(case("lora"))
 
         def refuse(*arguments: Any) -> None:
@@ -57,22 +57,22 @@ def test_what_is_larger_in_every_way_needs_no_plan(peak: int, monkeypatch: pytes
         monkeypatch.setattr(gate.planner, "plan_within", refuse)
         rank = case("lora").to_dict()["adapter"]["rank"]
         larger = gate.judge(changed(adapter={"rank": 2 * rank}, optimizer={"lr": 0.3}))
-        assert isinstance(larger, Refused) and larger.reason.startswith("as large as another")
+        assert isinstance(larger, Reject) and larger.reason.startswith("as large as another")
         for other in (changed(adapter={"rank": rank - 1}), changed(activations="checkpoint")):
             with pytest.raises(AssertionError, match="planned"):
                 gate.judge(other)
 
 
 def test_what_was_planned_before_needs_no_process(peak: int) -> None:
-    with Gate(peak) as first:
+    with AdmissionController(peak) as first:
         judged = first.judge(case("lora"))
-    with Gate(peak) as second:
+    with AdmissionController(peak) as second:
         assert second.judge(changed(optimizer={"lr": 0.3})) == judged
         assert not second.planner.is_running
 
 
 def test_it_can_be_made_ready_before_it_judges(peak: int) -> None:
-    with Gate(peak) as gate:
+    with AdmissionController(peak) as gate:
         gate.warm_up(case("lora"))
         assert gate.planner.is_running, "although the plan was known"
         gate.warm_up(make_recipe(model="nobody/nothing"))
@@ -88,9 +88,9 @@ def test_the_closed_forms_of_an_unknown_optimizer_are_nobody_elses() -> None:
 
 def test_closed_forms_refuse_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tracer, "__enter__", None)  # what would begin one
-    with Gate(1000) as gate:
+    with AdmissionController(1000) as gate:
         refused = gate.judge(case("lora"))
-    assert isinstance(refused, Refused) and "alone take" in refused.reason
+    assert isinstance(refused, Reject) and "alone take" in refused.reason
 
 
 @pytest.mark.parametrize(
@@ -120,16 +120,16 @@ def test_a_trace_ends_with_the_phase_that_is_above(name: str, changes: dict[str,
 
 def test_a_run_above_its_prediction_makes_the_gate_narrower(peak: int) -> None:
     prediction_error.record(case("lora"), 1000, 900)
-    with Gate(peak) as gate:
-        assert isinstance(gate.judge(case("lora")), Admitted), "a run below its prediction is no reason to admit less"
+    with AdmissionController(peak) as gate:
+        assert isinstance(gate.judge(case("lora")), Admit), "a run below its prediction is no reason to admit less"
     prediction_error.record(case("lora"), 1000, 1100)
-    with Gate(peak) as gate:
+    with AdmissionController(peak) as gate:
         refused = gate.judge(case("lora"))
-        assert isinstance(refused, Refused) and refused.needed_bytes == int(peak * 1.1)
-        assert isinstance(gate.judge(changed(activations="checkpoint")), Admitted), "another method, another record"
+        assert isinstance(refused, Reject) and refused.needed_bytes == int(peak * 1.1)
+        assert isinstance(gate.judge(changed(activations="checkpoint")), Admit), "another method, another record"
 
 
 def test_what_cannot_be_planned_is_refused_with_its_reason() -> None:
-    with Gate(1 << 40) as gate:
+    with AdmissionController(1 << 40) as gate:
         refused = gate.judge(make_recipe(model="nobody/nothing"))
-    assert isinstance(refused, Refused) and refused.needed_bytes is None and "nobody/nothing" in refused.reason
+    assert isinstance(refused, Reject) and refused.needed_bytes is None and "nobody/nothing" in refused.reason

@@ -81,7 +81,7 @@ def test_rows_of_one_example_get_no_mask_thanks_to_a_shim(monkeypatch: pytest.Mo
     recipe = make_recipe(case("lora").to_dict(), {"data": {"packing": "wrapped"}})
 
     def allocated_bytes() -> int:
-        return sum(max(0, change.num_bytes) for change in step_trace.trace_session(recipe, Target("cpu", 1)).changes)
+        return sum(max(0, change.num_bytes) for change in step_trace.trace_step(recipe, Target("cpu", 1)).changes)
 
     shimmed = allocated_bytes()
     monkeypatch.setattr(step_trace, "shims", lambda **options: contextlib.nullcontext())

@@ -105,7 +105,7 @@ def test_a_process_that_dies_leaves_a_rough_figure(monkeypatch: pytest.MonkeyPat
         def close(self) -> int:
             return -6
 
-    monkeypatch.setattr(process, "Child", Dying)
+    monkeypatch.setattr(process, "PlannerProcess", Dying)
     plan = plan_recipe(case("lora"))
     assert given == [None, "the model's code ended the planning process (SIGABRT)"]
     assert not plan.traced and plan.note == given[1]
@@ -129,7 +129,7 @@ def test_a_process_that_took_too_long_is_not_asked_again(monkeypatch: pytest.Mon
         def close(self) -> int:
             return -9
 
-    monkeypatch.setattr(process, "Child", Slow)
+    monkeypatch.setattr(process, "PlannerProcess", Slow)
     with Planner() as planner:
         with pytest.raises(PlanError, match="took more than 0 s"):
             planner.plan(case("lora"))

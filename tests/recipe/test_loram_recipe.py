@@ -17,7 +17,7 @@ from raymem.runs.loram.calibration_texts import calibration_ids
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import export_final
 from raymem.training.data.packed.dataset import PackedRows
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import build_model
 from tests.helpers.support import make_recipe, prepare_split, run_fragment
 
@@ -107,7 +107,7 @@ def test_an_exported_adapter_carries_the_manifest_and_no_base_weights(
     manifest = prune_model(llama, tmp_path / "pruned", PruneOptions(layer_ratios=(0.5, 0.75)))
     base = {"kind": "loram", "artifact": str(tmp_path / "pruned")}
     recipe = make_recipe({"base": base, "adapter": {"targets": targets}}, model=llama)
-    directory = Path(export_final(build_model(recipe), recipe, Layout(), Storage.open(str(tmp_path)), {}))
+    directory = Path(export_final(build_model(recipe), recipe, DistEnv(), Storage.open(str(tmp_path)), {}))
     assert read_manifest(directory, with_weights=False).digest == manifest.digest
     assert all(".lora_" in name for name in load_file(directory / "adapter_model.safetensors"))
 

@@ -27,7 +27,7 @@ STEPS = {
     "began_with": "training/model/revision.py",
     "at_revision": "training/model/revision.py",
     "record": "training/model/revision.py",
-    "settle_micro_batch": "planner/micro_batch.py",
+    "choose_micro_batch": "planner/micro_batch.py",
     "resolve_demo": "runs/demo.py",
     "find_site": "runs/loram/base.py",
     "named_model": "runs/loram/base.py",

@@ -14,7 +14,7 @@ from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from raymem.memory.budget import bytes_text
-from raymem.planner.admission import Admitted, Judged, Refused
+from raymem.planner.admission import Admit, Decision, Reject
 from raymem.recipe.load import load_recipe
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
@@ -40,12 +40,12 @@ class RankGate:
     def __init__(self) -> None:
         self.asked = 0
 
-    def judge(self, recipe: Recipe) -> Judged:
+    def judge(self, recipe: Recipe) -> Decision:
         self.asked += 1
         needed = 1000 * recipe.adapter.rank
         if needed > BUDGET:
-            return Refused(f"takes {needed}", needed, needed / BUDGET - 1)
-        return Admitted(needed, needed)
+            return Reject(f"takes {needed}", needed, needed / BUDGET - 1)
+        return Admit(needed, needed)
 
 
 def loss(config: dict[str, Any]) -> float:

@@ -14,7 +14,7 @@ import torch
 from raymem.errors import CheckpointError, StorageError
 from raymem.storage.storage import Storage
 from raymem.training.checkpoint import SCHEMA_VERSION, Checkpoints, Manifest, latest_manifest
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from tests.helpers.small_disk import mount_small_disk
 from tests.helpers.support import assert_same, in_processes, make_recipe
 
@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Storage:
 
 def save(run: Storage, step: int, *, loss: float | None = None, keep: str = "last", number: int = 2) -> None:
     manifest = Manifest(step, {"seed": 0, "train.global_batch": 4}, RECIPE, loss)
-    Checkpoints(run, Layout()).save(manifest, tensors(step), keep, number)
+    Checkpoints(run, DistEnv()).save(manifest, tensors(step), keep, number)
 
 
 def steps(run: Storage) -> list[int]:
@@ -52,7 +52,7 @@ def steps(run: Storage) -> list[int]:
 
 def test_what_was_saved_comes_back_bitwise(run: Storage) -> None:
     save(run, 3, loss=0.5)
-    checkpoints = Checkpoints(run, Layout())
+    checkpoints = Checkpoints(run, DistEnv())
     manifest = checkpoints.latest()
     assert manifest is not None
     assert (manifest.step, manifest.eval_loss, manifest.recipe) == (3, 0.5, RECIPE)
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_earlier_versions_is_read(run: Storage) -> None:
 
 def test_a_run_without_checkpoints_has_none(run: Storage) -> None:
     assert latest_manifest(run) is None
-    assert Checkpoints(run, Layout()).best() is None
+    assert Checkpoints(run, DistEnv()).best() is None
 
 
 def test_only_safetensors_and_json_are_written(run: Storage) -> None:
@@ -102,7 +102,7 @@ def test_retention(run: Storage, keep: str, number: int, expected: list[int]) ->
     for step, loss in ((1, 0.9), (2, 0.1), (3, 0.5), (4, 0.8)):
         save(run, step, loss=loss, keep=keep, number=number)
     assert steps(run) == expected
-    best, latest = Checkpoints(run, Layout()).best(), latest_manifest(run)
+    best, latest = Checkpoints(run, DistEnv()).best(), latest_manifest(run)
     assert latest is not None and latest.step == 4
     if keep == "best":
         assert best is not None and best.step == 2
@@ -111,17 +111,17 @@ def test_retention(run: Storage, keep: str, number: int, expected: list[int]) ->
 def test_of_equal_losses_the_newer_is_best_and_nan_is_worst(run: Storage) -> None:
     for step, loss in ((1, float("nan")), (2, 0.5), (3, 0.5), (4, float("nan"))):
         save(run, step, loss=loss, keep="best", number=9)
-    best = Checkpoints(run, Layout()).best()
+    best = Checkpoints(run, DistEnv()).best()
     assert best is not None and best.step == 3
 
 
 def test_a_replayed_step_replaces_its_older_self(run: Storage) -> None:
     save(run, 1)
-    Checkpoints(run, Layout()).save(Manifest(1, {}, RECIPE, None), tensors(7), "last", 2)
+    Checkpoints(run, DistEnv()).save(Manifest(1, {}, RECIPE, None), tensors(7), "last", 2)
     found = zeros()
     manifest = latest_manifest(run)
     assert manifest is not None
-    Checkpoints(run, Layout()).load(manifest, found)
+    Checkpoints(run, DistEnv()).load(manifest, found)
     assert_same(found, tensors(7))
     assert steps(run) == [1]
 
@@ -166,7 +166,7 @@ def test_a_damaged_header_is_an_error_of_the_checkpoint(run: Storage) -> None:
     path = shard(run, 1)
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(CheckpointError, match="cannot be read into this recipe's model"):
-        Checkpoints(run, Layout()).load(manifest, zeros())
+        Checkpoints(run, DistEnv()).load(manifest, zeros())
 
 
 def test_a_newer_schema_is_refused_with_the_version_that_wrote_it(run: Storage) -> None:
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_model_is_refused(run: Storage, change: Any) -> 
     manifest = latest_manifest(run)
     assert manifest is not None
     with pytest.raises(CheckpointError, match=r"step_00000001: cannot be read into this recipe's model"):
-        Checkpoints(run, Layout()).load(manifest, wanted)
+        Checkpoints(run, DistEnv()).load(manifest, wanted)
 
 
 def fill_a_disk(disk: Path) -> str | None:
@@ -201,7 +201,7 @@ def fill_a_disk(disk: Path) -> str | None:
     if not mount_small_disk(disk, "3m"):
         return None
     run = Storage.open(str(disk / "run"))
-    checkpoints = Checkpoints(run, Layout())
+    checkpoints = Checkpoints(run, DistEnv())
     state = {"weights": torch.arange(500_000, dtype=torch.float32)}
     recipe = make_recipe().to_dict()
     checkpoints.save(Manifest(1, {}, recipe, None), state, "last", 2)

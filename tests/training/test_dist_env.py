@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raymem.errors import DataError, RecipeError
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from tests.helpers.support import in_processes, make_recipe
 
 
@@ -15,31 +15,31 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     with pytest.raises(RecipeError, match=r"scaling\.use_gpu: true, but PyTorch sees no CUDA device"):
-        Layout.current(make_recipe({"scaling": {"use_gpu": True}}))
+        DistEnv.current(make_recipe({"scaling": {"use_gpu": True}}))
 
 
 def test_a_single_process_needs_no_group() -> None:
-    layout = Layout.current(make_recipe())
-    assert (layout.rank, layout.world_size, layout.is_main, layout.sharded) == (0, 1, True, False)
-    layout.barrier()
-    assert layout.max_over_ranks(3) == 3
-    assert layout.on_main(lambda: "done") == "done"
+    dist_env = DistEnv.current(make_recipe())
+    assert (dist_env.rank, dist_env.world_size, dist_env.is_main, dist_env.sharded) == (0, 1, True, False)
+    dist_env.barrier()
+    assert dist_env.max_over_ranks(3) == 3
+    assert dist_env.on_main(lambda: "done") == "done"
 
 
 def group_work() -> list[Any]:
-    layout = Layout.current(make_recipe({"scaling": {"num_workers": 2}}))
+    dist_env = DistEnv.current(make_recipe({"scaling": {"num_workers": 2}}))
     calls: list[int] = []
 
     def count() -> str:
-        calls.append(layout.rank)
+        calls.append(dist_env.rank)
         return "from main"
 
     def fail() -> None:
         raise DataError("row 3 is empty")
 
-    found: list[Any] = [layout.rank, layout.max_over_ranks(10 + layout.rank), layout.on_main(count), calls]
+    found: list[Any] = [dist_env.rank, dist_env.max_over_ranks(10 + dist_env.rank), dist_env.on_main(count), calls]
     try:
-        layout.on_main(fail)
+        dist_env.on_main(fail)
     except DataError as error:
         found.append(str(error))
     return found

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raymem.training.data.packed.dataset import PackedRows
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.model.build import build_model
 from tests.helpers.support import make_recipe, prepare_split, run_fragment
@@ -50,7 +50,7 @@ def test_the_loss_is_the_mean_over_every_target(rows_of: Any, llama: Path, packi
     model = build_model(make_recipe({"adapter": {"kind": "none"}}, model=llama))
     expected = by_hand(model, rows)
     for micro_batch in (1, 3, 100):
-        found = evaluate(model, rows, Layout(), micro_batch=micro_batch, mixed=False)
+        found = evaluate(model, rows, DistEnv(), micro_batch=micro_batch, mixed=False)
         assert found.loss == pytest.approx(expected, rel=1e-5)
         assert found.num_targets == rows.num_targets.sum()
         assert found.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
@@ -62,11 +62,11 @@ def test_evaluation_is_without_dropout_and_leaves_the_mode(rows_of: Any, llama: 
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter)
     rows = rows_of("bfd")
-    first, second = (evaluate(model, rows, Layout(), micro_batch=2, mixed=False) for _ in range(2))
+    first, second = (evaluate(model, rows, DistEnv(), micro_batch=2, mixed=False) for _ in range(2))
     assert first == second
     assert model.training
     model.eval()
-    assert evaluate(model, rows, Layout(), micro_batch=2, mixed=False) == first
+    assert evaluate(model, rows, DistEnv(), micro_batch=2, mixed=False) == first
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -79,7 +79,7 @@ def test_names_have_losses_of_their_own_and_share_one_mean(llama: Path, examples
         where = run_fragment(examples, tmp_path)
         where["data"]["eval"] = sources
         rows = evaluation_rows(prepare_split(make_recipe(where, model=llama), "eval"))
-        return evaluate(model, rows, Layout(), micro_batch=3, mixed=False)
+        return evaluate(model, rows, DistEnv(), micro_batch=3, mixed=False)
 
     alone = [measured(source) for source in (first, second)]
     named = measured({"held-out": first, "seen": {"path": second}})

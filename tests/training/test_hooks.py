@@ -104,7 +104,7 @@ def test_it_changes_training(recipe_for: Any, pulling: None, monkeypatch: pytest
 
 
 def plan_of(recipe: Recipe) -> Plan:
-    return make_plan(step_trace.trace_session(recipe, Target.of(recipe)), Target.of(recipe), None)
+    return make_plan(step_trace.trace_step(recipe, Target.of(recipe)), Target.of(recipe), None)
 
 
 def test_the_planner_sees_its_memory(pulling: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raymem.memory.trace import Tracer, peak_of
 from raymem.methods.loract.config import LoRActOptions
 from raymem.planner.plan import make_plan
-from raymem.planner.tracing.step_trace import trace_session
+from raymem.planner.tracing.step_trace import trace_step
 from raymem.planner.types import Target
 from raymem.testing import measure_step
 from raymem.training import lean
@@ -326,7 +326,7 @@ def test_the_peak_of_a_step_is_as_predicted(quantised: bool, tmp_path: Path, mon
         model=model,
     )
     measured = measure_step(recipe).allocated_bytes
-    plan = make_plan(trace_session(recipe, Target.of(recipe)), Target.of(recipe), None)
+    plan = make_plan(trace_step(recipe, Target.of(recipe)), Target.of(recipe), None)
     assert abs(plan.step_peak_bytes - measured) <= 0.01 * measured
     monkeypatch.setattr(lean, "install", lambda model: None)
     assert measured <= measure_step(recipe).allocated_bytes - 2 * 2 * 1024 * 1024

@@ -17,7 +17,7 @@ from raymem.methods.chunked_loss.probing import Verdict
 from raymem.methods.plain.losses import FullLoss, FullLossKind
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
-from raymem.training.dist_env import Layout, replicate
+from raymem.training.dist_env import DistEnv, replicate
 from raymem.training.loss import forward_loss_sum, loss_of, prepare
 from raymem.training.model.build import build_model
 from tests.helpers import families
@@ -60,12 +60,12 @@ def loss_and_gradients(recipe: Recipe, model: Any, batch: Batch) -> tuple[torch.
     return loss.detach(), {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
 
 
-def compare(recipe: Recipe, batch: Batch, layout: Layout | None = None) -> None:
+def compare(recipe: Recipe, batch: Batch, dist_env: DistEnv | None = None) -> None:
     """Loss and every gradient of ``chunked`` against ``full``."""
     results = []
     for kind in ("full", "chunked"):
         one = Recipe.model_validate({**recipe.to_dict(), "loss": kind})
-        model = build_model(one, layout)
+        model = build_model(one, dist_env)
         assert loss_of(model).chunked == (kind == "chunked")
         results.append(loss_and_gradients(one, model, batch))
     assert_alike(results[0], results[1], recipe.train.precision)
@@ -128,16 +128,16 @@ def test_rows_without_a_target_cost_no_logits() -> None:
 
 def by_layout(raw: dict[str, Any]) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     recipe = Recipe.model_validate(raw)
-    layout = Layout.current(recipe)
+    dist_env = DistEnv.current(recipe)
     found = {}
     for kind in ("full", "chunked"):
         one = Recipe.model_validate({**raw, "loss": kind})
-        model = build_model(one, layout)
+        model = build_model(one, dist_env)
         batch = batch_of(packed=True)
         # The second rank has a row without loss, as ranks have that fill up a batch.
-        labels = batch.labels if layout.rank == 0 else torch.full_like(batch.labels, -100)
+        labels = batch.labels if dist_env.rank == 0 else torch.full_like(batch.labels, -100)
         mine = Batch(batch.input_ids, labels, batch.position_ids, None)
-        found[kind] = loss_and_gradients(one, model if layout.sharded else replicate(model, layout), mine)
+        found[kind] = loss_and_gradients(one, model if dist_env.sharded else replicate(model, dist_env), mine)
     return found
 
 

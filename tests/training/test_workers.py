@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from raymem.methods.plain.losses import FullLoss, FullLossKind
 from raymem.planner.plan import make_plan
-from raymem.planner.tracing.step_trace import trace_session
+from raymem.planner.tracing.step_trace import trace_step
 from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.packed.dataset import PackedRows
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import evaluate
 from raymem.training.loop import METERED_STEPS
 from raymem.training.loss import prepare as prepare_loss
@@ -143,7 +143,7 @@ def test_the_measured_peak_is_the_predicted_one(runs: Any, recipe_of: Any, kind:
     """DDP's buckets count once, also in the second step, where it makes them anew."""
     measured = column(runs[f"two-ddp-{kind}"][0]["rows"], "peak_bytes")
     recipe = recipe_of("planned", kind, 2, "ddp")
-    plan = make_plan(trace_session(recipe, Target.of(recipe)), Target.of(recipe), None)
+    plan = make_plan(trace_step(recipe, Target.of(recipe)), Target.of(recipe), None)
     assert measured == pytest.approx([plan.step_peak_bytes] * 2, rel=0.01)
 
 
@@ -199,15 +199,15 @@ def test_a_sharded_result_is_a_standard_model(runs: Any, recipe_of: Any) -> None
     assert model.lm_head.weight is model.model.embed_tokens.weight
     rows = PackedRows(prepare_split(recipe, "eval").directories)
     prepare_loss(model, FullLossKind(), FullLoss())
-    found = evaluate(model, rows, Layout(), micro_batch=3, mixed=False)
+    found = evaluate(model, rows, DistEnv(), micro_batch=3, mixed=False)
     assert found.loss == pytest.approx(outcome["eval_loss"], rel=1e-5)
 
 
 def gathered_equal(raw: dict[str, Any]) -> bool:
     """Whether the shards of all ranks are together the model that one process loads."""
     recipe = Recipe.model_validate(raw)
-    sharded = build_model(recipe, Layout.current(recipe))
-    whole = dict(build_model(recipe, Layout()).named_parameters())
+    sharded = build_model(recipe, DistEnv.current(recipe))
+    whole = dict(build_model(recipe, DistEnv()).named_parameters())
     return all(torch.equal(p.full_tensor(), whole[name]) for name, p in sharded.named_parameters())  # type: ignore[attr-defined]
 
 
@@ -226,9 +226,9 @@ def export_from_a_hub_id(recipe: Recipe, snapshot: str, folder: str) -> str:
     from raymem.training.model.build import build_model
 
     huggingface_hub.snapshot_download = lambda *_, **__: snapshot  # type: ignore[assignment]
-    layout = Layout.current(recipe)
+    dist_env = DistEnv.current(recipe)
     Path(folder).mkdir(exist_ok=True)
-    return export_final(build_model(recipe, layout), recipe, layout, Storage.open(folder), {"step": 0})
+    return export_final(build_model(recipe, dist_env), recipe, dist_env, Storage.open(folder), {"step": 0})
 
 
 def test_a_model_from_the_hub_is_exported_by_two_workers(llama: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raymem.errors import RaymemError
 from raymem.recipe.axes import register_again
 from raymem.tracking import Tracker, attach_tracker
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.reporter import Listener, Row
 
 REPORT_EVERY_S = 5.0
@@ -81,8 +81,8 @@ class RayReporter:
     and tells the others.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, dist_env: DistEnv) -> None:
+        self._layout = dist_env
         self._rows: list[Row] = []
         self._next_step = 0.0
         self._last_report = (0.0, time.monotonic())

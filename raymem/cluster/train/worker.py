@@ -15,7 +15,7 @@ from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
 from raymem.training.data.packed.shared import localise, to_dict
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.job import PreparedRun
 from raymem.training.loop import run
 
@@ -51,11 +51,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if recipe.scaling.use_gpu else None
     try:
-        layout = Layout.current(recipe, context.get_local_rank(), device)
+        dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
         storage = Storage.open(recipe.storage.path)
         train_data = localise(config["train_data"], storage)
         eval_data = config["eval_data"] and localise(config["eval_data"], storage)
-        return run(recipe, layout, Storage.open(config["run"]), train_data, eval_data, RayReporter(layout)).to_dict()
+        return run(
+            recipe, dist_env, Storage.open(config["run"]), train_data, eval_data, RayReporter(dist_env)
+        ).to_dict()
     except RaymemError as error:
         if mailbox is not None:
             ray.get(mailbox.fail.remote(error))

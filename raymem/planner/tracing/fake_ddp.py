@@ -18,7 +18,7 @@ _FIRST_BUCKET_BYTES, _BUCKET_BYTES = 1 << 20, 25 << 20
 """DDP's defaults."""
 
 
-class FakeReplica(DistributedDataParallel):
+class FakeDDP(DistributedDataParallel):
     """Holds a model as DDP does; call inside fake mode, and before the gradients' own hooks are registered."""
 
     def __init__(self, module: nn.Module, tracer: Tracer) -> None:

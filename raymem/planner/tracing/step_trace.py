@@ -23,12 +23,12 @@ from raymem.memory.trace import Change, LimitPassed, Phase, Tracer
 from raymem.planner.analytic import closed_form
 from raymem.planner.tracing.fake import CudaAutocast, fake_bytes, fakeify, gradients_named, quantisation_tensors, shims
 from raymem.planner.tracing.fake_cache import OutputCache
-from raymem.planner.tracing.fake_ddp import FakeReplica
+from raymem.planner.tracing.fake_ddp import FakeDDP
 from raymem.planner.types import Target
 from raymem.recipe.axes import building
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.hooks import hooks_of, view_of
 from raymem.training.loss import forward_loss_sum, loss_of
 from raymem.training.model.build import build_model, load_config
@@ -43,7 +43,7 @@ TARGETS = 1000
 
 
 @dataclass(frozen=True)
-class Session:
+class StepTrace:
     """What was recorded."""
 
     changes: list[Change]
@@ -57,7 +57,7 @@ class Session:
     """What is trained, quantised and left alone, in lines."""
 
 
-def trace_session(recipe: Recipe, target: Target, limit_bytes: int | None = None) -> Session:
+def trace_step(recipe: Recipe, target: Target, limit_bytes: int | None = None) -> StepTrace:
     """Run the recipe's step on fake tensors. Patches libraries and starts a fake process group: one per process.
 
     Args:
@@ -76,22 +76,22 @@ def trace_session(recipe: Recipe, target: Target, limit_bytes: int | None = None
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=target.num_workers)
     try:
-        layout = Layout(0, target.num_workers, 0, torch.device("cpu"), recipe.scaling.strategy)
+        dist_env = DistEnv(0, target.num_workers, 0, torch.device("cpu"), recipe.scaling.strategy)
         with planned_for(target.kind):
-            return _trace(recipe, target, layout, limit_bytes)
+            return _trace(recipe, target, dist_env, limit_bytes)
     finally:
         if grouped:
             dist.destroy_process_group()
 
 
-def planned_model(recipe: Recipe, layout: Layout | None = None) -> nn.Module:
+def planned_model(recipe: Recipe, dist_env: DistEnv | None = None) -> nn.Module:
     """The recipe's model on the meta device; a config with pruned layers gives the pruned model.
 
     Raises:
         RaymemError: as building does.
     """
     with building(load_config(recipe)):
-        return build_model(recipe, layout, meta=True, planned=True)
+        return build_model(recipe, dist_env, meta=True, planned=True)
 
 
 def _on_cpu(recipe: Recipe) -> Recipe:
@@ -102,8 +102,8 @@ def _on_cpu(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": "sdpa"})})
 
 
-def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | None) -> Session:
-    bare = planned_model(recipe, layout)
+def _trace(recipe: Recipe, target: Target, dist_env: DistEnv, limit_bytes: int | None) -> StepTrace:
+    bare = planned_model(recipe, dist_env)
     trained = [str(line) for line in what_is_trained(bare, recipe)]
     if limit_bytes is not None:
         held = sum(closed_form(recipe, target, bare).values())
@@ -122,27 +122,27 @@ def _trace(recipe: Recipe, target: Target, layout: Layout, limit_bytes: int | No
             tracer.adopt(local(master), "trainable", f"{name} (fp32 master)")
         for handle in tracer.watch(bare):
             stack.callback(handle.remove)
-        runner = _Runner(recipe, layout, tracer, bare, updater)
+        runner = _Runner(recipe, dist_env, tracer, bare, updater)
         runner.run(limit_bytes)
         state = runner.state_bytes()
         changes = list(tracer.changes)
-    return Session(changes, state, runner.rehearsed, loss_of(bare).note, trained)
+    return StepTrace(changes, state, runner.rehearsed, loss_of(bare).note, trained)
 
 
 class _Runner:
     """One worker's part, phase by phase."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, tracer: Tracer, bare: nn.Module, updater: Updater) -> None:
-        self.recipe, self.layout, self.tracer = recipe, layout, tracer
+    def __init__(self, recipe: Recipe, dist_env: DistEnv, tracer: Tracer, bare: nn.Module, updater: Updater) -> None:
+        self.recipe, self.dist_env, self.tracer = recipe, dist_env, tracer
         self.bare, self.updater = bare, updater
         self.mixed = recipe.train.precision == "bf16_mixed"
         self.hooks = hooks_of(recipe, bare)
         self.gradient_bytes = 0
-        self.rehearsed = layout.world_size > 1 or layout.sharded
+        self.rehearsed = dist_env.world_size > 1 or dist_env.sharded
 
     def run(self, limit_bytes: int | None) -> None:
-        single = self.layout.sharded or self.layout.world_size == 1
-        self.model = self.bare if single else FakeReplica(self.bare, self.tracer)
+        single = self.dist_env.sharded or self.dist_env.world_size == 1
+        self.model = self.bare if single else FakeDDP(self.bare, self.tracer)
         batches = [self._batch() for _ in range(self._num_batches())]
         self.tracer.limit_bytes = limit_bytes
         self._before_step(0, 0, batches[:2])
@@ -169,13 +169,13 @@ class _Runner:
     def _num_batches(self) -> int:
         """Micro-batches of one worker per step, as :func:`raymem.training.data.batches.rank_batches` divides them."""
         train = self.recipe.train
-        per_rank = -(-train.global_batch // self.layout.world_size)
+        per_rank = -(-train.global_batch // self.dist_env.world_size)
         return -(-per_rank // train.rows_per_pass)
 
     def _batch(self) -> Batch:
         """Rows as the data would give them; with ``packing: none`` padded, since some batch will be."""
         train, data = self.recipe.train, self.recipe.data
-        per_rank = -(-train.global_batch // self.layout.world_size)
+        per_rank = -(-train.global_batch // self.dist_env.world_size)
         rows = -(-per_rank // self._num_batches())
 
         def tokens(what: str) -> torch.Tensor:

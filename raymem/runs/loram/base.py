@@ -20,7 +20,7 @@ from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.shared import cache_dir
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import fetch, tokenizer_path
 
 
@@ -54,7 +54,7 @@ def open_full_model(recipe: Recipe) -> Source:
         ModelError: it cannot be had, is damaged, or of an architecture that LoRAM does not know.
     """
     name = recipe.model.name or ""
-    directory = fetch(name, recipe.model.revision, Layout(), weights_too=True)
+    directory = fetch(name, recipe.model.revision, DistEnv(), weights_too=True)
     if Path(name).is_dir():
         return open_source(directory)
     return open_source(directory, name, recipe.model.revision)

@@ -21,7 +21,7 @@ from raymem.recipe.axes import ADAPTERS, BASES
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
 from raymem.training.data.tokenizer import load_tokenizer
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.model.base_name import base_name
 from raymem.training.model.build import fetch, tokenizer_path
 from raymem.training.model.companions import copy_companions
@@ -36,7 +36,7 @@ def artifact_name(recipe: Recipe) -> str:
     return "adapter" if recipe.trains_adapter else "model"
 
 
-def export_final(model: nn.Module, recipe: Recipe, layout: Layout, run: Storage, facts: dict[str, Any]) -> str:
+def export_final(model: nn.Module, recipe: Recipe, dist_env: DistEnv, run: Storage, facts: dict[str, Any]) -> str:
     """Write the trained adapter, or the whole model, with its tokenizer. Collective.
 
     Args:
@@ -49,15 +49,15 @@ def export_final(model: nn.Module, recipe: Recipe, layout: Layout, run: Storage,
         StorageError: it cannot be written; an earlier export stays.
     """
     kept = _trainable(model) | set(ADAPTERS.of(recipe).buffers(model)) if recipe.trains_adapter else None
-    state = _gather(model, layout, kept)
-    return layout.on_main(lambda: _write(model, state, recipe, run, facts))
+    state = _gather(model, dist_env, kept)
+    return dist_env.on_main(lambda: _write(model, state, recipe, run, facts))
 
 
 def _trainable(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _gather(model: nn.Module, layout: Layout, only: set[str] | None) -> dict[str, torch.Tensor]:
+def _gather(model: nn.Module, dist_env: DistEnv, only: set[str] | None) -> dict[str, torch.Tensor]:
     """Full tensors (persistent buffers too) on the host of rank 0, one at a time; other ranks only take part."""
     state: dict[str, torch.Tensor] = {}
     for name, (module, attribute) in slots(model).items():
@@ -66,7 +66,7 @@ def _gather(model: nn.Module, layout: Layout, only: set[str] | None) -> dict[str
         value = getattr(module, attribute).detach()
         if isinstance(value, DTensor):
             value = value.full_tensor()
-        if layout.is_main:
+        if dist_env.is_main:
             state[name] = value.cpu()
     return state
 
@@ -100,7 +100,7 @@ def _complete(directory: Path, recipe: Recipe) -> None:
     """Give a trained model what lies beside the weights of its base."""
     name, revision = base_name(recipe)
     if name is not None:
-        base = fetch(name, revision, Layout(), weights_too=False)
+        base = fetch(name, revision, DistEnv(), weights_too=False)
         copy_companions(base, directory, same_tokenizer=recipe.model.tokenizer is None)
     path = directory / "config.json"
     config = json.loads(path.read_bytes())

@@ -16,7 +16,7 @@ from raymem.methods.peft.files import load_adapter
 from raymem.methods.peft.importing import without_bitsandbytes
 from raymem.recipe.axes import ADAPTERS, building, why_not_of_model
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import fetch
 from raymem.training.model.companions import GENERATION, copy_companions
 from raymem.training.model.revision import trained_from
@@ -67,7 +67,7 @@ def _base_directory(adapter: Path) -> Path:
         from peft import PeftConfig
 
         name, revision = _base(adapter, PeftConfig.from_pretrained(str(adapter)))
-    return Path(name) if Path(name).is_dir() else fetch(name, revision, Layout(), weights_too=False)
+    return Path(name) if Path(name).is_dir() else fetch(name, revision, DistEnv(), weights_too=False)
 
 
 def _same_tokenizer(tokenizer: Any, directory: Path) -> bool:

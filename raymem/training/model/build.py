@@ -19,7 +19,7 @@ from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, building
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
 from raymem.training import lean, loss
-from raymem.training.dist_env import Layout, shard
+from raymem.training.dist_env import DistEnv, shard
 from raymem.training.model import adapter, packing, weights
 from raymem.training.model.base_name import base_name
 
@@ -40,7 +40,7 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
 
 def build_model(
     recipe: Recipe,
-    layout: Layout | None = None,
+    dist_env: DistEnv | None = None,
     *,
     meta: bool = False,
     planned: bool = False,
@@ -49,7 +49,7 @@ def build_model(
     """Build the recipe's model with its adapter, in training mode.
 
     Args:
-        layout: this process's place; its device is where the model lands.
+        dist_env: this process's place; its device is where the model lands.
         meta: stop before any weight is allocated or read (only the config is needed).
         planned: only memory counts, so 4-bit layers are stand-ins that need no bitsandbytes.
         adapter_at: PEFT directory whose adapter, of whatever kind, is loaded instead of making the recipe's.
@@ -61,12 +61,12 @@ def build_model(
         ModelError: no such model, no config, missing or odd weights.
         RecipeError: a pattern of the adapter that matches nothing, or packing that does not keep examples apart.
     """
-    layout = layout or Layout()
-    config = load_config(recipe, layout)
+    dist_env = dist_env or DistEnv()
+    config = load_config(recipe, dist_env)
     bare = _on_meta(config, recipe)
     packing.refuse_leaks(bare, recipe)
     # Names are those of the bare model: quantising, wrapping and sharding change names or parameters, not the places.
-    source = None if meta else _source(bare, config, recipe, layout)
+    source = None if meta else _source(bare, config, recipe, dist_env)
     tied: dict[str, str] = dict(getattr(bare, "all_tied_weights_keys", None) or {})
     blocks = [m for m in bare.modules() if type(m).__name__ in (bare._no_split_modules or ())]
     if recipe.base.quantize == "nf4":
@@ -78,19 +78,19 @@ def build_model(
     if adapter_at is None:
         model = adapter.attach(bare, recipe, trainable_dtype(recipe))
         _prepare(model, recipe)
-    if layout.sharded:
-        shard(model, blocks, layout)
+    if dist_env.sharded:
+        shard(model, blocks, dist_env)
     if source is not None:
-        weights.materialise(model, layout)
-        weights.fill(places, source, layout, tied)
+        weights.materialise(model, dist_env)
+        weights.fill(places, source, dist_env, tied)
         if adapter_at is None:
-            _fill_adapter(model, recipe, layout)
+            _fill_adapter(model, recipe, dist_env)
             ADAPTERS.of(recipe).loaded(model, recipe.adapter, recipe.seed)
         _restore_computed_buffers(bare)
     if adapter_at is not None:
         for kind in ADAPTERS.kinds():
             kind.register()
-        model = load_adapter(bare, adapter_at, layout.device)
+        model = load_adapter(bare, adapter_at, dist_env.device)
         _prepare(model, recipe)
     activations.install(model, recipe.activations, recipe.seed)
     return model
@@ -104,7 +104,7 @@ def _prepare(model: nn.Module, recipe: Recipe) -> None:
     loss.prepare(model, LOSSES.of(recipe), recipe.loss)
 
 
-def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
+def load_config(recipe: Recipe, dist_env: DistEnv | None = None) -> Any:
     """transformers config of the recipe's model, pruned or full; no weights are downloaded for it.
 
     Raises:
@@ -132,7 +132,7 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
         refuse_quantised(config, "model.config")
     else:
         name, revision = (recipe.model.name, recipe.model.revision) if planned else base_name(recipe)
-        directory = fetch(name or "", revision, layout or Layout(), weights_too=False)
+        directory = fetch(name or "", revision, dist_env or DistEnv(), weights_too=False)
         try:
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # configs raise types of their own
@@ -141,7 +141,7 @@ def load_config(recipe: Recipe, layout: Layout | None = None) -> Any:
     return base.planned_config(recipe.base, config) if planned else config
 
 
-def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool) -> Path:
+def fetch(name: str, revision: str | None, dist_env: DistEnv, *, weights_too: bool) -> Path:
     """Local directory of a model; a hub id is downloaded once per node.
 
     Raises:
@@ -166,14 +166,14 @@ def fetch(name: str, revision: str | None, layout: Layout, *, weights_too: bool)
         "NOTICE*",
         *(["*.safetensors"] if weights_too else []),
     ]
-    if layout.local_rank != 0:
-        layout.barrier()
+    if dist_env.local_rank != 0:
+        dist_env.barrier()
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(not_to_be_had(name, error)) from None
-    if layout.local_rank == 0:
-        layout.barrier()
+    if dist_env.local_rank == 0:
+        dist_env.barrier()
     return found
 
 
@@ -231,7 +231,7 @@ def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
         )
 
 
-def tokenizer_path(recipe: Recipe, layout: Layout | None = None) -> str:
+def tokenizer_path(recipe: Recipe, dist_env: DistEnv | None = None) -> str:
     """Directory or hub id of the recipe's tokenizer: ``model.tokenizer``, or the model's own.
 
     Raises:
@@ -241,7 +241,7 @@ def tokenizer_path(recipe: Recipe, layout: Layout | None = None) -> str:
         return recipe.model.tokenizer
     planned = BASES.of(recipe).is_planned(recipe.base)
     name, revision = (recipe.model.name, recipe.model.revision) if planned else base_name(recipe)
-    return str(fetch(name or "", revision, layout or Layout(), weights_too=False))
+    return str(fetch(name or "", revision, dist_env or DistEnv(), weights_too=False))
 
 
 def _on_meta(config: Any, recipe: Recipe) -> Any:
@@ -263,15 +263,15 @@ def _on_meta(config: Any, recipe: Recipe) -> Any:
         raise ModelError(f"model: cannot be built from its config: {_reason(error)}") from None
 
 
-def _source(bare: Any, config: Any, recipe: Recipe, layout: Layout) -> weights.TensorSource:
+def _source(bare: Any, config: Any, recipe: Recipe, dist_env: DistEnv) -> weights.TensorSource:
     """Where the base weights come from: opened before anything is allocated, so that a bad one is an error at once."""
     name, revision = base_name(recipe)
     if name is not None:
-        directory = fetch(name, revision, layout, weights_too=True)
+        directory = fetch(name, revision, dist_env, weights_too=True)
         return weights.checkpoint_source(bare, directory)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, "init"))
-        return weights.Whole(type(bare)._from_config(config).state_dict())
+        return weights.StateDictSource(type(bare)._from_config(config).state_dict())
 
 
 def _use_nf4_linears(bare: Any, dtype: torch.dtype) -> None:
@@ -308,7 +308,7 @@ def _stand_in_nf4_linears(bare: Any, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _fill_adapter(model: nn.Module, recipe: Recipe, layout: Layout) -> None:
+def _fill_adapter(model: nn.Module, recipe: Recipe, dist_env: DistEnv) -> None:
     """Give the adapter's weights their start, or those of ``adapter.init_from``."""
     kind = ADAPTERS.of(recipe)
     if kind.trains_base:
@@ -324,7 +324,7 @@ def _fill_adapter(model: nn.Module, recipe: Recipe, layout: Layout) -> None:
         full = given.get(name)
         if full is None:
             full = kind.initial_value(name, parameter.shape, recipe.seed)
-        weights.put(*places[name], lambda rows, full=full: full if rows is None else full[rows], layout, name)  # type: ignore[misc]
+        weights.put(*places[name], lambda rows, full=full: full if rows is None else full[rows], dist_env, name)  # type: ignore[misc]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from raymem.recipe.schema import ModelSection, Recipe
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS
 from raymem.training.checkpoint import FOLDER, latest_recipe
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import fetch
 
 RECORD = "revision.json"
@@ -120,4 +120,4 @@ def _of_model(plain: dict[str, str | None]) -> Began:
 
 
 def _commit(name: str | None, revision: str | None) -> str:
-    return fetch(name or "", revision, Layout(), weights_too=False).name
+    return fetch(name or "", revision, DistEnv(), weights_too=False).name

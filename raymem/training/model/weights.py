@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from raymem.account import Header, refuse_two_places, refuse_untied, unused
 from raymem.errors import ModelError
 from raymem.storage.safetensors_io import shard_files
-from raymem.training.dist_env import Layout, local_rows
+from raymem.training.dist_env import DistEnv, local_rows
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class SafetensorsFiles:
             return value
 
 
-class Whole:
+class StateDictSource:
     """A complete state dict, for models that start from random weights or whose checkpoints need conversion."""
 
     def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -122,7 +122,7 @@ def checkpoint_source(model: Any, directory: Path) -> TensorSource:
     )
     if report["missing_keys"]:  # transformers would make them up
         raise ModelError(_missing(set(report["missing_keys"])))
-    return Whole(loaded.state_dict())
+    return StateDictSource(loaded.state_dict())
 
 
 def _open(model: Any, directory: Path) -> tuple[SafetensorsFiles, list[str]]:
@@ -174,12 +174,12 @@ def slots(model: nn.Module) -> dict[str, Slot]:
     return found
 
 
-def materialise(model: nn.Module, layout: Layout) -> None:
+def materialise(model: nn.Module, dist_env: DistEnv) -> None:
     """Allocate what is still on the meta device, uninitialised, keeping tied parameters tied."""
-    if layout.sharded:
+    if dist_env.sharded:
         firsts: dict[int, Slot] = {}
         ties = [(slot, firsts.setdefault(id(parameter), slot)) for slot, parameter in _parameter_slots(model)]
-        model.to_empty(device=layout.device)  # makes a parameter for every place; FSDP2 knows that in the first one
+        model.to_empty(device=dist_env.device)  # makes a parameter for every place; FSDP2 knows that in the first one
         for (module, name), (owner, first) in ties:
             module._parameters[name] = owner._parameters[first]
         return
@@ -188,11 +188,11 @@ def materialise(model: nn.Module, layout: Layout) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in fresh:
-                    fresh[id(parameter)] = _empty_parameter(parameter, layout.device)
+                    fresh[id(parameter)] = _empty_parameter(parameter, dist_env.device)
                 module._parameters[name] = fresh[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device=layout.device)
+                module._buffers[name] = torch.empty_like(buffer, device=dist_env.device)
 
 
 def _parameter_slots(model: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
@@ -209,7 +209,7 @@ def _empty_parameter(parameter: nn.Parameter, device: torch.device) -> nn.Parame
 
 
 @torch.no_grad()
-def fill(places: Mapping[str, Slot], source: TensorSource, layout: Layout, tied: Mapping[str, str]) -> None:
+def fill(places: Mapping[str, Slot], source: TensorSource, dist_env: DistEnv, tied: Mapping[str, str]) -> None:
     """Copy every tensor of ``source`` into its place.
 
     Args:
@@ -227,7 +227,7 @@ def fill(places: Mapping[str, Slot], source: TensorSource, layout: Layout, tied:
         target = getattr(module, attribute)
         if target is None:
             continue
-        put(module, attribute, lambda rows, name=name: source.read(name, rows), layout, name)  # type: ignore[misc]
+        put(module, attribute, lambda rows, name=name: source.read(name, rows), dist_env, name)  # type: ignore[misc]
         missing.discard(name)
     held = set(places) - missing
     held |= {origin for target, origin in tied.items() if target in held}
@@ -245,7 +245,7 @@ def _missing(names: set[str]) -> str:
 
 @torch.no_grad()
 def put(
-    module: nn.Module, attribute: str, read: Callable[[slice | None], torch.Tensor], layout: Layout, name: str
+    module: nn.Module, attribute: str, read: Callable[[slice | None], torch.Tensor], dist_env: DistEnv, name: str
 ) -> None:
     """Write one tensor into its place: whole, as this rank's rows, or quantised.
 
@@ -254,12 +254,12 @@ def put(
     """
     target = getattr(module, attribute)
     if isinstance(target, DTensor):
-        rows = local_rows(target.shape[0], layout.rank, layout.world_size) if target.dim() else None
+        rows = local_rows(target.shape[0], dist_env.rank, dist_env.world_size) if target.dim() else None
         local, value = target.to_local(), read(rows)
         _same_shape(name, local, value)
         local.copy_(value)
     elif type(target) is not nn.Parameter and isinstance(target, nn.Parameter):
-        _quantise(module, attribute, read(None), layout)
+        _quantise(module, attribute, read(None), dist_env)
     else:
         value = read(None)
         _same_shape(name, target, value)
@@ -274,7 +274,7 @@ def _same_shape(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
         )
 
 
-def _quantise(module: nn.Module, attribute: str, value: torch.Tensor, layout: Layout) -> None:
+def _quantise(module: nn.Module, attribute: str, value: torch.Tensor, dist_env: DistEnv) -> None:
     """Replace a bitsandbytes placeholder by the packed 4-bit form of ``value``."""
     import bitsandbytes as bnb
 
@@ -287,4 +287,4 @@ def _quantise(module: nn.Module, attribute: str, value: torch.Tensor, layout: La
         blocksize=old.blocksize,
         module=module,
     )
-    setattr(module, attribute, packed.to(layout.device))
+    setattr(module, attribute, packed.to(dist_env.device))

@@ -11,11 +11,10 @@ import torch
 
 from raymem.errors import ModelError, RecipeError
 from raymem.methods.moram import MoRAMConfig, select_indices
-from raymem.methods.moram.config import MoRAMOptions
 from raymem.methods.moram.layer import layers
 from raymem.methods.peft.kind import stored_buffers
 from raymem.recipe.schema import Recipe
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import build_model
 from tests.helpers.moram_cases import small_llama, token_batches, trainable, with_moram
 from tests.helpers.support import (
@@ -96,7 +95,7 @@ def test_a_run_selects_trains_evaluates_merges_and_is_continued(llama: Path, exa
         merged, _ = load_artifact(merge(outcome.artifact, tmp_path / "merged"))
         torch.testing.assert_close(merged(**ids).logits, adapted)
     continued = build_model(
-        make_recipe({"adapter": {**MORAM, "init_from": outcome.artifact}}, model=llama), Layout()
+        make_recipe({"adapter": {**MORAM, "init_from": outcome.artifact}}, model=llama), DistEnv()
     ).eval()
     with torch.no_grad():
         assert torch.equal(continued(**ids).logits, adapted)
@@ -112,10 +111,10 @@ def test_evaluation_of_a_run_reads_its_adapter(llama: Path, examples: Path, tmp_
     outcome, _ = train(moram_recipe(llama, examples, tmp_path))
     assert outcome is not None
     plain = moram_recipe(llama, examples, tmp_path, {"adapter": {"kind": "none"}})
-    model: Any = build_model(plain, Layout(), adapter_at=Path(outcome.artifact))
+    model: Any = build_model(plain, DistEnv(), adapter_at=Path(outcome.artifact))
     assert all((layer.moram_index["default"] >= 0).all() for _, layer in layers(model))
     continued: Any = build_model(
-        moram_recipe(llama, examples, tmp_path, {"adapter": {"init_from": outcome.artifact}}), Layout()
+        moram_recipe(llama, examples, tmp_path, {"adapter": {"init_from": outcome.artifact}}), DistEnv()
     )
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():

@@ -13,7 +13,7 @@ from raymem.errors import StorageError
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import artifact_name, export_final
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
 from raymem.training.step import train_step
@@ -38,7 +38,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def export(model: Any, recipe: Recipe, directory: Path) -> Path:
     directory.mkdir(exist_ok=True)
-    return Path(export_final(model, recipe, Layout(), Storage.open(str(directory)), {"step": 2}))
+    return Path(export_final(model, recipe, DistEnv(), Storage.open(str(directory)), {"step": 2}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

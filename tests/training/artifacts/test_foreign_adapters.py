@@ -14,7 +14,7 @@ from raymem.recipe.schema import Recipe
 from raymem.runs.evaluate import evaluate_recipe
 from raymem.training.artifacts.load import generate, load_artifact, merge
 from raymem.training.data.packed.dataset import PackedRows
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import evaluate
 from raymem.training.loss import prepare
 from raymem.training.model.build import build_model
@@ -64,7 +64,7 @@ def by_peft(base: Path, adapter: Path, recipe: Recipe) -> float:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     prepare(model, FullLossKind(), FullLoss())
     rows = PackedRows(prepare_split(recipe, "eval").directories)
-    return evaluate(model, rows, Layout(), micro_batch=2, mixed=False).loss
+    return evaluate(model, rows, DistEnv(), micro_batch=2, mixed=False).loss
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from raymem.errors import ModelError, RecipeError
 from raymem.training.artifacts.load import load_artifact, merge
-from raymem.training.dist_env import Layout
+from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
 from raymem.training.step import train_step
@@ -127,7 +127,7 @@ def test_an_adapter_is_continued_in_the_precision_of_the_recipe(llama: Path, tra
 )
 def test_an_adapter_of_another_shape_is_refused(llama: Path, trained: Any, changes: Any, message: str) -> None:
     with pytest.raises(ModelError, match=r"adapter\.init_from: .*" + message):
-        build_model(make_recipe(continuing(trained[0], **changes), model=llama), Layout())
+        build_model(make_recipe(continuing(trained[0], **changes), model=llama), DistEnv())
 
 
 def test_a_directory_without_an_adapter_is_refused(llama: Path, tmp_path: Path) -> None:

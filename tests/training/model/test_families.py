@@ -14,7 +14,7 @@ from raymem.methods.peft.files import load_adapter
 from raymem.methods.peft.linear_layers import linear_layers, routed_experts, text_pass
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
-from raymem.training.dist_env import Layout, replicate
+from raymem.training.dist_env import DistEnv, replicate
 from raymem.training.loss import forward_loss_sum, loss_of
 from raymem.training.model.build import build_model
 from raymem.training.model.summary import what_is_trained
@@ -168,11 +168,11 @@ def test_lora_on_all_linear_layers(name: str, tmp_path: Path) -> None:
 def gradients_of_two_workers(raw: dict[str, Any]) -> list[str]:
     """Two steps under DDP, which raises in the second where a parameter had no gradient in the first."""
     recipe = Recipe.model_validate(raw)
-    layout = Layout.current(recipe)
-    model = build_model(recipe, layout)
-    wrapped, updater = replicate(model, layout), build_updater(model, recipe)
+    dist_env = DistEnv.current(recipe)
+    model = build_model(recipe, dist_env)
+    wrapped, updater = replicate(model, dist_env), build_updater(model, recipe)
     for step in range(2):
-        batch = random_batch(2, 12, step + 2 * layout.rank, packed=False)
+        batch = random_batch(2, 12, step + 2 * dist_env.rank, packed=False)
         train_step(wrapped, [batch], 2 * num_targets(batch), updater, step, 1e-2)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from raymem.errors import ModelError
 from raymem.memory.meter import storage_bytes
 from raymem.recipe.schema import Recipe
-from raymem.training.dist_env import Layout, local_rows
+from raymem.training.dist_env import DistEnv, local_rows
 from raymem.training.model.build import build_model
 from tests.helpers.support import (
     FAMILIES,
@@ -154,13 +154,13 @@ def status_bytes(field: str) -> int:
 def load_and_measure(raw: dict[str, Any]) -> dict[str, int]:
     """Bytes of this rank's share, and how far resident memory rose at most while the model was built."""
     recipe = Recipe.model_validate(raw)
-    layout = Layout.current(recipe)
+    dist_env = DistEnv.current(recipe)
     tiny = make_recipe(FULL, {"scaling": raw["scaling"]}, model=raw["model"]["tokenizer"])
-    build_model(tiny, layout)  # imports and first uses are not what is measured
-    build_model(recipe, layout, meta=True)  # nor is what is asked once about an architecture
+    build_model(tiny, dist_env)  # imports and first uses are not what is measured
+    build_model(recipe, dist_env, meta=True)  # nor is what is asked once about an architecture
     Path("/proc/self/clear_refs").write_text("5")
     before = status_bytes("VmRSS")
-    model = build_model(recipe, layout)
+    model = build_model(recipe, dist_env)
     return {"share": storage_bytes(model.parameters()), "rise": status_bytes("VmHWM") - before}
 
 

@@ -152,7 +152,7 @@ def source_keys(
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class EncodeSpec:
     """What every task of a source has in common; small and picklable."""
 
     tokenizer_path: str
@@ -168,7 +168,7 @@ class _Recipe:
 class _Plan:
     source: Source
     opened: OpenedSource
-    recipe: _Recipe
+    recipe: EncodeSpec
     key: str
 
 
@@ -183,7 +183,7 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
         place = section.place(split, index)
         opened = open_source(source, place, cache_dir, BLOCK_ROWS)
         row_format = resolve_format(source, opened.first_row, place)
-        recipe = _Recipe(
+        recipe = EncodeSpec(
             tokenizer_path,
             tokenizer_hash,
             row_format,
@@ -264,7 +264,7 @@ def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any
     }
 
 
-def write_shard(recipe: _Recipe, directory: str, task: Task) -> Counts:
+def write_shard(recipe: EncodeSpec, directory: str, task: Task) -> Counts:
     """Read, encode and pack one block and write its shard.
 
     Returns:
