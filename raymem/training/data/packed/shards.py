@@ -32,7 +32,7 @@ from raymem.training.data.sources.overlap import also_trained_on
 from raymem.training.data.tokenizer import cached_tokenizer, load_tokenizer, tokenizer_key
 from raymem.training.data.unread import line, unread
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Raise it with every change of what a shard holds for the same input."""
 BLOCK_ROWS = 2048
 _UNNAMED = ".writing-"
