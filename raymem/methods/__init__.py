@@ -22,3 +22,17 @@ def lazy_exports(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
 
     return getattr_
+
+
+_EXPORTS = {
+    "chunked_loss": ("cross_entropy_sum",),
+    "loract": ("compress_activations",),
+    "loram": ("PruneOptions", "load_pruned", "prune_model", "recover_adapter", "verify_recovery"),
+    "mlorc": ("MLorcAdamW", "MLorcLion"),
+    "moram": ("MoRAMConfig", "check_base", "export_lora", "export_shira", "select_indices"),
+}
+"""Room -> what of it is public here."""
+
+__all__ = sorted(name for names in _EXPORTS.values() for name in names)
+
+__getattr__ = lazy_exports(__name__, {name: room for room, names in _EXPORTS.items() for name in names})

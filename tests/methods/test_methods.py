@@ -1,16 +1,27 @@
-"""What a method's classes take by default is what its options say: recipes and bare loops get the same."""
+"""The methods as a package, and their defaults: recipes and bare loops get the same."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 
+from raymem import methods
 from raymem.methods.mlorc import MLorcAdamW, MLorcLion
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions
 from raymem.methods.moram import MoRAMConfig
 from raymem.methods.moram.config import MoRAMOptions
+
+
+def test_the_package_exports_what_is_public_of_each_method() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    for name in methods.__all__:
+        assert callable(getattr(methods, name))
+        assert f"`{name}`" in page
+    with pytest.raises(AttributeError, match="MLorcSGD"):
+        methods.MLorcSGD  # noqa: B018
 
 
 @pytest.mark.parametrize(
