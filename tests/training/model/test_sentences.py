@@ -13,6 +13,7 @@ from raymem.errors import ModelError, RecipeError
 from raymem.methods.sentences import as_sentence, first_step
 from raymem.runs.train import launch
 from raymem.training.model.build import build_model
+from raymem.training.model.summary import what_is_trained
 from tests.helpers import families
 from tests.helpers.support import make_recipe, run_fragment, save_tokenizer, train
 
@@ -109,3 +110,18 @@ def test_the_words_of_a_library_stay_and_errors_of_ours_pass() -> None:
         raise RecipeError("mine")
     with pytest.raises(RuntimeError, match="later"), first_step(torch.nn.Identity(), is_first=False):
         raise RuntimeError("later")
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_the_lines_say_what_is_in_4_bits(planned: bool, tmp_path: Path) -> None:
+    if not planned:
+        pytest.importorskip("bitsandbytes")
+    base = families.save(tmp_path, "qwen3_moe", hidden_size=64, head_dim=16)
+    recipe = make_recipe({"base": {"quantize": "nf4"}, "train": {"precision": "bf16"}}, model=base)
+    lines = [str(line) for line in what_is_trained(build_model(recipe, meta=True, planned=planned), recipe)]
+    assert lines[2:] == [
+        "in 4 bits (8): q_proj, k_proj, v_proj, o_proj",
+        "not in 4 bits (1): lm_head - transformers keeps the output head and what is tied to it",
+        "not in 4 bits (4): experts.gate_up_proj, experts.down_proj - bitsandbytes packs linear layers, and fused "
+        "experts are none",
+    ]
