@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0
 _LIBRARIES = ("torch", "transformers", "peft")
-_READ = ("memory", "planner", "methods", "linalg", "recipe", "training")
+_READ = ("kinds", "linalg", "memory", "methods", "planner", "recipe", "training")
 """Rooms whose code decides what a plan says."""
 
 
