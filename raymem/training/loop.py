@@ -114,7 +114,7 @@ class _Session:
         self.model = self.bare if self.dist_env.sharded else replicate(self.bare, self.dist_env)
         row: Row = {}
         for step in range(start, self.total_steps):
-            with self._failures_named(step), first_step(self.bare, is_first=step == start):
+            with first_step(self.bare, is_first=step == start), self._failures_named(step):
                 self._seed(step)
                 for hook in self.hooks:
                     hook.before_step(step, self.view)
