@@ -71,7 +71,7 @@ def test_model_code_that_decides_by_values_gives_a_rough_figure_and_the_operatio
     forward = LlamaDecoderLayer.forward
 
     def deciding(self: Any, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return forward(self, x, **kwargs) if x.sum().item() > 0 else x
+        return forward(self, x, **kwargs) if not x.sum().isnan().item() else x
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", deciding)
     recipe = case("lora")

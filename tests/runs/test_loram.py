@@ -228,7 +228,7 @@ def test_data_of_several_blocks_is_prepared_by_tasks(
     here = shards.prepare(section, "train", str(llama), tmp_path / "here")
     driver = os.getpid()
 
-    def elsewhere(function: Any, task: Any) -> Any:
+    def elsewhere(function: Any, task: Any, kinds: Any) -> Any:
         assert os.getpid() != driver
         return function(task)
 

@@ -43,7 +43,14 @@ def choose(model: Any, targets: str | list[str]) -> Targets:
     if targets == "all-linear":
         if verdict.reason is not None:
             log.warning("adapter.targets: all-linear is every linear layer, for %s", verdict.reason)
-        return Targets(adaptable(model))
+        names = adaptable(model)
+        if not names:
+            why = ", ".join(dict.fromkeys(verdict.left_alone.values())) or "it has no linear layer but its output head"
+            raise RecipeError(
+                f"adapter.targets: all-linear finds no layer of {type(model).__name__} that takes an adapter ({why}); "
+                "name layers, or train with adapter: none"
+            )
+        return Targets(names)
     patterns = [targets] if isinstance(targets, str) else targets
     layers, experts = _all_linear_layers(model), list(routed_experts(model))
     expressions: list[str] = []

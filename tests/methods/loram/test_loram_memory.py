@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from raymem.memory.meter import PeakMeter
+from raymem.memory.nf4 import weight_bytes
 from raymem.methods.loram import (
     PruneOptions,
     load_pruned,
@@ -92,7 +93,7 @@ def test_nf4_trains_recovers_and_weighs_what_the_plan_says(tmp_path: Path) -> No
             state = module.weight.quant_state
             pieces = (module.weight.data, state.absmax, state.state2.absmax)
             found = sum(piece.numel() * piece.element_size() for piece in pieces)
-            assert found == nf4.weight_bytes(state.shape.numel())
+            assert found == weight_bytes(state.shape.numel())
             stored += found
             linear_parameters += state.shape.numel()
     plan = plan_pruning(read_config(full), options)

@@ -97,7 +97,12 @@ class Pruning:
                 f"model.name: {directory} is not there on node {os.uname().nodename}; every node needs the same "
                 "directory (storage.path and, for downloads, HF_HOME on a shared file system)"
             )
-        run_step(job, step, None if step.kind in ("rest", "layer") else self._layers())
+        layers = None if step.kind in ("rest", "layer") else self._layers()
+        try:
+            run_step(job, step, layers)
+        except BaseException:
+            _models.clear()  # what a step was stopped in the middle of
+            raise
 
     def commit(self) -> Manifest:
         """Make the pruned model appear."""
