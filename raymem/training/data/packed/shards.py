@@ -180,7 +180,7 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
     tokenizer_hash = tokenizer_key(tokenizer)
     plans: list[_Plan] = []
     for index, source in enumerate(sources):
-        place = section.place(split, index)
+        place = section.path_of(split, index)
         opened = open_source(source, place, cache_dir, BLOCK_ROWS)
         row_format = resolve_format(source, opened.first_row, place)
         recipe = EncodeSpec(
@@ -211,7 +211,7 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
 
 
 def _warn_if_trained_on(plan: _Plan, section: DataSection, cache_dir: Path) -> None:
-    train = [(section.place("train", index), source) for index, source in enumerate(section.train)]
+    train = [(section.path_of("train", index), source) for index, source in enumerate(section.train)]
     if shared := also_trained_on(plan.opened, plan.source, train, cache_dir, BLOCK_ROWS):
         log.warning("%s is also trained on, so its loss says nothing about other data (%s)", plan.opened.place, shared)
 
