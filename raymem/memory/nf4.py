@@ -110,7 +110,7 @@ class Linear4bit(nn.Linear):
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        given = x.dtype
+        input_dtype = x.dtype
         x = x.to(self.compute_dtype)
         bias: torch.Tensor | None = self.bias
         if bias is not None:
@@ -120,7 +120,7 @@ class Linear4bit(nn.Linear):
         state = self.weight.quant_state  # type: ignore[attr-defined]
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         multiply: Any = _Product.apply if needs_grad else _product
-        return multiply(x, self.weight, bias, state).to(given)  # type: ignore[no-any-return]
+        return multiply(x, self.weight, bias, state).to(input_dtype)  # type: ignore[no-any-return]
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, state: QuantState) -> torch.Tensor:
