@@ -82,8 +82,8 @@ class OfLogits:
 
         hidden: list[Any] = []
 
-        def enter(head: Any, given: tuple[Any, ...]) -> None:
-            hidden.append(given[0])
+        def enter(head: Any, arguments: tuple[Any, ...]) -> None:
+            hidden.append(arguments[0])
             attribute("loss")
 
         head = model.get_output_embeddings()
