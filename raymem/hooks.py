@@ -54,7 +54,7 @@ class Hook:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know besides trained tensors, in values of JSON; equal on all ranks.
+        """Return the state that a resumed run needs besides trained tensors, in values of JSON; equal on all ranks.
 
         Empty for a hook that has no such state; a hook that has some says so before the first step too.
         """

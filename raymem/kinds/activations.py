@@ -8,7 +8,7 @@ from raymem.kinds.core import Kind, OptionsT
 
 
 class ActivationsKind(Kind[OptionsT]):
-    """What is kept for the backward pass."""
+    """A way to keep activations for the backward pass."""
 
     def prepare(self, model: Any, options: OptionsT) -> None:
         """Change a transformers model before its adapter is attached."""

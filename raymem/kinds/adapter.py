@@ -17,7 +17,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AttachContext:
-    """What attaching needs to know besides the options."""
+    """The facts that attaching needs besides the options."""
 
     dtype: Any
     """torch dtype of the trained weights."""

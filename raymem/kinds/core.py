@@ -1,4 +1,4 @@
-"""What the kinds of all axes have in common."""
+"""Defines the base class of the kinds of all axes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Advice:
     terms: tuple[str, ...] = ()
     """Memory terms that it lowers (weights, trainable, gradients, optimizer, activations, loss, workspace)."""
     cost: int = 50
-    """What it costs in time and quality beside others: the cheapest are tried first. 10 changes no result, 90 is a last
+    """The cost in time and quality beside others: the cheapest are tried first. 10 changes no result, 90 is a last
     resort."""
     applies: Callable[[Any], bool] = lambda recipe: True
     """Asked with the recipe; combinations that a rule refuses are left out anyway."""

@@ -20,7 +20,7 @@ class LossFunction(Protocol):
     """A sentence for the person who runs it, or None."""
 
     def rough_bytes(self, *, tokens: int, vocabulary: int, hidden_size: int, itemsize: int, device: str) -> int:
-        """What it takes for a micro-batch, by a formula, for models that cannot be traced.
+        """Estimate the bytes for a micro-batch by a formula, for models that cannot be traced.
 
         Args:
             itemsize: bytes per number of the hidden states.

@@ -12,7 +12,7 @@ from raymem.kinds.core import Kind, OptionsT
 
 @dataclass(frozen=True)
 class OptimizerContext:
-    """What an optimizer is built with besides its options."""
+    """The arguments that an optimizer is built with besides its options."""
 
     seed: int
     stochastic_rounding: bool
@@ -54,7 +54,7 @@ class TensorShape:
 
     shape: tuple[int, ...]
     local: tuple[int, ...]
-    """What this worker has of it: fewer rows where it is sharded."""
+    """The shape of this worker's part: fewer rows where the parameter is sharded."""
     itemsize: int
     """Bytes per number of what is updated: 4 with fp32 masters."""
     rounded: bool

@@ -1,4 +1,4 @@
-"""What adapters of PEFT have in common: attaching, initial values, and reading what was saved."""
+"""Defines the common part of PEFT's adapter kinds: attaching, initial values, and reading saved adapters."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
     meaning: ClassVar[Mapping[str, str | None]]
     """Option of the adapter_config.json that decides what its tensors mean -> key of the recipe that sets it."""
     factors: ClassVar[tuple[str, str]]
-    """What the names of the two factors hold between dots: the one that starts at random, and the one of zeros."""
+    """Parts between dots of the two factors' names: of the one that starts at random, and of the one of zeros."""
 
     @abstractmethod
     def peft_config(self, options: OptionsT, targets: Targets) -> Any:
@@ -108,15 +108,15 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
         return config.get("peft_type") == self.peft_type
 
     def read(self, directory: str, model: Any) -> dict[str, Any]:
-        """Tensors of a PEFT directory under the names of a wrapped model. Collective if it is sharded."""
+        """Read the tensors of a PEFT directory under the names of a wrapped model. Collective if it is sharded."""
         config = read_config(directory)
         ours: dict[str, Any] = model.peft_config["default"].to_dict()
         for option, key in self.meaning.items():
-            theirs, wanted = config.get(option) or None, ours.get(option) or None
-            if theirs != wanted:
+            theirs, mine = config.get(option) or None, ours.get(option) or None
+            if theirs != mine:
                 cure = f"set adapter.{key}: {theirs}" if key else merged_instead(directory)
                 raise ModelError(
-                    f"adapter.init_from: {directory} was trained with {option}={theirs} but this recipe has {wanted}, "
+                    f"adapter.init_from: {directory} was trained with {option}={theirs} but this recipe has {mine}, "
                     f"which would change what it does; {cure}"
                 )
         return self._tensors(directory, model)

@@ -37,7 +37,7 @@ _EXPERT_DIMENSIONS = 3
 
 @dataclass(frozen=True)
 class TextPass:
-    """What one forward and backward pass over text says of an architecture."""
+    """The observations of one forward and backward pass over text, for an architecture."""
 
     left_alone: Mapping[str, str]
     """Linear layer that takes no adapter -> why. Names, or patterns of names with ``*`` in the place of numbers."""
@@ -55,7 +55,7 @@ class TextPass:
 
 
 def text_pass(model: Any) -> TextPass:
-    """What text passes through in a bare model; asked once per architecture, options and versions."""
+    """Find the layers that text passes through in a model; done once per architecture, options and versions."""
     answer = asked_once("text pass", model, (Path(__file__),), lambda: _ask(model.config, class_of(model)))
     return TextPass(answer["left_alone"], frozenset(answer["without_gradient"]), answer["reason"])
 

@@ -1,4 +1,4 @@
-"""What ``adapter.targets`` means in a model: layers, and experts, in PEFT's terms."""
+"""Translates ``adapter.targets`` into layers and experts of a model, in PEFT's terms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Targets:
-    """What PEFT is told to adapt."""
+    """The targets that PEFT is told to adapt."""
 
     modules: str | list[str]
     """Names of linear layers, whole or their ends after a dot, or one expression for whole names."""
