@@ -232,9 +232,9 @@ def _scaled(
             f"--workers {least}-{most}: overlay {overlay} has a fixed number of workers; give one number, or use "
             "--overlay gpu-spot-elastic"
         )
-    resources = dict(recipe.scaling.resources_per_worker or {})
+    own_share = dict(recipe.scaling.resources_per_worker or {})
     # Said in the recipe, so that exactly one worker goes into a Pod, whatever nodes there are when the driver looks.
-    share = {"CPU": 1.0, "GPU": 1.0, **resources} if shape.gpu else {"CPU": resources.get("CPU", float(cpus or 2))}
+    share = {"CPU": 1.0, "GPU": 1.0, **own_share} if shape.gpu else {"CPU": own_share.get("CPU", float(cpus or 2))}
     if cpus is not None and share["CPU"] > cpus:
         raise ClusterError(
             f"--cpus {cpus}: scaling.resources_per_worker gives each worker {share['CPU']:g} CPU; raise one or lower "

@@ -1,4 +1,4 @@
-"""4-bit layers that only stand for memory: what bitsandbytes holds and allocates, without bitsandbytes.
+"""Stands in for bitsandbytes' 4-bit layers as far as memory goes, without bitsandbytes.
 
 A planned step needs of a 4-bit layer which tensors it keeps and which its kernels make, no values. So the operations
 here have shapes and no kernels (they cannot run on real tensors), and cost a fraction of what the compiler costs that
@@ -20,14 +20,14 @@ BLOCK, NESTED_BLOCK = 64, 256
 
 
 def weight_bytes(numel: int) -> int:
-    """Bytes of one linear layer's weights in NF4 with double quantisation: 4 + 8/64 + 32/(64*256) bits each."""
+    """Count the bytes of a linear layer's weights in NF4, doubly quantised: 4 + 8/64 + 32/(64*256) bits each."""
     blocks = math.ceil(numel / BLOCK)
     return math.ceil(numel / 2) + blocks + 4 * math.ceil(blocks / NESTED_BLOCK)
 
 
 _OPERATIONS = ("gemm_4bit", "dequantize_blockwise", "dequantize_4bit")
 STANDS_FOR = {f"raymem::{name}": f"bitsandbytes::{name}" for name in _OPERATIONS}
-"""Operation -> the one of bitsandbytes whose place it takes."""
+"""Maps each operation to the one of bitsandbytes that it stands in for."""
 
 _Shape = TypeVar("_Shape", bound=Callable[..., torch.Tensor])
 

@@ -137,7 +137,7 @@ def _fake_parameter(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def quantisation_tensors(parameter: Any) -> Iterator[torch.Tensor]:
-    """Return the scales and tables that belong to a quantised weight."""
+    """Yield the scales and tables that belong to a quantised weight."""
     state = getattr(parameter, "quant_state", None)
     while state is not None:
         yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))

@@ -169,12 +169,12 @@ def fetch(name: str, revision: str | None, dist_env: DistEnv, *, weights_too: bo
     if dist_env.local_rank != 0:
         dist_env.barrier()
     try:
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        downloaded = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(not_to_be_had(name, error)) from None
     if dist_env.local_rank == 0:
         dist_env.barrier()
-    return directory
+    return downloaded
 
 
 def not_to_be_had(name: str, error: Exception) -> str:

@@ -109,7 +109,7 @@ def _quantised(model: Any) -> list[Line]:
 
 
 def _lines(what: str, reasons: dict[str, str], depth: int = 1) -> Iterable[Line]:
-    """Return one line for every reason.
+    """Yield one line for every reason.
 
     Args:
         reasons: name -> why.
@@ -137,6 +137,6 @@ def _unused(what: str, unused: list[str], names: list[str]) -> list[Line]:
 
 
 def _prefixes(name: str) -> list[str]:
-    """Yield the modules that a name lies in, from the outermost."""
+    """List the modules that a name lies in, from the outermost."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
