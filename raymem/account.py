@@ -41,7 +41,7 @@ _CURE = (
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of a tensor."""
+    """The header that a safetensors file has for a tensor."""
 
     dtype: str
     """For example ``BF16``."""
@@ -59,10 +59,10 @@ def refuse_quantised(config: Any, name: object) -> None:
         ModelError: it is quantised.
     """
     for key in ("quantization_config", "compression_config"):
-        found = getattr(config, key, None)
-        if not found:
+        quantisation = getattr(config, key, None)
+        if not quantisation:
             continue
-        options: Mapping[str, Any] = found if isinstance(found, dict) else found.to_dict()
+        options: Mapping[str, Any] = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
         method = options.get("quant_method")
         if method is None:
             method = "bitsandbytes" if any(name.startswith("load_in_") for name in options) else "an unnamed method"
@@ -93,12 +93,12 @@ def of_no_use(model: Any, key: str, header: Header) -> str | None:
     return None
 
 
-def unused(model: Any, place: object, stored: Mapping[str, tuple[str, Header]]) -> dict[str, str]:
+def unused(model: Any, where: object, stored: Mapping[str, tuple[str, Header]]) -> dict[str, str]:
     """The tensors of a checkpoint that are of no use, each with the reason; every other one has its place.
 
     Args:
         model: bare transformers model, on any device.
-        place: directory or id of the checkpoint, for messages.
+        where: directory or id of the checkpoint, for messages.
         stored: key in the files -> name in the model and what the file says of it.
 
     Returns:
@@ -107,38 +107,38 @@ def unused(model: Any, place: object, stored: Mapping[str, tuple[str, Header]]) 
     Raises:
         ModelError: a tensor is neither, or is stored in a form that is not its value.
     """
-    wanted = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
+    is_float = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
     reasons: dict[str, str] = {}
     odd: dict[str, Header] = {}
     packed: dict[str, Header] = {}
     for key, (name, header) in stored.items():
-        if name in wanted:
-            if wanted[name] and header.dtype not in FLOATS:
+        if name in is_float:
+            if is_float[name] and header.dtype not in FLOATS:
                 packed[key] = header
         elif (reason := of_no_use(model, name, header)) is not None:
             reasons[key] = reason
         else:
             (packed if header.dtype not in _PLAIN or _PACKED.search(key) else odd)[key] = header
     if packed or odd:
-        raise ModelError(_refusal(model, place, packed, odd))
+        raise ModelError(_refusal(model, where, packed, odd))
     return reasons
 
 
-def refuse_two_places(place: object, found: Iterable[tuple[str, str, str]]) -> None:
+def refuse_two_places(where: object, entries: Iterable[tuple[str, str, str]]) -> None:
     """Refuse a checkpoint that holds a tensor twice: which of the two is the model would hang on the order of reading.
 
     Args:
-        found: name in the model, key and file of every tensor.
+        entries: name in the model, key and file of every tensor.
 
     Raises:
         ModelError: two of them have one name.
     """
     seen: dict[str, tuple[str, str]] = {}
-    for name, key, file in found:
+    for name, key, file in entries:
         if name in seen:
             first, its_file = seen[name]
             raise ModelError(
-                f"model.name: {place} holds tensor {name} twice, as {first} in {its_file} and as {key} in {file}; "
+                f"model.name: {where} holds tensor {name} twice, as {first} in {its_file} and as {key} in {file}; "
                 "remove the files that belong to another set, or fetch the model again"
             )
         seen[name] = (key, file)
@@ -147,7 +147,7 @@ def refuse_two_places(place: object, found: Iterable[tuple[str, str, str]]) -> N
 @torch.no_grad()
 def refuse_untied(
     model: Any,
-    place: object,
+    where: object,
     names: Iterable[str],
     read: Callable[[str], torch.Tensor],
     dtype: torch.dtype | None = None,
@@ -173,24 +173,24 @@ def refuse_untied(
         one, other = (read(name) if dtype is None else read(name).to(dtype) for name in (target, origin))
         if not torch.equal(one, other):
             raise ModelError(
-                f"model.name: {place} holds {target} and {origin} with different values, but its config.json says that "
+                f"model.name: {where} holds {target} and {origin} with different values, but its config.json says that "
                 "they are one (tie_word_embeddings); set tie_word_embeddings: false in its config.json if the model "
                 "has an output head of its own"
             )
 
 
-def _refusal(model: Any, place: object, packed: Mapping[str, Header], odd: Mapping[str, Header]) -> str:
+def _refusal(model: Any, where: object, packed: Mapping[str, Header], odd: Mapping[str, Header]) -> str:
     # Of a quantised checkpoint it is the form that tells most: a dtype before a name, whichever comes first.
-    found = sorted((packed or odd).items(), key=lambda item: item[1].dtype in FLOATS)
-    key, header = found[0]
+    refused = sorted((packed or odd).items(), key=lambda item: item[1].dtype in FLOATS)
+    key, header = refused[0]
     more = f" (one of {len(packed) + len(odd)} such)" if len(packed) + len(odd) > 1 else ""
     if packed:
         return (
-            f"model.name: {place} holds weights in fewer bits than their value has: tensor {key} of dtype "
+            f"model.name: {where} holds weights in fewer bits than their value has: tensor {key} of dtype "
             f"{header.dtype}{more}; {_CURE}"
         )
     return (
-        f"model.name: {place} holds tensor {key} of dtype {header.dtype} and shape {list(header.shape)}{more}, for "
+        f"model.name: {where} holds tensor {key} of dtype {header.dtype} and shape {list(header.shape)}{more}, for "
         f"which {type(model).__name__}, as config.json describes it, has no place, and without it the model would "
         "compute something else; give the config.json that belongs to these weights, or save the model again with "
         "transformers if the tensor is of no use"

@@ -1,4 +1,4 @@
-"""What is kept between runs on this machine: plans, calibration, what probes found. All of it can be made again."""
+"""Keeps plans, calibration and results of probes between runs on this machine. All of it can be made again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cache_root() -> Path:
 
 
 def read_json(file: Path) -> Any:
-    """What a file holds; None if it is not there or cannot be read."""
+    """Return the contents of a file; None if it is not there or cannot be read."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):
@@ -38,11 +38,11 @@ def write_json(file: Path, value: Any) -> None:
 
 
 @functools.cache
-def source_digest(*places: Path) -> str:
-    """Digest of raymem's own code in files and folders: a development version changes without a number."""
+def source_digest(*paths: Path) -> str:
+    """Digest raymem's own code in files and folders: a development version changes without a number."""
     content = hashlib.sha256()
-    for place in places:
-        files = [place] if place.is_file() else sorted([*place.rglob("*.py"), *place.rglob("*.json")])
+    for path in paths:
+        files = [path] if path.is_file() else sorted([*path.rglob("*.py"), *path.rglob("*.json")])
         for file in files:
             content.update(file.read_bytes())
     return content.hexdigest()
@@ -50,7 +50,7 @@ def source_digest(*places: Path) -> str:
 
 @functools.cache
 def versions(*libraries: str) -> dict[str, str | None]:
-    """Installed version of each library; None if it is not there."""
+    """Return the installed version of each library; None if it is not there."""
 
     def one(name: str) -> str | None:
         try:

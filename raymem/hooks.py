@@ -1,4 +1,4 @@
-"""How a kind of an axis takes part in a run beyond the model that it builds: before steps, in metrics, in checkpoints.
+"""Lets a kind of an axis take part in a run beyond the model that it builds: before steps, in metrics, in checkpoints.
 
 The loop calls the hooks of a recipe and stores their state with every checkpoint; the planner calls the same hooks on
 tensors without values. Neither knows what they do, and hooks know neither of the two, only a :class:`RunView`.
@@ -20,7 +20,7 @@ class RunView:
     """A run as its hooks see it; alike in training and in a plan."""
 
     model: nn.Module
-    """Complete with its adapter; sharded under FSDP2, not wrapped by DDP."""
+    """The model with its adapter; sharded under FSDP2, not wrapped by DDP."""
     batches: Callable[[int], list[Any]]
     """Given a step (from 0): this worker's micro-batches of its global batch, on the worker's device. Every worker has
     equally many. In a plan two stand for any number, and they are the same for every step."""
@@ -39,10 +39,10 @@ class Hook:
     """
 
     name: ClassVar[str]
-    """Key of the state in checkpoints; no other hook of a recipe has the same."""
+    """The key of the state in checkpoints; no other hook of a recipe has the same."""
 
     def before_step(self, step: int, run: RunView) -> None:
-        """Do what is to be done before optimizer step ``step`` (from 0). Gradients are empty and must be left so.
+        """Prepare optimizer step ``step`` (from 0). Gradients are empty and must be left so.
 
         The global random stream is seeded for this step before the first hook, and again behind the last one. A plan
         calls this twice, with 0 and with 1, which stands for all later steps: whatever holds the most memory in any of
@@ -50,18 +50,18 @@ class Hook:
         """
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Figures of a step that has just been taken, for its row of metrics; equal on all ranks."""
+        """Return figures of a step that has just been taken, for its row of metrics; equal on all ranks."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know besides trained tensors, in values of JSON; equal on all ranks.
+        """Return the state that a resumed run needs besides trained tensors, in values of JSON; equal on all ranks.
 
         Empty for a hook that has no such state; a hook that has some says so before the first step too.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; called before :meth:`resumed` if the checkpoint has such a state."""
+        """Take over a state of :meth:`state_dict`; called before :meth:`resumed` if the checkpoint has such a state."""
 
     def resumed(self, run: RunView) -> None:
-        """The run goes on from a checkpoint, whose tensors are in the model by now."""
+        """Continue a run from a checkpoint, whose tensors are in the model by now."""

@@ -1,4 +1,4 @@
-"""The work of a run on Ray: what :class:`raymem.runs.backend.Backend` asks for, with a cluster or one of our own."""
+"""Does the work of a run on Ray, as :class:`raymem.runs.backend.Backend`, on a given cluster or one of our own."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ class RayBackend:
         self._connected = True
 
     def map(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
-        """One task per item."""
+        """Run one task per item."""
         from raymem.cluster.tasks import ray_map
 
         return ray_map(function, items)
 
     def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
-        """One task with a worker's resources."""
+        """Run one task with a worker's resources."""
         from raymem.cluster.tasks import call_as_worker
 
         return call_as_worker(function, config, self.scaling)
 
     def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
-        """Ray Train workers."""
+        """Train with Ray Train workers."""
         from raymem.cluster.train.controller import train_workers
 
         return train_workers(prepared, tracker, listeners)
 
     def run_steps(self, job: StepJob, progress: Callable[[int, int], None]) -> None:
-        """One task per step."""
+        """Run one task per step."""
         from raymem.cluster.step_jobs import run_by_tasks
 
         run_by_tasks(job, progress)

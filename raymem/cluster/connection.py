@@ -1,4 +1,4 @@
-"""Joining the cluster of ``RAY_ADDRESS``, or starting a local one that is private to this process."""
+"""Joins the cluster of ``RAY_ADDRESS``, or starts a local one that is private to this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raymem.errors import ClusterError
 from raymem.recipe.schema import ScalingSection
 
 _QUIET = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
-"""Turns off what Ray's daemons collect for its dashboard: on a laptop nobody looks, and it costs cores that train."""
+"""Turns off Ray's collection for its dashboard: on a laptop nobody looks, and it costs cores that train."""
 
 
 def connect(scaling: ScalingSection) -> None:
@@ -65,7 +65,7 @@ def _private_token() -> None:
 
 
 def worker_resources(scaling: ScalingSection) -> dict[str, float]:
-    """Ray resources of one worker: as the recipe says, or one GPU, or an equal share of all CPU cores."""
+    """Return the Ray resources of one worker: as the recipe says, or one GPU, or an equal share of all CPU cores."""
     if scaling.resources_per_worker is not None:
         return dict(scaling.resources_per_worker)
     if scaling.use_gpu:
@@ -80,7 +80,7 @@ def worker_resources(scaling: ScalingSection) -> dict[str, float]:
 
 
 def _check_room(scaling: ScalingSection) -> None:
-    """Refuse at once what would otherwise wait for resources for ever; an autoscaling cluster may still grow."""
+    """Refuse at once a request that would wait for resources for ever; an autoscaling cluster may still grow."""
     if os.environ.get("RAY_ADDRESS"):
         return
     needed = worker_resources(scaling)

@@ -1,4 +1,4 @@
-"""Host memory in Ray's books for as long as a piece of work runs in a process that is used again."""
+"""Reserves host memory with Ray for as long as a piece of work runs in a process that is used again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ray.util.placement_group import get_placement_group, placement_group, remov
 
 @contextlib.contextmanager
 def reserved(name: str, memory_bytes: int) -> Iterator[None]:
-    """Hold host memory of this node, waiting until there is as much; nothing is held of 0 bytes.
+    """Hold host memory of this node, waiting until there is enough; 0 bytes hold nothing.
 
     Ray Tune could reserve it with a trial's process, but processes are used again, by trials that need more or less.
     """
@@ -30,6 +30,6 @@ def reserved(name: str, memory_bytes: int) -> Iterator[None]:
 
 
 def free_reservation(name: str) -> None:
-    """Give back what a process that is dead held; nothing if it held none."""
+    """Give back the memory that a dead process held, if it held any."""
     with contextlib.suppress(ValueError, ray.exceptions.RayError):
         remove_placement_group(get_placement_group(name))

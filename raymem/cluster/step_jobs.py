@@ -1,4 +1,4 @@
-"""A job in steps as Ray tasks: one per step, as many at once as the steps' order, cores and memory allow.
+"""Runs a job in steps as Ray tasks: one per step, as many at once as the steps' order, cores and memory allow.
 
 A task gets plain values and reads and writes files itself; nothing passes through the object store, where it could be
 lost with a node. A step that was done is skipped, so a killed worker costs one step and a killed driver nothing.
@@ -15,12 +15,12 @@ from raymem.errors import ClusterError, RaymemError
 from raymem.training.job import StepJob
 
 LIBRARIES_BYTES = 600 << 20
-"""Memory of a worker before it reads anything: torch and transformers."""
+"""The memory of a worker before it reads anything: torch and transformers."""
 MAX_RETRIES = 3
 
 
 def run_by_tasks(job: StepJob, progress: Callable[[int, int], None]) -> None:
-    """Do what is not done of a job on the connected cluster, and commit it.
+    """Do the missing steps of a job on the connected cluster, and commit it.
 
     Args:
         progress: told how many of how many steps are done.
@@ -57,12 +57,12 @@ def run_by_tasks(job: StepJob, progress: Callable[[int, int], None]) -> None:
 
 
 def run_task(job: StepJob, step: Any) -> None:
-    """One step, on a node."""
+    """Do one step, on a node."""
     job.run(step)
 
 
 def _window() -> tuple[int, int]:
-    """Tasks in flight, two per core so that none waits for the driver; and bytes of the largest node."""
+    """Return the tasks in flight, two per core so that none waits for the driver, and bytes of the largest node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = sum(int(node.get("CPU", 0)) for node in nodes)
     return max(2, 2 * cores), int(max(node.get("memory", 0) for node in nodes))

@@ -1,4 +1,4 @@
-"""Functions as Ray tasks: over many items, or one call with resources of its own."""
+"""Runs functions as Ray tasks: over many items, or one call with resources of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def ray_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """``map`` with one Ray task per item; a lost task is repeated, so its function must write atomically.
+    """Map with one Ray task per item; a lost task is repeated, so its function must write atomically.
 
     A single item is done here: a worker would have to start and import for longer than that takes.
     """
@@ -35,7 +35,7 @@ def ray_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[R
 
 
 def function_of(function: Callable[[Item], Result], item: Item, kinds: dict[str, list[str]]) -> Result:
-    """One call, under a name: Ray cannot make a task of a ``functools.partial``.
+    """Make one call, as a named function: Ray cannot make a task of a ``functools.partial``.
 
     Args:
         kinds: what the driver has registered.
@@ -47,7 +47,7 @@ def function_of(function: Callable[[Item], Result], item: Item, kinds: dict[str,
 def call_as_worker(
     function: Callable[[dict[str, Any]], Result], config: dict[str, Any], scaling: ScalingSection
 ) -> Result:
-    """One call as a Ray task with the resources of one worker; plain data in, plain values out."""
+    """Make one call as a Ray task with the resources of one worker; plain data in, plain values out."""
     import ray
 
     from raymem.cluster.connection import worker_resources

@@ -232,9 +232,9 @@ def _scaled(
             f"--workers {least}-{most}: overlay {overlay} has a fixed number of workers; give one number, or use "
             "--overlay gpu-spot-elastic"
         )
-    given = dict(recipe.scaling.resources_per_worker or {})
+    own_share = dict(recipe.scaling.resources_per_worker or {})
     # Said in the recipe, so that exactly one worker goes into a Pod, whatever nodes there are when the driver looks.
-    share = {"CPU": 1.0, "GPU": 1.0, **given} if shape.gpu else {"CPU": given.get("CPU", float(cpus or 2))}
+    share = {"CPU": 1.0, "GPU": 1.0, **own_share} if shape.gpu else {"CPU": own_share.get("CPU", float(cpus or 2))}
     if cpus is not None and share["CPU"] > cpus:
         raise ClusterError(
             f"--cpus {cpus}: scaling.resources_per_worker gives each worker {share['CPU']:g} CPU; raise one or lower "
@@ -329,7 +329,7 @@ def _patch(
         amounts["nvidia.com/gpu"] = str(math.ceil(share["GPU"]))
     labelled = ("", _HEAD, f"{_WORKERS}/template", "/spec/submitterPodTemplate")
     patch: list[dict[str, Any]] = [
-        {"op": "add", "path": f"{place}/metadata/labels/raymem.io~1run", "value": job} for place in labelled
+        {"op": "add", "path": f"{path}/metadata/labels/raymem.io~1run", "value": job} for path in labelled
     ]
     values: dict[str, Any] = {
         "/metadata/name": job,

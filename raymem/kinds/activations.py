@@ -1,4 +1,4 @@
-"""Kinds of the ``activations`` axis."""
+"""Defines the base class of the kinds of the ``activations`` axis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from raymem.kinds.core import Kind, OptionsT
 
 
 class ActivationsKind(Kind[OptionsT]):
-    """What is kept for the backward pass."""
+    """A way to keep activations for the backward pass."""
 
     def prepare(self, model: Any, options: OptionsT) -> None:
         """Change a transformers model before its adapter is attached."""
@@ -17,11 +17,11 @@ class ActivationsKind(Kind[OptionsT]):
         """Change the complete model, loaded or on the meta device."""
 
     def keeps_stock_layers(self, options: OptionsT) -> bool:
-        """Whether it follows what transformers' own layers save, so that raymem's lean ones must not replace them."""
+        """Say whether it needs what transformers' own layers save, so that raymem's lean ones must not replace them."""
         return False
 
     def rough_bytes(self, options: OptionsT, *, layers: int, layer_bytes: int, input_bytes: int) -> int:
-        """Within a factor of two, what one micro-batch keeps, for models that cannot be traced.
+        """Estimate within a factor of two the bytes that one micro-batch keeps, for models that cannot be traced.
 
         Args:
             layer_bytes: everything that one layer computes.

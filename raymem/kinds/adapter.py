@@ -1,4 +1,4 @@
-"""Kinds of the ``adapter`` axis."""
+"""Defines the base class of the kinds of the ``adapter`` axis."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AttachContext:
-    """What attaching needs to know besides the options."""
+    """The facts that attaching needs besides the options."""
 
     dtype: Any
-    """torch dtype of the trained weights."""
+    """The torch dtype of the trained weights."""
     base_name: str | None
-    """Directory or Hugging Face id that the adapter's config is to name; None where there is none yet."""
+    """The directory or Hugging Face id that the adapter's config is to name; None where there is none yet."""
     base_revision: str | None
 
 
 class AdapterKind(Kind[OptionsT]):
-    """Which weights are trained."""
+    """A choice of the weights that are trained."""
 
     trains_base: ClassVar[bool] = False
-    """Whether the result is a whole model rather than an adapter."""
+    """Says whether the result is a whole model rather than an adapter."""
 
     @abstractmethod
     def attach(self, model: Any, options: OptionsT, context: AttachContext) -> Any:
-        """Make a model (usually on the meta device) train what this kind trains; returns the model to train.
+        """Prepare a model (usually on the meta device) for this kind's training; return the model to train.
 
         Raises:
             RecipeError: an option that does not go with the model; begins with ``adapter.``.
         """
 
     def register(self) -> None:
-        """Make libraries know its files, before one of them is loaded."""
+        """Teach libraries to read its files, before one of them is loaded."""
 
     def initial_value(self, name: str, shape: Sequence[int], seed: int) -> Any:
-        """fp32 start of a trained tensor that no checkpoint of the base holds, the same on every rank.
+        """Return the fp32 start of a trained tensor that no checkpoint of the base holds, the same on every rank.
 
         Raises:
             AssertionError: the name is none of its tensors.
@@ -52,7 +52,7 @@ class AdapterKind(Kind[OptionsT]):
         raise AssertionError(f"no initial value is known for adapter tensor {name}")
 
     def buffers(self, model: Any) -> dict[str, Any]:
-        """Buffers of the attached model that a checkpoint and the saved adapter must hold beside what is trained."""
+        """Return buffers of the attached model that a checkpoint and the saved adapter hold besides trained tensors."""
         return {}
 
     def save(self, model: Any, directory: Path, tensors: Mapping[str, Any], options: OptionsT) -> None:
@@ -72,11 +72,11 @@ class AdapterKind(Kind[OptionsT]):
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     def continues(self, config: Mapping[str, Any]) -> bool:
-        """Whether it can go on with an adapter that has this adapter_config.json."""
+        """Say whether it can go on with an adapter that has this adapter_config.json."""
         return config.get("raymem_kind") == self.name
 
     def continuing(self, config: Mapping[str, Any], directory: str) -> OptionsT:
-        """Options that continue the adapter in ``directory``, whose adapter_config.json is ``config``.
+        """Return the options that continue the adapter in ``directory``, whose adapter_config.json is ``config``.
 
         Raises:
             ModelError: the options have no field ``init_from``.
@@ -89,11 +89,11 @@ class AdapterKind(Kind[OptionsT]):
         return options
 
     def source(self, options: OptionsT) -> str | None:
-        """Directory of the adapter that is continued; None to begin with :meth:`initial_value`."""
+        """Return the directory of the adapter that is continued; None to begin with :meth:`initial_value`."""
         return getattr(options, "init_from", None)
 
     def read(self, directory: str, model: Any) -> dict[str, Any]:
-        """Tensors of a saved adapter under the names of ``model``, whose base is filled. Collective if it is sharded.
+        """Read a saved adapter under the names of ``model``, whose base is filled. Collective if it is sharded.
 
         Raises:
             ModelError: it is incomplete, or of another rank or set of layers.
@@ -113,16 +113,16 @@ class AdapterKind(Kind[OptionsT]):
         return tensors
 
     def loaded(self, model: Any, options: OptionsT, seed: int) -> None:
-        """Called once when base and adapter have their values, before the first step of a new run."""
+        """Do further work once base and adapter have their values, before the first step of a new run."""
 
     def trained_shapes(self, model: Any, options: OptionsT) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every trained tensor, of an attached model: read from it, unless a closed form is known."""
+        """Map each trained tensor of an attached model to its shape: read from it, unless a closed form is known."""
         return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
 
     def buffer_bytes(self, model: Any, options: OptionsT) -> int:
-        """Bytes of the buffers that it adds to the model."""
+        """Count the bytes of the buffers that it adds to the model."""
         return 0
 
     def owns_buffer(self, name: str) -> bool:
-        """Whether :meth:`buffer_bytes` counts a buffer of the attached model."""
+        """Say whether :meth:`buffer_bytes` counts a buffer of the attached model."""
         return False

@@ -1,4 +1,4 @@
-"""What the kinds of all axes have in common."""
+"""Defines the base class of the kinds of all axes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OptionsT = TypeVar("OptionsT")
 
 
 OPTIONS_RULES = {"extra": "forbid", "strict": True, "allow_inf_nan": False, "use_attribute_docstrings": True}
-"""``__pydantic_config__`` of an options dataclass whose attribute docstrings are to describe its keys."""
+"""The ``__pydantic_config__`` of an options dataclass whose attribute docstrings are to describe its keys."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Advice:
     """A change of a recipe that lowers its peak."""
 
     override: str
-    """As ``--set`` takes it."""
+    """The change, as ``--set`` takes it."""
     terms: tuple[str, ...] = ()
     """Memory terms that it lowers (weights, trainable, gradients, optimizer, activations, loss, workspace)."""
     cost: int = 50
-    """What it costs in time and quality beside others: the cheapest are tried first. 10 changes no result, 90 is a last
+    """The cost in time and quality beside others: the cheapest are tried first. 10 changes no result, 90 is a last
     resort."""
     applies: Callable[[Any], bool] = lambda recipe: True
     """Asked with the recipe; combinations that a rule refuses are left out anyway."""
@@ -67,15 +67,15 @@ class Kind(ABC, Generic[OptionsT]):
         return name
 
     def rules(self) -> Sequence[Rule]:
-        """Settings that do not go with it."""
+        """Return rules about settings that do not go with it."""
         return ()
 
     def advice(self) -> Sequence[Advice]:
-        """Changes towards this kind, or of its options, that make a recipe smaller."""
+        """Return changes towards this kind, or of its options, that make a recipe smaller."""
         return ()
 
     def hooks(self, options: OptionsT, model: Any, seed: int) -> Sequence[Hook]:
-        """How it takes part in a run beyond the model that it builds.
+        """Return the hooks by which it takes part in a run beyond the model that it builds.
 
         Args:
             model: complete, as it is trained.

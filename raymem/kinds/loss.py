@@ -1,4 +1,4 @@
-"""Kinds of the ``loss`` axis."""
+"""Defines the base class of the kinds of the ``loss`` axis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 from raymem.kinds.core import Kind, OptionsT
 
 IGNORED = -100
-"""Target of a position that has none (transformers' convention)."""
+"""The target of a position that has none (transformers' convention)."""
 
 
 class LossFunction(Protocol):
@@ -20,7 +20,7 @@ class LossFunction(Protocol):
     """A sentence for the person who runs it, or None."""
 
     def rough_bytes(self, *, tokens: int, vocabulary: int, hidden_size: int, itemsize: int, device: str) -> int:
-        """What it takes for a micro-batch, by a formula, for models that cannot be traced.
+        """Estimate the bytes for a micro-batch by a formula, for models that cannot be traced.
 
         Args:
             itemsize: bytes per number of the hidden states.
@@ -39,16 +39,16 @@ class LossFunction(Protocol):
 
 
 class LossKind(Kind[OptionsT]):
-    """How the loss is computed.
+    """A way to compute the loss.
 
     A kind that needs the logits alone implements :meth:`loss_sum`; one that must not have them whole, :meth:`prepare`.
     """
 
     is_cross_entropy: ClassVar[bool] = False
-    """Whether it is cross-entropy in nats, so that exp(loss) is a perplexity."""
+    """Whether the loss is cross-entropy in nats, so that exp(loss) is a perplexity."""
 
     def prepare(self, model: Any, options: OptionsT) -> LossFunction:
-        """The loss of a complete model (with its adapter attached, loaded or on the meta device).
+        """Return the loss of a complete model (with its adapter attached, loaded or on the meta device).
 
         Raises:
             RecipeError: it is not right for this model.
@@ -56,12 +56,12 @@ class LossKind(Kind[OptionsT]):
         return OfLogits(lambda logits_NV, ids_N: self.loss_sum(logits_NV, ids_N, options))
 
     def loss_sum(self, logits_NV: Any, ids_N: Any, options: OptionsT) -> Any:
-        """Summed loss of fp32 logits [N, V]; positions whose id is -100 do not count."""
+        """Compute the summed loss of fp32 logits [N, V]; positions whose id is -100 do not count."""
         raise NotImplementedError
 
 
 class OfLogits:
-    """Any loss of the logits of all positions.
+    """A loss of the logits of all positions.
 
     Args:
         loss_sum: fp32 logits [N, V] and int64 ids [N] -> summed loss, 0-dim fp32.
@@ -74,7 +74,7 @@ class OfLogits:
         self._loss_sum, self.note = loss_sum, note
 
     def rough_bytes(self, *, tokens: int, vocabulary: int, hidden_size: int, itemsize: int, device: str) -> int:
-        """Logits three times in fp32, and once in their own dtype."""
+        """Count the logits three times in fp32, and once in their own dtype."""
         return (3 * 4 + (itemsize if itemsize < 4 else 0)) * tokens * vocabulary
 
     def __call__(self, model: Any, inputs: dict[str, Any], ids_N: Any, positions_T: Any) -> Any:
@@ -82,8 +82,8 @@ class OfLogits:
 
         hidden: list[Any] = []
 
-        def enter(head: Any, given: tuple[Any, ...]) -> None:
-            hidden.append(given[0])
+        def enter(head: Any, arguments: tuple[Any, ...]) -> None:
+            hidden.append(arguments[0])
             attribute("loss")
 
         head = model.get_output_embeddings()
@@ -101,7 +101,7 @@ class OfLogits:
 
 
 def cross_entropy_sum(logits_NV: Any, ids_N: Any) -> Any:
-    """Summed cross-entropy in nats of fp32 logits [N, V], 0-dim."""
+    """Compute the summed cross-entropy in nats of fp32 logits [N, V], 0-dim."""
     import torch.nn.functional as F
 
     return F.cross_entropy(logits_NV, ids_N, ignore_index=IGNORED, reduction="sum")

@@ -1,4 +1,4 @@
-"""Kinds of the ``optimizer`` axis."""
+"""Defines the base class of the kinds of the ``optimizer`` axis."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from raymem.kinds.core import Kind, OptionsT
 
 @dataclass(frozen=True)
 class OptimizerContext:
-    """What an optimizer is built with besides its options."""
+    """The arguments that an optimizer is built with besides its options."""
 
     seed: int
     stochastic_rounding: bool
     """Whether bf16 parameters are to be rounded up or down at random; an optimizer that cannot must raise."""
     embeddings: frozenset[str]
-    """Names of the embedding matrices."""
+    """The names of the embedding matrices."""
 
 
 class OptimizerKind(Kind[OptionsT]):
-    """How the trained weights are updated. Its options have ``lr``, the peak learning rate.
+    """A way to update the trained weights. Its options have ``lr``, the peak learning rate.
 
     The optimizer's state must consist of tensors. Its groups carry the running ``step`` (from 0) and ``lr``.
     """
@@ -33,18 +33,18 @@ class OptimizerKind(Kind[OptionsT]):
 
     @abstractmethod
     def build(self, parameters: Mapping[str, Any], options: OptionsT, context: OptimizerContext) -> Any:
-        """The torch optimizer over named parameters.
+        """Build the torch optimizer over named parameters.
 
         Raises:
             RecipeError: an option that does not go with them; begins with ``optimizer.``.
         """
 
     def state_bytes(self, options: OptionsT, tensor: TensorShape) -> int | None:
-        """Bytes of state of one tensor on one worker in closed form; None where none is known."""
+        """Count the bytes of one tensor's state on one worker in closed form; None where none is known."""
         return None
 
     def frees_gradients(self, options: OptionsT) -> bool:
-        """Whether gradients are used up during the backward pass, so that they are never all there."""
+        """Say whether gradients are used up during the backward pass, so that they are never all there."""
         return False
 
 
@@ -54,7 +54,7 @@ class TensorShape:
 
     shape: tuple[int, ...]
     local: tuple[int, ...]
-    """What this worker has of it: fewer rows where it is sharded."""
+    """The shape of this worker's part: fewer rows where the parameter is sharded."""
     itemsize: int
     """Bytes per number of what is updated: 4 with fp32 masters."""
     rounded: bool

@@ -1,4 +1,4 @@
-"""Kinds of the ``tracking`` axis."""
+"""Defines the base class of the kinds of the ``tracking`` axis."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from raymem.kinds.core import Kind, OptionsT
 
 
 class TrackerKind(Kind[OptionsT]):
-    """Where runs are recorded."""
+    """A tracking system, in which runs are recorded."""
 
     @abstractmethod
     def load(self) -> type[Any]:

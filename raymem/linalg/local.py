@@ -1,4 +1,4 @@
-"""Tensors that are spread over ranks (FSDP2)."""
+"""Handles tensors that are spread over ranks (FSDP2)."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a distributed tensor; any other tensor as it is."""
+    """Return this rank's part of a distributed tensor, and any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

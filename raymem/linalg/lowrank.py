@@ -41,7 +41,7 @@ class LowRank:
 
 
 def row_chunks(num_rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
-    """Consecutive row ranges of about ``chunk_bytes`` each, with at least eight rows.
+    """Yield consecutive row ranges of about ``chunk_bytes`` each, with at least eight rows.
 
     Working through a matrix by these keeps every temporary as small as a chunk.
     """

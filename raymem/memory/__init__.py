@@ -1,4 +1,4 @@
-"""Measuring, recording and simulating memory. Bytes are ``int`` and named ``*_bytes``; GiB appear only when printing.
+"""Measures, records and simulates memory. Bytes are ``int`` and named ``*_bytes``; GiB appear only when printing.
 
 Useful alone: :class:`PeakMeter` measures a window, :class:`Tracer` records every storage that a program makes, real or
 fake, and :class:`CachingAllocator` is PyTorch's CUDA allocator as a model. They load on first use.

@@ -1,4 +1,4 @@
-"""A model of CUDA's caching allocator: where every block of a recorded program would lie, and what is then reserved.
+"""Simulates CUDA's caching allocator: where every block of a recorded program lies, and how much is reserved.
 
 Written from the documented rules of PyTorch's native allocator (c10/core/AllocatorConfig.h of torch 2.13 and the notes
 on CUDA memory management): one stream, default configuration or expandable segments. Legend of the rules:
@@ -60,9 +60,9 @@ class _Pool:
     ranks: list[tuple[int, int]] = field(default_factory=list)
     """(size, address), in the order in which free blocks are considered."""
     blocks: dict[int, Block] = field(default_factory=dict)
-    """By address."""
+    """The free blocks by address."""
     last: Block | None = None
-    """Block at the end of the pool's address range (expandable segments only)."""
+    """The block at the end of the pool's address range (expandable segments only)."""
 
     def add(self, block: Block) -> None:
         bisect.insort(self.ranks, (block.size_bytes, block.address))
@@ -73,7 +73,7 @@ class _Pool:
         del self.blocks[block.address]
 
     def take(self, size_bytes: int) -> Block | None:
-        """The best fit, no longer free."""
+        """Take the best fit from the free blocks."""
         at = bisect.bisect_left(self.ranks, (size_bytes, -1))
         if at == len(self.ranks):
             return None
@@ -81,7 +81,7 @@ class _Pool:
 
 
 class CachingAllocator:
-    """One simulated device.
+    """A simulated device.
 
     Args:
         capacity_bytes: what the driver has; None for no limit.
@@ -139,7 +139,7 @@ class CachingAllocator:
         pool.add(block)
 
     def free_blocks(self) -> Iterator[Block]:
-        """Every free block of both pools."""
+        """Yield every free block of both pools."""
         for pool in self._pools.values():
             yield from pool.blocks.values()
 
@@ -179,7 +179,7 @@ class CachingAllocator:
         return True
 
     def _grow(self, size: int, small: bool) -> Block | None:
-        """A free block of at least ``size``, from the driver; None if it has no more."""
+        """Get a free block of at least ``size`` from the driver; None if it has no more."""
         if self.expandable:
             return self._extend(size, small)
         segment = segment_bytes(size)
@@ -209,7 +209,7 @@ class CachingAllocator:
         return block
 
     def _flush(self) -> None:
-        """Give back what is wholly free: segments, or pages at the end of an expandable range."""
+        """Give back segments that are wholly free, or free pages at the end of an expandable range."""
         for small, pool in self._pools.items():
             for block in list(pool.blocks.values()):
                 if not self.expandable and block.before is None and block.after is None:
@@ -234,12 +234,12 @@ class CachingAllocator:
 
 
 def rounded(num_bytes: int) -> int:
-    """Bytes that a request takes, rounded up to the allocator's grain."""
+    """Return the bytes that a request takes, rounded up to the allocator's grain."""
     return -(-num_bytes // GRAIN_BYTES) * GRAIN_BYTES or GRAIN_BYTES
 
 
 def segment_bytes(size: int) -> int:
-    """Bytes of the segment that the allocator asks the driver for, given a rounded request."""
+    """Return the bytes of the segment that the allocator asks the driver for, given a rounded request."""
     if size <= SMALL_REQUEST_BYTES:
         return SMALL_SEGMENT_BYTES
     if size < OWN_SEGMENT_BYTES:
@@ -265,7 +265,7 @@ def replay(events: Iterable[Event], capacity_bytes: int | None = None, *, expand
 
 
 def smallest_capacity(events: list[Event], unlimited: CachingAllocator, *, tolerance: float = 2e-3) -> int:
-    """Bytes of the smallest device on which the program runs, to within ``tolerance`` from above.
+    """Find the bytes of the smallest device on which the program runs, to within ``tolerance`` from above.
 
     Between it and what is reserved without a limit, the allocator survives by giving cached segments back.
 

@@ -1,4 +1,4 @@
-"""Budgets and verdicts as plain values."""
+"""Defines budgets and verdicts as plain values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 def parse_bytes(text: str) -> int:
-    """``24GiB``, ``512 MiB``, ``80GB`` or a plain number of bytes.
+    """Parse ``24GiB``, ``512 MiB``, ``80GB`` or a plain number of bytes.
 
     Raises:
         ValueError: no such number or unit, or nothing left of it.
@@ -27,7 +27,7 @@ def parse_bytes(text: str) -> int:
 
 
 def bytes_text(num_bytes: float) -> str:
-    """In the largest binary unit of which there is one, for people."""
+    """Format bytes for people, in the largest binary unit of which there is one."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
@@ -47,9 +47,9 @@ class Exceeds:
 
     by_bytes: int
     largest_term: str
-    """Memory category that has most at the peak."""
+    """The memory category that has most at the peak."""
     would_help: tuple[str, ...]
-    """Recipe settings that attack that term."""
+    """The recipe settings that attack that term."""
 
 
 Verdict = Fits | Exceeds

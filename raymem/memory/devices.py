@@ -1,4 +1,4 @@
-"""Constants per kind of GPU: the memory that a device has, and what it needs beside the tensors.
+"""Lists constants per kind of GPU: the memory of the device, and its needs besides the tensors.
 
 Capacities are what the driver reports as total memory (the "total capacity" of PyTorch's out-of-memory message),
 rounded down; the name on the box says more. Context and NCCL are outside PyTorch's allocator. They depend on driver and
@@ -49,22 +49,22 @@ GPUS: dict[str, Gpu] = {
 }
 
 ALIASES = {"A100": "A100-80GB", "H100": "H100-80GB"}
-"""Short name -> the GPU that people mean by it."""
+"""Maps a short name to the GPU that people mean by it."""
 
 UNKNOWN_GPU = Gpu(0, _HOPPER)
-"""For a budget in bytes on an unnamed GPU: the larger constants."""
+"""The constants for a budget in bytes on an unnamed GPU, which are the larger ones."""
 
 NCCL_BYTES = 400 * MIB
 """Buffers of one communicator on one machine, from two workers on."""
 
 
 def gpu_facts(name: str | None) -> Gpu:
-    """As :func:`gpu_named`; of a GPU whose kind is not given :data:`UNKNOWN_GPU`."""
+    """Return a GPU as :func:`gpu_named` does, and :data:`UNKNOWN_GPU` where no kind is given."""
     return UNKNOWN_GPU if name is None else gpu_named(name)
 
 
 def gpu_named(name: str) -> Gpu:
-    """A GPU of the table by its name or an alias; case and separators do not matter.
+    """Return a GPU of the table by its name or an alias; case and separators do not matter.
 
     Raises:
         BudgetError: it is not in the table; lists the known ones.

@@ -1,4 +1,4 @@
-"""Memory that kernels allocate and free inside, where no trace of operations shows it: operation -> bytes.
+"""Computes the memory that kernels allocate and free inside, where no trace of operations shows it.
 
 Each rule was found by comparing the trace with the allocator's own count (CPU), or is taken from the kernel's source
 (CUDA, marked; not measured by this project).
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 Rule = Callable[[tuple[Any, ...], Any], int]
-"""Arguments and result of an operation -> bytes inside its kernel."""
+"""A function from arguments and result of an operation to the bytes inside its kernel."""
 
 
 def workspace(kind: str) -> Callable[[Any, tuple[Any, ...], Any], int]:
-    """Bytes that kernels of a kind of device use inside, for :class:`raymem.memory.trace.Tracer`."""
+    """Return the function for the kernels of a kind of device, for :class:`raymem.memory.trace.Tracer`."""
     rules = _RULES[kind if kind in _RULES else "cuda"]
 
     def used(func: Any, args: tuple[Any, ...], result: Any) -> int:

@@ -1,4 +1,4 @@
-"""The one measurement of peak memory: what the allocator really handed out, on CPU and on CUDA.
+"""Measures peak memory: the bytes that the allocator really handed out, on CPU and on CUDA.
 
 On CUDA the caching allocator counts for itself. On CPU there is no such counter, so the peak is the bytes that are
 resident when the window opens plus the highest running sum of the profiler's allocation events, which include the
@@ -21,7 +21,7 @@ from raymem.linalg.local import local
 
 @dataclass(frozen=True)
 class Peak:
-    """Highest use of device memory inside a window."""
+    """The highest use of device memory inside a window."""
 
     allocated_bytes: int
     reserved_bytes: int | None
@@ -73,7 +73,7 @@ class PeakMeter:
 
 
 def _highest_sum(profiler: torch.profiler.profile) -> int:
-    """Highest running sum of the CPU allocations inside the window, in the order in which they happened.
+    """Return the highest running sum of the CPU allocations inside the window, in the order in which they happened.
 
     A block from before the window may be released with the size of an older one that had its address, so releases
     count only for blocks that the window saw allocated.
@@ -104,7 +104,7 @@ def _highest_sum(profiler: torch.profiler.profile) -> int:
 
 
 def resident_tensors(model: nn.Module, extra: Iterable[torch.Tensor] = ()) -> Iterator[torch.Tensor]:
-    """Every tensor that a model keeps between steps (quantisation state included), then ``extra``."""
+    """Yield every tensor that a model keeps between steps (quantisation state included), then ``extra``."""
     for tensor in [*model.parameters(), *model.buffers()]:
         yield tensor
         if tensor.grad is not None:
@@ -117,7 +117,7 @@ def resident_tensors(model: nn.Module, extra: Iterable[torch.Tensor] = ()) -> It
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind the tensors: each storage once, and only the local part of a DTensor."""
+    """Count the bytes of the storages behind the tensors: each storage once, and only a DTensor's local part."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
         storage = local(tensor).untyped_storage()

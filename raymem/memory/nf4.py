@@ -1,4 +1,4 @@
-"""4-bit layers that only stand for memory: what bitsandbytes holds and allocates, without bitsandbytes.
+"""Stands in for bitsandbytes' 4-bit layers as far as memory goes, without bitsandbytes.
 
 A planned step needs of a 4-bit layer which tensors it keeps and which its kernels make, no values. So the operations
 here have shapes and no kernels (they cannot run on real tensors), and cost a fraction of what the compiler costs that
@@ -20,14 +20,14 @@ BLOCK, NESTED_BLOCK = 64, 256
 
 
 def weight_bytes(numel: int) -> int:
-    """Bytes of one linear layer's weights in NF4 with double quantisation: 4 + 8/64 + 32/(64*256) bits each."""
+    """Count the bytes of a linear layer's weights in NF4, doubly quantised: 4 + 8/64 + 32/(64*256) bits each."""
     blocks = math.ceil(numel / BLOCK)
     return math.ceil(numel / 2) + blocks + 4 * math.ceil(blocks / NESTED_BLOCK)
 
 
 _OPERATIONS = ("gemm_4bit", "dequantize_blockwise", "dequantize_4bit")
 STANDS_FOR = {f"raymem::{name}": f"bitsandbytes::{name}" for name in _OPERATIONS}
-"""Operation -> the one of bitsandbytes whose place it takes."""
+"""Maps each operation to the one of bitsandbytes that it stands in for."""
 
 _Shape = TypeVar("_Shape", bound=Callable[..., torch.Tensor])
 
@@ -110,7 +110,7 @@ class Linear4bit(nn.Linear):
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        given = x.dtype
+        input_dtype = x.dtype
         x = x.to(self.compute_dtype)
         bias: torch.Tensor | None = self.bias
         if bias is not None:
@@ -120,7 +120,7 @@ class Linear4bit(nn.Linear):
         state = self.weight.quant_state  # type: ignore[attr-defined]
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         multiply: Any = _Product.apply if needs_grad else _product
-        return multiply(x, self.weight, bias, state).to(given)  # type: ignore[no-any-return]
+        return multiply(x, self.weight, bias, state).to(input_dtype)  # type: ignore[no-any-return]
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, state: QuantState) -> torch.Tensor:

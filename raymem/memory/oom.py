@@ -1,4 +1,4 @@
-"""Traces that running out of memory leaves: how much was taken, and whom the kernel has killed."""
+"""Reads the traces of running out of memory: how much was taken, and whom the kernel has killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OOM_EVENTS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory
 
 
 def measured_at_failure(error: BaseException, *, on_gpu: bool) -> int:
-    """Bytes that the device had given out, and those that it was asked for in vain; on CPU the process's memory now."""
+    """Return the bytes that the device had given out, and the refused request; on CPU the process's memory now."""
     if on_gpu:
         import torch
 
@@ -29,7 +29,7 @@ def measured_at_failure(error: BaseException, *, on_gpu: bool) -> int:
 
 
 def oom_kills() -> int:
-    """Processes of this container that the kernel has killed for memory."""
+    """Count the processes of this container that the kernel has killed for memory."""
     for file in _OOM_EVENTS:
         with contextlib.suppress(OSError, ValueError):
             counts = dict(line.split() for line in file.read_text().splitlines())

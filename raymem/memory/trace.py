@@ -1,4 +1,4 @@
-"""Every storage that a program allocates and frees, recorded below autograd; for fake tensors and real ones alike.
+"""Records every storage that a program allocates and frees, below autograd, for fake tensors and real ones alike.
 
 A dispatch mode sees the outputs of every operation; their storages are followed until Python lets go of them. What an
 operation allocates and frees within its kernel is invisible here: a table given by the caller says how much that is
@@ -44,14 +44,14 @@ Workspace = Callable[[Any, tuple[Any, ...], Any], int]
 
 
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-"""Runs an operation."""
+"""A function that runs an operation."""
 
 _DEVICE = torch.ops.prim.device.default
 
 
 @dataclass(eq=False, slots=True)
 class Record:
-    """One storage."""
+    """A storage that was recorded."""
 
     key: int
     num_bytes: int
@@ -72,7 +72,7 @@ class Change:
 
 
 class LimitPassed(Exception):
-    """More was alive than a limit."""
+    """Raised when more is alive than a limit."""
 
     def __init__(self, num_bytes: int, phase: Phase) -> None:
         super().__init__(f"{num_bytes} bytes are alive at once ({phase})")
@@ -275,7 +275,7 @@ def attribute(category: Category | None) -> None:
 
 @contextlib.contextmanager
 def attributed(category: Category) -> Iterator[None]:
-    """Inside, as :func:`attribute` says; afterwards as before."""
+    """Apply :func:`attribute` in the block; afterwards everything is as before."""
     before = _active[-1].attributed if _active else None
     attribute(category)
     try:
@@ -285,7 +285,7 @@ def attributed(category: Category) -> Iterator[None]:
 
 
 def attribute_backward(category: Category, *, since: torch.Tensor, until: torch.Tensor) -> None:
-    """The same for backward passes: from the gradient of ``since`` on, until that of ``until`` is there."""
+    """Apply it to backward passes: from the gradient of ``since`` on, until that of ``until`` is there."""
     if not (_active and since.requires_grad and until.requires_grad):
         return
     since.register_hook(lambda _: attribute(category))  # type: ignore[no-untyped-call]
@@ -309,7 +309,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _storages(tensor: torch.Tensor) -> Iterator[Any]:
-    """Storages behind a tensor; those of its parts, if it is made of others."""
+    """Yield the storages behind a tensor; those of its parts, if it is made of others."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _storages(getattr(tensor, name))
@@ -322,7 +322,7 @@ def _storages(tensor: torch.Tensor) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Live:
-    """One storage that is alive at a peak."""
+    """A storage that is alive at a peak."""
 
     name: str
     category: Category
@@ -332,22 +332,22 @@ class Live:
 
 @dataclass(frozen=True)
 class PeakOf:
-    """The highest sum within some changes, and what it consists of."""
+    """The highest sum within some changes, and its parts."""
 
     num_bytes: int
     by_category: dict[Category, int]
     phase: Phase
     at: int
-    """Index of the change that reaches it."""
+    """The index of the change that reaches it."""
 
 
-def peak_of(changes: Iterable[Change], *, wanted: Callable[[Change], bool]) -> PeakOf:
-    """The peak over those changes that are ``wanted``; all others count for what is alive."""
+def peak_of(changes: Iterable[Change], *, counts: Callable[[Change], bool]) -> PeakOf:
+    """Return the peak over the changes for which ``counts`` is true; the others only change what is alive."""
     changes = list(changes)
     total, highest, at = 0, 0, -1
     for index, change in enumerate(changes):
         total += change.num_bytes
-        if total > highest and wanted(change):
+        if total > highest and counts(change):
             highest, at = total, index
     sums: Counter[Category] = Counter()
     for change in changes[: at + 1]:
@@ -356,7 +356,7 @@ def peak_of(changes: Iterable[Change], *, wanted: Callable[[Change], bool]) -> P
 
 
 def live_at(changes: list[Change], at: int) -> list[Live]:
-    """Everything that is alive after the change with index ``at``, largest first."""
+    """List everything that is alive after the change with index ``at``, largest first."""
     alive: dict[int, tuple[Record, int]] = {}
     for change in changes[: at + 1]:
         if change.num_bytes > 0:

@@ -1,4 +1,4 @@
-"""Questions about an architecture that are asked of a small clone of it, once per class, options and versions.
+"""Answers questions about an architecture by a small clone of it, once per class, options and versions.
 
 Whether its loss can be taken in chunks, whether packed examples stay apart, which linear layers a text passes through:
 each is tried on a random clone (:mod:`raymem.methods.tiny_model`) instead of being looked up in a list of names.
@@ -19,7 +19,7 @@ from raymem.methods import tiny_model
 def asked_once(
     question: str, model: Any, sources: tuple[Path, ...], ask: Callable[[], dict[str, Any]], *, detail: Any = None
 ) -> dict[str, Any]:
-    """The answer for the architecture of a causal language model of transformers.
+    """Return the answer for the architecture of a causal language model of transformers.
 
     Args:
         question: its name, which tells answers apart.
@@ -38,15 +38,15 @@ def asked_once(
 
 
 def class_of(model: Any) -> Any:
-    """The class of a model as transformers has it; FSDP2 makes one of its own from that."""
+    """Return the class of a model as transformers has it; FSDP2 makes one of its own from that."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def why_not(error: Exception) -> str:
-    """In words, why a clone says nothing."""
+    """Says in words why a clone gives no answer."""
     return f"a small clone of it cannot be run ({type(error).__name__}: {first_line(error)})"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, in at most 200 characters."""
+    """Return the first line of an error's message, in at most 200 characters."""
     return (str(error).strip().splitlines() or [""])[0][:200]

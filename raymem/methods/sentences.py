@@ -1,4 +1,4 @@
-"""Errors of transformers and PEFT as sentences, at the few places where what a user gave meets them."""
+"""Turns errors of transformers and PEFT into sentences, at the few places where a user's values reach them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raymem.methods.probe import first_line
 
 @contextmanager
 def as_sentence(kind: type[RaymemError], where: str, cure: str) -> Iterator[None]:
-    """Inside, whatever a library raises becomes an error for the user, with the library's words.
+    """Turn whatever a library raises in the block into an error for the user, with the library's words.
 
     Args:
         kind: of the error.
@@ -30,7 +30,7 @@ def as_sentence(kind: type[RaymemError], where: str, cure: str) -> Iterator[None
 
 @contextmanager
 def first_step(model: object, *, is_first: bool) -> Iterator[None]:
-    """Inside, an error of a model's code in the first step of a session becomes a sentence.
+    """Turn an error of a model's code in the first step of a session into a sentence.
 
     Among several workers a RuntimeError may tell of another one that died; then it stays what it is, for a restart.
     """

@@ -1,4 +1,4 @@
-"""Small clones of a model: the same class and options with small sizes and random weights, to try things on.
+"""Builds small clones of a model: the same class and options with small sizes and random weights, to try things on.
 
 What holds for an architecture (whether its layers can be pruned so, whether its loss can be taken in chunks) is asked
 of such a clone in a second, instead of being looked up in a list of names.
@@ -55,11 +55,11 @@ _SIZES = {
     "mamba_chunk_size": 16,
     "chunk_size": 16,
 }
-"""Option of a transformers config -> its value in a clone, where the model has it."""
+"""Maps options of a transformers config to their values in a clone, where the model has them."""
 
 
 def tiny_config(config: Any, *, all_layers: bool = False) -> Any:
-    """A config of the same class and options with small layers and the same head grouping.
+    """Return a config of the same class and options with small layers and the same head grouping.
 
     Args:
         all_layers: as many as the model has, under the same names; by default at most three.
@@ -128,7 +128,7 @@ def _shrink(values: dict[str, Any], config: Any, *, all_layers: bool) -> None:
 
 
 def _leave_out_layers(values: dict[str, Any], count: int, layers: int) -> None:
-    """Shorten what a config says layer by layer."""
+    """Shorten the lists of a config that have an entry for each layer."""
     for name, value in values.items():
         if name == "layer_types" and value:
             kinds = sorted(set(value))
@@ -140,7 +140,7 @@ def _leave_out_layers(values: dict[str, Any], count: int, layers: int) -> None:
 
 
 def random_weights(model: Any) -> Any:
-    """The model with weights of a scale at which every layer matters, biases and norms included; in evaluation mode."""
+    """Give a model weights of a scale at which every layer matters, biases and norms included; in evaluation mode."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.empty_like(parameter).normal_(generator=generator(0, "tiny model", name))
@@ -150,7 +150,7 @@ def random_weights(model: Any) -> Any:
 
 
 def random_clone(config: Any, *, kind: Any = None, all_layers: bool = False, attention: str | None = None) -> Any:
-    """A small causal language model of the class of ``config``, on the CPU in fp32; always the same one.
+    """Build a small causal language model of the class of ``config``, on the CPU in fp32; always the same one.
 
     Args:
         kind: class of the model; by default the one that transformers has for such a config.

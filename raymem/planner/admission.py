@@ -1,4 +1,4 @@
-"""Whether a recipe may be tried at all: the budget, asked before anything is started."""
+"""Decides whether a recipe may be tried at all, by its budget and before anything is started."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from raymem.recipe.axes import MEMORY_AXES
 from raymem.recipe.schema import Recipe
 
 _GROWS = {"train": ("micro_batch",), "data": ("sequence_length",)}
-"""Section -> options of which more never takes less memory, as a kind's ``grows`` says of its own."""
+"""Maps a section to those of its options that never lower memory when they grow, as ``grows`` does for a kind."""
 
 
 @dataclass(frozen=True)
 class Admit:
-    """It fits."""
+    """The verdict on a recipe that fits the budget."""
 
     step_peak_bytes: int
-    """Predicted peak of a step: what the run's meter will show."""
+    """The predicted peak of a step, which the run's meter will show."""
     needed_bytes: int
-    """What the device must have."""
+    """The memory that the device must have."""
 
 
 @dataclass(frozen=True)
 class Reject:
-    """It must not be tried."""
+    """The verdict on a recipe that must not be tried."""
 
     reason: str
     needed_bytes: int | None
-    """At least; None if the recipe cannot be planned at all."""
+    """The memory that the device must have at least; None if the recipe cannot be planned at all."""
     excess: float
-    """Above the budget, as a share of it: how far from feasible."""
+    """How far the recipe is above the budget, as a share of it."""
 
 
 Decision = Admit | Reject
@@ -47,9 +47,9 @@ Decision = Admit | Reject
 class AdmissionController:
     """Judges recipes against one budget.
 
-    What it costs: nothing for a recipe that is larger in every way than one that was refused, or was planned before
-    (plans are remembered over processes). A step is traced no further than to the end of the phase that is above the
-    budget, and not at all where the closed forms are.
+    A recipe costs nothing if it is larger in every way than one that was refused, or was planned before (plans are
+    remembered over processes). A step is traced no further than to the end of the phase that is above the budget, and
+    not at all where the closed forms are.
 
     Args:
         budget_bytes: of one worker's device.
@@ -68,12 +68,12 @@ class AdmissionController:
         self.planner.__exit__()
 
     def warm_up(self, recipe: Recipe) -> None:
-        """Have the planner ready, if there is much to judge; a recipe that cannot be planned does no harm."""
+        """Start the planner ahead of many questions; a recipe that cannot be planned does no harm."""
         with contextlib.suppress(RaymemError):
             self.planner.warm_up(with_micro_batch(recipe, 1))  # it may be open: auto
 
     def judge(self, recipe: Recipe) -> Decision:
-        """Admitted or refused; nothing is raised for a recipe that cannot be planned."""
+        """Admit or refuses a recipe; nothing is raised for one that cannot be planned."""
         if recipe.train.micro_batch == "auto":
             return Reject("train.micro_batch: auto is for single runs; give a number, or search over it", None, 1.0)
         rest, amounts = _split(recipe)
@@ -89,7 +89,7 @@ class AdmissionController:
         return judged
 
     def needed_bytes(self, recipe: Recipe) -> int:
-        """What the device must have, as far as the prediction was right so far. Raises RaymemError."""
+        """Return the memory that the device must have, corrected by past errors. Raises RaymemError."""
         return int(self.planner.plan(recipe).capacity_bytes * self._margin(recipe))
 
     def _judge(self, recipe: Recipe) -> Decision:
@@ -114,12 +114,12 @@ class AdmissionController:
         return Reject(reason, num_bytes, num_bytes / self.budget_bytes - 1)
 
     def _margin(self, recipe: Recipe) -> float:
-        """By how much the worst run of these methods went above its prediction; at least 1."""
+        """Return the factor by which the worst run of these methods went above its prediction; at least 1."""
         return max(1.0, prediction_error.highest(recipe) or 1.0)
 
 
 def _split(recipe: Recipe) -> tuple[dict[str, Any], dict[str, float]]:
-    """What two recipes must share to be compared, and the amounts that compare them.
+    """Split a recipe into what two recipes must share to be compared, and the amounts that compare them.
 
     A recipe that has at least as much of each as one that was too large, and is the same otherwise, is too large too.
     """

@@ -1,4 +1,4 @@
-"""Which single changes of a recipe, and if need be which few together, make it fit."""
+"""Finds the single changes of a recipe, or if need be the few together, that make it fit."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Raises:
 
 @dataclass(frozen=True)
 class Advice:
-    """Overrides that make a recipe fit, as ``--set`` takes them."""
+    """The overrides that make a recipe fit, as ``--set`` takes them."""
 
     overrides: tuple[str, ...]
     plan: Plan
 
 
 def advise(load: Load, budget_bytes: int, gpu: str | None = None) -> list[Advice]:
-    """Changes after which the recipe fits: the fewest together, of equally many those with the lowest peak first.
+    """Find changes after which the recipe fits: the fewest together, of equally many those with the lowest peak first.
 
     The result of training stays the same under the changes of batch split, checkpointing and kernels, and close to it
     under the others; no change of data or model is proposed but the row length, as the last resort.

@@ -1,4 +1,4 @@
-"""The terms that have a closed form, worked out from shapes and the recipe alone: the cross-check of the trace.
+"""Works out the terms that have a closed form from shapes and the recipe alone, to cross-check the trace.
 
 Nothing here runs a step. Weights, trainable weights with their masters, gradients and optimizer state must come out as
 the trace has them, byte for byte; the figure for activations is a rough one, for models that cannot be traced.
@@ -19,11 +19,13 @@ from raymem.recipe.schema import Recipe
 from raymem.training.model.build import trainable_dtype
 
 _NF4_TABLES_BYTES = 4 * (16 + 256 + 1)
-"""Per 4-bit weight: the code of NF4, the code of the scales, and their offset, fp32."""
+"""Bytes of each 4-bit weight's tables in fp32: the code of NF4, the code of the scales, and their offset."""
 
 
 def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, int]:
-    """Bytes of weights, trainable, gradients and optimizer of worker 0; an optimizer without a closed form is left out.
+    """Count the bytes of weights, trainable, gradients and optimizer of worker 0.
+
+    An optimizer without a closed form is left out.
 
     Args:
         model: the recipe's, of which only names and shapes are read.
@@ -58,7 +60,7 @@ def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, i
 
 
 def _rows(shape: tuple[int, ...], share: int) -> tuple[int, ...]:
-    """What worker 0 has of a tensor that is sharded by rows."""
+    """Return worker 0's share of the elements of a tensor that is sharded by rows."""
     return (-(-shape[0] // share), *shape[1:]) if shape else shape
 
 
@@ -69,7 +71,7 @@ def _frozen_bytes(name: str, parameter: Any, share: int) -> int:
 
 
 def rough_activations(recipe: Recipe, config: Any) -> int:
-    """What one micro-batch keeps for backward, by a formula: within a factor of two, for models nobody could trace.
+    """Estimate the bytes that one micro-batch keeps for backward, within a factor of two, for untraceable models.
 
     Per layer and token 16 hidden sizes and 3 intermediate ones; with checkpointing one hidden size, and one layer
     whole.
@@ -87,7 +89,7 @@ def rough_activations(recipe: Recipe, config: Any) -> int:
 
 
 def rough_loss(recipe: Recipe, config: Any, loss: LossFunction) -> int:
-    """Bytes that the loss of one micro-batch takes, by the formula of its kind."""
+    """Estimate the bytes that the loss of one micro-batch takes, by the formula of its kind."""
     text = config.get_text_config()
     return loss.rough_bytes(
         tokens=recipe.train.rows_per_pass * recipe.data.sequence_length,

@@ -1,4 +1,4 @@
-"""Which changes of a recipe lower which memory term: those of every registered kind, and those that belong to none."""
+"""Lists the changes of a recipe that lower a memory term: those of registered kinds, and those that belong to none."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ GENERAL = (
 
 
 def would_help(term: str) -> tuple[str, ...]:
-    """Settings that lower a memory term, the cheapest in time and quality first."""
+    """List settings that lower a memory term, the cheapest in time and quality first."""
     advice = [*GENERAL, *(item for kind in all_kinds() for item in kind.advice())]
     fitting = sorted((item for item in advice if term in item.terms), key=lambda item: item.cost)
     return tuple(dict.fromkeys(item.override for item in fitting))
 
 
 def candidates(recipe: Any) -> list[str]:
-    """Overrides that may lower the peak of a recipe, the cheapest in time and quality first."""
+    """List overrides that may lower the peak of a recipe, the cheapest in time and quality first."""
     advice = [*GENERAL, *(item for kind in all_kinds() for item in kind.advice())]
     costs = [(item.cost, item.override) for item in advice if item.applies(recipe)]
     costs += [(25, f"train.micro_batch={rows}") for rows in _smaller(recipe.train.rows_per_pass)]
@@ -43,5 +43,5 @@ def candidates(recipe: Any) -> list[str]:
 
 
 def _smaller(rows: int) -> list[int]:
-    """Half a micro-batch, and one row."""
+    """Propose half a micro-batch, and one row."""
     return list(dict.fromkeys(size for size in (rows // 2, 1) if 1 <= size < rows))

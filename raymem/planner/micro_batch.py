@@ -1,4 +1,4 @@
-"""``train.micro_batch: auto``: the largest batch that fits."""
+"""Chooses the largest batch that fits, for ``train.micro_batch: auto``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from raymem.recipe.schema import Recipe
 def choose_micro_batch(
     recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | None = None, status: Callable[[str], None] = print
 ) -> Recipe:
-    """The recipe with a number in the place of ``auto``; others come back as they are.
+    """Replace ``micro_batch: auto`` by a number; a recipe that has one comes back as it is.
 
-    The fewest micro-batches per step with which a worker stays within the budget. If even one row at a time does not,
-    it is one row, and the verdict on that recipe says the rest.
+    The number is the one with the fewest micro-batches per step within a worker's budget. If even one row at a time
+    does not fit, it is one row, and the verdict on that recipe says the rest.
 
     Args:
         budget_bytes: of one worker's device; by default the recipe's, or what the GPU has.
@@ -58,5 +58,5 @@ def choose_micro_batch(
 
 
 def with_micro_batch(recipe: Recipe, rows: int) -> Recipe:
-    """The recipe with so many rows per forward pass."""
+    """Return the recipe with ``rows`` rows per forward pass."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": rows})})

@@ -1,4 +1,4 @@
-"""The planner for a training loop that is no recipe: any module, optimizer and loss."""
+"""Plans a training loop that is no recipe: any module, optimizer and loss."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def plan_module(
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """A copy on the meta device; what is tied stays tied."""
+    """Copy a module to the meta device; tied parameters stay tied."""
 
     def hollow(tensor: torch.Tensor) -> torch.Tensor:
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -82,14 +82,14 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 
 def _fake(inputs: Any, tracer: Tracer) -> Any:
-    def made(value: Any) -> Any:
+    def fake_input(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         tensor = torch.empty(value.shape, dtype=value.dtype)
         tracer.adopt(tensor, "activations", "inputs")
         return tensor
 
-    return tree_map(made, inputs)
+    return tree_map(fake_input, inputs)
 
 
 def _trace(model: nn.Module, make: MakeOptimizer, loss: Loss, inputs: Any, tracer: Tracer) -> StepTrace:

@@ -1,4 +1,4 @@
-"""From a recorded session to a plan: peaks per term and phase, and what the device must have."""
+"""Turns a recorded session into a plan: peaks per term and phase, and the memory that the device must have."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def make_plan(session: StepTrace, target: Target, gpu: str | None) -> Plan:
     """Evaluate a recorded session."""
     changes = session.changes
     relevant = {id(change) for change in changes if change.step != 1}
-    peak = peak_of(changes, wanted=lambda change: id(change) in relevant)
-    steps = peak_of(changes, wanted=lambda c: c.step == MEASURED and c.phase in ("forward", "backward", "step"))
+    peak = peak_of(changes, counts=lambda change: id(change) in relevant)
+    steps = peak_of(changes, counts=lambda c: c.step == MEASURED and c.phase in ("forward", "backward", "step"))
     phases: dict[str, dict[str, int]] = {}
     for phase in PHASES:
-        phase_peak = peak_of(changes, wanted=lambda c, phase=phase: c.phase == phase and id(c) in relevant)  # type: ignore[misc]
+        phase_peak = peak_of(changes, counts=lambda c, phase=phase: c.phase == phase and id(c) in relevant)  # type: ignore[misc]
         if phase_peak.num_bytes:
             phases[phase] = {**_complete(phase_peak.by_category), "peak_bytes": phase_peak.num_bytes}
     held = _device_needs(session, target, gpu, peak.num_bytes)
@@ -47,7 +47,7 @@ def make_plan(session: StepTrace, target: Target, gpu: str | None) -> Plan:
 
 
 def _term_peaks(changes: list[Change]) -> dict[str, int]:
-    """The most that each term has by itself, leaving out the step that does not count."""
+    """Return the highest value of each term by itself, leaving out the step that does not count."""
     sums, most = dict.fromkeys(CATEGORIES, 0), dict.fromkeys(CATEGORIES, 0)
     for change in changes:
         category = change.record.category
@@ -77,14 +77,14 @@ def _device_needs(session: StepTrace, target: Target, gpu: str | None, peak_byte
 
 
 def outside_bytes(target: Target, gpu: str | None) -> int:
-    """CUDA context and NCCL."""
+    """Return the bytes of CUDA context and NCCL."""
     if target.kind == "cpu":
         return 0
     return devices.gpu_facts(gpu).context_bytes + (devices.NCCL_BYTES if target.num_workers > 1 else 0)
 
 
 def allocator_events(session: StepTrace, cublas_bytes: int) -> list[allocator.Event]:
-    """The session as a program for the allocator model.
+    """Write the session as a program for the allocator model.
 
     Where step 1 was not taken, its place is filled by what step 2 allocates and frees, with the optimizer state coming
     between backward and update: the allocator's cache is then as warm as in a run.
@@ -143,7 +143,7 @@ def _top(changes: list[Change], at: int) -> list[dict[str, Any]]:
 
 
 def _timeline(changes: list[Change], peak_at: int) -> list[dict[str, Any]]:
-    """Points of the measured step; of every stretch its highest one, so that no peak is lost."""
+    """Sample the measured step, with the highest point of every stretch, so that no peak is lost."""
     sums: Counter[str] = Counter()
     start = next((i for i, c in enumerate(changes) if c.step == MEASURED), 0)
     every = max(1, (len(changes) - start) // _POINTS)

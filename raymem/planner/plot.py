@@ -1,4 +1,4 @@
-"""The timeline of a plan as a picture: stacked terms, the peak marked."""
+"""Draws the timeline of a plan: stacked terms, the peak marked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = {
     "loss": "#e45756",
     "workspace": "#bab0ac",
 }
-"""Memory term -> its colour in every picture."""
+"""Maps each memory term to its colour, the same in every picture."""
 _GIB = 1 << 30
 
 

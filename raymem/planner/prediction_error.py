@@ -1,4 +1,4 @@
-"""Measured peaks of runs beside the predicted ones, per kind of device and method."""
+"""Remembers measured peaks of runs beside the predicted ones, per kind of device and method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raymem.recipe.schema import Recipe
 
 
 def method_of(recipe: Recipe) -> str:
-    """The five axes in a word, such as ``full+lora+checkpoint+auto+adamw``."""
+    """Name a recipe's five kinds in a word, such as ``full+lora+checkpoint+auto+adamw``."""
     base = "nf4" if getattr(recipe.base, "quantize", "none") == "nf4" else recipe.base.kind
     return "+".join((base, recipe.adapter.kind, recipe.activations.kind, recipe.loss.kind, recipe.optimizer.kind))
 
@@ -28,13 +28,13 @@ def record(recipe: Recipe, predicted_bytes: int, measured_bytes: int) -> None:
 
 
 def ratio(recipe: Recipe) -> tuple[float, int] | None:
-    """Mean of measured over predicted peak, and the number of runs; None before the first one."""
+    """Return the mean of measured over predicted peak and the number of runs; None before the first one."""
     record = _read().get(_key(recipe))
     return None if record is None else (record["sum"] / record["runs"], record["runs"])
 
 
 def highest(recipe: Recipe) -> float | None:
-    """The largest measured over predicted peak of these methods; None before the first run."""
+    """Return the largest measured over predicted peak of these methods; None before the first run."""
     highest_ratio: float | None = _read().get(_key(recipe), {}).get("highest")
     return highest_ratio
 

@@ -1,4 +1,4 @@
-"""Planning in a process of its own, with a memory of plans that were made before."""
+"""Plans in a process of its own, and remembers earlier plans."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 600.0
 _LIBRARIES = ("torch", "transformers", "peft")
 _READ = ("kinds", "linalg", "memory", "methods", "planner", "recipe", "training")
-"""Rooms whose code decides what a plan says."""
+"""The rooms whose code decides what a plan says."""
 
 
 def plan_recipe(recipe: Recipe, *, gpu: str | None = None, timeout_s: float = TIMEOUT_S) -> Plan:
@@ -53,7 +53,7 @@ def plan_recipe(recipe: Recipe, *, gpu: str | None = None, timeout_s: float = TI
 def plan_many(
     recipes: Sequence[Recipe], *, gpu: str | None = None, timeout_s: float = TIMEOUT_S
 ) -> list[Plan | Exception]:
-    """Plans of several recipes from one process; of a recipe that cannot be planned its error.
+    """Plan several recipes in one process; a recipe that cannot be planned gives its error instead.
 
     Raises:
         BudgetError: unknown GPU.
@@ -90,19 +90,19 @@ class Planner:
 
     @property
     def is_running(self) -> bool:
-        """Whether its process has been started and lives on."""
+        """Say whether its process has been started and lives on."""
         return self._child is not None
 
     def plan(self, recipe: Recipe) -> Plan:
-        """As :func:`plan_recipe`."""
+        """Plan a recipe; see :func:`plan_recipe`."""
         return _or_raise(self.try_plan(recipe))
 
     def try_plan(self, recipe: Recipe) -> Plan | Exception:
-        """A plan, or the error of a recipe that has none. Raises PlanError if it takes too long."""
+        """Return a plan, or the error of a recipe that has none. Raises PlanError if it takes too long."""
         return _result(self._answer(_job(recipe, self._gpu)))
 
     def plan_within(self, recipe: Recipe, limit_bytes: int) -> Plan | Above:
-        """As :meth:`plan`, but ends as soon as it is clear that the device must have more than ``limit_bytes``.
+        """Plan like :meth:`plan`, but stops as soon as the device surely must have more than ``limit_bytes``.
 
         Plans of recipes that need more come back all the same where that shows only at the end, or if they were made
         before.
@@ -129,7 +129,7 @@ class Planner:
         return answer
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The answer; where the process dies over a job, a rough plan from another one."""
+        """Return the answer to a job; if the process dies over it, a rough plan from another process."""
         child = self._child = self._child or PlannerProcess()
         try:
             answer = child.ask(job, self._timeout_s)
@@ -150,18 +150,18 @@ class Planner:
 
 @functools.cache
 def _say_once(note: str) -> None:
-    """One line on the terminal, for however many plans."""
+    """Print one line on the terminal, for however many plans."""
     log.warning(note)
 
 
 def known_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan | None:
-    """The plan of a recipe, if it was made before."""
-    found = _known(_file(_job(recipe, gpu)))
-    return None if found is None else Plan(**found["plan"])
+    """Return the plan of a recipe if it is remembered, else None."""
+    answer = _known(_file(_job(recipe, gpu)))
+    return None if answer is None else Plan(**answer["plan"])
 
 
 def _job(recipe: Recipe, gpu: str | None) -> dict[str, Any]:
-    """What the process is asked."""
+    """Build the question to the process."""
     plannable = _plannable(recipe, gpu)
     job = {"recipe": plannable.to_dict(), "gpu": gpu, "problem": None}
     outside = outside_code(plannable)
@@ -169,12 +169,12 @@ def _job(recipe: Recipe, gpu: str | None) -> dict[str, Any]:
 
 
 def _file(job: dict[str, Any]) -> Path:
-    """Where its answer is kept."""
+    """Return the file that keeps the answer to a job."""
     return _cache_dir() / f"{_key(job)}.json"
 
 
 def _plannable(recipe: Recipe, gpu: str | None) -> Recipe:
-    """With the demo models' config, and for GPUs if one is named."""
+    """Return the recipe with the demo models' config, and for GPUs if one is named."""
     if recipe.model.name in MODELS:
         config = read_yaml(packaged_recipe(MODELS[recipe.model.name]))["model"]["config"]
         model = recipe.model.model_copy(update={"name": None, "config": config, "tokenizer": "demo"})
@@ -185,7 +185,7 @@ def _plannable(recipe: Recipe, gpu: str | None) -> Recipe:
 
 
 class PlannerProcess:
-    """The process: one JSON line in, one out, through pipes of its own, since libraries print what they like."""
+    """Holds the planning process: a JSON line in, one out, through own pipes, since libraries print what they like."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "KINETO_LOG_LEVEL": "6", "OMP_NUM_THREADS": "1"}
@@ -203,7 +203,7 @@ class PlannerProcess:
         os.close(write)
 
     def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any] | None:
-        """The answer, or None if the process died.
+        """Return the answer to a job, or None if the process died.
 
         Raises:
             PlanError: it takes too long; the process is ended.
@@ -231,13 +231,13 @@ class PlannerProcess:
         return json.loads(line)  # type: ignore[no-any-return]
 
     def last_stderr_line(self) -> str:
-        """The last line that it printed."""
+        """Return the last line that the process printed."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no message"
 
     def close(self) -> int:
-        """End it; returns its exit status."""
+        """End the process and returns its exit status."""
         with contextlib.suppress(BrokenPipeError):
             self._process.communicate()
         self._answers.close()
@@ -248,18 +248,18 @@ def _result(answer: dict[str, Any]) -> Plan | Exception:
     if "plan" in answer:
         return Plan(**answer["plan"])
     kind, text = answer["error"]
-    found: Exception = getattr(errors, kind, PlanError)(text)
-    return found
+    error: Exception = getattr(errors, kind, PlanError)(text)
+    return error
 
 
-def _or_raise(found: Plan | Exception) -> Plan:
-    if isinstance(found, Exception):
-        raise found
-    return found
+def _or_raise(plan_or_error: Plan | Exception) -> Plan:
+    if isinstance(plan_or_error, Exception):
+        raise plan_or_error
+    return plan_or_error
 
 
 def _key(job: dict[str, Any]) -> str:
-    """Digest of everything that a plan depends on."""
+    """Digest everything that a plan depends on."""
     recipe = job["recipe"]
     parts = without_free(recipe)
     config = Path(recipe["model"]["name"] or "") / "config.json"
@@ -271,7 +271,7 @@ def _key(job: dict[str, Any]) -> str:
 
 
 def without_free(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe, as a plain dict, has to do with memory."""
+    """Select the settings of a recipe, as a plain dict, that have to do with memory."""
     parts = {section: dict(recipe[section]) for section in ("model", *MEMORY_AXES)}
     for name, axis in MEMORY_AXES.items():
         for option in axis[parts[name]["kind"]].free:

@@ -1,4 +1,4 @@
-"""Where the config of a planned model is from: a directory, the Hub, its cache, or the shapes that raymem ships.
+"""Finds the config of a planned model: in a directory, on the Hub, in its cache, or among the shapes raymem ships.
 
 A plan needs of a model nothing but its config. Those of popular models lie beside this file, for machines that cannot
 ask the Hub; training needs the model itself and never looks here. Every config has the values of the published one that
@@ -26,7 +26,7 @@ def _shipped() -> dict[str, Any]:
 
 
 def shipped_models() -> dict[str, dict[str, Any]]:
-    """Hugging Face id -> its config, for every model whose shape is shipped."""
+    """Map the Hugging Face id of every model whose shape is shipped to its config."""
     return {
         model: {**shape["config"], **changes}
         for shape in _shipped()["shapes"]
@@ -35,7 +35,7 @@ def shipped_models() -> dict[str, dict[str, Any]]:
 
 
 def located(recipe: Recipe) -> tuple[Recipe, str | None]:
-    """The recipe with its model's config at hand, and if raymem's own shape stands in for it a sentence that says so.
+    """Return the recipe with its model's config at hand, and a sentence if raymem's own shape stands in for it.
 
     Of a hub id only ``config.json`` is fetched.
 
@@ -75,7 +75,7 @@ def _with_model(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def circumstances() -> list[Any]:
-    """The user's settings that decide whether the Hub can be asked."""
+    """Return the user's settings that decide whether the Hub can be asked."""
     return [os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME")] + ["HF_TOKEN" in os.environ]
 
 

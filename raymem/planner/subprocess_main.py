@@ -1,4 +1,4 @@
-"""The process that plans: it patches libraries, and some model code ends a process that traces it.
+"""Plans recipes in a process of its own: it patches libraries, and some model code ends the process that traces it.
 
 Run as ``python -m raymem.planner.subprocess_main FD``; started by :mod:`raymem.planner.process` alone.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(output: int) -> None:
-    """Answer every job that comes in, a JSON line each, until the input ends.
+    """Answer jobs, a JSON line each, until the input ends.
 
     Args:
         output: file descriptor of the answers.
@@ -45,7 +45,7 @@ def main(output: int) -> None:
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """``{"plan": ...}``, ``{"above": ...}`` the limit, or ``{"error": [type, text]}`` of a user's error.
+    """Return ``{"plan": ...}``, ``{"above": ...}`` the limit, or ``{"error": [type, text]}`` of a user's error.
 
     Args:
         job: ``recipe``, ``gpu``, ``problem`` if tracing has failed before, and ``limit_bytes`` if a plan above it is of
@@ -104,7 +104,7 @@ def _session(recipe: Recipe, target: Target, limit_bytes: int | None) -> StepTra
 
 
 def describe(error: Exception) -> str:
-    """The operation that cannot be traced, if that is what went wrong, else the error."""
+    """Name the operation that cannot be traced, if that is what went wrong, else the error."""
     operation = getattr(error, "func", None)
     if operation is not None:
         return f"{operation} decides by values, which a planned step has not"
@@ -113,7 +113,7 @@ def describe(error: Exception) -> str:
 
 
 def _rough(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan:
-    """Closed forms, and a formula for activations."""
+    """Make a rough plan of closed forms, and a formula for activations."""
     from raymem.memory import devices
     from raymem.memory.trace import CATEGORIES
     from raymem.planner.analytic import closed_form, rough_activations, rough_loss

@@ -1,4 +1,4 @@
-"""Plans as plain values; free of torch, so that a plan that is known already is shown at once."""
+"""Defines plans as plain values, free of torch, so that a plan that is known already is shown at once."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Target:
 
     @staticmethod
     def of(recipe: Recipe) -> Target:
-        """The recipe's device, and the fewest workers of an elastic range, since their shards are the largest."""
+        """Take the recipe's device, and the fewest workers of an elastic range, since their shards are the largest."""
         return Target("cuda" if recipe.scaling.use_gpu else "cpu", max(1, recipe.scaling.least_workers))
 
 
 @dataclass(frozen=True)
 class Above:
-    """In place of a plan: the recipe needs more than the limit that it was planned with, and planning ended there."""
+    """Stands in for a plan of a recipe that needs more than the limit given: planning ended there."""
 
     at_least_bytes: int
-    """The device must have at least this much."""
+    """The memory that the device must have at least."""
     phase: str
     """The phase that takes that much (:data:`raymem.memory.trace.PHASES`); ``load`` if what is always there does."""
 
@@ -41,24 +41,24 @@ class Plan:
     device: str
     """``cpu`` or ``cuda``."""
     gpu: str | None
-    """Name in :data:`raymem.memory.devices.GPUS`, if one was given."""
+    """The name in :data:`raymem.memory.devices.GPUS`, if one was given."""
     num_workers: int
     traced: bool
     """False for a rough figure by formulas, where the model's code could not be traced."""
     note: str | None
-    """Why it was not traced."""
+    """The reason why the recipe was not traced."""
     peak_bytes: int
-    """Highest sum of what is allocated, over all phases."""
+    """The highest sum of allocated bytes over all phases."""
     step_peak_bytes: int
-    """The same over an optimizer step alone: what a run's meter measures."""
+    """The highest sum over an optimizer step alone, which a run's meter measures."""
     terms: dict[str, int]
-    """Category -> bytes at the peak."""
+    """Maps each category to its bytes at the peak."""
     term_peaks: dict[str, int]
-    """Category -> most bytes of it at any moment, which may be another one than the peak."""
+    """Maps each category to its most bytes at any moment, which may be another one than the peak."""
     phases: dict[str, dict[str, int]]
-    """Phase -> category -> bytes at the peak of that phase, and ``peak_bytes``."""
+    """Maps each phase to the bytes of each category at its peak, and to ``peak_bytes``."""
     state: dict[str, int]
-    """Category -> bytes of weights, trainable, gradients and optimizer when all are there."""
+    """Bytes of weights, trainable, gradients and optimizer by category, when all are there."""
     reserved_bytes: int
     """Bytes that the caching allocator takes from an empty device; on CPU the peak."""
     capacity_bytes: int
@@ -70,27 +70,27 @@ class Plan:
     top: list[dict[str, Any]]
     """The largest holders at the peak: name, category, operation, bytes, count."""
     timeline: list[dict[str, Any]]
-    """Over the measured step and what follows it: phase and bytes by category."""
+    """Phase and bytes by category over the measured step and what follows it."""
     seconds: float = 0.0
     """Seconds that planning took."""
     config_source: str = "model"
     """``model``, or ``shipped`` if raymem's own shape of it was planned, since the Hub could not be asked."""
     config_note: str | None = None
-    """Why it is the shipped one, in a sentence."""
+    """A sentence that says why the shape is the shipped one."""
     loss_note: str | None = None
-    """Why ``loss: auto`` is ``full`` for this model, in a sentence."""
+    """A sentence that says why ``loss: auto`` is ``full`` for this model."""
     trained: list[str] = field(default_factory=list)
-    """What is trained, quantised and left alone, and why, in lines."""
+    """Lines that say what is trained, quantised and left alone, and why."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def fits(self, budget: str | int) -> bool:
-        """Whether a worker's device with so much memory (``24GiB``, or bytes) is enough. Raises ValueError."""
+        """Say whether a worker's device with so much memory (``24GiB``, or bytes) is enough. Raises ValueError."""
         return self.capacity_bytes <= (parse_bytes(budget) if isinstance(budget, str) else budget)
 
     def verdict(self, budget_bytes: int) -> Verdict:
-        """Compare with a budget per worker device."""
+        """Compare the plan with a budget per worker device."""
         from raymem.planner.help import would_help
 
         return verdict(self.capacity_bytes, budget_bytes, self.terms, would_help)

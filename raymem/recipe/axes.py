@@ -1,6 +1,6 @@
 """The axes of a recipe as registries: which kinds there are, and the object that stands for each.
 
-Built-in kinds are listed here by the place of their class and imported on use, so that reading a recipe loads no
+Built-in kinds are listed here as ``module:class`` and imported on use, so that reading a recipe loads no
 method that it does not name. Others come from outside, by :func:`register_adapter` and its like or as entry points of
 the group ``raymem.<axis>`` (``raymem.adapters``, ...), and are used in the same way everywhere.
 """
@@ -49,7 +49,7 @@ class Axis(Generic[KindT]):
         self._entry_points_read = False
 
     def __iter__(self) -> Iterator[str]:
-        """Names of all kinds, raymem's own first."""
+        """List the names of all kinds, raymem's own first."""
         self._read_entry_points()
         return iter([*self.builtin, *self._outside])
 
@@ -69,19 +69,19 @@ class Axis(Generic[KindT]):
         return self._kinds[name]
 
     def kinds(self) -> list[KindT]:
-        """All of them; imports their rooms."""
+        """Return every kind of the axis, and imports their rooms for it."""
         return [self[name] for name in self]
 
     def of(self, recipe: Any) -> KindT:
-        """The kind that a recipe has chosen."""
+        """Return the kind that a recipe has chosen."""
         return self[getattr(recipe, self.name).kind]
 
     def initial_options(self) -> Any:
-        """Options of a recipe that says nothing of the axis."""
+        """Return the options that a recipe has if it says nothing of the axis."""
         return self[self.initial].options()
 
     def spelled_out(self, value: Any) -> Any:
-        """A kind's bare name, options without a kind, or an options object as a mapping with its kind."""
+        """Turn a kind's name alone, options without a kind, or an options object into a mapping with its kind."""
         if isinstance(value, str):
             return {"kind": value}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -89,7 +89,7 @@ class Axis(Generic[KindT]):
         return {"kind": self.default, **value} if isinstance(value, Mapping) else value
 
     def register(self, kind: type[KindT] | str) -> None:
-        """Add a kind of others.
+        """Add a kind from outside raymem.
 
         Args:
             kind: its class, at the top of an importable module, or ``module:class``.
@@ -97,20 +97,20 @@ class Axis(Generic[KindT]):
         Raises:
             RecipeError: no such class, the name of another kind, or a class that workers could not import.
         """
-        place = kind if isinstance(kind, str) else f"{kind.__module__}:{kind.__qualname__}"
-        module, _, attribute = place.partition(":")
+        class_path = kind if isinstance(kind, str) else f"{kind.__module__}:{kind.__qualname__}"
+        module, _, attribute = class_path.partition(":")
         if module == "__main__" or "<" in attribute:
             raise RecipeError(
                 f"{self.name}: {attribute} is defined where other processes cannot import it; put it at the top of a "
                 "module that is installed or on PYTHONPATH"
             )
-        loaded = self._load(place)
-        if self._outside.get(loaded.name, place) != place or loaded.name in self.builtin:
+        loaded = self._load(class_path)
+        if self._outside.get(loaded.name, class_path) != class_path or loaded.name in self.builtin:
             raise RecipeError(
-                f"{self.name}: {place} is to be named {loaded.name!r}, which is another kind already; choose another "
-                "name for its options' field kind"
+                f"{self.name}: {class_path} is to be named {loaded.name!r}, which is another kind already; choose "
+                "another name for its options' field kind"
             )
-        self._outside[loaded.name] = place
+        self._outside[loaded.name] = class_path
         self._kinds[loaded.name] = loaded
 
     def unregister(self, name: str) -> None:
@@ -119,7 +119,7 @@ class Axis(Generic[KindT]):
         del self._kinds[name]
 
     def outside(self) -> list[str]:
-        """``module:class`` of every kind that is not raymem's own."""
+        """Name every kind that is not raymem's own as ``module:class``."""
         self._read_entry_points()
         return list(self._outside.values())
 
@@ -135,31 +135,31 @@ class Axis(Generic[KindT]):
                 )
             self._outside.setdefault(point.name, point.value)
 
-    def _load(self, place: str) -> KindT:
-        module, _, attribute = place.partition(":")
+    def _load(self, class_path: str) -> KindT:
+        module, _, attribute = class_path.partition(":")
         try:
-            found: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-            kind: Any = found() if isinstance(found, type) else found
+            loaded_object: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+            kind: Any = loaded_object() if isinstance(loaded_object, type) else loaded_object
         except Exception as error:  # others' code may raise anything
             raise RecipeError(
-                f"{self.name}: the kind {place} cannot be imported: {type(error).__name__}: {error}"
+                f"{self.name}: the kind {class_path} cannot be imported: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(kind, self._base):
             raise RecipeError(
-                f"{self.name}: {place} is no {self._base.__name__}; extend raymem.kinds.{self._base.__name__}"
+                f"{self.name}: {class_path} is no {self._base.__name__}; extend raymem.kinds.{self._base.__name__}"
             )
-        _check_options(typing.cast(KindT, kind), f"{self.name}: {place}")
+        _check_options(typing.cast(KindT, kind), f"{self.name}: {class_path}")
         return typing.cast(KindT, kind)
 
 
-def _check_options(kind: Kind[Any], place: str) -> None:
+def _check_options(kind: Kind[Any], where: str) -> None:
     options = getattr(kind, "options", None)
     rule = "a frozen dataclass with a default for every field, and a field `kind: Literal['name'] = 'name'`"
     if not (isinstance(options, type) and dataclasses.is_dataclass(options) and "kind" in options.__dataclass_fields__):
-        raise RecipeError(f"{place}: its `options` must be {rule}")
+        raise RecipeError(f"{where}: its `options` must be {rule}")
     names = typing.get_args(typing.get_type_hints(options)["kind"])
     if len(names) != 1 or options.__dataclass_fields__["kind"].default != names[0]:
-        raise RecipeError(f"{place}: its options' field kind must be `kind: Literal['name'] = 'name'`")
+        raise RecipeError(f"{where}: its options' field kind must be `kind: Literal['name'] = 'name'`")
 
 
 def _distribution(point: importlib.metadata.EntryPoint) -> str:
@@ -213,25 +213,25 @@ TRACKERS: Axis[TrackerKind[Any]] = Axis(
 )  # fmt: skip
 
 MEMORY_AXES: dict[str, Axis[Any]] = {axis.name: axis for axis in (BASES, ADAPTERS, ACTIVATIONS, LOSSES, OPTIMIZERS)}
-"""Section of the recipe that attacks a memory term -> its registry."""
+"""Maps each section of the recipe that attacks a memory term to its registry."""
 AXES: dict[str, Axis[Any]] = {**MEMORY_AXES, TRACKERS.name: TRACKERS}
-"""Section of the recipe -> its registry."""
+"""Maps each section of the recipe that is an axis to its registry."""
 
 
 def chosen(recipe: Any) -> list[Kind[Any]]:
-    """The kinds that a recipe has chosen, axis by axis."""
+    """Return the kinds that a recipe has chosen, axis by axis."""
     return [axis.of(recipe) for axis in AXES.values()]
 
 
 def all_kinds() -> Iterable[Kind[Any]]:
-    """Every kind of every axis."""
+    """Yield every kind of every axis."""
     for axis in AXES.values():
         yield from axis.kinds()
 
 
 @contextlib.contextmanager
 def building(config: Any) -> Iterator[None]:
-    """Inside, transformers builds models of ``config``, whichever kind of base has changed their layers."""
+    """Let transformers build models of ``config`` in the block, whichever kind of base has changed their layers."""
     with contextlib.ExitStack() as stack:
         for kind in BASES.kinds():
             stack.enter_context(kind.building(config))
@@ -239,34 +239,34 @@ def building(config: Any) -> Iterator[None]:
 
 
 def why_not_of_model(directory: Path) -> str | None:
-    """Why an adapter does not go with the model that it names, and what to do; None if it does."""
+    """Say why an adapter does not go with the model that it names, and what to do; return None if it does."""
     return next((why for kind in BASES.kinds() if (why := kind.why_not_of_model(directory)) is not None), None)
 
 
 def full_base() -> Any:
-    """Options of the base that is the recipe's own model, whole and unquantised."""
+    """Return the options of the base that is the recipe's own model, whole and unquantised."""
     return BASES["full"].options()
 
 
 def no_adapter() -> Any:
-    """Options of the adapter axis for a whole model."""
+    """Return the options of the adapter axis for a whole model."""
     return ADAPTERS["none"].options()
 
 
 def registered() -> dict[str, list[str]]:
-    """Axis -> ``module:class`` of others' kinds, for :func:`register_again` in another process."""
+    """Map each axis to ``module:class`` of others' kinds, for :func:`register_again` in another process."""
     return {name: axis.outside() for name, axis in AXES.items() if axis.outside()}
 
 
 def register_again(kinds: Mapping[str, Iterable[str]]) -> None:
     """Register what :func:`registered` named in the process that sent it."""
-    for name, places in kinds.items():
-        for place in places:
-            AXES[name].register(place)
+    for name, class_paths in kinds.items():
+        for class_path in class_paths:
+            AXES[name].register(class_path)
 
 
 def outside_code(recipe: Any) -> str | None:
-    """Digest of the modules of a recipe's kinds, not raymem's own, that decide its memory; None if there are none."""
+    """Digest the modules of a recipe's kinds from outside raymem that decide its memory; None if there are none."""
     digest, any_outside = hashlib.sha256(), False
     for kind in (axis.of(recipe) for axis in MEMORY_AXES.values()):
         module = sys.modules[type(kind).__module__]

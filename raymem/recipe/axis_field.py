@@ -1,4 +1,4 @@
-"""How pydantic reads an axis of a recipe: by the options class of the kind that is named, whoever registered it."""
+"""Lets pydantic read an axis of a recipe by the options class of the kind that it names, whoever registered it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class AxisField:
         return {"title": self.axis.name}  # recipe_schema puts in what is registered by then
 
     def options(self, value: Any) -> Any:
-        """Validated options.
+        """Return the validated options.
 
         Raises:
             ValidationError: its locations are paths below the axis, its messages sentences.
@@ -74,7 +74,7 @@ class _FromMapping:
 
 @functools.cache
 def adapter_of(options: type) -> TypeAdapter[Any]:
-    """Reads and writes the options of a kind."""
+    """Read and writes the options of a kind."""
     read: Any = typing.Annotated[options, _FromMapping()]
     return TypeAdapter(read)
 
@@ -85,7 +85,7 @@ def _dump(options: Any) -> Any:
 
 
 def _located(item: Any, fields: Iterable[str]) -> tuple[str, str]:
-    """Path below the axis and sentence of an error of the options."""
+    """Return, for an error of the options, its path below the axis and its sentence."""
     path = ""
     for index, part in enumerate(item["loc"]):
         if isinstance(part, int):
@@ -100,7 +100,7 @@ def _located(item: Any, fields: Iterable[str]) -> tuple[str, str]:
 
 
 def _with_tuples(raw: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML has lists only; some options are tuples."""
+    """Make tuples of lists where options want them: YAML has lists only."""
     return {
         name: tuple(value) if isinstance(value, list) and _takes(fields[name], tuple, list) else value
         for name, value in raw.items()
@@ -108,7 +108,7 @@ def _with_tuples(raw: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str,
 
 
 def _takes(annotation: Any, kind: type, rather: type) -> bool:
-    """Whether a value of type ``kind``, and none of type ``rather``, may stand in a field."""
+    """Say whether a field takes values of type ``kind`` and none of type ``rather``."""
     origins: set[Any] = set()
     _collect(annotation, origins.add)
     return kind in origins and rather not in origins

@@ -1,4 +1,4 @@
-"""What every part of a recipe has in common."""
+"""The base class of every part of a recipe, and how to ask about its fields."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fields_of(section: type) -> dict[str, Any]:
 
 
 def kind_of(section: type) -> str | None:
-    """The ``kind`` (of a search dimension the ``type``) that tells a section from others in its place."""
+    """Return what tells a section from its alternatives: its ``kind``, or the ``type`` of a search dimension."""
     fields = fields_of(section)
     names = typing.get_args(fields.get("kind") or fields.get("type"))
     return names[0] if names else None

@@ -1,7 +1,7 @@
-"""What goes with what: refused combinations, used for the error and for the table in the docs.
+"""Combinations of settings that raymem refuses, used for the error and for the table in the docs.
 
 Every rule is data: the two settings that clash, why, and what to do instead. Rules of one kind stand with that kind;
-here are those that belong to none.
+this module holds those that belong to none.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def check(recipe: Recipe, place: str = "recipe") -> None:
+def check(recipe: Recipe, where: str = "recipe") -> None:
     """Refuse a recipe whose settings clash.
 
     Raises:
@@ -89,7 +89,7 @@ def check(recipe: Recipe, place: str = "recipe") -> None:
     broken = [rule for rule in [*RULES, *_rules_of(chosen(recipe))] if rule.applies(recipe)]
     if broken:
         raise RecipeError(
-            "\n".join(f"{place}: {' with '.join(r.settings)} is refused: {r.reason}; {r.cure}" for r in broken)
+            "\n".join(f"{where}: {' with '.join(r.settings)} is refused: {r.reason}; {r.cure}" for r in broken)
         )
 
 
@@ -103,11 +103,11 @@ def _rules_of(kinds: Iterable[Kind[Any]]) -> Iterator[Rule]:
 
 
 def all_rules() -> list[Rule]:
-    """Every rule, of every kind that is registered."""
+    """Return all rules, those of registered kinds included."""
     return [*RULES, *_rules_of(all_kinds())]
 
 
 def table() -> str:
-    """The rules as a Markdown table for the docs."""
+    """Format the rules as a Markdown table for the docs."""
     rows = [f"| {' + '.join(f'`{s}`' for s in r.settings)} | {r.reason} | {r.cure} |" for r in all_rules()]
     return "\n".join(["| refused together | why | instead |", "|---|---|---|", *rows]) + "\n"

@@ -37,20 +37,20 @@ class Source(RecipeModel):
 
 
 def _one_source_or_many(value: Any) -> Any:
-    """A single path or mapping stands for a list of one; a string for its path."""
+    """Make a list of sources of a single path or mapping, and a source of a string."""
     items = value if isinstance(value, list) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
 def _named_sources(value: Any) -> Any:
-    """A mapping of names is the list of its sources, each with its name; one that looks like a source is a source."""
+    """Turn a mapping of names into a list of named sources; a mapping that looks like a source stays a source."""
     if not isinstance(value, dict) or not value or value.keys() & Source.model_fields.keys():
         return value
     named = []
-    for name, given in value.items():
-        if given == []:
+    for name, sources in value.items():
+        if sources == []:
             raise ValueError(f"{name}: has no source; give it at least one, or leave it out")
-        for source in _one_source_or_many(given):
+        for source in _one_source_or_many(sources):
             if isinstance(source, dict) and "name" in source:
                 raise ValueError(f"{name}: has a name already, the key; leave name={source['name']!r} out")
             named.append({**source, "name": name} if isinstance(source, dict) else source)
@@ -65,10 +65,10 @@ Sources = Annotated[
 
 
 class Mix(RecipeModel):
-    """Of an epoch, a source of weight w_i, size n_i gives w_i n_i^(1/temperature) / sum_j w_j n_j^(1/temperature)."""
+    """A source of weight w_i, size n_i makes up w_i n_i^(1/temperature) / sum_j w_j n_j^(1/temperature) of an epoch."""
 
     by: Literal["rows", "tokens"] = "rows"
-    """What the size n_i of a source and the share that it gets are counted in: its rows of ``sequence_length`` tokens,
+    """The unit in which the size n_i of a source and its share are counted: its rows of ``sequence_length`` tokens,
     or the tokens in them without padding."""
     temperature: Annotated[float, Field(gt=0)]
     """1 takes sources by their weight alone, as without ``mix``; more takes relatively more of small sources, and a
@@ -76,7 +76,7 @@ class Mix(RecipeModel):
 
 
 class DataSection(RecipeModel):
-    """What the model is trained and evaluated on."""
+    """The data that the model is trained and evaluated on."""
 
     train: Sources
     """One source or a list of them."""
@@ -102,8 +102,8 @@ class DataSection(RecipeModel):
             raise ValueError("either every source of data.eval has a name or none; write it as a mapping of names")
         return self
 
-    def place(self, split: Literal["train", "eval"], index: int) -> str:
-        """Where a source stands in the recipe as it was written: ``data.train[0]``, ``data.eval.math``."""
+    def path_of(self, split: Literal["train", "eval"], index: int) -> str:
+        """Name the path of a source in the recipe as it was written: ``data.train[0]``, ``data.eval.math``."""
         sources = getattr(self, split)
         name = sources[index].name
         if name is None:

@@ -23,7 +23,7 @@ from raymem.recipe.sentences import nearest, problems
 
 DEMO_PREFIX = "demo"
 MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
-"""Name of a demo model in a recipe -> packaged recipe that pre-trains it."""
+"""Maps the name of a demo model in a recipe to the packaged recipe that pre-trains it."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, resolve: bool = True) -> Recipe:
@@ -38,13 +38,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, resolve: boo
         RecipeError: missing or malformed file, unknown key, bad value, or parts that do not go together.
     """
     path = Path(path)
-    return recipe_of({"name": path.stem, **read_yaml(path)}, overrides, place=str(path), resolve=resolve)
+    return recipe_of({"name": path.stem, **read_yaml(path)}, overrides, where=str(path), resolve=resolve)
 
 
 def recipe_of(
-    raw: Mapping[str, Any], overrides: Sequence[str] = (), place: str = "recipe", *, resolve: bool = True
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "recipe", *, resolve: bool = True
 ) -> Recipe:
-    """The recipe of a plain dict, as :func:`load_recipe` makes it of a file; the dict is left as it is.
+    """Make a recipe of a plain dict, as :func:`load_recipe` does of a file; the dict is left as it is.
 
     Raises:
         RecipeError: as there.
@@ -52,11 +52,11 @@ def recipe_of(
     changed = copy.deepcopy(dict(raw))
     for override in overrides:
         _apply_override(changed, override)
-    return parse_recipe(changed, place=place, base_dir=Path.cwd() if resolve else None)
+    return parse_recipe(changed, where=where, base_dir=Path.cwd() if resolve else None)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-3`` is a number (YAML 1.1 wants ``1.0e-3``) and a repeated key is an error."""
+    """Reads safe YAML in which ``1e-3`` is a number (YAML 1.1 wants ``1.0e-3``) and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -77,7 +77,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, not validated yet.
+    """Read the mapping in a YAML file; it is not validated yet.
 
     Raises:
         RecipeError: missing file, not YAML, or no mapping.
@@ -97,21 +97,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def parse_recipe(raw: dict[str, Any], place: str = "recipe", base_dir: Path | None = None) -> Recipe:
+def parse_recipe(raw: dict[str, Any], where: str = "recipe", base_dir: Path | None = None) -> Recipe:
     """Validate a plain dict; with ``base_dir`` relative paths are made absolute, since workers have another directory.
 
     Raises:
         RecipeError: one line per problem, each naming the YAML path, the value, the rule and the nearest valid name.
     """
-    recipe = validated(raw, place)
+    recipe = validated(raw, where)
     if base_dir is not None:
         recipe = _absolute(recipe, base_dir)
-    compat.check(recipe, place)
-    return _with_alignment(recipe, place, base_dir)
+    compat.check(recipe, where)
+    return _with_alignment(recipe, where, base_dir)
 
 
-def validated(raw: dict[str, Any], place: str) -> Recipe:
-    """A plain dict as a recipe of valid parts; whether they go together is not looked at.
+def validated(raw: dict[str, Any], where: str) -> Recipe:
+    """Validate the parts of a plain dict, but not whether they go together.
 
     Raises:
         RecipeError: as :func:`parse_recipe`.
@@ -119,11 +119,11 @@ def validated(raw: dict[str, Any], place: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{place}: {problem}" for problem in problems(error, Recipe))) from None
+        raise RecipeError("\n".join(f"{where}: {problem}" for problem in problems(error, Recipe))) from None
 
 
 def alignment(recipe: Recipe, **changes: Any) -> Recipe | None:
-    """The recipe that trains the pruned model before its adapter; None if ``base.align`` does not ask for it.
+    """Return the recipe that trains the pruned model before its adapter; None if ``base.align`` does not ask for it.
 
     Args:
         changes: what the caller knows better, such as ``model`` and ``storage``.
@@ -138,14 +138,14 @@ def alignment(recipe: Recipe, **changes: Any) -> Recipe | None:
     return parse_recipe({**recipe.to_dict(), **plain, **sections, **changes}, "base.align")
 
 
-def _with_alignment(recipe: Recipe, place: str, base_dir: Path | None) -> Recipe:
-    """The recipe with ``base.align`` validated, complete and its paths made absolute."""
+def _with_alignment(recipe: Recipe, where: str, base_dir: Path | None) -> Recipe:
+    """Return the recipe with ``base.align`` validated and completed, and its paths made absolute."""
     kind = BASES.of(recipe)
     sections = kind.alignment(recipe.base)
     if sections is None:
         return recipe
     if odd := sorted(set(sections) - set(ALIGNED)):
-        raise RecipeError(f"{place}: base.align.{odd[0]}: not a section of it; known here: {', '.join(ALIGNED)}")
+        raise RecipeError(f"{where}: base.align.{odd[0]}: not a section of it; known here: {', '.join(ALIGNED)}")
     aligned = alignment(recipe)
     assert aligned is not None
     values = (_absolute(aligned, base_dir) if base_dir else aligned).to_dict()
@@ -154,11 +154,11 @@ def _with_alignment(recipe: Recipe, place: str, base_dir: Path | None) -> Recipe
 
 
 ALIGNED = ("data", "activations", "loss", "optimizer", "train", "scaling", "seed", "tracking")
-"""Sections that ``base.align`` may hold."""
+"""The sections that ``base.align`` may hold."""
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe file as a person writes it: with the shorthands, and the name left to the file's."""
+    """Return the JSON schema of a recipe file as a person writes it: with the shorthands, and the name optional."""
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
     for name, axis in AXES.items():
@@ -190,7 +190,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def packaged_recipe(name: str) -> Path:
-    """File of a recipe that ships with raymem, for example ``quickstart``.
+    """Return the file of a recipe that ships with raymem, for example ``quickstart``.
 
     Raises:
         RecipeError: no such recipe.

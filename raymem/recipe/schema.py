@@ -138,7 +138,7 @@ class StorageSection(RecipeModel):
 
 
 RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db", "mlflow.db.lock")
-"""What lies beside the runs in a storage path."""
+"""Names in a storage path that are no runs."""
 
 
 def _not_reserved(name: str) -> str:
@@ -162,7 +162,7 @@ class Recipe(RecipeModel):
     model: ModelSection
     """Which model is trained."""
     data: DataSection
-    """What it is trained and evaluated on."""
+    """The data of training and evaluation."""
     base: Annotated[Any, AxisField(BASES)] = Field(default_factory=BASES.initial_options)
     """Axis 1: how the base weights are held."""
     adapter: Annotated[Any, AxisField(ADAPTERS)] = Field(default_factory=ADAPTERS.initial_options)

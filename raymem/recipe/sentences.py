@@ -1,4 +1,4 @@
-"""Sentences about what is wrong with a recipe, from what pydantic says of it."""
+"""Turns pydantic's errors about a recipe into sentences."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing_extensions import TypeAliasType
 from raymem.recipe.base import fields_of, is_recipe_model, kind_of
 
 SENTENCE = "raymem_sentence"
-"""Type of an error whose message is the sentence itself, and whose location is the path in the YAML file."""
+"""The type of an error whose message is the sentence itself, and whose location is the path in the YAML file."""
 
 
 def problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """One ``path: sentence`` per problem.
+    """List one ``path: sentence`` per problem.
 
     Args:
         root: class that was validated.
@@ -36,7 +36,7 @@ def problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 
 def sentence(item: Any, path: str, fields: Iterable[str]) -> str:
-    """One error of pydantic in words that name the value and the rule.
+    """Put one error of pydantic in words that name the value and the rule.
 
     Args:
         path: dotted path in the YAML file.
@@ -58,19 +58,19 @@ def sentence(item: Any, path: str, fields: Iterable[str]) -> str:
 
 
 def _beside_kind(item: Any, path: str) -> tuple[str, str] | None:
-    """Path and sentence of a ``kind`` (or ``type``) that is missing or unknown; None for other errors."""
+    """Explain a ``kind`` (or ``type``) that is missing or unknown by path and sentence; None for other errors."""
     context = item.get("ctx") or {}
     if item["type"] == "union_tag_not_found":
         return f"{path}.{context['discriminator'].strip(chr(39))}", "is missing"
     if item["type"] == "union_tag_invalid":
-        given, expected = context["tag"], _names(context["expected_tags"])
+        value, expected = context["tag"], _names(context["expected_tags"])
         tag = context["discriminator"].strip("'")
-        return f"{path}.{tag}", f"{given!r} is not one of {', '.join(expected)}{nearest(str(given), expected)}"
+        return f"{path}.{tag}", f"{value!r} is not one of {', '.join(expected)}{nearest(str(value), expected)}"
     return None
 
 
 def _at_field(item: Any, path: str, fields: Iterable[str]) -> tuple[str, str]:
-    """Options whose own rules speak name the field themselves."""
+    """Return path and sentence; a field that the message of an options' own rule names becomes part of the path."""
     text = sentence(item, path, fields)
     name, separator, rest = text.partition(": ")
     if item["type"] == "value_error" and separator and name in fields:
@@ -83,7 +83,7 @@ def _names(text: Any) -> list[str]:
 
 
 def _resolve(location: Sequence[int | str], root: type[BaseModel]) -> tuple[str, list[str]]:
-    """Dotted YAML path of a pydantic location, and the names that are valid where its last part stands.
+    """Return the dotted YAML path of a pydantic location, and the names that are valid for its last part.
 
     pydantic puts union tags (``lora``) and arms (``constrained-int``) into the location; they are no part of the YAML.
     """
@@ -119,14 +119,14 @@ def _resolve(location: Sequence[int | str], root: type[BaseModel]) -> tuple[str,
 
 
 def _is_mapping(annotation: Any) -> bool:
-    """Whether an annotation is a mapping to sections, perhaps an optional one."""
+    """Say whether an annotation is a mapping to sections, perhaps an optional one."""
     if typing.get_origin(annotation) is dict:
         return bool(sections_in(annotation))
     return any(_is_mapping(argument) for argument in typing.get_args(annotation))
 
 
 def sections_in(annotation: Any) -> list[type]:
-    """Every recipe section that an annotation can hold."""
+    """List every recipe section that an annotation can hold."""
     if is_recipe_model(annotation):
         return [annotation]
     if isinstance(annotation, TypeAliasType):
@@ -137,7 +137,7 @@ def sections_in(annotation: Any) -> list[type]:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the one that was probably meant, or all that there are."""
+    """End an error about an unknown name: with the name that was probably meant, or with all valid names."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     listed = sorted(candidates)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(listed)}"

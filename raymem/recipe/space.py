@@ -21,13 +21,13 @@ from raymem.recipe.base import RecipeModel
 
 Scalar = str | int | float | bool | None
 Point = dict[str, Any]
-"""Path -> value, of the dimensions that exist there."""
+"""A point: maps the path of every dimension that exists in it to a value."""
 
 
 class _Conditional(RecipeModel):
     when: dict[str, list[Scalar]] = {}
-    """Path -> values of it with which this dimension exists; the paths come earlier in the space, or are the recipe's
-    own."""
+    """Maps a path to the values of it with which this dimension exists; the paths come earlier in the space, or are the
+    recipe's own."""
 
 
 class _Range(_Conditional):
@@ -48,10 +48,10 @@ class FloatDimension(_Range):
     low: float
     high: float
     log: bool = False
-    """Drawn evenly over orders of magnitude."""
+    """Whether values are drawn evenly over orders of magnitude."""
 
     def grid(self) -> list[Any]:
-        """The ends and the middle."""
+        """Return both ends and the middle."""
         middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
         return [self.low, middle, self.high]
 
@@ -63,10 +63,10 @@ class IntDimension(_Range):
     low: int
     high: int
     log: bool = False
-    """Drawn evenly over orders of magnitude."""
+    """Whether values are drawn evenly over orders of magnitude."""
 
     def grid(self) -> list[Any]:
-        """The ends and the middle."""
+        """Return both ends and the middle."""
         middle = round(math.sqrt(self.low * self.high)) if self.log else (self.low + self.high) // 2
         return sorted({self.low, middle, self.high})
 
@@ -78,7 +78,7 @@ class ChoiceDimension(_Conditional):
     choices: Annotated[list[Scalar], Field(min_length=1)]
 
     def grid(self) -> list[Any]:
-        """All of them."""
+        """Return every choice."""
         return list(self.choices)
 
 
@@ -103,7 +103,7 @@ def sample(space: Space, recipe: Mapping[str, Any], draw: Draw) -> Point:
 
 
 def grid(space: Space, recipe: Mapping[str, Any]) -> Iterator[Point]:
-    """Every point over the values of :meth:`FloatDimension.grid` and its like; none comes twice."""
+    """Yield every point over the values of each dimension's ``grid``; none comes twice."""
     waiting: list[list[Any]] = [[]]
     while waiting:
         begin = waiting.pop()
@@ -126,24 +126,24 @@ def grid(space: Space, recipe: Mapping[str, Any]) -> Iterator[Point]:
 
 
 def apply(recipe: Mapping[str, Any], point: Point) -> dict[str, Any]:
-    """The recipe, as a plain dict, with a point's values in it.
+    """Put a point's values into the recipe, as a plain dict.
 
     The kinds of axes come first, wherever the point has them. Another kind on an axis starts from that kind's defaults:
     options of the recipe's own kind do not carry over.
     """
-    found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in recipe.items()}
+    changed = {name: dict(value) if isinstance(value, Mapping) else value for name, value in recipe.items()}
     for path, value in sorted(point.items(), key=lambda item: not _is_kind(item[0])):
         *parents, last = path.split(".")
-        if _is_kind(path) and found[parents[0]]["kind"] != value:
-            found[parents[0]] = {"kind": value}
+        if _is_kind(path) and changed[parents[0]]["kind"] != value:
+            changed[parents[0]] = {"kind": value}
             continue
-        node: dict[str, Any] = found
+        node: dict[str, Any] = changed
         for part in parents:
             inner = node.get(part)
             node[part] = dict(inner) if isinstance(inner, Mapping) else {}
             node = node[part]
         node[last] = value
-    return found
+    return changed
 
 
 def _is_kind(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Reading a search space and holding it against a recipe."""
+"""Reads a search space and holds it against a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raymem.recipe.space import Point, Space, apply, sample
 
 
 def load_space(source: str | None, recipe: Recipe, *, given_as: str = "--space") -> Space:
-    """The space that is meant, checked: every dimension exists somewhere, and every end of it is a valid value.
+    """Load and checks a search space: every dimension exists somewhere, and both ends of it are valid values.
 
     Args:
         source: a Python file with ``SPACE``, a YAML file, or the name of a space that ships with raymem (``joint``); by
@@ -33,72 +33,72 @@ def load_space(source: str | None, recipe: Recipe, *, given_as: str = "--space")
                 f"there is no search space: give {given_as} ({', '.join(shipped())}, or a file), or write one into the "
                 "recipe's `space` section"
             )
-        space, place = recipe.space, "space"
+        space, where = recipe.space, "space"
     else:
-        raw, place = _named(source, given_as)
+        raw, where = _named(source, given_as)
         # The recipe's own schema says what a space is, and what is wrong with one.
-        with_space = validated({**recipe.to_dict(), "space": raw}, place)
+        with_space = validated({**recipe.to_dict(), "space": raw}, where)
         assert with_space.space is not None
         space = with_space.space
-    check_space(space, recipe, place)
+    check_space(space, recipe, where)
     return space
 
 
 def shipped() -> list[str]:
-    """Names of the spaces that ship with raymem or with a kind from outside."""
+    """List the spaces that ship with raymem or with a kind from outside."""
     files = [file.stem for file in _folder().glob("*.py") if file.stem != "__init__"]
     return sorted({*files, *_of_kinds()})
 
 
 def _of_kinds() -> dict[str, Any]:
-    """Kind -> the search space that it brings."""
+    """Map the name of a kind to the search space that it brings."""
     return {kind.name: dict(kind.space) for kind in all_kinds() if kind.space}
 
 
-def recipe_at(recipe: Recipe, point: Point, place: str) -> Recipe:
-    """The recipe of a point.
+def recipe_at(recipe: Recipe, point: Point, where: str) -> Recipe:
+    """Build the recipe of a point.
 
     Raises:
         RecipeError: its values are not valid, or do not go together.
     """
-    return parse_recipe({**apply(recipe.to_dict(), point), "space": None}, place)
+    return parse_recipe({**apply(recipe.to_dict(), point), "space": None}, where)
 
 
-def check_space(space: Space, recipe: Recipe, place: str) -> None:
+def check_space(space: Space, recipe: Recipe, where: str) -> None:
     """See :func:`load_space`; which values go together is left to each point."""
     raw = recipe.to_dict()
     for path, dimension in space.items():
-        wanted = _reachable(space, raw, path, place)
+        needed_values = _reachable(space, raw, path, where)
         for value in dimension.grid():
-            forced = {**wanted, path: value}
+            forced = {**needed_values, path: value}
             point = sample(space, raw, lambda p, d, forced=forced: forced.get(p, d.grid()[0]))  # type: ignore[misc]
             if path not in point:
                 raise RecipeError(
-                    f"{place}: {path}: its `when` is never true with this recipe: {dimension.when}; put what it asks "
+                    f"{where}: {path}: its `when` is never true with this recipe: {dimension.when}; put what it asks "
                     "for earlier in the space, or into the recipe"
                 )
             # Only what this dimension and its conditions say: others may not go with it.
             own = {p: v for p, v in point.items() if p in forced}
-            validated({**apply(raw, own), "space": None}, place)
+            validated({**apply(raw, own), "space": None}, where)
 
 
-def _reachable(space: Space, raw: Mapping[str, Any], path: str, place: str) -> dict[str, Any]:
-    """Values of earlier dimensions with which one exists."""
-    wanted: dict[str, Any] = {}
+def _reachable(space: Space, raw: Mapping[str, Any], path: str, where: str) -> dict[str, Any]:
+    """Return values of earlier dimensions with which the dimension exists."""
+    needed_values: dict[str, Any] = {}
     order = list(space)
     for asked, allowed in space[path].when.items():
         if asked not in space:
             continue  # the recipe's own value, which `sample` looks at
         if order.index(asked) >= order.index(path):
             raise RecipeError(
-                f"{place}: {path}: its `when` asks about {asked}, which has no value there yet; put {asked} earlier in "
+                f"{where}: {path}: its `when` asks about {asked}, which has no value there yet; put {asked} earlier in "
                 "the space"
             )
         possible = [value for value in allowed if _may_be(space[asked], value)]
         if not possible:
-            raise RecipeError(f"{place}: {path}: when {asked} is {allowed}, but the space never puts that there")
-        wanted |= {asked: possible[0], **_reachable(space, raw, asked, place)}
-    return wanted
+            raise RecipeError(f"{where}: {path}: when {asked} is {allowed}, but the space never puts that there")
+        needed_values |= {asked: possible[0], **_reachable(space, raw, asked, where)}
+    return needed_values
 
 
 def _may_be(dimension: Any, value: Any) -> bool:
@@ -108,7 +108,7 @@ def _may_be(dimension: Any, value: Any) -> bool:
 
 
 def _named(source: str, given_as: str) -> tuple[Any, str]:
-    """The space that a user means, unvalidated, and what to call it in errors."""
+    """Return the space that a user means, unvalidated, and its name in errors."""
     path = Path(source)
     if path.suffix in (".py", ".yaml", ".yml"):
         return _read(path), str(path)

@@ -1,4 +1,4 @@
-"""Artefacts that may lie on an object store, as local files."""
+"""Gives local files of artefacts, which may lie on an object store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raymem.training.artifacts.export import FACTS
 
 @contextlib.contextmanager
 def local_copy(location: str) -> Iterator[str]:
-    """A local directory with the artefact at ``location``: itself, or for ``s3://`` and ``gs://`` a temporary copy.
+    """Yield a local directory with the artefact at ``location``; of ``s3://`` and ``gs://`` it is a temporary copy.
 
     Raises:
         StorageError: it cannot be fetched.

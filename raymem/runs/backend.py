@@ -1,4 +1,4 @@
-"""Where the work of a run is done: in this process, or on Ray (:class:`raymem.cluster.backend.RayBackend`)."""
+"""Does the work of a run in this process; :class:`raymem.cluster.backend.RayBackend` does it on Ray."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 Status = Callable[[str], None]
-"""Told in a few words what is going on."""
+"""A function that is told in a few words what is going on."""
 Progress = Callable[[int, int], None]
-"""Told how many of how many steps are done."""
+"""A function that is told how many of how many steps are done."""
 
 
 class Backend(Protocol):
@@ -34,10 +34,10 @@ class Backend(Protocol):
         """
 
     def map(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
-        """The function's values, in order; a call may be repeated."""
+        """Return the function's values, in order; a call may be repeated."""
 
     def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
-        """One call with what the recipe gives to one worker."""
+        """Make one call with the resources that the recipe gives to one worker."""
 
     def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
         """Train to the end; every row of metrics goes to the tracker and, in this process, to the listeners."""
@@ -47,27 +47,27 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """This process; Ray is not asked."""
+    """Works in this process, without Ray."""
 
     def connect(self, storage: Storage, status: Status) -> None:
-        """Nothing to do."""
+        """Do nothing: this process is ready."""
 
     def map(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
-        """One after the other."""
+        """Make one call after the other."""
         return [function(item) for item in items]
 
     def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
-        """The call itself."""
+        """Make the call."""
         return function(config)
 
     def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
-        """The loop itself."""
+        """Run the loop."""
         reporter = LocalReporter(*listeners, tracker.log)
         dist_env = DistEnv.current(prepared.recipe)
         return run(prepared.recipe, dist_env, prepared.run, prepared.train_data, prepared.eval_data, reporter)
 
     def run_steps(self, job: StepJob, progress: Progress) -> None:
-        """Step after step."""
+        """Do step after step."""
         if job.is_committed():
             return
         steps = job.steps()
@@ -79,7 +79,7 @@ class LocalBackend:
 
 
 def backend_of(recipe: Recipe) -> Backend:
-    """The backend that ``scaling`` asks for."""
+    """Return the backend that ``scaling`` asks for."""
     if recipe.scaling.num_workers == 0:
         return LocalBackend()
     from raymem.cluster.backend import RayBackend

@@ -1,4 +1,4 @@
-"""A recipe's data without a run: prepared in this process, to be looked at."""
+"""Prepares a recipe's data in this process, without a run, to be looked at."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raymem.training.data.packed.shards import Prepared
 
 
 def prepare_here(recipe: Recipe, split: Split) -> tuple[str, Prepared]:
-    """The tokenizer's directory, and a split of a recipe that is not going to be trained now.
+    """Prepare a split of a recipe that is not trained now; return the tokenizer's directory and the split.
 
     Raises:
         DataError, ModelError, StorageError: see :func:`raymem.training.data.packed.shards.prepare`.

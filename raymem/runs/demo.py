@@ -1,4 +1,4 @@
-"""The demo models: small Llamas that this machine pre-trains on its own standard library, once."""
+"""Makes the demo models: small Llamas that this machine pre-trains on its own standard library, once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from raymem.training.data.packed.shared import cache_dir
 
 
 def demo_tokenizer(storage: Storage) -> str:
-    """Directory of the demo tokenizer, built if missing."""
+    """Return the directory of the demo tokenizer, which is built if missing."""
     return str(ensure_demo(cache_dir(storage)).tokenizer)
 
 
 def with_demo_tokenizer(recipe: Recipe, storage: Storage) -> Recipe:
-    """A recipe whose tokenizer is that of the demo names its directory; the model need not be built for it."""
+    """Put the directory of the demo tokenizer into a recipe that uses it; the model need not be built for that."""
     model = recipe.model
     if model.tokenizer != "demo" and (model.tokenizer is not None or model.name not in MODELS):
         return recipe
@@ -30,7 +30,7 @@ def with_demo_tokenizer(recipe: Recipe, storage: Storage) -> Recipe:
 
 
 def pretraining_recipe(name: str, storage: Storage) -> Recipe:
-    """The recipe that makes demo model ``name``, as a run inside the storage's cache named by its content."""
+    """Return the recipe that makes demo model ``name``, as a run inside the storage's cache named by its content."""
     raw: dict[str, Any] = read_yaml(packaged_recipe(MODELS[name]))
     demo = ensure_demo(cache_dir(storage))
     raw["model"]["tokenizer"] = str(demo.tokenizer)
@@ -38,17 +38,17 @@ def pretraining_recipe(name: str, storage: Storage) -> Recipe:
     raw |= {"name": f"{name}-{key[:12]}", "tracking": "none"}
     raw["storage"] = {"path": str(cache_dir(storage) / "models"), "num_to_keep": 1}
     raw["scaling"] = {"num_workers": 0}
-    return parse_recipe(raw, place=f"packaged recipe {MODELS[name]}")
+    return parse_recipe(raw, where=f"packaged recipe {MODELS[name]}")
 
 
 def finished_model(recipe: Recipe) -> str | None:
-    """Directory of the model that a pre-training recipe made, or None if it is not finished."""
+    """Return the directory of the model that a pre-training recipe made, or None if it is not finished."""
     run = Storage.open(recipe.storage.path).child(recipe.name)
     return run.join("model") if run.exists(f"model/{FACTS}") else None
 
 
 def discard_checkpoints(recipe: Recipe) -> None:
-    """A finished demo model is only read; its checkpoints are ten times its size."""
+    """Delete the checkpoints of a finished demo model: it is only read, and they are ten times its size."""
     run = Storage.open(recipe.storage.path).child(recipe.name)
     shutil.rmtree(run.join("checkpoints"), ignore_errors=True)
 

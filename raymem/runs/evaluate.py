@@ -1,4 +1,4 @@
-"""Evaluating what a run left, on the recipe's evaluation data: in this process or as one Ray task."""
+"""Evaluates a run's artefact on the recipe's evaluation data, in this process or as one Ray task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from raymem.training.model.build import build_model
 
 
 def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> EvaluationResult:
-    """Evaluation loss of a run's artefact, on the revision of the base that it was trained on.
+    """Compute the evaluation loss of a run's artefact, on the revision of the base that it was trained on.
 
     Args:
         artifact: PEFT or model directory; ``base`` is the model without an adapter; by default the run's own result.
@@ -42,7 +42,7 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> EvaluationRe
 
 
 def evaluate_run(run: ResolvedRun, artifact: str, data: Prepared) -> EvaluationResult:
-    """Evaluation loss of an artefact on data that are prepared."""
+    """Compute the evaluation loss of an artefact on prepared data."""
     config = {"recipe": run.recipe.to_dict(), "artifact": artifact, "data": to_dict(data)}
     return EvaluationResult(artifact, run.backend.call(evaluation_task, config))
 
@@ -54,7 +54,7 @@ def check_has_eval(recipe: Recipe) -> None:
 
 
 def evaluation_task(config: dict[str, Any]) -> Evaluation:
-    """One process's evaluation; plain data in, plain values out."""
+    """Evaluate in one process; takes plain data and returns plain values."""
     recipe = Recipe.model_validate(config["recipe"])
     with local_copy(config["artifact"]) as directory:
         adapter = Path(directory) if is_peft(directory) else None
@@ -83,7 +83,7 @@ def _own_artifact(recipe: Recipe) -> str:
 
 
 def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
-    """The recipe of one unsharded process that starts from a local ``artifact``; an adapter is loaded as it is."""
+    """Return the recipe of one unsharded process that starts from a local ``artifact``; adapters load as they are."""
     update: dict[str, Any] = {
         "scaling": recipe.scaling.model_copy(update={"num_workers": 0, "strategy": "ddp"}),
         "adapter": no_adapter(),
@@ -104,5 +104,5 @@ def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
 
 
 def _unpruned(recipe: Recipe) -> Any:
-    """A model directory or a recovered adapter does not sit on the pruned model that the recipe trains on."""
+    """Return the base of a model directory or a recovered adapter: the full model, rather than a pruned one."""
     return full_base() if BASES.of(recipe).replaces_model else recipe.base

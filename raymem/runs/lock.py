@@ -1,4 +1,4 @@
-"""One driver at a time per run, and room for a run that starts over."""
+"""Lets one driver at a time work on a run, and makes room for a run that starts over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe's plan: the same for the command, the Python API and Kubernetes manifests."""
+"""Plans a recipe, in the same way for the command, the Python API and Kubernetes manifests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def plan_run(
     recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | None = None, status: Callable[[str], None] = log.info
 ) -> tuple[Recipe, Plan]:
-    """The recipe with a number as its micro-batch, and its plan.
+    """Return the recipe with a number as its micro-batch, and its plan.
 
     Args:
         budget_bytes: what ``micro_batch: auto`` is to fit into; by default the recipe's budget, or the GPU's memory.
@@ -35,7 +35,7 @@ def plan_run(
 
 
 def budget_bytes(recipe: Recipe, budget: str | None, gpu: str | None, *, where: str) -> int | None:
-    """The budget that holds: the one that is given, the GPU's memory, or the recipe's; None if there is none.
+    """Return the budget that holds: the given one, the GPU's memory, or the recipe's; None if there is none.
 
     Args:
         where: what an error calls ``budget``.

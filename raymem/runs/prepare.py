@@ -1,4 +1,4 @@
-"""The data of a resolved run: checked against its model, tokenised and packed by its backend."""
+"""Prepares the data of a resolved run: checks them against its model, tokenises and packs them on its backend."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def prepare(run: ResolvedRun, *, train_data: Prepared | None = None, status: Sta
         status(str(line))
     del model
     status("preparing the data")
-    given, train_data = train_data is not None, train_data or prepare_split(run, "train")
+    prepared_before, train_data = train_data is not None, train_data or prepare_split(run, "train")
     eval_data = None if run.recipe.data.eval is None else prepare_split(run, "eval")
-    if not given:
+    if not prepared_before:
         status(overview(run.recipe.data.train, train_data, load_tokenizer(run.tokenizer)))
     return PreparedRun(run.recipe, run.storage, run.run, train_data, eval_data)
 
 
 def prepare_split(run: ResolvedRun, split: Split) -> Prepared:
-    """One split of a run's data; see :func:`prepare_data`."""
+    """Prepare one split of a run's data; see :func:`prepare_data`."""
     return prepare_data(run.recipe.data, split, run.tokenizer, run.storage, run.backend)
 
 

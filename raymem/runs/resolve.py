@@ -1,4 +1,4 @@
-"""From a recipe to a run of which nothing is left open.
+"""Turns a recipe into a run of which nothing is left open.
 
 Revision, micro-batch, demo models, pruned base and tokenizer are decided here, in this order, and nowhere else; every
 command and every stage takes the :class:`ResolvedRun` from here on.
@@ -38,7 +38,7 @@ from raymem.training.model.revision import (
 log = logging.getLogger(__name__)
 
 BuildDemo = Callable[[Recipe], object]
-"""Trains the recipe that makes a demo model."""
+"""A function that trains the recipe of a demo model."""
 
 
 def resolve(
@@ -86,7 +86,7 @@ def resolve(
 def resolve_shared(
     recipe: Recipe, began: Began | None, storage: Storage, build_demo: BuildDemo, status: Status
 ) -> tuple[Recipe, Recipe, str]:
-    """For a sweep: the recipe at its revision, the same with directories for demo models, and its tokenizer.
+    """Return for a sweep the recipe at its revision, the same with directories for demo models, and its tokenizer.
 
     Micro-batch and base are left to the trials, which resolve their own points.
 
@@ -102,7 +102,7 @@ def resolve_shared(
 
 
 def resolve_tokenizer(recipe: Recipe, storage: Storage) -> str:
-    """Directory of a recipe's tokenizer in the cache, for who only looks at data: no model is built or opened.
+    """Return a recipe's tokenizer in the cache, for callers that only look at data: no model is built or opened.
 
     Raises:
         ModelError: the model, its revision or its tokenizer cannot be had.
@@ -114,12 +114,12 @@ def resolve_tokenizer(recipe: Recipe, storage: Storage) -> str:
 def resolve_micro_batch(
     recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | None = None, status: Status = log.info
 ) -> Recipe:
-    """The recipe as it is planned, with a number as its micro-batch; see :func:`raymem.planner.choose_micro_batch`."""
+    """Return the recipe with a number as its micro-batch; see :func:`raymem.planner.choose_micro_batch`."""
     return choose_micro_batch(recipe, budget_bytes=budget_bytes, gpu=gpu, status=status)
 
 
 def locate_again(run: ResolvedRun, status: Status = log.info) -> ResolvedRun:
-    """The run after a stage that pruned or aligned its base; the full model is not opened a second time."""
+    """Return the run after a stage that pruned or aligned its base; the full model is not opened a second time."""
     if not isinstance(run.base, PlannedModel):
         return run
     recipe = run.recipe.model_copy(update={"base": run.asked.base})
@@ -128,7 +128,7 @@ def locate_again(run: ResolvedRun, status: Status = log.info) -> ResolvedRun:
 
 
 def on_full_model(run: ResolvedRun, name: str) -> ResolvedRun:
-    """A run called ``name`` that does on the full model what the given one does on the pruned one.
+    """Return a run called ``name`` that does on the full model what the given one does on the pruned one.
 
     Raises:
         ModelError: the commit that was pruned cannot be had.
@@ -143,7 +143,7 @@ def on_full_model(run: ResolvedRun, name: str) -> ResolvedRun:
 
 
 def note_start(run: ResolvedRun) -> None:
-    """Write down which revision a run begins with, for whatever comes of it.
+    """Write down which revision a run begins with, for its artefacts and later commands.
 
     Raises:
         StorageError: it cannot be written.
@@ -152,12 +152,12 @@ def note_start(run: ResolvedRun) -> None:
 
 
 def planned_recipes(run: ResolvedRun) -> tuple[Recipe, Recipe]:
-    """The run as the planner takes it: at its commit, and as ``raymem plan``, which resolves none, was asked."""
+    """Return the run's recipe for the planner: at its commit, and as ``raymem plan``, which resolves none, has it."""
     return at_revision(run.asked, run.recipe.model.revision), run.asked
 
 
 def _as_trained(recipe: Recipe, artifact: str, run: Storage) -> Recipe:
-    """The recipe at the revision that an artefact was trained on; the model without an adapter is that of the run.
+    """Return the recipe at the revision that an artefact was trained on; for the model without an adapter, the run's.
 
     Raises:
         ModelError: the recipe names another revision than the artefact was trained on.
@@ -179,7 +179,7 @@ def _as_trained(recipe: Recipe, artifact: str, run: Storage) -> Recipe:
 
 
 def _locate(recipe: Recipe, storage: Storage, backend: Backend, status: Status) -> tuple[Recipe, Base]:
-    """The base that is trained on, and the recipe that names it."""
+    """Return the base that is trained on, and the recipe that names it."""
     kind = BASES.of(recipe)
     if not kind.is_planned(recipe.base):
         directory = kind.directory(recipe.base)
@@ -191,7 +191,7 @@ def _locate(recipe: Recipe, storage: Storage, backend: Backend, status: Status) 
 def _at_site(
     recipe: Recipe, site: PruningSite, storage: Storage, backend: Backend, status: Status
 ) -> tuple[Recipe, Base]:  # fmt: skip
-    """The model that pruning and alignment have left so far."""
+    """Return the model that pruning and alignment have left so far."""
     if not is_made(site.directory):
         missing = (
             f"base.kind: loram: {recipe.model.name} is not pruned with these options yet in {storage.path}; run: "
@@ -211,7 +211,7 @@ def _at_site(
 def _alignment(
     recipe: Recipe, pruned: Path, storage: Storage, backend: Backend, status: Status
 ) -> Alignment | None:  # fmt: skip
-    """The run that aligns a pruned model, named by its content, and its data; None if the recipe has none.
+    """Return the run that aligns a pruned model, named by its content, and its data; None if the recipe has none.
 
     Raises:
         RecipeError, DataError: its sections are no recipe, or its data cannot be read.

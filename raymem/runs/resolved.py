@@ -1,4 +1,4 @@
-"""A run of which nothing is left open, and the base that it trains on. Only :mod:`raymem.runs.resolve` makes one."""
+"""Defines a run of which nothing is left open, and its base. Only :mod:`raymem.runs.resolve` makes one."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Base = FullModel | PrunedModel | PlannedModel
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """Everything that a recipe leaves open, decided."""
+    """A run for which everything that its recipe leaves open is decided."""
 
     recipe: Recipe
-    """As it is trained: a number as micro-batch, a commit as revision, directories for demo models and pruned bases."""
+    """The recipe as trained: micro-batch a number, revision a commit, demo models and pruned bases as directories."""
     base: Base
     tokenizer: str
-    """Directory in the cache."""
+    """The tokenizer's directory in the cache."""
     storage: Storage
     run: Storage
-    """The run's own directory in it."""
+    """The run's own directory in the storage."""
     backend: Backend
     asked: Recipe
-    """As the user gave it, but for the micro-batch: the planner knows it by these names."""
+    """The recipe as the user gave it, but for the micro-batch: the planner knows it by these names."""
 
     def require_base(self) -> FullModel | PrunedModel:
-        """The base, if it can be trained on.
+        """Return the base if it can be trained on.
 
         Raises:
             ModelError: it is not pruned or aligned yet, with the command that does it.

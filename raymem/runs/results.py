@@ -1,4 +1,4 @@
-"""The results of training and evaluation; light to import, since the public API names these types."""
+"""Defines the results of training and evaluation; light to import, since the public API names these types."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class TrainResult:
     """A finished run."""
 
     outcome: Outcome
-    """All that the training loop says about itself."""
+    """The outcome that the training loop reports."""
     tracking: TrackingResult
     recipe: Recipe
-    """As it was trained: exact revision, directories for demo models."""
+    """The recipe as it was trained: exact revision, directories for demo models."""
     predicted_peak_bytes: int | None = None
     """Predicted peak of a step; None if the recipe has no budget and was not planned before."""
     train_s: float = 0.0

@@ -1,4 +1,4 @@
-"""From a recipe to a trained artefact: what the driver does, with Ray workers or in this process."""
+"""Trains a recipe to its artefact: the driver's part, with Ray workers or in this process."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InSweep:
-    """A trial's sweep, as far as the trial's run needs it."""
+    """The facts of a sweep that a trial's run needs."""
 
     parent_run_id: str | None
     """Id of the sweep's run in the tracking system."""
     predicted_peak_bytes: int
-    """Peak of a step; the sweep has held it against the budget."""
+    """Predicted peak of a step; the sweep has compared it with the budget."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a run is trained, besides its recipe."""
+    """Options of a training besides its recipe."""
 
     fresh: bool = False
     """Set an existing run of this name aside and start over."""
     force: bool = False
     """Train even if the predicted peak is above the recipe's budget."""
     listeners: Sequence[Listener] = ()
-    """Get every metric row, in this process."""
+    """Functions that get every metric row, in this process."""
     status: Status = log.info
-    """Told about progress before the first step."""
+    """A function that is told about progress before the first step."""
     sweep: InSweep | None = None
-    """Given where the run is a trial, whose artefact is then not copied to the tracking system."""
+    """The sweep of a run that is a trial; the artefact of a trial is not copied to the tracking system."""
 
 
 def launch(
@@ -84,7 +84,7 @@ def launch(
 
 
 def train(run: ResolvedRun, options: TrainOptions, *, train_data: Prepared | None = None) -> TrainResult:
-    """As :func:`launch`, for a run that was resolved before.
+    """Train a run that was resolved before; see :func:`launch`.
 
     Args:
         train_data: where the caller has prepared it.
@@ -95,7 +95,7 @@ def train(run: ResolvedRun, options: TrainOptions, *, train_data: Prepared | Non
 
 
 def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions) -> TrainResult:
-    """Everything behind the lock: prepare, predict, train, record."""
+    """Do everything behind the lock: prepare, predict, train, record."""
     prepared = prepare(run, train_data=train_data, status=options.status)
     checkpoint = None if options.fresh else latest_manifest(run.run)
     if checkpoint is not None:
@@ -145,7 +145,7 @@ def _train_tracked(
 
 
 def _predicted_bytes(run: ResolvedRun, options: TrainOptions) -> int | None:
-    """Peak of a step, if it is known or the recipe's budget asks for it.
+    """Return the predicted peak of a step, if it is known or the recipe's budget asks for it.
 
     Raises:
         BudgetExceeded: it is above the budget.
@@ -158,7 +158,7 @@ def _predicted_bytes(run: ResolvedRun, options: TrainOptions) -> int | None:
 
 
 def _predict(run: ResolvedRun, *, force: bool, status: Status) -> Plan | None:
-    """The plan of a run with a budget; without one, what was planned before, if anything was."""
+    """Plan a run that has a budget; without one, return its plan if it was planned before."""
     recipe, asked = planned_recipes(run)
     if recipe.budget is None:
         return known_plan(recipe) or known_plan(asked)

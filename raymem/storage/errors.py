@@ -1,4 +1,4 @@
-"""Storage operations that fail, explained in one sentence with the cure."""
+"""Explains storage operations that fail, in one sentence with the cure."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _BY_WORDS = (
 
 
 def explain(error: Exception, action: str, path: str) -> StorageError:
-    """A finished StorageError for a failure of ``action`` (an infinitive) at ``place``."""
+    """Return a StorageError for a failure of ``action`` (an infinitive) at ``path``."""
     code = error.errno if isinstance(error, OSError) else None
     if code in _BY_ERRNO:
         words, cure = _BY_ERRNO[code]
@@ -57,6 +57,6 @@ def explain(error: Exception, action: str, path: str) -> StorageError:
 
 
 def cause(error: Exception) -> tuple[str, str | None]:
-    """The words of an object store's error on one line, and the cure, if it is known."""
+    """Return the words of an object store's error on one line, and the cure if it is known."""
     text = " ".join(str(error).split())
     return text, next((cure for words, cure in _BY_WORDS if any(word in text for word in words)), None)

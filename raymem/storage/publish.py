@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all.
+"""Publishes directories that appear whole or not at all.
 
 Prepared data and the demo corpus are both directories named by their content. They are written under a temporary
 name beside their place, get ``manifest.json`` (sizes and SHA-256 of every file, and the writer's own facts) last, and
@@ -26,18 +26,18 @@ _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 def digest(value: Any) -> str:
-    """Hex key (32 digits) of a value made of plain JSON types; equal values have equal keys on every machine."""
+    """Return a hex key (32 digits) of a value of plain JSON types; equal values have equal keys on every machine."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a finished directory, or None where nothing finished is there.
+    """Return the manifest of a finished directory, or None where nothing finished is there.
 
     Finished means that the manifest exists and every file has the size it names, which also notices a download or a
     copy that stopped half-way. Contents are checked by :func:`verify`.
@@ -116,7 +116,7 @@ def _rename(temporary: Path, directory: Path) -> None:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove what killed runs left; a live writer touches its directory far more often than once a day."""
+    """Remove leftovers of killed runs; a live writer touches its directory far more often than once a day."""
     for path in parent.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
             if time.time() - max(item.stat().st_mtime for item in (path, *path.rglob("*"))) > _ABANDONED_AFTER_SECONDS:

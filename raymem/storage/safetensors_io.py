@@ -1,4 +1,4 @@
-"""safetensors files, one tensor at a time.
+"""Reads and writes safetensors files, one tensor at a time.
 
 The library of the format maps whole files into memory (every page touched counts as resident) and writes only complete
 dicts. Here a tensor is read with one allocation of its own size and written as soon as it exists, so a shard of 70B
@@ -42,17 +42,17 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """The position of one tensor in the files of a directory."""
 
     file: str
-    """Relative to the directory."""
+    """The file, relative to the directory."""
     key: str
-    """Its name in the file."""
+    """The tensor's name in the file."""
     dtype: str
-    """As the format spells it, for example ``BF16``."""
+    """The dtype as the format spells it, for example ``BF16``."""
     shape: tuple[int, ...]
     begin: int
-    """First byte, from the start of the file."""
+    """The first byte, from the start of the file."""
     end: int
 
     @property
@@ -61,7 +61,7 @@ class Entry:
 
 
 def read_header(directory: Path, file: str) -> tuple[dict[str, str], dict[str, Entry]]:
-    """Metadata, and the tensors of a safetensors file by key.
+    """Read metadata, and the tensors of a safetensors file by key.
 
     Raises:
         ModelError: missing, truncated or malformed.
@@ -91,7 +91,7 @@ def read_header(directory: Path, file: str) -> tuple[dict[str, str], dict[str, E
 
 
 def read_tensor(directory: Path, entry: Entry) -> torch.Tensor:
-    """One tensor on the CPU; its own bytes are all that is allocated.
+    """Read one tensor to the CPU; its own bytes are all that is allocated.
 
     Raises:
         ModelError: the file is gone or shorter than its header said.
@@ -114,7 +114,7 @@ def read_tensor(directory: Path, entry: Entry) -> torch.Tensor:
 
 
 def fingerprint(directory: Path, file: str) -> dict[str, Any]:
-    """Size and a digest of the header and of two pages of every tensor: {"bytes": int, "sample_sha256": str}.
+    """Return size and a digest of the header and of two pages of every tensor: {"bytes": int, "sample_sha256": str}.
 
     Names and shapes alone would not tell two trainings of one architecture apart; all bytes would take as long as the
     pruning itself.
@@ -184,7 +184,7 @@ def write_tensors(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """:func:`write_tensors` for tensors that exist already."""
+    """Write tensors that exist already; see :func:`write_tensors`."""
     specs = {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     write_tensors(path, specs, lambda key: tensors[key].detach().cpu(), metadata or {})
 
@@ -201,7 +201,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A stream whose contents appear under ``path`` at the end of the block, after they reached the disk.
+    """Yield a stream whose contents appear under ``path`` at the end of the block, after they reached the disk.
 
     Raises:
         StorageError: the file system refuses; nothing appears and nothing is left.
@@ -234,12 +234,12 @@ def sync_directory(directory: Path) -> None:
 
 
 def digest(value: Any) -> str:
-    """Hex SHA-256 of a value of plain JSON types; equal values give equal digests on every machine."""
+    """Return the hex SHA-256 of a value of plain JSON types; equal values give equal digests on every machine."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def shard_files(directory: Path) -> list[str]:
-    """The safetensors files of a model directory that transformers would read, in its order.
+    """List the safetensors files of a model directory that transformers would read, in its order.
 
     What ``config.json`` names as ``transformers_weights`` comes first, then the single file, then the index: of several
     sets of files that lie together only one is the model.

@@ -1,4 +1,4 @@
-"""One storage root: a local directory, ``s3://`` or ``gs://``, with the few operations that runs need.
+"""Opens a storage root: a local directory, ``s3://`` or ``gs://``, with the few operations that runs need.
 
 Names given to a :class:`Storage` are ``/``-separated and relative to its root; :meth:`Storage.join` turns one into the
 absolute path or URI that another process can open. A directory counts as whole once its *marker* file (by default
@@ -34,9 +34,9 @@ class Storage:
         self.path = path
         """Absolute local path, or the URI as given."""
         self.filesystem = filesystem
-        """For Ray's ``RunConfig(storage_filesystem=)`` and ``torch.distributed.checkpoint``."""
+        """The file system, for Ray's ``RunConfig(storage_filesystem=)`` and ``torch.distributed.checkpoint``."""
         self.root = root
-        """The same place in the words of ``filesystem``: no scheme, no options."""
+        """The root's path in ``filesystem``: no scheme, no options."""
 
     @classmethod
     def open(cls, path: str) -> Storage:
@@ -82,11 +82,11 @@ class Storage:
 
     @property
     def is_local(self) -> bool:
-        """True for a path of this machine's file tree (which may still be a network mount)."""
+        """Whether the root is a path of this machine's file tree (which may still be a network mount)."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def join(self, *names: str) -> str:
-        """Absolute path or URI of a name below the root; the options of a URI (``?endpoint_override=``) survive."""
+        """Return the absolute path or URI of a name below the root; a URI keeps its ``?options``."""
         name = _clean("/".join(names))
         if self.is_local:
             return os.path.join(self.root, name) if name else self.root
@@ -95,22 +95,22 @@ class Storage:
         return urlunsplit(parts._replace(path=below))
 
     def child(self, *names: str) -> Storage:
-        """The storage whose root is a directory below this one."""
+        """Return the storage whose root is a directory below this one."""
         return Storage(self.join(*names), self.filesystem, self._at("/".join(names)))
 
     def exists(self, name: str) -> bool:
-        """Whether a file or directory is there. Raises StorageError when that cannot be known."""
+        """Say whether a file or directory is there. Raises StorageError when that cannot be known."""
         with self._explained("look up", name):
             return bool(self.filesystem.get_file_info(self._at(name)).type != pafs.FileType.NotFound)
 
     def list_dirs(self, name: str = "") -> list[str]:
-        """Names of the directories directly below ``name``, sorted; empty if it does not exist."""
+        """List the directories directly below ``name``, sorted; empty if it does not exist."""
         with self._explained("list", name):
             infos = self.filesystem.get_file_info(pafs.FileSelector(self._at(name), allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def sizes(self, name: str) -> dict[str, int]:
-        """File name -> bytes of the files directly in a directory. Raises StorageError when they cannot be listed."""
+        """Map each file directly in a directory to its bytes. Raises StorageError if they cannot be listed."""
         with self._explained("list", name):
             infos = self.filesystem.get_file_info(pafs.FileSelector(self._at(name), allow_not_found=True))
         return {info.base_name: info.size for info in sorted(infos, key=lambda i: i.path) if info.is_file}
@@ -133,7 +133,7 @@ class Storage:
             self._put(name, data)
 
     def upload_dir(self, local: str | Path, name: str, last: str | None = MARKER) -> None:
-        """Copy a local directory to ``name``, replacing what is there; the file ``last`` is written last.
+        """Copy a local directory to ``name``, which is replaced; the file ``last`` is written last.
 
         With ``last=None`` the files are merged into the directory instead (several ranks upload their own shards; one
         of them then writes the marker with :meth:`write_json`). A failed upload is removed again, to give back space.
@@ -276,7 +276,7 @@ def _clean(name: str) -> str:
 
 
 def _copy(source: pafs.FileSystem, path: str, target: pafs.FileSystem, to: str) -> dict[str, Any]:
-    """Copy one file in chunks; returns what was copied as ``{bytes, sha256}``."""
+    """Copy one file in chunks; return size and digest of the copy as ``{bytes, sha256}``."""
     digest, size = hashlib.sha256(), 0
     with source.open_input_stream(path) as reader, target.open_output_stream(to) as writer:
         while chunk := reader.read(_CHUNK_BYTES):

@@ -1,4 +1,4 @@
-"""The driver of a sweep: Ray Tune over the points that fit, one journal, one report."""
+"""Drives a sweep: Ray Tune over the points that fit, one journal, one report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 _FACTS = "sweep.json"
 Watch = Callable[[list[SweepRow]], None]
-"""Told all rows whenever one has changed."""
+"""A function that is told all rows whenever one has changed."""
 
 
 def sweep(
@@ -81,7 +81,7 @@ def sweep(
 
 
 def _check(recipe: Recipe, options: SweepOptions) -> Storage:
-    """The recipe's storage, if a sweep can be made of it.
+    """Return the recipe's storage, if the recipe can be swept.
 
     Raises:
         RaymemError: names what is in the way.
@@ -107,7 +107,7 @@ def _check(recipe: Recipe, options: SweepOptions) -> Storage:
 
 
 def _start_tracking(recipe: Recipe, options: SweepOptions, storage: Storage, *, resumed: bool) -> Tracker:
-    """The sweep's own run, whose children are the trials."""
+    """Open the sweep's own tracked run, whose children are the trials."""
     tags = {"raymem.sweep": recipe.name, "raymem.budget": bytes_text(options.budget_bytes)}
     device = "cuda" if recipe.scaling.use_gpu else "cpu"
     return start_tracking(RunStart(recipe.to_dict(), storage.path, resumed, device, tags=tags))
@@ -153,9 +153,9 @@ def _search(
 def _same_sweep(
     folder: Path, recipe: Recipe, space: Space, options: SweepOptions
 ) -> tuple[bool, dict[str, Any]]:  # fmt: skip
-    """Whether this sweep was begun before, and its facts; another one of the same name is refused.
+    """Say whether this sweep was begun before, and return its facts; another one of the same name is refused.
 
-    Besides what it looks for, the facts have a ``key`` that is in its trials' names, so that a sweep that starts over
+    Besides the search itself, the facts have a ``key`` that is in the trials' names, so that a sweep that starts over
     does not find the trials of the one that it replaces; and the ``revision`` of the model, once it is known.
 
     Raises:
@@ -210,7 +210,7 @@ def _prepare(recipe: Recipe, facts: dict[str, Any], storage: Storage, backend: B
 
 
 def _configurer(name: str, parent_run_id: str | None) -> Configure:
-    """Makes a trial's config."""
+    """Return the function that makes a trial's config."""
 
     def configure(number: int, point: Recipe, predicted_bytes: int, needed_bytes: int) -> dict[str, Any]:
         scaling, resources, memory, threads = resources_of(point, needed_bytes)
@@ -222,7 +222,7 @@ def _configurer(name: str, parent_run_id: str | None) -> Configure:
 
 
 def _nothing_fits(space: Space, recipe: Recipe, gate: AdmissionController, rows: list[SweepRow]) -> RaymemError:
-    """The error of a sweep in which no trial was started, with the least that any point needs."""
+    """Build the error of a sweep in which no trial was started, with the least that any point needs."""
     sized = [(row.predicted_bytes, row.point) for row in rows if row.predicted_bytes is not None]
     if not sized:
         problem = rows[-1].problem if rows else "the space has no point"
@@ -247,6 +247,6 @@ def _nothing_fits(space: Space, recipe: Recipe, gate: AdmissionController, rows:
 
 
 def _replaced(space: Space, recipe: Recipe, point: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A point with another value in one dimension; what exists only then is at its smallest entry."""
+    """Return a point with another value in one dimension; dimensions that exist only then are at their smallest."""
     changed = {**point, path: value}
     return sample(space, recipe.to_dict(), lambda name, dimension: changed.get(name, dimension.grid()[0]))

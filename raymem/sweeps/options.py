@@ -1,4 +1,4 @@
-"""How a sweep searches: what is asked for, checked, and named in errors as the caller knows it. Light to import."""
+"""Defines the options of a sweep, checks them, and names them in errors as the caller knows them. Light to import."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from raymem.runs.plan import budget_bytes
 
 ALGORITHMS = ("tpe", "nsga2", "random", "grid")
 METRICS = {"eval_loss": "min", "loss": "min", "peak_bytes": "min", "train_s": "min", "tokens_per_s": "max"}
-"""Metrics that a trial reports and a sweep can look for, and which way is better."""
+"""Maps each metric that a trial reports and a sweep can optimise to the better direction."""
 
 
 class Spelling(Protocol):
-    """Writes an argument, with a value or without, as the caller would give it."""
+    """A function that writes an argument, with a value or without, as the caller would give it."""
 
     def __call__(self, name: str, value: Any = None) -> str:
-        """For an error's sentence."""
+        """Write the metrics for an error's sentence."""
 
 
 def as_option(name: str, value: Any = None) -> str:
-    """As on the command line: ``--budget 24GiB``, ``--fresh``."""
+    """Write an option as on the command line: ``--budget 24GiB``, ``--fresh``."""
     option = f"--{'objective' if name == 'metrics' else name.replace('_', '-')}"
     return option if value is None or value is True else f"{option} {value}"
 
 
 def as_argument(name: str, value: Any = None) -> str:
-    """As in Python: ``budget='24GiB'``, ``fresh=True``."""
+    """Write an option as in Python: ``budget='24GiB'``, ``fresh=True``."""
     return name if value is None else f"{name}={value!r}"
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The metrics that are looked for."""
+    """The metrics that a sweep optimises."""
 
     metrics: tuple[str, ...]
     """Keys of :data:`METRICS`; the first one chooses among the best."""
@@ -47,7 +47,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How a sweep looks for what."""
+    """The options of a search."""
 
     budget_bytes: int
     """Memory of one worker's device."""
@@ -57,11 +57,11 @@ class SweepOptions:
     algorithm: str = "tpe"
     """One of :data:`ALGORITHMS`."""
     early_stopping: bool = True
-    """Stop what is clearly worse at its evaluations (ASHA); with several objectives nothing is stopped."""
+    """Whether trials that are clearly worse at their evaluations are stopped (ASHA); never with several objectives."""
     gpu: str | None = None
-    """Kind of GPU, for the planner."""
+    """The kind of GPU, for the planner."""
     spelling: Spelling = as_option
-    """How errors name these options."""
+    """The spelling of these options in errors."""
 
 
 def resolve_sweep(
@@ -77,15 +77,15 @@ def resolve_sweep(
     name: str | None,
     spelling: Spelling,
 ) -> tuple[Recipe, Space, SweepOptions]:
-    """The recipe of the sweep under its own name, its space, and how it is searched.
+    """Return the recipe of the sweep under its own name, its space, and the options of the search.
 
     Raises:
         RaymemError: an option that no sweep can work with.
     """
     limit = budget_bytes(recipe, budget, gpu, where=spelling("budget"))
     if limit is None:
-        given = f"{spelling('budget', '24GiB')}, {spelling('gpu', 'H100-80GB')}"
-        raise BudgetError(f"there is no budget to search under; give {given}, or `budget`")
+        examples = f"{spelling('budget', '24GiB')}, {spelling('gpu', 'H100-80GB')}"
+        raise BudgetError(f"there is no budget to search under; give {examples}, or `budget`")
     dimensions = load_space(space, recipe, given_as=spelling("space"))
     objective = Objective(tuple(dict.fromkeys(metrics)))
     check_metrics(objective, spelling)

@@ -1,4 +1,4 @@
-"""The report of a sweep: rows, the Pareto front of quality and memory, its table and figure, and the best recipe."""
+"""Reports a sweep: rows, the Pareto front of quality and memory, its table and figure, and the best recipe."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ STATUSES = ("running", "finished", "stopped", "infeasible", "failed", "crashed",
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One proposal."""
+    """One proposal of a sweep."""
 
     number: int
     status: str
     """One of :data:`STATUSES`; ``stopped`` is early, ``refused`` never started."""
     point: dict[str, Any]
     metrics: dict[str, float]
-    """Those of :data:`raymem.sweeps.options.METRICS` that it reported."""
+    """The values of :data:`raymem.sweeps.options.METRICS` that it reported."""
     predicted_bytes: int | None
-    """Peak of a step; of a refused one what it would need at least."""
+    """Predicted peak of a step; for a refused proposal the memory that it would need at least."""
     measured_bytes: int | None
-    """As the meter measured it; of a trial that ran out of memory, what it had taken by then."""
+    """The peak that the meter measured; for a trial that ran out of memory, what it had taken by then."""
     overhead_s: float | None
     """Seconds besides its training, once it has finished."""
     problem: str | None
 
 
 def rows_of(trials: Sequence[FrozenTrial]) -> list[SweepRow]:
-    """Every proposal that was judged, in order."""
+    """Return a row for every proposal that was judged, in order."""
     rows = []
     for trial in trials:
         facts = trial.user_attrs
@@ -58,12 +58,12 @@ def rows_of(trials: Sequence[FrozenTrial]) -> list[SweepRow]:
 
 
 def finished(rows: Sequence[SweepRow], metrics: Sequence[str]) -> list[SweepRow]:
-    """Those that came to their end and have all of these metrics."""
+    """Return the rows that came to their end and have all of these metrics."""
     return [row for row in rows if row.status == "finished" and all(name in row.metrics for name in metrics)]
 
 
 def pareto(rows: Sequence[SweepRow], metrics: Sequence[str]) -> list[SweepRow]:
-    """Finished rows that no other one beats in every metric, sorted by the first."""
+    """Return the finished rows that no other one beats in every metric, sorted by the first."""
     done = finished(rows, metrics)
 
     def costs(row: SweepRow) -> tuple[float, ...]:
@@ -80,7 +80,7 @@ def pareto(rows: Sequence[SweepRow], metrics: Sequence[str]) -> list[SweepRow]:
 
 
 def best_of(rows: Sequence[SweepRow], objective: Objective) -> SweepRow | None:
-    """The finished row with the best first metric."""
+    """Return the finished row with the best first metric."""
     front = pareto(rows, objective.metrics)
     return front[0] if front else None
 
@@ -106,7 +106,7 @@ def write_report(
 
 
 def best_recipe(recipe: Recipe, best: SweepRow, metric: str, budget_bytes: int) -> str:
-    """The recipe of a row as YAML, to train it anew."""
+    """Write the recipe of a row as YAML, to train it anew."""
     chosen = recipe_at(recipe, best.point, "best").to_dict()
     del chosen["space"], chosen["name"]  # it is named by its file
     chosen["budget"] = f"{budget_bytes}B"
@@ -117,7 +117,7 @@ def best_recipe(recipe: Recipe, best: SweepRow, metric: str, budget_bytes: int) 
 
 
 def point_text(point: dict[str, Any]) -> str:
-    """A point on one line."""
+    """Write a point on one line."""
     return " ".join(f"{path}={_short(value)}" for path, value in point.items())
 
 
@@ -155,7 +155,7 @@ def _page(
 
 
 def _draw(path: Path, rows: Sequence[SweepRow], front: Sequence[SweepRow], quality: str, budget: int) -> None:
-    """Quality against measured memory: the front in colour, dominated points grey, what is above the budget shaded."""
+    """Plot quality against measured memory: the front in colour, dominated points grey, beyond the budget shaded."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The resources that a trial of a sweep takes from the cluster, and how many trials fit at a time."""
+"""Computes the resources that a trial takes from the cluster, and how many trials fit at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RUNTIME_BYTES = 1 << 30
 
 
 def nested(recipe: Recipe) -> bool:
-    """Whether a trial has worker processes of its own; else it trains in the trial's."""
+    """Say whether a trial has worker processes of its own; else it trains in its own process."""
     return recipe.scaling.num_workers not in (0, 1) or recipe.scaling.strategy == "fsdp2"
 
 
 def admitted_bytes(recipe: Recipe, budget_bytes: int, status: Status) -> int:
-    """The budget, or on CPU what the nodes have for a worker of any trial, if that is less.
+    """Return the budget, or on CPU what the nodes have for a worker of any trial, if that is less.
 
     Raises:
         BudgetError: they have nothing, or cannot hold one trial.
@@ -51,7 +51,7 @@ def admitted_bytes(recipe: Recipe, budget_bytes: int, status: Status) -> int:
 
 
 def resources_of(recipe: Recipe, needed_bytes: int) -> tuple[dict[str, Any], dict[str, float], int, int]:
-    """``scaling`` of a trial, the Ray resources of its process, host memory that it reserves itself, and its threads.
+    """Return a trial's ``scaling``, its process's Ray resources, the host memory that it reserves itself, and threads.
 
     On GPUs a trial takes whole devices, except where nodes advertise ``gpu_memory_mib``: then the largest even share
     of a device that holds it.
@@ -77,13 +77,13 @@ def resources_of(recipe: Recipe, needed_bytes: int) -> tuple[dict[str, Any], dic
 
 
 def _advertised_gpu_mib() -> int:
-    """Memory of one GPU as the nodes advertise it, the least of all nodes; 0 if any has GPUs but does not say."""
+    """Return the least memory of one GPU that the nodes advertise; 0 if any node has GPUs but does not say."""
     with_gpus = [node["Resources"] for node in _nodes() if node["Resources"].get("GPU")]
     return int(min((node.get("gpu_memory_mib", 0) / node["GPU"] for node in with_gpus), default=0))
 
 
 def most_at_once(recipe: Recipe, admitted_bytes: int) -> int | None:
-    """Trials whose workers fit beside each other; None where their processes' own resources see to it.
+    """Count the trials whose workers fit beside each other; None where their processes' own resources see to it.
 
     A trial with workers waits for them holding no core, so without a limit all of them could wait for one another.
 
@@ -106,7 +106,7 @@ def most_at_once(recipe: Recipe, admitted_bytes: int) -> int | None:
 
 
 def _most_of_workers(recipe: Recipe) -> int:
-    """On CPU: memory that each worker of a trial may need so that as many as it has fit; 0 or less if none may."""
+    """Return the memory on CPU that each worker of a trial may need so that all of them fit; 0 or less if none may."""
     least, beside = _least_workers(recipe), _of_worker(recipe, 0)
     del beside["memory"]
     shares = {int(node["Resources"].get("memory", 0)) // count for node in _nodes() for count in range(1, least + 1)}
@@ -117,12 +117,12 @@ def _most_of_workers(recipe: Recipe) -> int:
 
 
 def _of_process(recipe: Recipe) -> dict[str, float]:
-    """Resources of a trial that trains in its own process, besides memory and GPUs; the recipe may say otherwise."""
+    """Return the resources, besides memory and GPUs, of a trial without workers; the recipe may say otherwise."""
     return {"CPU": 1.0, **(recipe.scaling.resources_per_worker or {})}
 
 
 def _of_worker(recipe: Recipe, needed_bytes: int) -> dict[str, float]:
-    """Resources of a trial's worker, with its share of the process that waits for it."""
+    """Return the resources of a trial's worker, with its share of the process that waits for it."""
     resources = dict(resources_of(recipe, needed_bytes)[0]["resources_per_worker"])
     if "memory" in resources:
         resources["memory"] += RUNTIME_BYTES / _least_workers(recipe)
@@ -135,7 +135,7 @@ def _least_workers(recipe: Recipe) -> int:
 
 
 def _that_fit(resources: Mapping[str, float]) -> int:
-    """How many workers or processes with these resources fit on the cluster, each on one node."""
+    """Count the workers or processes with these resources that fit on the cluster, each on one node."""
     return sum(
         min(int(node["Resources"].get(kind, 0.0) // amount) for kind, amount in resources.items() if amount)
         for node in _nodes()

@@ -1,4 +1,4 @@
-"""The result of a sweep; light to import, since the public API names it."""
+"""Defines the result of a sweep; light to import, since the public API names it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class SweepResult:
     """A finished sweep."""
 
     folder: Path
-    """Report, journal and best recipe."""
+    """The directory of report, journal and best recipe."""
     rows: list[SweepRow]
     """Every proposal that was judged."""
     gave_up: str | None
-    """Why it ended before all samples, if it did."""
+    """The reason why the sweep ended before all samples, if it did."""
     tracking: TrackingResult
     """The sweep's own run in the tracking system."""
 
@@ -38,5 +38,5 @@ class SweepResult:
 
     @property
     def trials(self) -> list[dict[str, Any]]:
-        """The rows as plain values."""
+        """Return the rows as plain values."""
         return [dataclasses.asdict(row) for row in self.rows]

@@ -1,4 +1,4 @@
-"""The sampler of a sweep: Optuna proposes, the gate admits, Ray Tune runs.
+"""Samples the points of a sweep: Optuna proposes, the gate admits, Ray Tune runs.
 
 Every proposal, refusal and result is an Optuna trial in one journal file, which is all that a sweep knows: a killed one
 goes on from it. (Ray Tune's own snapshots are pickles, and lag behind; they are not read.)
@@ -38,11 +38,11 @@ TRIES_PER_CALL = 2
 """Proposals that are judged at a time while trials run; in between Ray Tune listens to those."""
 
 Configure = Callable[[int, Recipe, int, int], dict[str, Any]]
-"""``(number, recipe, predicted step peak, needed bytes)`` -> what a trial's process is given."""
+"""Maps ``(number, recipe, predicted step peak, needed bytes)`` to the config of a trial's process."""
 
 
 def open_study(journal: Path, objective: Objective, name: str) -> optuna.Study:
-    """The study in a journal file, which is made if it is not there."""
+    """Open the study in a journal file, which is created if it is not there."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
     return optuna.create_study(
@@ -72,9 +72,9 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         super().__init__(metric=list(objective.metrics), mode=[METRICS[name] for name in objective.metrics])
         self.study, self.objective = study, objective
         self.gave_up: str | None = None
-        """Why it ended before all samples."""
+        """The reason why the search ended before all samples."""
         self.problems: dict[str, str] = {}
-        """Id of a trial -> why its process died, as far as somebody has told."""
+        """Maps the id of a trial to the reason why its process died, where that is known."""
         self._space, self._recipe, self._gate = space, recipe, gate
         self._raw = recipe.to_dict()
         self._algorithm, self._samples, self._configure = algorithm, samples, configure
@@ -96,11 +96,11 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
                     study.enqueue_trial(point)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        """The space is known already."""
+        """Change nothing: the space is known already."""
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """A config, None to be asked again, or FINISHED."""
+        """Return a config, None to be asked again, or FINISHED."""
         if self._interrupted:  # even past the samples, which may have been lowered, or these would run for ever
             return self._start(trial_id, self._interrupted.pop(0))
         if self._started >= self._samples or self.gave_up:
@@ -121,7 +121,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A step on the way, which tells the sampler about trials that are stopped early."""
+        """Record a step on the way, which tells the sampler about trials that are stopped early."""
         trial, value = self._running.get(trial_id), result.get(self.objective.metrics[0])
         if trial is None or value is None or len(self.objective.metrics) > 1:
             return
@@ -129,7 +129,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
             trial.report(value, int(result["step"]))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The end of a trial, in whatever way."""
+        """Record the end of a trial, however it ended."""
         trial = self._running.pop(trial_id, None)
         if trial is None:
             return
@@ -154,7 +154,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
             self.study.tell(trial, state=TrialState.PRUNED)
 
     def close(self) -> None:
-        """Nothing is left running in the study; what Ray Tune never reported back counts as crashed."""
+        """End the trials that still run in the study; those that Ray Tune never reported back count as crashed."""
         for trial_id in list(self._running):
             self.on_trial_complete(trial_id, error=True)
 
@@ -166,7 +166,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         return self.study.ask()
 
     def _admit(self, trial: optuna.Trial) -> bool:
-        """Whether a proposal may start; else the study is told why not."""
+        """Say whether a proposal may start; else the study is told why not."""
         point = sample(self._space, self._raw, partial(draw, trial))
         trial.set_user_attr("point", point)
         if (known := self._trained_before(point)) is not None:
@@ -192,7 +192,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         return True
 
     def _repeat(self, trial: optuna.Trial, known: FrozenTrial) -> None:
-        """Tell the study of a proposal what it knows of the same point already."""
+        """Copy to a proposal what the study knows of the same point already."""
         trial.set_user_attr("same_as", known.number)
         for name, value in known.user_attrs.items():
             trial.set_user_attr(name, value)
@@ -215,7 +215,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         return self._configure(trial.number, recipe, attributes["predicted_bytes"], attributes["needed_bytes"])
 
     def _trained_before(self, point: Point) -> FrozenTrial | None:
-        """The trial of this point that runs or came to an end of its own."""
+        """Return the trial of this point that runs or came to an end of its own."""
         states = [TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED]
         trials = self.study.get_trials(deepcopy=False, states=states)
         return next((trial for trial in trials if started(trial) and trial.user_attrs["point"] == point), None)
@@ -224,13 +224,13 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         return bool(self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to do: the journal has it all."""
+        """Do nothing: the journal has it all."""
 
     def restore(self, checkpoint_path: str) -> None:
         """See :meth:`save`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Ray Tune pickles its search for a restore that never comes; processes and files cannot be."""
+        """Pickle as nothing: Ray Tune pickles its search for a restore that never comes, and files cannot be."""
         return {}
 
     def get_state(self) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
 
 
 def sampler(algorithm: str, seed: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler of a name in :data:`raymem.sweeps.options.ALGORITHMS`."""
+    """Return Optuna's sampler for a name in :data:`raymem.sweeps.options.ALGORITHMS`."""
     seed %= 2**32
     with warnings.catch_warnings(action="ignore"):  # multivariate TPE is marked experimental
         if algorithm == "tpe":
@@ -253,13 +253,13 @@ def sampler(algorithm: str, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def started(trial: FrozenTrial) -> bool:
-    """Whether a proposal became a trial."""
+    """Say whether a proposal became a trial."""
     attributes = trial.user_attrs
     return "needed_bytes" in attributes and "same_as" not in attributes
 
 
 def draw(trial: optuna.Trial, path: str, dimension: FloatDimension | IntDimension | ChoiceDimension) -> Any:
-    """A value of a dimension, as the sampler of a trial proposes it."""
+    """Return a value of a dimension, as the sampler of a trial proposes it."""
     if dimension.type == "choice":
         return trial.suggest_categorical(path, dimension.choices)
     if dimension.type == "int":
@@ -268,7 +268,7 @@ def draw(trial: optuna.Trial, path: str, dimension: FloatDimension | IntDimensio
 
 
 def _point(trial: FrozenTrial) -> Point:
-    """Where a proposal is, or is to be once it is asked for."""
+    """Return the point of a proposal, or the one that it is to have once it is asked for."""
     point: Point = trial.user_attrs.get("point") or trial.system_attrs.get("fixed_params", {})
     return point
 

@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from raymem.runs.results import TrainResult
 
 RESULT = "trial.json"
-"""In the directory of a trial's run: its last report, once it has ended."""
+"""The file in the directory of a trial's run with its last report, once it has ended."""
 ATTEMPT = "attempt.json"
-"""Beside it: which process began it, and what that knew."""
+"""The file beside it that says which process began the trial, and what that process knew."""
 FINAL = (NonFiniteError, RecipeError, ModelError, DataError, AdapterError)
-"""Another try would end the same way: a learning rate that diverges, say. (A full disk or a server that is down would
-not.)"""
+"""Errors after which another try would end the same way: a learning rate that diverges, say. (A full disk or a server
+that is down would not.)"""
 REPORTED = ("eval_loss", "loss", "peak_bytes", "tokens_per_s", "elapsed_s", "step")
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """All that a trial's process is told; plain values."""
+    """Everything that a trial's process is told, in plain values."""
 
     number: int
     """Number of the proposal in the sweep's journal."""
@@ -51,28 +51,28 @@ class TrialJob:
     threads: int
     """Threads of torch; 0 leaves them to the workers."""
     resources: dict[str, float]
-    """Ray resources of the trial's process."""
+    """The Ray resources of the trial's process."""
     parent_run_id: str | None
     """Id of the sweep's run in the tracking system."""
 
     def to_config(self) -> dict[str, Any]:
-        """As Ray Tune takes it: few values, for what it makes of many is long names."""
+        """Pack the job for Ray Tune into few values, since Ray Tune builds long names from many."""
         return {"job": json.dumps(asdict(self)), "kinds": json.dumps(registered())}
 
     @property
     def reservation(self) -> str:
-        """Name of the host memory that it holds."""
+        """Name the host memory that the trial reserves."""
         return f"{self.recipe['name']}-memory"
 
     @staticmethod
     def of(config: dict[str, Any]) -> TrialJob:
-        """The job in a config, in another process; the driver's kinds are registered there too."""
+        """Read the job from a config in another process, and registers the driver's kinds there."""
         register_again(json.loads(config["kinds"]))
         return TrialJob(**json.loads(config["job"]))
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """The function that Ray Tune runs."""
+    """Run a trial; this is the function that Ray Tune calls."""
     from ray import tune
 
     # Give the thread of a stopped trial up to 120 s to end its tracked run before this process takes the next trial:
@@ -121,7 +121,7 @@ def _end_of_training(recipe: Recipe, job: TrialJob) -> tuple[dict[str, Any], Out
 
 
 def _evaluations_to_tune(recipe: Recipe, latest: dict[str, Any]) -> Listener:
-    """Keeps the latest value of each metric in ``latest``, and reports it to Ray Tune at every evaluation but the last.
+    """Keep the latest value of each metric in ``latest``, and reports it to Ray Tune at every evaluation but the last.
 
     The last one is told with the end: a trial that has come so far is not stopped.
     """
@@ -137,7 +137,7 @@ def _evaluations_to_tune(recipe: Recipe, latest: dict[str, Any]) -> Listener:
 
 
 def earlier_result(run: Storage) -> dict[str, Any] | None:
-    """The end of this trial in an earlier attempt, or None if it is to be trained (on).
+    """Return the end of this trial in an earlier attempt, or None if it is to be trained (on).
 
     The kernel leaves no word about a process that it kills for memory, but a count. Anything in the container counts
     there, so only an attempt of the same driver is held against it.
@@ -155,7 +155,7 @@ def earlier_result(run: Storage) -> dict[str, Any] | None:
 
 
 def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> TrainResult:
-    """A whole training, on a model that is pruned first if that has to be."""
+    """Train the recipe whole, on a model that is pruned first if that has to be."""
     from raymem.runs.loram.models import PlannedModel
     from raymem.runs.resolve import resolve
     from raymem.runs.train import InSweep, TrainOptions, train
@@ -167,7 +167,7 @@ def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> TrainResult:
 
 
 def _on_pruned_model(run: ResolvedRun) -> ResolvedRun:
-    """The run on its pruned model. The first of the trials that share one makes it; the others wait for it."""
+    """Return the run on its pruned model. The first of the trials that share one makes it; the others wait for it."""
     from raymem.runs.lock import in_turn
     from raymem.runs.loram.models import PlannedModel
     from raymem.runs.loram.pipeline import Pipeline
@@ -181,7 +181,7 @@ def _on_pruned_model(run: ResolvedRun) -> ResolvedRun:
 
 
 def _circumstances() -> dict[str, Any]:
-    """Which process this is, and where."""
+    """Identify this process and its machine."""
     import ray
 
     here = ray.get_runtime_context()

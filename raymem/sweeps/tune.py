@@ -1,4 +1,4 @@
-"""Ray Tune, started for a search as often as it takes, and what is done as its trials end."""
+"""Starts Ray Tune for a search as often as it takes, and handles the ends of its trials."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raymem.sweeps.trial import ATTEMPT, RESULT, TrialJob, run_trial
 log = logging.getLogger(__name__)
 
 CRASHES = 2
-"""Times that a trial is tried again after its process died."""
+"""The number of times that a trial is tried again after its process died."""
 
 
 def tune(
@@ -73,7 +73,7 @@ def tune(
 
 
 def early_stopping(recipe: Recipe, objective: Objective) -> ASHAScheduler | None:
-    """The scheduler that stops trials that are clearly worse at an evaluation; None with several objectives."""
+    """Return the scheduler that stops trials that are clearly worse at an evaluation; None with several objectives."""
     if len(objective.metrics) > 1:
         return None
     train, metric = recipe.train, objective.metrics[0]
@@ -115,7 +115,7 @@ def _fit(
 
 
 class Follow(ray_tune.Callback):  # type: ignore[misc]
-    """Takes note of what ends, and gives back what it held."""
+    """Takes note of trials that end, and gives back the memory that they held."""
 
     def __init__(self, search: BudgetedSearch, storage: Storage, changed: Callable[[], None]) -> None:
         self._search, self._storage, self._changed = search, storage, changed
@@ -123,7 +123,7 @@ class Follow(ray_tune.Callback):  # type: ignore[misc]
         self._ended: list[Recipe] = []
 
     def note_killed(self, message: str) -> bool:
-        """Write the end of trials whose processes Ray's memory monitor killed; whether there is any."""
+        """Write the end of trials whose processes Ray's memory monitor killed; return whether there is any."""
         killed = killed_workers(message)
         end = {"status": "infeasible", "measured_bytes": 0, "problem": "killed: its node was out of memory"}
         any_trial = False
@@ -171,17 +171,17 @@ class Follow(ray_tune.Callback):  # type: ignore[misc]
         return job
 
     def __getstate__(self) -> dict[str, Any]:
-        """Ray Tune pickles its callbacks for a restore that never comes."""
+        """Pickle as nothing: Ray Tune pickles its callbacks for a restore that never comes."""
         return {}
 
 
 def killed_workers(message: str) -> set[str]:
-    """Ids of the workers that Ray's memory monitor says it killed; it also lists those that it let live."""
+    """Return ids of workers that Ray's memory monitor says it killed; its report also lists those that it let live."""
     lines = [line for line in message.splitlines() if line.startswith("Selected to kill")]
     return set(re.findall(r"worker ID=(\w+)", "\n".join(lines)))
 
 
 def _problem(trial: Any) -> str:
-    """The last words of a trial's error on one line."""
+    """Return the last words of a trial's error on one line."""
     error = trial.get_pickled_error() or trial.get_error()
     return " ".join(str(getattr(error, "cause", None) or error).split())[-300:]

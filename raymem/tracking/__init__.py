@@ -1,4 +1,4 @@
-"""Where runs are recorded; the only room that imports mlflow (and only once it is needed)."""
+"""Records runs; the only room that imports mlflow (and only once it is needed)."""
 
 from raymem.tracking.kinds import attach_tracker, check_tracking, start_tracking
 from raymem.tracking.tracker import NullTracker, RunStart, Tracker, TrackingResult

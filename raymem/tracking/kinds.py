@@ -1,4 +1,4 @@
-"""Trackers of the kind that a recipe names."""
+"""Starts trackers of the kind that a recipe names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raymem.tracking.tracker import RunStart, Tracker
 
 
 def start_tracking(start: RunStart) -> Tracker:
-    """The tracker that a recipe asks for, started.
+    """Start the tracker that a recipe asks for.
 
     Raises:
         TrackingError: it cannot be used as the recipe says.
@@ -20,13 +20,13 @@ def start_tracking(start: RunStart) -> Tracker:
 
 
 def attach_tracker(kind: str, spec: Mapping[str, Any]) -> Tracker:
-    """The tracker of a run that was started in another process; nothing is contacted yet."""
+    """Return the tracker of a run that was started in another process; nothing is contacted yet."""
     tracker: Tracker = TRACKERS[kind].load().attach(spec)
     return tracker
 
 
 def check_tracking(options: Mapping[str, Any], storage_path: str) -> str:
-    """Whether a run with these options could start, in words for a report.
+    """Check whether a run with these options could start; return words for a report.
 
     Raises:
         TrackingError: as :func:`start_tracking`.

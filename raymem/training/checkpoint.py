@@ -1,8 +1,8 @@
-"""Checkpoints of a run: complete or not there, in safetensors, readable by any number of workers.
+"""Writes and reads the checkpoints of a run: complete or not there, in safetensors, for any number of workers.
 
 ``<run>/checkpoints/step_00000120/`` holds one safetensors file per rank (DCP's sharded format, no pickle) and
 ``manifest.json``, written last. Only trainable weights, masters and optimizer state are in it; the frozen base is
-named, not copied. Local and Ray runs share this layout, so a run goes on under either.
+named, not copied. Local and Ray runs share this form, so a run goes on under either.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from raymem.training.reporter import Row
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
-"""1 knew the state of a single hook, and had it under a key of its own."""
+"""Version of the manifest; version 1 had the state of a single hook, under a key of its own."""
 FOLDER = "checkpoints"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says about itself."""
+    """The description of a checkpoint that is stored with it."""
 
     step: int
     """Optimizer steps done. Sampler, schedule and every random stream are functions of (seed, step): with the recipe
@@ -47,13 +47,13 @@ class Manifest:
     recipe: dict[str, Any]
     """The resolved recipe."""
     eval_loss: float | None
-    """Evaluation loss at this step, if there is evaluation data."""
+    """The evaluation loss at this step, if there are evaluation data."""
     rows: list[Row] = field(default_factory=list)
-    """Metrics since the checkpoint before: a crash may swallow a report, and a resumed run then sends it again."""
+    """Rows of metrics since the checkpoint before: a crash may lose a report, which a resumed run sends again."""
     hooks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> state of the hooks that have one (:mod:`raymem.hooks`)."""
+    """The state of each hook that has one, by name (:mod:`raymem.hooks`)."""
     peak_bytes: int | None = None
-    """Highest peak that was measured; a session that is resumed near its end measures none."""
+    """The highest peak that was measured so far; a session that is resumed near its end measures none."""
     elapsed_s: float = 0.0
     """Seconds of all sessions so far."""
 
@@ -82,24 +82,24 @@ class Checkpoints:
 
     def __init__(self, run: Storage, dist_env: DistEnv) -> None:
         self._run = run
-        self._layout = dist_env
+        self._dist_env = dist_env
 
     def latest(self) -> Manifest | None:
-        """The newest complete checkpoint, or None.
+        """Return the newest complete checkpoint, or None.
 
         Raises:
             CheckpointError: it was written by a newer schema or is damaged.
         """
-        return self._layout.on_main(lambda: latest_manifest(self._run))
+        return self._dist_env.on_main(lambda: latest_manifest(self._run))
 
     def best(self) -> Manifest | None:
-        """The complete checkpoint of lowest evaluation loss (the newest without one), or None."""
+        """Return the complete checkpoint of lowest evaluation loss (the newest if none has one), or None."""
 
         def find() -> Manifest | None:
             ranked = _ranked(self._run, "best")
             return _read_manifest(self._run, ranked[0]) if ranked else None
 
-        return self._layout.on_main(find)
+        return self._dist_env.on_main(find)
 
     def save(self, manifest: Manifest, tensors: dict[str, torch.Tensor], keep: str, num_to_keep: int) -> None:
         """Write a checkpoint, then delete those that the retention rule lets go.
@@ -108,21 +108,21 @@ class Checkpoints:
             StorageError: no space or no permission; older checkpoints are untouched and nothing half-written stays.
         """
         name = _name(manifest.step)
-        staging = self._layout.on_main(lambda: self._make_staging(name))
+        staging = self._dist_env.on_main(lambda: self._make_staging(name))
         if not self._run.is_local:
             staging = Path(tempfile.mkdtemp(prefix="raymem-checkpoint-"))
         try:
             _write_shards(tensors, staging)
             if not self._run.is_local:
                 self._run.upload_dir(staging, f"{FOLDER}/{name}", last=None)
-            self._layout.barrier()
-            self._layout.on_main(lambda: self._commit(staging, name, manifest))
+            self._dist_env.barrier()
+            self._dist_env.on_main(lambda: self._commit(staging, name, manifest))
         except RaymemError:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         if not self._run.is_local:
             shutil.rmtree(staging, ignore_errors=True)
-        self._layout.on_main(lambda: prune(self._run, keep, num_to_keep))
+        self._dist_env.on_main(lambda: prune(self._run, keep, num_to_keep))
 
     def load(self, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
         """Read a checkpoint into allocated tensors, resharding if it was written by another number of workers.
@@ -130,13 +130,13 @@ class Checkpoints:
         Raises:
             CheckpointError: a tensor is missing or has another shape, or a file is damaged.
         """
-        place = f"{FOLDER}/{_name(manifest.step)}"
+        path = f"{FOLDER}/{_name(manifest.step)}"
         if self._run.is_local:
-            directory, temporary = Path(self._run.join(place)), None
+            directory, temporary = Path(self._run.join(path)), None
         else:
             temporary = tempfile.TemporaryDirectory(prefix="raymem-checkpoint-")
             directory = Path(temporary.name) / "files"
-            self._run.download_dir(place, directory)
+            self._run.download_dir(path, directory)
         try:
             _read_shards(tensors, directory)
         finally:
@@ -160,12 +160,12 @@ class Checkpoints:
 
     def _commit(self, staging: Path, name: str, manifest: Manifest) -> None:
         folder = self._run.child(FOLDER)
-        place = staging.name if self._run.is_local else name
-        files = {file: {"bytes": size} for file, size in folder.sizes(place).items()}
+        path = staging.name if self._run.is_local else name
+        files = {file: {"bytes": size} for file, size in folder.sizes(path).items()}
         if self._run.is_local:
             for file in files:  # the manifest must not survive a power cut that its files do not
                 sync(staging / file)
-        folder.write_json(f"{place}/manifest.json", {**manifest.to_dict(), "files": files})
+        folder.write_json(f"{path}/manifest.json", {**manifest.to_dict(), "files": files})
         if not self._run.is_local:
             return
         folder.delete_dir(name)  # a replayed step replaces its older self
@@ -173,13 +173,13 @@ class Checkpoints:
 
 
 def latest_manifest(run: Storage) -> Manifest | None:
-    """The newest complete checkpoint of a run directory, or None (no collective; for drivers and tools)."""
+    """Return the newest complete checkpoint of a run directory, or None (no collective; for drivers and tools)."""
     steps = _complete_steps(run)
     return _read_manifest(run, steps[-1]) if steps else None
 
 
 def latest_recipe(run: Storage) -> dict[str, Any] | None:
-    """The recipe of the newest checkpoint, whether its other files are whole or not; None if there is no checkpoint.
+    """Return the recipe of the newest checkpoint, even if its other files are damaged; None if there is no checkpoint.
 
     Raises:
         StorageError: the manifest cannot be read.
@@ -191,14 +191,14 @@ def latest_recipe(run: Storage) -> dict[str, Any] | None:
 def prune(run: Storage, keep: str, num_to_keep: int) -> None:
     """Delete all but ``num_to_keep`` checkpoints: the newest, or those of lowest evaluation loss and the newest."""
     ranked = _ranked(run, keep)
-    kept = {*ranked[:num_to_keep], max(ranked, default=0)}
+    keep_steps = {*ranked[:num_to_keep], max(ranked, default=0)}
     for step in ranked:
-        if step not in kept:
+        if step not in keep_steps:
             run.delete_dir(f"{FOLDER}/{_name(step)}")
 
 
 def _ranked(run: Storage, keep: str) -> list[int]:
-    """Steps of all complete checkpoints, the most worthy first; of equal losses the newer."""
+    """List the steps of all complete checkpoints, the best first; of equal losses the newer one."""
     newest_first = list(reversed(_complete_steps(run)))
     if keep == "last":
         return newest_first
@@ -221,18 +221,18 @@ def _complete_steps(run: Storage) -> list[int]:
 
 
 def _read_manifest(run: Storage, step: int) -> Manifest:
-    place = f"{FOLDER}/{_name(step)}"
-    raw = run.read_json(f"{place}/manifest.json")
+    path = f"{FOLDER}/{_name(step)}"
+    raw = run.read_json(f"{path}/manifest.json")
     if raw.get("schema") not in (1, SCHEMA_VERSION):
         raise CheckpointError(
-            f"{run.join(place)}: written with checkpoint schema {raw.get('schema')} by raymem {raw.get('raymem')}, "
+            f"{run.join(path)}: written with checkpoint schema {raw.get('schema')} by raymem {raw.get('raymem')}, "
             f"this is raymem {__version__} with schema {SCHEMA_VERSION}; use that version, or start over with --fresh"
         )
-    sizes = run.sizes(place)
+    sizes = run.sizes(path)
     for name, facts in raw["files"].items():
         if sizes.get(name) != facts["bytes"]:
             raise CheckpointError(
-                f"{run.join(place, name)}: missing or truncated; delete {run.join(place)} to resume from an older one"
+                f"{run.join(path, name)}: missing or truncated; delete {run.join(path)} to resume from an older one"
             )
     return Manifest(
         raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"], raw["rows"], _hook_states(raw),
@@ -269,7 +269,7 @@ def _read_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The underlying message; DCP wraps one exception per rank."""
+    """Return the underlying message; DCP wraps one exception per rank."""
     if isinstance(error, CheckpointException):
         first = next(iter(error.failures.values()))
         error = first[0] if isinstance(first, tuple) else first

@@ -1,4 +1,4 @@
-"""Where this process stands among the workers of a run, and how the model is spread over them."""
+"""Describes this process's place among the workers of a run, and spreads the model over them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DistEnv:
-    """One process's place; the default is a single process without a process group, as with ``num_workers: 0``."""
+    """A process's place; the default is a single process without a process group, as with ``num_workers: 0``."""
 
     rank: int = 0
     world_size: int = 1
@@ -28,7 +28,7 @@ class DistEnv:
 
     @staticmethod
     def current(recipe: Recipe, local_rank: int = 0, device: torch.device | None = None) -> DistEnv:
-        """The layout of this process, from its process group if there is one.
+        """Read where this process stands from its process group, if there is one.
 
         Raises:
             RecipeError: ``scaling.use_gpu`` without a CUDA device.
@@ -60,7 +60,7 @@ class DistEnv:
             dist.barrier()
 
     def max_over_ranks(self, value: int) -> int:
-        """The largest ``value`` of all ranks, on every rank."""
+        """Return the largest ``value`` of all ranks, on every rank."""
         if self.world_size == 1:
             return value
         gathered = torch.tensor(value, dtype=torch.int64, device=self.device)
@@ -87,7 +87,7 @@ class DistEnv:
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], dist_env: DistEnv) -> None:
-    """FSDP2: every transformer block is one unit, what is left (embeddings, head) the root's.
+    """Shards the model by FSDP2: every transformer block is a unit; the rest (embeddings, head) belongs to the root.
 
     Works on meta parameters, so that no rank ever holds more than its shard.
     """
@@ -102,7 +102,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], dist_env: DistEnv) -> None:
 
 
 def replicate(model: nn.Module, dist_env: DistEnv) -> nn.Module:
-    """DDP around a materialised model; one worker needs none."""
+    """Wrap a materialised model in DDP; one worker needs none."""
     if dist_env.world_size == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
@@ -118,7 +118,7 @@ def replicate(model: nn.Module, dist_env: DistEnv) -> nn.Module:
 
 
 def bucket_bytes(model: nn.Module) -> int:
-    """Bytes of DDP's gradient buckets, which stay allocated when gradients are dropped; 0 without DDP."""
+    """Count the bytes of DDP's gradient buckets, which stay allocated when gradients are dropped; 0 without DDP."""
     from torch.nn.parallel import DistributedDataParallel
 
     if not isinstance(model, DistributedDataParallel):
@@ -127,6 +127,6 @@ def bucket_bytes(model: nn.Module) -> int:
 
 
 def local_rows(num_rows: int, rank: int, world_size: int) -> slice:
-    """Rows of dimension 0 that FSDP2 gives to ``rank`` (the split of ``torch.chunk``)."""
+    """Return the rows of dimension 0 that FSDP2 gives to ``rank`` (the split of ``torch.chunk``)."""
     size = -(-num_rows // world_size)
     return slice(min(rank * size, num_rows), min((rank + 1) * size, num_rows))

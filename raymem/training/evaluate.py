@@ -1,4 +1,4 @@
-"""Evaluation loss and perplexity over every evaluation row, each counted once whatever the number of workers."""
+"""Computes loss and perplexity over every evaluation row, each counted once whatever the number of workers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from raymem.training.reporter import Row
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy per target token in nats, and how many targets it is the mean of."""
+    """The mean cross-entropy per target token in nats, and the number of targets."""
 
     loss: float
     num_targets: int
     by_name: dict[str, Evaluation] = field(default_factory=dict)
-    """The same of the sources of each name, where ``data.eval`` has names; the loss is that of all targets together."""
+    """The evaluation of each name, where ``data.eval`` has names; ``loss`` is over all targets together."""
 
     @property
     def perplexity(self) -> float:
@@ -33,7 +33,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> Row:
-        """``eval_loss``, ``eval_perplexity`` and an ``eval_loss/<name>`` for each name."""
+        """Return ``eval_loss``, ``eval_perplexity`` and an ``eval_loss/<name>`` for each name."""
         named = {f"eval_loss/{name}": part.loss for name, part in self.by_name.items()}
         return {"eval_loss": self.loss, "eval_perplexity": self.perplexity, **named}
 
@@ -42,7 +42,7 @@ EvaluationRows = PackedRows | Mapping[str, PackedRows]
 
 
 def evaluation_rows(prepared: Prepared) -> EvaluationRows:
-    """The rows of prepared evaluation data, by name if its sources have names."""
+    """Open the rows of prepared evaluation data, by name if its sources have names."""
     names = list(dict.fromkeys(source.name for source in prepared.sources if source.name is not None))
     if not names:
         return PackedRows(prepared.directories)
@@ -54,7 +54,7 @@ def evaluation_rows(prepared: Prepared) -> EvaluationRows:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, rows: EvaluationRows, dist_env: DistEnv, *, micro_batch: int, mixed: bool) -> Evaluation:
-    """Collective: every rank evaluates its share and gets the whole result."""
+    """Evaluate this rank's share and return the whole result. Collective."""
     sets = rows if isinstance(rows, Mapping) else {"": rows}
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""The hooks of a recipe: which there are, what they see of a run, and their part of a checkpoint."""
+"""Collects the hooks of a recipe, gives them their view of a run, and stores their part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def hooks_of(recipe: Recipe, model: nn.Module) -> list[Hook]:
-    """The hooks of a recipe's kinds, in the order in which they are called.
+    """Return the hooks of a recipe's kinds, in the order in which they are called.
 
     Args:
         model: as ``build_model`` made it.
@@ -36,7 +36,7 @@ def hooks_of(recipe: Recipe, model: nn.Module) -> list[Hook]:
 def view_of(
     model: nn.Module, batches: Callable[[int], list[tuple[Batch, int]]], *, mixed: bool, planned: bool = False
 ) -> RunView:
-    """What hooks see of a run.
+    """Build the view of a run that hooks get.
 
     Args:
         batches: step -> micro-batches of this worker, each with the target tokens of its global batch.
@@ -49,7 +49,7 @@ def view_of(
 
 
 def metrics_of(hooks: Sequence[Hook], step: int, taken: Collection[str]) -> Row:
-    """What hooks report of a step.
+    """Collect the metrics that hooks report of a step.
 
     Raises:
         ValueError: a name that is in ``taken``, or that two of them use.
@@ -65,7 +65,7 @@ def metrics_of(hooks: Sequence[Hook], step: int, taken: Collection[str]) -> Row:
 
 
 def states_of(hooks: Sequence[Hook]) -> dict[str, dict[str, Any]]:
-    """Name -> state of the hooks that have one, for a checkpoint.
+    """Collect the states of hooks by name, for a checkpoint.
 
     Raises:
         ValueError: two hooks of one name, or a state that JSON would give back as something else.

@@ -1,4 +1,4 @@
-"""What a driver hands to whoever does the work: a run that is prepared, or a job in steps."""
+"""Defines the work that a driver hands to workers: a prepared run, or a job in steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PreparedRun:
     recipe: Recipe
     storage: Storage
     run: Storage
-    """The run's own directory in it."""
+    """The run's own directory in the storage."""
     train_data: Prepared
     eval_data: Prepared | None
 
@@ -30,19 +30,19 @@ class StepJob(Protocol):
     """
 
     what: str
-    """In a word, for errors."""
+    """The name of the job, for errors."""
 
     def is_committed(self) -> bool:
-        """Whether all is done."""
+        """Say whether all steps are done."""
 
     def steps(self) -> Sequence[Any]:
-        """All steps, in an order in which they can be done."""
+        """Return all steps, in an order in which they can be done."""
 
     def is_done(self, step: Any) -> bool:
-        """Whether a step's result is there, whole."""
+        """Say whether a step's result is there, whole."""
 
     def memory_bytes(self, step: Any) -> int:
-        """Most that a step holds."""
+        """Return the most bytes that a step holds."""
 
     def run(self, step: Any) -> None:
         """Do a step, or nothing if it is done.

@@ -1,4 +1,4 @@
-"""The one training loop: every method, layout and launcher runs through it."""
+"""Runs the one training loop: every method, DistEnv and launcher runs through it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from raymem.training.step import finite_guard, train_step
 log = logging.getLogger(__name__)
 
 METERED_STEPS = (2, 3)
-"""The first step creates the optimizer state, so only from the second on is the footprint complete."""
+"""The steps whose peak is measured: the first creates the optimizer state, so only later ones are complete."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run leaves; plain values, sent from worker to driver."""
+    """The outcome of a finished run in plain values, sent from worker to driver."""
 
     steps: int
     started_at: int
@@ -51,7 +51,7 @@ class Outcome:
     eval_loss: float | None
     eval_perplexity: float | None
     peak_bytes: int | None
-    """Highest peak over all ranks, also of earlier sessions."""
+    """The highest peak over all ranks, also of earlier sessions."""
     artifact: str
     """Path or URI of the final adapter or model directory."""
     earlier_s: float = 0.0
@@ -79,7 +79,7 @@ def run(
 
 
 class _Session:
-    """One process's part in a run, from (re)start to end."""
+    """A process's part in a run, from (re)start to end."""
 
     def __init__(
         self, recipe: Recipe, dist_env: DistEnv, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
@@ -105,16 +105,16 @@ class _Session:
 
     def run(self) -> Outcome:
         self._seed(step=0)
-        self.bare = build_model(self.recipe, self.dist_env)
-        self.updater = build_updater(self.bare, self.recipe)
-        self.hooks = hooks_of(self.recipe, self.bare)
-        self.view = view_of(self.bare, self._micro_batches, mixed=self.mixed)
+        self.unwrapped = build_model(self.recipe, self.dist_env)
+        self.updater = build_updater(self.unwrapped, self.recipe)
+        self.hooks = hooks_of(self.recipe, self.unwrapped)
+        self.view = view_of(self.unwrapped, self._micro_batches, mixed=self.mixed)
         start = self._resume()
         self.total_steps = max(start, self.total_steps)  # a run that is longer already stays what it is
-        self.model = self.bare if self.dist_env.sharded else replicate(self.bare, self.dist_env)
+        self.model = self.unwrapped if self.dist_env.sharded else replicate(self.unwrapped, self.dist_env)
         row: Row = {}
         for step in range(start, self.total_steps):
-            with first_step(self.bare, is_first=step == start), self._failures_named(step):
+            with first_step(self.unwrapped, is_first=step == start), self._failures_named(step):
                 self._seed(step)
                 for hook in self.hooks:
                     hook.before_step(step, self.view)
@@ -129,7 +129,7 @@ class _Session:
         self.reporter.flush()
         exported = self._load_best() if self.recipe.storage.keep == "best" else self.total_steps
         facts = {"step": exported, "eval_loss": self.eval_loss, "peak_bytes": self.peak_bytes}
-        artifact = export_final(self.bare, self.recipe, self.dist_env, self.run_storage, facts)
+        artifact = export_final(self.unwrapped, self.recipe, self.dist_env, self.run_storage, facts)
         return Outcome(
             steps=self.total_steps,
             started_at=start,
@@ -145,14 +145,14 @@ class _Session:
         manifest = self.checkpoints.latest()
         if manifest is None:
             return 0
-        place = self.run_storage.join(FOLDER)
-        check_identity(manifest.identity, self.identity, place)
+        checkpoint_path = self.run_storage.join(FOLDER)
+        check_identity(manifest.identity, self.identity, checkpoint_path)
         self.updater.allocate_state()
         self.checkpoints.load(manifest, self.updater.state())
-        resume_hooks(self.hooks, manifest.hooks, self.view, place)
+        resume_hooks(self.hooks, manifest.hooks, self.view, checkpoint_path)
         self.eval_loss = manifest.eval_loss
         self.peak_bytes, self.earlier_s = manifest.peak_bytes, manifest.elapsed_s
-        log.info("resuming from step %d (%s)", manifest.step, place)
+        log.info("resuming from step %d (%s)", manifest.step, checkpoint_path)
         for row in manifest.rows:
             self.reporter.log(row)
         return manifest.step
@@ -168,7 +168,7 @@ class _Session:
         return best.step
 
     def _step(self, step: int, first: int) -> Row:
-        """One optimizer step and its metrics."""
+        """Take one optimizer step and return its metrics."""
         began = time.perf_counter()
         self._seed(step)
         train = self.recipe.train
@@ -221,7 +221,7 @@ class _Session:
             ) from None
 
     def _micro_batches(self, step: int) -> list[tuple[Batch, int]]:
-        """This rank's micro-batches of a step, each with the target tokens of the global batch."""
+        """Return this rank's micro-batches of a step, each with the target tokens of the global batch."""
         ids, micro_batch = self.sampler.ids(step), self.recipe.train.rows_per_pass
         share = rank_batches(self.rows, ids, self.dist_env.rank, self.dist_env.world_size, micro_batch)
         return [(batch.to(self.dist_env.device), global_targets(self.rows, ids)) for batch in share]
@@ -229,9 +229,9 @@ class _Session:
     def _evaluate(self) -> Row:
         assert self.eval_rows is not None
         micro_batch = self.recipe.train.rows_per_pass
-        found = evaluate(self.model, self.eval_rows, self.dist_env, micro_batch=micro_batch, mixed=self.mixed)
-        self.eval_loss = found.loss
-        return found.metrics
+        evaluation = evaluate(self.model, self.eval_rows, self.dist_env, micro_batch=micro_batch, mixed=self.mixed)
+        self.eval_loss = evaluation.loss
+        return evaluation.metrics
 
     def _save(self, done: int) -> None:
         eval_loss = self.eval_loss if self._is_evaluated(done) else None
@@ -259,7 +259,7 @@ class _Session:
         return done % every == 0 or done == self.total_steps
 
     def _seed(self, step: int) -> None:
-        """Dropout draws from the global stream; seeding it by step and rank makes it a function of the position."""
+        """Seed the global stream, from which dropout draws, by step and rank: a function of the position."""
         torch.manual_seed(derive(self.recipe.seed, "dropout", step, self.dist_env.rank))
 
     @contextlib.contextmanager
@@ -276,4 +276,4 @@ class _Session:
         self.peak_bytes = max(self.peak_bytes or 0, self.dist_env.max_over_ranks(meter.peak.allocated_bytes))
 
     def _resident(self) -> Iterator[torch.Tensor]:
-        return resident_tensors(self.bare, self.updater.state().values())
+        return resident_tensors(self.unwrapped, self.updater.state().values())

@@ -1,4 +1,4 @@
-"""The loss axis: the one place where a model is asked for the loss of a micro-batch, and the only one for its logits.
+"""Asks a model for the loss of a micro-batch; nothing else asks for loss or logits in training.
 
 A model is prepared once (:func:`prepare`); from then on its forward pass answers a call that brings ``targets`` with
 the summed loss. It does so inside its own ``forward``, so that whatever wraps the model (PEFT, DDP, FSDP2) works as
@@ -28,16 +28,16 @@ _ATTRIBUTE = "raymem_loss"
 
 
 class Targets(NamedTuple):
-    """What a micro-batch is to predict, as a forward pass gets it."""
+    """The targets of a micro-batch, as a forward pass gets them."""
 
     ids_N: torch.Tensor
     """int64[N], the token that each position of the flattened rows predicts; -100 where there is none."""
     positions_T: torch.Tensor
-    """int64[T], where there is one; their number is known to the host, so nothing waits for the device."""
+    """int64[T], the positions that have a target; the host knows their number, so nothing waits for the device."""
 
 
 def forward_loss_sum(model: nn.Module, batch: Batch, *, mixed: bool) -> torch.Tensor:
-    """Forward pass of one micro-batch and its summed cross-entropy in nats, 0-dim fp32.
+    """Run the forward pass of one micro-batch; return its summed cross-entropy in nats, 0-dim fp32.
 
     Args:
         model: prepared (:func:`prepare`), and wrapped by whatever trains it.
@@ -76,7 +76,7 @@ def prepare(model: nn.Module, kind: LossKind[Any], options: Any) -> None:
 
 
 def loss_of(model: nn.Module) -> LossFunction:
-    """The loss of a prepared model."""
+    """Return the loss of a prepared model."""
     loss: LossFunction = _base_model(model).__dict__[_ATTRIBUTE]
     return loss
 

@@ -1,4 +1,4 @@
-"""Optimizers and what keeps bf16 weights trainable: fp32 master weights or stochastic rounding.
+"""Wraps optimizers, and keeps bf16 weights trainable by fp32 master weights or stochastic rounding.
 
 A bf16 number has 8 significant bits, so an update below about 0.4 % of a weight is lost when it is added to it.
 ``train.master`` chooses how that is avoided for bf16 trainable weights; it has no effect on fp32 ones.
@@ -25,7 +25,7 @@ class StepsInBackward(Protocol):
     steps_in_backward: bool
 
     def grad_norm(self) -> torch.Tensor:
-        """L2 norm of all gradients since the last step."""
+        """Return the L2 norm of all gradients since the last step."""
 
 
 class Updater:
@@ -53,7 +53,7 @@ class Updater:
         self.optimizer = make_optimizer(self.updated)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Gradients of the tensors that are updated (fp32 with masters); parameters without one are left out."""
+        """Return the gradients of updated tensors (fp32 with masters); parameters without one are left out."""
         for name, master in self.masters.items():
             parameter = self.parameters[name]
             if parameter.grad is not None:
@@ -61,7 +61,7 @@ class Updater:
         return [p.grad for p in self.updated.values() if p.grad is not None]
 
     def grad_norm(self) -> torch.Tensor:
-        """L2 norm of all gradients of this step, over all ranks; 0-dim fp32."""
+        """Return the L2 norm of all gradients of this step, over all ranks; 0-dim fp32."""
         if isinstance(self.optimizer, StepsInBackward) and self.optimizer.steps_in_backward:
             return self.optimizer.grad_norm()
         norm = torch.nn.utils.get_total_norm(self.gradients())
@@ -78,7 +78,7 @@ class Updater:
 
     @torch.no_grad()
     def step(self) -> None:
-        """The optimizer step that was begun; gradients are dropped."""
+        """Take the optimizer step that was begun; gradients are dropped."""
         self.optimizer.step()
         for name, master in self.masters.items():
             self.parameters[name].copy_(master)
@@ -101,7 +101,7 @@ class Updater:
         self.step()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor that a checkpoint needs, under stable names: weights, masters, buffers, optimizer state."""
+        """Return the tensors of a checkpoint under stable names: weights, masters, buffers, optimizer state."""
         tensors = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"master.{name}": p.detach() for name, p in self.masters.items()}
         tensors |= {f"buffers.{name}": buffer for name, buffer in self.buffers.items()}
@@ -113,7 +113,7 @@ class Updater:
 
 
 def build_updater(model: nn.Module, recipe: Recipe) -> Updater:
-    """The recipe's optimizer over the trainable parameters of ``model``."""
+    """Build the recipe's optimizer over the trainable parameters of ``model``."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kind, low_precision = OPTIMIZERS.of(recipe), recipe.train.precision == "bf16"
     context = OptimizerContext(
@@ -133,7 +133,7 @@ def build_updater(model: nn.Module, recipe: Recipe) -> Updater:
 
 
 def lr_factor(step: int, total_steps: int, schedule: str, warmup: float) -> float:
-    """Learning rate of ``step`` (from 0) as a fraction of the peak; a pure function, so there is nothing to save."""
+    """Return the learning rate of ``step`` (from 0) as a fraction of the peak; a pure function has nothing to save."""
     import math
 
     warmup_steps = int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps)

@@ -1,4 +1,4 @@
-"""Where the loop's numbers go. The loop knows this protocol only; who listens is the caller's choice."""
+"""Takes the loop's metrics. The loop knows this protocol only; who listens is the caller's choice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Reporter(Protocol):
     """Receives one row per step on every rank, in order."""
 
     def log(self, row: Row) -> None:
-        """Must be cheap: it is called between steps."""
+        """Take a row; it must be cheap, since it is called between steps."""
 
     def flush(self) -> None:
         """Deliver everything; called at checkpoints and at the end, on every rank."""

@@ -1,4 +1,4 @@
-"""Which settings must not change while a run goes on, so that its checkpoints keep their meaning."""
+"""Guards the settings that must not change while a run goes on, so that its checkpoints keep their meaning."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ IMMUTABLE_KEYS = (
 
 
 def identity_of(recipe: Recipe, train_data: Prepared) -> dict[str, Any]:
-    """The settings that a checkpoint is tied to; worker count, batch split, schedule and length are free."""
+    """Return the settings that a checkpoint is tied to; worker count, batch split, schedule and length are free."""
     raw = recipe.to_dict()
     del raw["model"]["attention"]  # another kernel computes the same thing
-    found = {path: _lookup(raw, path.split(".")) for path in IMMUTABLE_KEYS}
-    found["data.train"] = [[source.directory.name, source.weight] for source in train_data.sources]
-    return found
+    settings = {path: _lookup(raw, path.split(".")) for path in IMMUTABLE_KEYS}
+    settings["data.train"] = [[source.directory.name, source.weight] for source in train_data.sources]
+    return settings
 
 
-def check_identity(saved: dict[str, Any], current: dict[str, Any], place: str) -> None:
-    """Refuse to continue a run whose recipe changed where that makes no sense.
+def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """Refuse to continue a run whose recipe changed in a setting that must stay.
 
     Raises:
         CheckpointError: names the first setting that differs, both values and the cure.
     """
     for path, value in current.items():
-        if (found := _difference(path, saved.get(path), value)) is not None:
-            where, before, now = found
+        if (difference := _difference(path, saved.get(path), value)) is not None:
+            setting, before, now = difference
             raise CheckpointError(
-                f"{place}: this run was started with {where}={_shown(before)} but the recipe now says {_shown(now)}; "
+                f"{where}: this run was started with {setting}={_shown(before)} but the recipe now says {_shown(now)}; "
                 "restore it, choose another name, or start over with --fresh"
             )
 
 
 def _difference(path: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
-    """Path and values of the first setting that differs; of two kinds of one axis, the kind."""
+    """Return path and values of the first setting that differs; of two kinds of one axis, the kind."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}, key=lambda key: (key != "kind", key)):
-            if (found := _difference(f"{path}.{key}", before.get(key), now.get(key))) is not None:
-                return found
+            if (difference := _difference(f"{path}.{key}", before.get(key), now.get(key))) is not None:
+                return difference
         return None
     return None if before == now else (path, before, now)
 

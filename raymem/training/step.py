@@ -1,4 +1,4 @@
-"""One optimizer step. It returns tensors, never waits for the device and has no shape that depends on data.
+"""Takes one optimizer step. It returns tensors, never waits for the device and has no shape that depends on data.
 
 That is what lets the planner trace this very function on fake tensors. The one place where the host looks at values
 is ``guard``, which the caller passes in.
@@ -24,17 +24,17 @@ from raymem.training.loss import forward_loss_sum
 from raymem.training.optim import Updater
 
 Guard = Callable[[torch.Tensor, torch.Tensor], None]
-"""Called with loss and gradient norm before anything is written; raises to stop the run."""
+"""A function that gets loss and gradient norm before anything is written, and raises to stop the run."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """0-dim fp32 tensors, equal on every rank."""
+    """The result of a step in 0-dim fp32 tensors, equal on every rank."""
 
     loss: torch.Tensor
-    """Mean cross-entropy per target token of the global batch, in nats."""
+    """The mean cross-entropy per target token of the global batch, in nats."""
     grad_norm: torch.Tensor
-    """Global L2 norm before clipping."""
+    """The global L2 norm of the gradients before clipping."""
 
 
 def finite_guard(loss: torch.Tensor, grad_norm: torch.Tensor) -> None:

@@ -158,11 +158,11 @@ def test_a_mapping_of_names_is_a_list_of_named_sources() -> None:
     assert [(source.name, source.path) for source in recipe.data.eval or ()] == [
         ("math", "m.jsonl"), ("chat", "b.jsonl"), ("chat", "c")]  # fmt: skip
     places = ["data.eval.math", "data.eval.chat[0]", "data.eval.chat[1]"]
-    assert [recipe.data.place("eval", index) for index in range(3)] == places
+    assert [recipe.data.path_of("eval", index) for index in range(3)] == places
     assert Recipe.model_validate(recipe.to_dict()) == recipe
     single = make_recipe({"data": {"train": "a.jsonl", "eval": {"path": "c", "split": "test"}}})
     assert [(source.name, source.split) for source in single.data.eval or ()] == [(None, "test")]
-    assert single.data.place("eval", 0) == "data.eval[0]"
+    assert single.data.path_of("eval", 0) == "data.eval[0]"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``raymem doctor``: everything that can be known to fail before a run starts, found in one go.
+"""Finds in one go everything that can be known to fail before a run starts, for ``raymem doctor``.
 
 Only plain :class:`Check` values leave this module; the command line renders them.
 """
@@ -33,7 +33,7 @@ _APPEAR_TIMEOUT_S = 5.0
 
 
 def run_doctor(recipe: Recipe | None = None, *, address: str | None = None) -> list[Check]:
-    """All checks, in the order of a report. Nothing is raised: a failure is a line with its cure.
+    """Make all checks, in the order of a report. Nothing is raised: a failure is a line with its cure.
 
     Args:
         recipe: Adds its model, storage, tracking and devices; without one only the installation and the cluster are
@@ -115,7 +115,7 @@ def check_storage_shared(storage_path: str) -> int:
 
 
 def _visit(storage_path: str, folder: str, token: str, node: str) -> str | None:
-    """Runs on a node: read the driver's file and leave one. Returns the problem, if any."""
+    """Run on a node: read the driver's file and leave one. Returns the problem, if any."""
     try:
         storage = Storage.open(storage_path)
         if not _appears(storage, f"{folder}/driver", token):
@@ -154,7 +154,7 @@ def _answer(reference: Any, where: str) -> str | None:
 
 
 def _check_dashboard(address: str) -> tuple[Check, bool]:
-    """The check, and whether it failed for want of the right token."""
+    """Return the check, and whether it failed for want of the right token."""
     import ray
 
     try:

@@ -1,4 +1,4 @@
-"""The checks of ``raymem doctor`` on this machine, without Ray."""
+"""Makes the checks of ``raymem doctor`` on this machine, without Ray."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Check:
 
     name: str
     ok: bool | None
-    """True, False (training will fail), or None (it works, but look at this)."""
+    """The result: True, False (training will fail), or None (it works, but look at this)."""
     detail: str
     cure: str = ""
     """The remedy; empty if all is well."""
 
 
 def check_versions() -> list[Check]:
-    """Installed against required versions, by the very metadata that pip used."""
+    """Check installed against required versions, by the very metadata that pip used."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -64,7 +64,7 @@ def _version(name: str, installed: str, fits: bool, required: str, cure: str) ->
 
 
 def check_model(recipe: Recipe) -> list[Check]:
-    """The recipe's model: its config, and the tensors of a directory here; demo models are made on the spot."""
+    """Check the recipe's model: its config, and the tensors of a directory here; demo models are made on the spot."""
     from raymem.planner.shapes import located
     from raymem.training.model.build import check_model as described
 
@@ -86,7 +86,7 @@ def _model_failed(error: RaymemError, *, ok: bool | None) -> Check:
 
 
 def check_devices(use_gpu: bool) -> list[Check]:
-    """CPU cores, memory, bf16 arithmetic by trying it, and each GPU."""
+    """Check CPU cores, memory, bf16 arithmetic by trying it, and each GPU."""
     import torch
 
     cores, memory = len(os.sched_getaffinity(0)), usable_memory_bytes()
@@ -124,7 +124,7 @@ def _bf16(device: str) -> str:
 
 
 def usable_memory_bytes() -> int:
-    """Memory of this machine, or of this container if that is less."""
+    """Return the memory of this machine, or of this container if that is less."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -137,7 +137,7 @@ def usable_memory_bytes() -> int:
 
 
 def check_home() -> Check:
-    """Ray, Hugging Face and torch keep tokens and caches in HOME."""
+    """Check HOME, in which Ray, Hugging Face and torch keep tokens and caches."""
     home = Path.home()
     try:
         with tempfile.TemporaryFile(dir=home):
@@ -147,7 +147,7 @@ def check_home() -> Check:
 
 
 def check_storage_here(path: str) -> list[Check]:
-    """Whether this machine may write to the storage path, and how much room it has."""
+    """Check whether this machine may write to the storage path, and how much room it has."""
     try:
         storage = Storage.open(path)
         storage.check_writable()
@@ -164,7 +164,7 @@ def check_storage_here(path: str) -> list[Check]:
 
 
 def check_auth(address: str | None) -> list[Check]:
-    """Ray's token authentication: its mode, and the token with its permission bits."""
+    """Check Ray's token authentication: its mode, and the token with its permission bits."""
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
     default = Path.home() / ".ray" / "auth_token"
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")

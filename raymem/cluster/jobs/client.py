@@ -1,4 +1,4 @@
-"""A connection to Ray's job server whose failures say what to do."""
+"""Connects to Ray's job server, with failures that say what to do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TokenRefused(ClusterError):
 
 
 def job_address(address: str | None) -> tuple[str | None, str]:
-    """The address that counts, and where it comes from: the argument, RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or none."""
+    """Return the address that counts, and its origin: the argument, RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or none."""
     if address:
         return address, "--address"
     for name in _ADDRESS_VARIABLES:
@@ -38,7 +38,7 @@ def job_address(address: str | None) -> tuple[str | None, str]:
 
 
 def connect_jobs(address: str | None = None) -> Any:
-    """A ``JobSubmissionClient``.
+    """Return a ``JobSubmissionClient``.
 
     Args:
         address: ``http://head:8265``, or ``host:port`` of the cluster's GCS. Unlike in Ray itself it wins over the
@@ -64,7 +64,7 @@ def connect_jobs(address: str | None = None) -> Any:
 
 
 def cluster_version(client: Any) -> str:
-    """Ray's version on the cluster. Raises ClusterError."""
+    """Return Ray's version on the cluster. Raises ClusterError."""
     with explained(client.get_address()):
         answer = client._do_request("GET", "/api/version")  # get_version() gives the version of the API instead
         return str(answer.json()["ray_version"])
@@ -72,7 +72,7 @@ def cluster_version(client: Any) -> str:
 
 @contextlib.contextmanager
 def explained(where: str) -> Iterator[None]:
-    """Turn what Ray's client raises into a ClusterError with a cure."""
+    """Turn errors of Ray's client into a ClusterError with a cure."""
     from ray.exceptions import AuthenticationError, RayError
 
     try:
@@ -114,7 +114,7 @@ def knock(address: str, source: str) -> None:
 
 
 def is_dashboard(address: str) -> bool:
-    """Whether ``host:port`` speaks HTTP. Ray takes any such address for a GCS, and hangs for 40 s if it is none."""
+    """Say whether ``host:port`` speaks HTTP. Ray takes any such address for a GCS, and hangs for 40 s if it is none."""
     if "://" in address or ":" not in address:
         return False
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -129,7 +129,7 @@ def is_dashboard(address: str) -> bool:
 
 @contextlib.contextmanager
 def _only_this_address(address: str | None) -> Iterator[None]:
-    """Ray lets its environment variables override an explicit argument; hide them while the client is made."""
+    """Hide Ray's environment variables while the client is made, since Ray lets them override an explicit argument."""
     saved = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if address and name in os.environ}
     try:
         yield

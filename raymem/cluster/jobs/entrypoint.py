@@ -1,4 +1,4 @@
-"""The command that the driver of a job runs: one of raymem's own, which every installation brings along."""
+"""Builds the command that the driver of a job runs: one of raymem's own, which every installation brings along."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ COMMANDS = (
     "loram verify",
     "loram evaluate",
 )
-"""Commands that take a recipe and work on a cluster."""
+"""The commands that take a recipe and work on a cluster."""
 
 
 def usual_command(recipe: Recipe) -> str:
-    """The command that runs a recipe from its data to its result, such as ``train``."""
+    """Return the usual command, which runs a recipe from its data to its result, such as ``train``."""
     return BASES.of(recipe).command
 
 
 def check_command(command: str) -> str:
-    """The command, if a job can run it. Raises ClusterError."""
+    """Return the command, if a job can run it. Raises ClusterError."""
     words = " ".join(command.split())
     if words not in COMMANDS:
         raise ClusterError(f"--command {command}: no command that a job can run{nearest(words, COMMANDS)}")
@@ -39,7 +39,7 @@ def check_command(command: str) -> str:
 
 
 def entrypoint(command: str, recipe: str, overrides: Sequence[str] = (), arguments: Sequence[str] = ()) -> str:
-    """The command line of the driver, for a shell.
+    """Return the command line of the driver, for a shell.
 
     Args:
         recipe: Its file, as the driver sees it.
@@ -54,7 +54,7 @@ def entrypoint(command: str, recipe: str, overrides: Sequence[str] = (), argumen
 
 
 def entrypoint_of_attempts(command: str, recipe: str, arguments: Sequence[str] = ()) -> str:
-    """The command line of a driver that is started again when it fails.
+    """Return the command line of a driver that is started again when it fails.
 
     Raises:
         ClusterError: no such command, or it would not go on from the attempt before.

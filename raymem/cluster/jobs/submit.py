@@ -1,4 +1,4 @@
-"""Send a recipe to a Ray cluster as a job, follow it, stop it.
+"""Sends a recipe to a Ray cluster as a job, follows it, stops it.
 
 The job is only a vehicle: the *run* is identified by its name on its storage, so a job that was lost is simply sent
 again and goes on from the last checkpoint.
@@ -42,12 +42,12 @@ class Submission:
     attached: bool
     """True if a job of this run was already there, and no second one was started."""
     exit_code: int | None
-    """0 or the failure of the job; None if it was not followed."""
+    """The exit code of the job; None if it was not followed."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One look at a job."""
+    """The state of a job when it was looked at."""
 
     submission_id: str
     status: str
@@ -184,7 +184,7 @@ def status(submission_id: str, address: str | None = None) -> JobState:
 
 
 def last_job(run: str, address: str | None = None) -> str:
-    """Submission id of the newest job of a run. Raises ClusterError if the cluster has none, or is not there."""
+    """Return the id of the newest job of a run. Raises ClusterError if the cluster has none, or is not there."""
     client = connect_jobs(address)
     with explained(client.get_address()):
         ours = [
@@ -254,7 +254,7 @@ def _find_or_submit(
 
 
 def _check_same(job: Any, line: str, metadata: dict[str, str]) -> None:
-    """Refuse to follow a job that does something else than what was asked for, or would not start over."""
+    """Refuse to follow a job that does something else than the caller asked for, or would not start over."""
     ours, theirs = metadata[COMMAND_METADATA], job.metadata.get(COMMAND_METADATA, "train")
     if line == job.entrypoint or (ours == theirs and "--fresh" not in shlex.split(line)):
         return
@@ -289,7 +289,7 @@ def _inside(root: Path, path: Path, what: str) -> str:
 
 
 def _data_beside(recipe: Recipe, root: Path) -> list[str]:
-    """Data that the recipe names relative to the working directory, from which it travels with the job."""
+    """List data that the recipe names relative to the working directory, from which it travels with the job."""
     names = []
     for split in ("train", "eval"):
         for index, source in enumerate(getattr(recipe.data, split) or ()):

@@ -1,4 +1,4 @@
-"""The files of a job upload, chosen as Ray will choose them, so that what is missing or too large is said before."""
+"""Chooses the files of a job upload as Ray will, so that missing or too large files are reported before."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from raymem.errors import ClusterError
 MAX_UPLOAD_BYTES = 100 << 20
 """The limit of Ray's dashboard for one upload."""
 DEFAULT_EXCLUDES = ".git,.venv,venv,__pycache__"
-"""Left out by Ray, unless RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES names other patterns."""
+"""Patterns that Ray leaves out, unless RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES names others."""
 
 
 def packaged_files(working_dir: Path) -> dict[str, int]:
-    """Bytes of each file that Ray would upload: relative name -> size; .gitignore and .rayignore are honoured."""
+    """Map each file that Ray would upload to its bytes; .gitignore and .rayignore are honoured."""
     sizes: dict[str, int] = {}
     with_git = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     ignore_files = [".gitignore", ".rayignore"] if with_git else [".rayignore"]
@@ -39,7 +39,7 @@ def packaged_files(working_dir: Path) -> dict[str, int]:
 
 
 def _rule(folder: Path, patterns: list[str]) -> Callable[[Path], bool]:
-    """Whether patterns that stand in a folder exclude a path below it."""
+    """Say whether the patterns of a folder exclude a path below it."""
     spec = pathspec.PathSpec.from_lines("gitignore", patterns)
     return lambda path: spec.match_file(path.relative_to(folder))
 

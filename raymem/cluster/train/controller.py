@@ -1,4 +1,4 @@
-"""A run on Ray Train: builds the trainer, watches it, and gives back the outcome or the user's own error."""
+"""Trains on Ray Train: builds the trainer, watches it, and returns the outcome or raises the user's own error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raymem.training.reporter import Listener
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 START_ATTEMPTS = 10
-"""Tries, of up to a minute each, to get the resources; an autoscaler needs some minutes to bring a node."""
+"""The number of tries, of up to a minute each, to get resources; an autoscaler needs some minutes to bring a node."""
 
 
 def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
@@ -75,7 +75,7 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[L
 
 
 def _explain(failure: BaseException, max_failures: int) -> str:
-    """One line for a worker group that did not come through."""
+    """Return the error for a worker group that failed, in one line."""
     causes = getattr(failure, "worker_failures", None) or {0: getattr(failure, "controller_failure", failure)}
     rank, cause = next(iter(sorted(causes.items())))
     lines = [line for line in str(cause).strip().splitlines() if line.strip()] or [type(cause).__name__]

@@ -1,4 +1,4 @@
-"""From the workers to the people watching: paced reports, a callback in the controller, a mailbox that is polled."""
+"""Brings progress from workers to users by paced reports, a callback in the controller, and a polled mailbox."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raymem.training.dist_env import DistEnv
 from raymem.training.reporter import Listener, Row
 
 REPORT_EVERY_S = 5.0
-"""``ray.train.report`` waits until the controller, which polls, took the report before; this is far above its poll."""
+"""Seconds between reports, far above the controller's poll: ``ray.train.report`` waits until it took the last one."""
 
 
 @ray.remote(num_cpus=0)
@@ -53,7 +53,7 @@ def new_mailbox() -> Any:
 
 
 class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
-    """Runs in the Ray Train controller: hands each report to the tracker and to the mailbox.
+    """Hands each report to the tracker and to the mailbox, in the Ray Train controller.
 
     Args:
         tracking: kind of the tracker, the plain data that rebuild it, and kinds that are not raymem's own.
@@ -82,7 +82,7 @@ class RayReporter:
     """
 
     def __init__(self, dist_env: DistEnv) -> None:
-        self._layout = dist_env
+        self._dist_env = dist_env
         self._rows: list[Row] = []
         self._next_step = 0.0
         self._last_report = (0.0, time.monotonic())
@@ -96,7 +96,7 @@ class RayReporter:
         if not self._rows:
             return
         step = self._rows[-1]["step"]
-        ray.train.report({"rows": self._rows if self._layout.is_main else []})
+        ray.train.report({"rows": self._rows if self._dist_env.is_main else []})
         self._rows = []
         last_step, last_time = self._last_report
         seconds_per_step = (time.monotonic() - last_time) / max(1.0, step - last_step)

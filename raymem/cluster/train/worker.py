@@ -1,4 +1,4 @@
-"""The function that every Ray Train worker runs: its share of the one training loop."""
+"""Runs a Ray Train worker's share of the one training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raymem.training.loop import run
 
 
 def config_of(prepared: PreparedRun) -> dict[str, Any]:
-    """The plain data that :func:`train_worker` takes."""
+    """Return the plain data that :func:`train_worker` takes."""
     return {
         "recipe": prepared.recipe.to_dict(),
         "kinds": registered(),
@@ -32,7 +32,7 @@ def config_of(prepared: PreparedRun) -> dict[str, Any]:
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Entry point of a worker.
+    """Train; this is the entry point of a worker.
 
     Args:
         config: what :func:`config_of` makes on the driver; of raymem's own driver also ``threads`` and the ``mailbox``

@@ -75,11 +75,11 @@ def head_input(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     Raises:
         RuntimeError: it does not call the head exactly once.
     """
-    with _stand_in_head(model) as given:
+    with _stand_in_head(model) as head_inputs:
         type(model).forward(model, **inputs)
-    if len(given) != 1:
-        raise RuntimeError(f"{type(model).__name__} calls its output head {len(given)} times in a forward pass")
-    return given[0]
+    if len(head_inputs) != 1:
+        raise RuntimeError(f"{type(model).__name__} calls its output head {len(head_inputs)} times in a forward pass")
+    return head_inputs[0]
 
 
 def _by_replay(
@@ -147,14 +147,14 @@ def _run_backbone(model: Any, inputs: dict[str, Any]) -> tuple[nn.Module, Any]:
 @contextlib.contextmanager
 def _stand_in_head(model: Any) -> Iterator[list[torch.Tensor]]:
     """Inside, the head keeps its input in the list and returns one column of it in the place of logits."""
-    given: list[torch.Tensor] = []
+    head_inputs: list[torch.Tensor] = []
 
     def keep(hidden: torch.Tensor) -> torch.Tensor:
-        given.append(hidden)
+        head_inputs.append(hidden)
         return hidden[..., :1].detach()
 
     with _replaced_forward(model.get_output_embeddings(), keep):
-        yield given
+        yield head_inputs
 
 
 @contextlib.contextmanager

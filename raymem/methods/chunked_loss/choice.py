@@ -1,4 +1,4 @@
-"""Which way the chunked loss takes for a model, if any: what the probe says of its architecture, and its head here."""
+"""Chooses the way of the chunked loss for a model, if any, by the probe of its architecture and by its head."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from raymem.methods.probe import asked_once, class_of
 
 @dataclass(frozen=True)
 class Choice:
-    """How the loss of a model is to be computed."""
+    """The way to compute the loss of a model."""
 
     chunked: bool
     """False where no way of taking it in chunks is right."""
     replay: bool
     """Through the model's own head (:func:`raymem.methods.chunked_loss.chunked_loss_sum`)."""
     reason: str | None
-    """Why it cannot be chunked."""
+    """The reason why the loss cannot be chunked."""
 
 
 def choose(model: Any) -> Choice:
@@ -34,6 +34,6 @@ def choose(model: Any) -> Choice:
 
 
 def verdict_of(model: Any) -> Verdict:
-    """The verdict of :func:`probe` on an architecture; asked once per class, options and versions on this machine."""
+    """Return the verdict of :func:`probe` on an architecture; asked once per class, options and versions here."""
     sources = (Path(__file__).parent,)
     return Verdict(**asked_once("loss", model, sources, lambda: vars(probe(model.config, class_of(model)))))

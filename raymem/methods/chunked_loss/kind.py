@@ -42,7 +42,7 @@ class InChunks:
         self._replay = replay
 
     def rough_bytes(self, *, tokens: int, vocabulary: int, hidden_size: int, itemsize: int, device: str) -> int:
-        """The limit of one chunk, and the gradient of the last hidden states."""
+        """Count the limit of one chunk, and the gradient of the last hidden states."""
         from raymem.methods.chunked_loss.rows import CHUNK_BYTES, FEWEST_ROWS
 
         chunk = min(max(CHUNK_BYTES[device], FEWEST_ROWS[device] * vocabulary * 4), 4 * tokens * vocabulary)
@@ -55,7 +55,7 @@ class InChunks:
 
 
 class AutoLossKind(LossKind[AutoLoss]):
-    """In chunks, or of the whole logits where that is not right."""
+    """Takes the loss in chunks, or of the whole logits where chunks are not right."""
 
     options = AutoLoss
     is_cross_entropy = True
@@ -77,7 +77,7 @@ class AutoLossKind(LossKind[AutoLoss]):
 
 
 class ChunkedLossKind(LossKind[ChunkedLoss]):
-    """In chunks, or not at all."""
+    """Takes the loss in chunks, or refuses the model."""
 
     options = ChunkedLoss
     is_cross_entropy = True

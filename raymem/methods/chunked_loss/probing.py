@@ -27,14 +27,14 @@ _LOGITS_SIZE = 20.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which ways are right."""
+    """The verdict on both ways."""
 
     product: bool
     """The logits are the product of the head's input and weight."""
     replay: bool
     """The model's own forward gives the right logits for a chunk of positions alone."""
     reason: str | None
-    """Why not both."""
+    """The reason why not both are right."""
 
 
 def probe(config: Any, kind: Any = None) -> Verdict:

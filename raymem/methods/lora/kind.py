@@ -1,4 +1,4 @@
-"""LoRA through PEFT as a kind of the ``adapter`` axis (Hu et al. 2021)."""
+"""Makes LoRA through PEFT a kind of the ``adapter`` axis (Hu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LoraKind(PeftAdapterKind[LoraOptions]):
         )
 
     def initial_value(self, name: str, shape: Sequence[int], seed: int) -> Any:
-        """As PEFT: where an embedding is adapted A is zero and B normal."""
+        """Fill the factors as PEFT does: where an embedding is adapted A is zero and B normal."""
         import torch
 
         from raymem.seeds import generator

@@ -1,4 +1,4 @@
-"""Which tensors are compressed: one rule.
+"""Decides by one rule which tensors are compressed.
 
 Only what a site (a layer input, a norm's output, a linear layer's input, a gate) hands over is ever a candidate; that
 keeps parameters, masks, attention internals, logits and the loss out by construction. Of the candidates these stay raw:
@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether this is a dense tensor of this process with floating-point values."""
+    """Say whether this is a dense tensor of this process with floating-point values."""
     dense = tensor.layout is torch.strided and not isinstance(tensor, DTensor)
     return dense and tensor.is_floating_point()
 
 
 def reason_to_keep(tensor: torch.Tensor, rank: int, hidden_size: int) -> str | None:
-    """Why a candidate stays raw for what it is, or None if it is to be compressed."""
+    """Say why a candidate stays raw; None if it is to be compressed."""
     if not is_plain(tensor) or tensor.ndim < 2:
         return "kind"
     features = tensor.shape[-1]

@@ -1,4 +1,4 @@
-"""LoRAct as a kind of the ``activations`` axis."""
+"""Makes LoRAct a kind of the ``activations`` axis."""
 
 from __future__ import annotations
 

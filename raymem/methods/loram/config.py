@@ -122,10 +122,10 @@ class LoRAMOptions(PruneOptions):
                 raise ValueError(f"{name}: {getattr(self, name)} is too small; it is at least {least}")
         if self.artifact is not None:
             free = ("kind", "quantize", "artifact")
-            given = [f.name for f in fields(self) if f.name not in free and getattr(self, f.name) != f.default]
-            if given:
+            ignored = [f.name for f in fields(self) if f.name not in free and getattr(self, f.name) != f.default]
+            if ignored:
                 raise ValueError(
-                    f"artifact: {self.artifact} is pruned already, so {given[0]} would have no effect; leave it out, "
+                    f"artifact: {self.artifact} is pruned already, so {ignored[0]} would have no effect; leave it out, "
                     "or leave artifact out and prune anew"
                 )
 

@@ -13,7 +13,7 @@ import torch
 from raymem.methods.loram.coupling import Coupling, Side
 
 Kept = Mapping[int, Mapping[str, Sequence[int]]]
-"""Layer -> group -> ascending kept units, of the layers that are pruned."""
+"""Ascending kept units by layer and group, for the layers that are pruned."""
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -29,14 +29,14 @@ class Axis:
     """Size of the axis in the full model."""
 
     def take(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """The kept part of a full tensor."""
+        """Return the kept part of a full tensor."""
         if dim == 1 and tensor.device.type == "cpu":
             bits = tensor.view(_INTEGERS[tensor.element_size()]).numpy()  # torch's own gather takes three times as long
             return torch.from_numpy(bits.take(self.indices_K.numpy(), axis=1)).view(tensor.dtype)
         return tensor.index_select(dim, self.indices_K.to(tensor.device))
 
     def put(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """A tensor of full size that is ``tensor`` where kept and zero elsewhere; dtype and device stay."""
+        """Return a tensor of full size that is ``tensor`` where kept and zero elsewhere; dtype and device stay."""
         shape = list(tensor.shape)
         shape[dim] = self.size
         return tensor.new_zeros(shape).index_copy_(dim, self.indices_K.to(tensor.device), tensor)
@@ -44,7 +44,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Placement:
-    """How a pruned linear layer lies in the full one; None along an axis that is whole."""
+    """The position of a pruned linear layer in the full one; None along an axis that is whole."""
 
     rows: Axis | None = None
     """Along the outputs: dim 0 of the weight and of ``lora_B``, the bias."""
@@ -52,7 +52,7 @@ class Placement:
     """Along the inputs: dim 1 of the weight and of ``lora_A``."""
 
     def axes(self, parameter: str) -> dict[int, Axis]:
-        """Dimension -> axis of the linear layer's ``weight`` or ``bias``."""
+        """Map dimensions of the linear layer's ``weight`` or ``bias`` to axes."""
         axes = {0: self.rows, 1: self.columns if parameter == "weight" else None}
         return {dim: axis for dim, axis in axes.items() if axis is not None}
 
@@ -61,7 +61,7 @@ WHOLE = Placement()
 
 
 def place(coupling: Coupling, kept: Kept, module: str) -> Placement:
-    """The placement of a module by its full dotted name, for example ``model.layers.4.self_attn.q_proj``."""
+    """Return the placement of a module by its full dotted name, for example ``model.layers.4.self_attn.q_proj``."""
     located = coupling.locate(module)
     if located is None or located[0] not in kept:
         return WHOLE
@@ -79,7 +79,7 @@ def _axis(coupling: Coupling, kept: Mapping[str, Sequence[int]], path: str, side
 
 
 def take(coupling: Coupling, kept: Kept, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The pruned form of one named parameter of the full model; untouched parameters are returned as they are."""
+    """Return the pruned form of one named parameter of the full model; untouched parameters come back as they are."""
     module, _, parameter = name.rpartition(".")
     for dim, axis in place(coupling, kept, module).axes(parameter).items():
         tensor = axis.take(tensor, dim)
@@ -87,7 +87,7 @@ def take(coupling: Coupling, kept: Kept, name: str, tensor: torch.Tensor) -> tor
 
 
 def put(coupling: Coupling, kept: Kept, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`take`, with zeros for what was pruned."""
+    """Invert :func:`take`, with zeros in the pruned positions."""
     module, _, parameter = name.rpartition(".")
     for dim, axis in place(coupling, kept, module).axes(parameter).items():
         tensor = axis.put(tensor, dim)

@@ -1,4 +1,4 @@
-"""LoRAM as a kind of the ``base`` axis."""
+"""Makes LoRAM a kind of the ``base`` axis."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
         return LoRAMOptions(artifact=directory, quantize=options.quantize)
 
     def planned_config(self, options: LoRAMOptions, config: Any) -> Any:
-        """With the widths that pruning will leave of every layer.
+        """Return the config with the widths that pruning will leave of every layer.
 
         Raises:
             RecipeError: options that leave nothing of a layer.
@@ -73,7 +73,7 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
         return "it is of a pruned model; recover it first: raymem loram recover RECIPE"
 
     def stamp(self, directory: Path, options: LoRAMOptions) -> None:
-        """Which weights of the full model the adapter was trained on, so that it can be recovered."""
+        """Record which weights of the full model the adapter was trained on, so that it can be recovered."""
         from raymem.methods.loram.recover import stamp_adapter
 
         stamp_adapter(directory, self.directory(options))
@@ -101,7 +101,7 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
         )
 
     def advice(self) -> Sequence[Advice]:
-        """Named where weights are the largest term; pruning is a pipeline of its own, so it is not worked out."""
+        """Name LoRAM where weights are the largest term; pruning is a pipeline of its own, so it is not worked out."""
         return [Advice("base.kind=loram", ("weights",), cost=95, applies=lambda recipe: False)]
 
 

@@ -1,4 +1,4 @@
-"""Which parameters have compressed moments: the one rule, and what it saves."""
+"""Decides which parameters have compressed moments, and counts the bytes that this saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MLorc as kinds of the ``optimizer`` axis."""
+"""Makes MLorc's optimizers kinds of the ``optimizer`` axis."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _MLorcKind(OptimizerKind[OptionsT]):
 
 
 class MLorcAdamWKind(_MLorcKind[MLorcAdamWOptions]):
-    """AdamW with both moments in factors."""
+    """The kind of AdamW with both moments in factors."""
 
     options = MLorcAdamWOptions
     optimizer = "MLorcAdamW"
@@ -87,7 +87,7 @@ class MLorcAdamWKind(_MLorcKind[MLorcAdamWOptions]):
 
 
 class MLorcLionKind(_MLorcKind[MLorcLionOptions]):
-    """Lion with its momentum in factors."""
+    """The kind of Lion with its momentum in factors."""
 
     options = MLorcLionOptions
     optimizer = "MLorcLion"

@@ -39,7 +39,7 @@ def connections(k: int | None, density: float | None, fan_in: int, layer: str) -
     """Connections that every output of a layer with ``fan_in`` inputs keeps (at least one).
 
     Raises:
-        ValueError: ``k`` is more than the layer has inputs; ``place`` names the layer.
+        ValueError: ``k`` is more than the layer has inputs; ``where`` names the layer.
     """
     if k is None:
         return max(1, round((DEFAULT_DENSITY if density is None else density) * fan_in))

@@ -1,4 +1,4 @@
-"""MoRAM as a kind of the ``adapter`` axis."""
+"""Makes MoRAM a kind of the ``adapter`` axis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from raymem.methods.peft.targets import Targets
 
 _IDENTITY_BYTES = 8 * 3
-"""What identifies the base weight of a layer: three int64."""
+"""The fingerprint of a layer's base weight: three int64."""
 
 
 class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
@@ -92,7 +92,7 @@ class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
         return shapes
 
     def buffer_bytes(self, model: Any, options: MoRAMOptions) -> int:
-        """int32 indices and what identifies the base."""
+        """Count the bytes of int32 indices and of the base's fingerprints."""
         total = 0
         for name, layer in tuned_layers(model):
             outputs, inputs = linear_shape(layer.get_base_layer())

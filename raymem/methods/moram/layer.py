@@ -42,10 +42,10 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         set_adapter: Callable[..., None]
         _move_adapter_to_device_of_base_layer: Callable[..., None]
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, place: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, where: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.place = place
+        self.where = where
         self.out_features, self.in_features = fan(self.get_base_layer())
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -72,9 +72,9 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             AdapterError: more connections are wanted than the layer has inputs.
         """
         if self.merged:
-            raise AdapterError(f"{self.place}: an adapter is merged into the weight; call unmerge_adapter first")
+            raise AdapterError(f"{self.where}: an adapter is merged into the weight; call unmerge_adapter first")
         try:
-            k = connections(config.k, config.density, self.in_features, self.place)
+            k = connections(config.k, config.density, self.in_features, self.where)
         except ValueError as error:
             raise AdapterError(str(error)) from None
         self.r[name], self.scaling[name] = config.r, config.alpha / config.r
@@ -109,7 +109,7 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             AdapterError: it was not.
         """
         if bool((self.moram_index[name][:, 0] < 0).any()):
-            raise AdapterError(f"{self.place}: the connections in the checkpoint were never selected; start over")
+            raise AdapterError(f"{self.where}: the connections in the checkpoint were never selected; start over")
         self._selected.add(name)
 
     def check_base(self, recorded: torch.Tensor, name: str) -> bool:
@@ -193,7 +193,7 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if name in self._selected or holds_no_values(self.moram_index[name]):
             return
         raise AdapterError(
-            f"{self.place}: adapter {name!r} has no connections yet; call raymem.methods.moram.select_indices(model, "
+            f"{self.where}: adapter {name!r} has no connections yet; call raymem.methods.moram.select_indices(model, "
             "batches) before training, or load a trained adapter"
         )
 
@@ -233,12 +233,12 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 continue
             values_OK = self.selected_delta(name)
             if safe_merge and not bool(torch.isfinite(values_OK).all()):
-                raise AdapterError(f"{self.place}: the update of adapter {name!r} is not finite; it cannot be merged")
+                raise AdapterError(f"{self.where}: the update of adapter {name!r} is not finite; it cannot be merged")
             layer = self.get_base_layer()
             base = base_weight(layer)
             if base.weight is None:
                 raise AdapterError(
-                    f"{self.place}: {type(layer).__name__} holds its weight in a form that MoRAM cannot write; "
+                    f"{self.where}: {type(layer).__name__} holds its weight in a form that MoRAM cannot write; "
                     "merge into an unquantised, unsharded base without hooks"
                 )
             if base.quant_state is None:

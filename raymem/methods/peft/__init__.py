@@ -1,1 +1,1 @@
-"""What adapters of PEFT have in common; LoRA and MoRAM stand on it, and others may."""
+"""Holds the common part of PEFT's adapters; LoRA and MoRAM build on it, and others may."""

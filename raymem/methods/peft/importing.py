@@ -1,4 +1,4 @@
-"""PEFT without what it loads for nothing."""
+"""Imports PEFT without the libraries that it loads for nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What adapters of PEFT have in common: attaching, initial values, and reading what was saved."""
+"""Defines the common part of PEFT's adapter kinds: attaching, initial values, and reading saved adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PeftOptions(Protocol):
-    """Options of an adapter of PEFT."""
+    """The options of an adapter of PEFT."""
 
     @property
     def kind(self) -> str: ...
@@ -39,20 +39,20 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
     grows: ClassVar[tuple[str, ...]] = ("rank",)
     free: ClassVar[tuple[str, ...]] = ("alpha",)
     meaning: ClassVar[Mapping[str, str | None]]
-    """Option of the adapter_config.json that decides what its tensors mean -> key of the recipe that sets it."""
+    """Maps options of adapter_config.json that decide what its tensors mean to the keys of the recipe that set them."""
     factors: ClassVar[tuple[str, str]]
-    """What the names of the two factors hold between dots: the one that starts at random, and the one of zeros."""
+    """Parts between dots of the two factors' names: of the one that starts at random, and of the one of zeros."""
 
     @abstractmethod
     def peft_config(self, options: OptionsT, targets: Targets) -> Any:
-        """The options as a ``peft.PeftConfig`` for causal language models.
+        """Return the options as a ``peft.PeftConfig`` for causal language models.
 
         Raises:
             RecipeError: targets that it cannot adapt; begins with ``adapter.targets``.
         """
 
     def state(self, model: Any, saved: dict[str, Any]) -> dict[str, Any] | None:
-        """The tensors of a file under the names of ``model``, where that is more than their names; None where not.
+        """Return a file's tensors under the names of ``model``, where that takes more than renaming; None where not.
 
         Raises:
             AdapterError: they do not fit the model.
@@ -83,8 +83,8 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
         return wrapped
 
     def initial_value(self, name: str, shape: Sequence[int], seed: int) -> Any:
-        """PEFT's distribution: the first factor uniform in +-1/sqrt(fan_in) (Kaiming with a = sqrt(5)), the second
-        zero."""
+        """Draw from PEFT's distribution: the first factor uniform in +-1/sqrt(fan_in) (Kaiming with a = sqrt(5)), the
+        second zero."""
         import torch
 
         from raymem.seeds import generator
@@ -108,15 +108,15 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
         return config.get("peft_type") == self.peft_type
 
     def read(self, directory: str, model: Any) -> dict[str, Any]:
-        """Tensors of a PEFT directory under the names of a wrapped model. Collective if it is sharded."""
+        """Read the tensors of a PEFT directory under the names of a wrapped model. Collective if it is sharded."""
         config = read_config(directory)
         ours: dict[str, Any] = model.peft_config["default"].to_dict()
         for option, key in self.meaning.items():
-            theirs, wanted = config.get(option) or None, ours.get(option) or None
-            if theirs != wanted:
+            theirs, mine = config.get(option) or None, ours.get(option) or None
+            if theirs != mine:
                 cure = f"set adapter.{key}: {theirs}" if key else merged_instead(directory)
                 raise ModelError(
-                    f"adapter.init_from: {directory} was trained with {option}={theirs} but this recipe has {wanted}, "
+                    f"adapter.init_from: {directory} was trained with {option}={theirs} but this recipe has {mine}, "
                     f"which would change what it does; {cure}"
                 )
         return self._tensors(directory, model)
@@ -149,7 +149,7 @@ class PeftAdapterKind(AdapterKind[OptionsT]):
 
 
 def stored_buffers(model: Any) -> dict[str, Any]:
-    """Buffers that belong to the adapter: a checkpoint and the exported adapter hold them beside what is trained."""
+    """Return the adapter's buffers, which a checkpoint and the exported adapter hold besides the trained tensors."""
     if not hasattr(model, "peft_config"):
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -163,14 +163,14 @@ def stored_buffers(model: Any) -> dict[str, Any]:
 
 
 def tuned_layers(model: Any) -> list[tuple[str, Any]]:
-    """Name and object of every layer that has an adapter."""
+    """Return name and object of every layer that has an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def linear_shape(layer: Any) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer, also of GPT-2's Conv1D, which stores its weight transposed."""
+    """Return (outputs, inputs) of a linear layer, also of GPT-2's Conv1D, which stores its weight transposed."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(layer, Conv1D):
@@ -179,7 +179,7 @@ def linear_shape(layer: Any) -> tuple[int, int]:
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The adapter_config.json of a PEFT directory.
+    """Read the adapter_config.json of a PEFT directory.
 
     Raises:
         ModelError: there is none.
@@ -193,7 +193,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, directory: str) -> dict[str, Any]:
-    """Every tensor of an adapter's file.
+    """Read every tensor of an adapter's file.
 
     Raises:
         ModelError: there is none, or it is not whole.
@@ -210,7 +210,7 @@ def read_tensors(path: Path, directory: str) -> dict[str, Any]:
 
 
 def without_base(saved: dict[str, Any], model: Any, directory: str) -> dict[str, Any]:
-    """The adapter's own tensors: PEFT saves the base's weights too where it adapts an embedding or an output head.
+    """Return the adapter's own tensors: PEFT saves the base's weights too if it adapts an embedding or an output head.
 
     Raises:
         ModelError: they are not those of the base in ``model``, so that without them the adapter is another function.
@@ -240,7 +240,7 @@ def without_base(saved: dict[str, Any], model: Any, directory: str) -> dict[str,
 
 
 def merged_instead(directory: str | Path) -> str:
-    """The cure that works for every adapter that PEFT can merge."""
+    """Return the cure that works for every adapter that PEFT can merge."""
     return f"merge it (raymem merge {directory} -o MERGED), give MERGED as model.name and train without init_from"
 
 

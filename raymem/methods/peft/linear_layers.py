@@ -1,4 +1,4 @@
-"""Which linear layers of an architecture take an adapter: asked of a small clone with as many layers as the model.
+"""Finds the linear layers of an architecture that take an adapter, by a small clone with as many layers as the model.
 
 One forward and backward pass over text shows what is called, with what, and what gets a gradient. PEFT is asked whether
 it takes a layer of that name. ``all-linear`` is every layer of which nothing speaks against it.
@@ -30,24 +30,24 @@ from raymem.methods.tiny_model import VOCABULARY, random_clone
 from raymem.seeds import generator
 
 UNUSED = "text does not pass through it"
-"""Why a layer is left alone that a step on text would not give a gradient."""
+"""The reason to leave a layer alone that a step on text would not give a gradient."""
 _ROWS, _LENGTH = 2, 24
 _EXPERT_DIMENSIONS = 3
 
 
 @dataclass(frozen=True)
 class TextPass:
-    """What one forward and backward pass over text says of an architecture."""
+    """The observations of one forward and backward pass over text, for an architecture."""
 
     left_alone: Mapping[str, str]
-    """Linear layer that takes no adapter -> why. Names, or patterns of names with ``*`` in the place of numbers."""
+    """Maps each linear layer without an adapter to the reason. Names, or patterns of names with ``*`` for numbers."""
     without_gradient: frozenset[str]
     """Parameters, by name or pattern, that text does not pass through."""
     reason: str | None
-    """Why nothing is known, if so."""
+    """The reason why nothing is known, if so."""
 
     def why_left_alone(self, name: str) -> str | None:
-        """Why a linear layer of the model takes no adapter; None if it does."""
+        """Say why a linear layer of the model takes no adapter; None if it does."""
         return self.left_alone.get(name, self.left_alone.get(pattern_of(name)))
 
     def is_without_gradient(self, name: str) -> bool:
@@ -55,32 +55,32 @@ class TextPass:
 
 
 def text_pass(model: Any) -> TextPass:
-    """What text passes through in a bare model; asked once per architecture, options and versions."""
+    """Find the layers that text passes through in a model; done once per architecture, options and versions."""
     answer = asked_once("text pass", model, (Path(__file__),), lambda: _ask(model.config, class_of(model)))
     return TextPass(answer["left_alone"], frozenset(answer["without_gradient"]), answer["reason"])
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer by name, of 4 bits too, but the output head."""
+    """Return every linear layer by name, of 4 bits too, but the output head."""
     head = output_head(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     return {name: module for name, module in layers.items() if module is not head}
 
 
 def output_head(model: Any) -> nn.Module | None:
-    """The layer that gives the logits, if transformers knows it."""
+    """Return the layer that gives the logits, if transformers knows it."""
     head: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return head
 
 
 def adaptable(model: Any) -> list[str]:
-    """Names of the layers that ``all-linear`` stands for."""
+    """List the names of the layers that ``all-linear`` stands for."""
     verdict = text_pass(model)
     return [name for name in linear_layers(model) if verdict.why_left_alone(name) is None]
 
 
 def routed_experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that hold the weights of all experts of a layer, by name."""
+    """Return the parameters that hold the weights of all experts of a layer, by name."""
     experts = {}
     for prefix, module in model.named_modules():
         if "expert" not in type(module).__name__.lower():
@@ -92,7 +92,7 @@ def routed_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def freeze_unused(model: Any) -> None:
-    """Let what text does not pass through stay as it is: DDP would wait for its gradients."""
+    """Freeze the layers that text does not pass through: DDP would wait for their gradients."""
     verdict = text_pass(model)
     for name, parameter in model.named_parameters():
         if verdict.is_without_gradient(name):
@@ -100,7 +100,7 @@ def freeze_unused(model: Any) -> None:
 
 
 def pattern_of(name: str) -> str:
-    """A name with ``*`` in the place of numbers of layers and experts."""
+    """Replace the numbers of layers and experts in a name by ``*``."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
@@ -116,14 +116,14 @@ def _ask(config: Any, kind: Any) -> dict[str, Any]:
 
 
 def _try(model: Any, few_layers: Any) -> tuple[dict[str, str], list[str]]:
-    """Layers with the reason why they take no adapter, and parameters without a gradient.
+    """Find layers with the reason why they take no adapter, and parameters without a gradient.
 
     Args:
         few_layers: a smaller clone, for what hangs on names alone.
     """
     layers = linear_layers(model)
     calls: dict[str, str | None] = {}
-    """Layer that is called -> what is odd about it."""
+    """Maps each layer that is called to the oddity of its calls."""
 
     def watching(name: str) -> Any:
         def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -149,7 +149,7 @@ def _try(model: Any, few_layers: Any) -> tuple[dict[str, str], list[str]]:
 
 
 def _odd(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str | None:
-    """How a call of a linear layer differs from a product."""
+    """Say how a call of a linear layer differs from a product."""
     if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
         return "it is not given one tensor"
     if not isinstance(output, torch.Tensor):
@@ -162,7 +162,7 @@ def _odd(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 
 
 def _weight_is_read(model: nn.Module, name: str) -> str | None:
-    """Whether the code around a layer reads its weight, as it does for fused kernels, past whatever wraps the layer."""
+    """Say whether the code around a layer reads its weight, as for fused kernels, past whatever wraps the layer."""
     around: Any = type(model.get_submodule(name.rpartition(".")[0]))
     leaf = _leaf(name)
     try:
@@ -177,7 +177,7 @@ _source: Callable[[Any], str] = functools.cache(inspect.getsource)
 
 
 def _refused_by_peft(model: Any, names: list[str]) -> dict[str, str]:
-    """Last part of a name -> why PEFT does not put LoRA there, or puts it elsewhere."""
+    """Map the last part of a name to the reason why PEFT does not put LoRA there, or puts it elsewhere."""
     with without_bitsandbytes():
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
@@ -203,7 +203,7 @@ _NAME_OF_EXPERTS = "PEFT takes the name for one of routed experts"
 
 
 def _shortened(facts: dict[str, str], names: list[str]) -> dict[str, str]:
-    """Patterns in the place of names where all that match one say the same."""
+    """Replace names by patterns where all that match one say the same."""
     by_pattern: dict[str, set[str | None]] = {}
     for name in names:
         by_pattern.setdefault(pattern_of(name), set()).add(facts.get(name))

@@ -1,4 +1,4 @@
-"""What ``adapter.targets`` means in a model: layers, and experts, in PEFT's terms."""
+"""Translates ``adapter.targets`` into layers and experts of a model, in PEFT's terms."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Targets:
-    """What PEFT is told to adapt."""
+    """The targets that PEFT is told to adapt."""
 
     modules: str | list[str]
-    """Names of linear layers, whole or their ends after a dot, or one expression for whole names."""
+    """The names of linear layers, whole or their ends after a dot, or one expression for whole names."""
     parameters: list[str] = field(default_factory=list)
-    """Names of parameters that hold routed experts."""
+    """The names of parameters that hold routed experts."""
 
 
 def choose(model: Any, targets: str | list[str]) -> Targets:
-    """Targets of a recipe in PEFT's terms.
+    """Translate the targets of a recipe into PEFT's terms.
 
     PEFT takes expressions only alone and complains only when nothing matches at all; here every pattern must match, and
     what an adapter would do nothing for, or PEFT would put elsewhere, is left out.
@@ -91,14 +91,14 @@ def _is_end(expression: str) -> bool:
 
 
 def _all_linear_layers(model: Any) -> list[str]:
-    """Every linear layer, the output head among them."""
+    """Return every linear layer, the output head among them."""
     layers = set(linear_layers(model))
     head = output_head(model)
     return [name for name, module in model.named_modules() if name in layers or (name and module is head)]
 
 
 def _expression(pattern: str, names: list[str]) -> str:
-    """A regular expression for whole names."""
+    """Compile a regular expression for whole names."""
     if any(name == pattern or name.endswith(f".{pattern}") for name in names):
         return f"{_END}{re.escape(pattern)}"
     try:

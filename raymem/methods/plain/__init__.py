@@ -1,1 +1,1 @@
-"""The plain choice of every axis: a whole base, full training, everything kept, the full loss, AdamW."""
+"""Holds the plain choice of every axis: a whole base, full training, everything kept, the full loss, AdamW."""

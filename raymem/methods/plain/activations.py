@@ -1,4 +1,4 @@
-"""What backward needs is kept, or with gradient checkpointing computed again."""
+"""Keeps what backward needs, or computes it again with gradient checkpointing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full-parameter training: no adapter, perhaps with some modules frozen."""
+"""Trains all parameters: no adapter, perhaps with some modules frozen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NoAdapter:
 
 
 class FullTrainingKind(AdapterKind[NoAdapter]):
-    """Everything is trained but what ``freeze`` names."""
+    """The kind that trains everything but the modules that ``freeze`` names."""
 
     options = NoAdapter
     trains_base = True

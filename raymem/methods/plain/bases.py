@@ -1,4 +1,4 @@
-"""The model as it is, in its own precision or in 4 bits."""
+"""Takes the model as it is, in its own precision or in 4 bits."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ class FullBase:
 
 
 class FullBaseKind(BaseKind[FullBase]):
-    """Every weight of the model that the recipe names."""
+    """The kind with every weight of the model that the recipe names."""
 
     options = FullBase

@@ -1,4 +1,4 @@
-"""Losses of the logits of all positions."""
+"""Computes losses of the logits of all positions."""
 
 from __future__ import annotations
 

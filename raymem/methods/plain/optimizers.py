@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Lt
 from raymem.kinds import OPTIONS_RULES, Advice, OptimizerContext, OptimizerKind, TensorShape
 
 COUNTER_BYTES = 4
-"""A step count per tensor, fp32."""
+"""Bytes of the step count of a tensor, fp32."""
 _Beta = Annotated[float, Ge(0.0), Lt(1.0)]
 
 
@@ -32,7 +32,7 @@ class AdamW:
 
 
 class AdamWKind(OptimizerKind[AdamW]):
-    """Two whole moments per tensor."""
+    """The kind of AdamW with two whole moments per tensor."""
 
     options = AdamW
     free = ("lr", "betas", "eps", "weight_decay")

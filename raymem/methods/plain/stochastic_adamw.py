@@ -1,4 +1,4 @@
-"""AdamW for bf16 weights that keeps updates smaller than a rounding step, by rounding at random."""
+"""Implements AdamW for bf16 weights that keeps updates below a rounding step, by rounding at random."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part; every operation here is elementwise."""
+    """Return this rank's part; every operation here is elementwise."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

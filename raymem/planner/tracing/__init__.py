@@ -1,1 +1,1 @@
-"""Running a step on tensors without values, and recording every storage that it allocates."""
+"""Runs a step on tensors without values, and records every storage that it allocates."""

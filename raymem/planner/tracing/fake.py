@@ -1,4 +1,4 @@
-"""Fake tensors in the place of a model's: what has to be arranged so that the real step runs on them as on a device.
+"""Puts fake tensors into a model, and arranges that the real step runs on them as on a device.
 
 Three libraries take another path when they meet fake tensors, or decide by values that are not there. Each of the
 shims here undoes one such difference; tests/planner/test_fake.py and test_process.py show what each is needed for.
@@ -23,7 +23,7 @@ from raymem.memory.trace import Tracer
 
 @contextlib.contextmanager
 def shims(*, one_segment_per_row: bool) -> Iterator[None]:
-    """Patches of other libraries while a step is traced.
+    """Patch other libraries while a step is traced.
 
     Args:
         one_segment_per_row: no row of a batch holds several examples. transformers sees that in the position ids, but
@@ -60,7 +60,7 @@ def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterato
 
 
 def fakeify(model: nn.Module, tracer: Tracer | None = None) -> None:
-    """Put fake CPU tensors of the same geometry in the place of meta ones; call inside fake mode.
+    """Replace meta tensors by fake CPU tensors of the same geometry; call inside fake mode.
 
     Tied parameters stay tied, distributed ones get a fake local part, 4-bit placeholders become packed bytes
     with their scales. The tracer, if any, is told what is weights and what is trained.
@@ -89,7 +89,7 @@ def fakeify(model: nn.Module, tracer: Tracer | None = None) -> None:
 
 
 def fake_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of this worker behind fake tensors, which have no addresses; storages that are shared count once."""
+    """Count this worker's bytes behind fake tensors, which have no addresses; a shared storage counts once."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
         storage = local(tensor).untyped_storage()
@@ -99,17 +99,17 @@ def fake_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 @contextlib.contextmanager
 def gradients_named(parameters: Mapping[str, nn.Parameter], tracer: Tracer) -> Iterator[None]:
-    """Inside, gradients are told from temporaries as soon as they are there."""
+    """Let the tracer tell gradients from temporaries inside the block, as soon as they exist."""
     handles = []
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
             continue  # FSDP2 puts them there itself, after reducing; they are adopted with the norm
 
-        def found(tensor: torch.Tensor, name: str = name) -> None:
+        def adopt_gradient(tensor: torch.Tensor, name: str = name) -> None:
             tracer.adopt(tensor.grad, "gradients", f"{name} (gradient)")
 
         hooks = parameter._post_accumulate_grad_hooks or {}
-        handles.append(parameter.register_post_accumulate_grad_hook(found))  # type: ignore[no-untyped-call]
+        handles.append(parameter.register_post_accumulate_grad_hook(adopt_gradient))  # type: ignore[no-untyped-call]
         parameter._post_accumulate_grad_hooks.move_to_end(handles[-1].id, last=not hooks)  # type: ignore[attr-defined]
     try:
         yield
@@ -137,7 +137,7 @@ def _fake_parameter(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def quantisation_tensors(parameter: Any) -> Iterator[torch.Tensor]:
-    """Scales and tables that belong to a quantised weight."""
+    """Yield the scales and tables that belong to a quantised weight."""
     state = getattr(parameter, "quant_state", None)
     while state is not None:
         yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))

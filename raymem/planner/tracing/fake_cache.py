@@ -1,4 +1,4 @@
-"""Results of operations on fake tensors, remembered by geometry.
+"""Remembers results of operations on fake tensors by geometry.
 
 FakeTensorMode has such a cache itself; of the quarter of a millisecond that an operation costs there, most goes into
 its keys. A step repeats the same few hundred geometries in every layer, so a narrow key pays: what is not plain (values
@@ -20,20 +20,20 @@ class _Output(NamedTuple):
     dtype: torch.dtype
     offset: int
     view_of: int | None
-    """Position among the tensors of the arguments."""
+    """Its position among the tensors of the arguments."""
     same_as: int | None = None
-    """Position of the argument that it is, as in a write in place."""
+    """The position of the argument that it is, as in a write in place."""
 
 
 class _Known(NamedTuple):
     kind: type
-    """Type of the result: one tensor, a tuple or list of them, or None."""
+    """The type of the result: one tensor, a tuple or list of them, or None."""
     outputs: tuple[_Output, ...]
 
 
 _CHANGES_GEOMETRY = ("set_", "resize", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "detach_")
 _LIBRARIES = ("aten", "raymem")
-"""Whose operations do what their schema says."""
+"""The libraries whose operations do what their schema says."""
 _PLAIN = (int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 
@@ -57,7 +57,7 @@ class OutputCache:
         self.hits = 0
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of ``func``, as FakeTensorMode would give it."""
+        """Return the result of ``func``, as FakeTensorMode would give it."""
         plain = self._plain.get(func)
         if plain is None:
             plain = self._plain[func] = _is_plain(func)
@@ -122,7 +122,7 @@ def _key(value: Any, tensors: list[FakeTensor]) -> Any:
 
 
 def _is_plain(func: Any) -> bool:
-    """Whether an operation returns tensors (or nothing) and leaves the geometry of its arguments alone."""
+    """Say whether an operation returns tensors (or nothing) and leaves the geometry of its arguments alone."""
     schema = func._schema
     library, _, name = schema.name.partition("::")
     returned = all(str(r.type) in ("Tensor", "List[Tensor]") for r in schema.returns)
@@ -151,7 +151,7 @@ def _describe(result: Any, tensors: list[FakeTensor]) -> _Known | None:
 
 
 def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from the first to the last element."""
+    """Count the bytes from the first to the last element."""
     if tensor.numel() == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

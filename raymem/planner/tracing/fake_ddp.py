@@ -1,4 +1,4 @@
-"""DistributedDataParallel as far as memory goes: on fake tensors its C++ reducer cannot run.
+"""Stands in for DistributedDataParallel as far as memory goes: on fake tensors its C++ reducer cannot run.
 
 With ``gradient_as_bucket_view`` the gradients lie in flat buckets that stay allocated for the whole run. A gradient
 that backward has just made is copied into its bucket, and its own storage goes.
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raymem.memory.trace import Tracer
 
 _FIRST_BUCKET_BYTES, _BUCKET_BYTES = 1 << 20, 25 << 20
-"""DDP's defaults."""
+"""DDP's default bucket sizes."""
 
 
 class FakeDDP(DistributedDataParallel):
@@ -47,7 +47,7 @@ class FakeDDP(DistributedDataParallel):
 
 
 def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters by bucket, in the order in which their gradients come."""
+    """Group parameters by bucket, in the order in which their gradients come."""
     buckets: list[list[nn.Parameter]] = []
     filled, limit = 0, _FIRST_BUCKET_BYTES
     for parameter in parameters:

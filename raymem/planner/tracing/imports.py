@@ -1,4 +1,4 @@
-"""Imports that the planning process leaves out, since libraries make them for uses that it does not have.
+"""Leaves out imports that the planning process has no use for, although libraries make them.
 
 They would take a quarter of the time until it has imported everything. Only for a process that does nothing but plan.
 """
@@ -14,30 +14,31 @@ from types import ModuleType
 from typing import Any
 
 _UNUSED = ("scipy", "boto3")
-"""transformers imports the first for the losses of object detection, accelerate the second for a cloud's settings."""
+"""Modules left out: transformers imports the first for losses of object detection, accelerate the second for a
+cloud's settings."""
 _COMPILER = "torch._dynamo"
 _MARKS = ("disable", "assume_constant_result", "allow_in_graph", "graph_break")
-"""Its decorators and calls that mean nothing where nothing is compiled."""
+"""Decorators and calls of the compiler that mean nothing where nothing is compiled."""
 
 
 _PARTS = (f"{_COMPILER}.config", f"{_COMPILER}._trace_wrapped_higher_order_op")
-"""Parts of it that can be imported alone."""
+"""Parts of the compiler that can be imported alone."""
 
 
 def do_without() -> None:
-    """Arrange it; before anything but torch is imported."""
+    """Leave the imports out from now on; call it before anything but torch is imported."""
     for name in _UNUSED:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     _put_off_the_compiler()
 
 
 def compiler_is_put_off() -> bool:
-    """Whether this process still has no compiler."""
+    """Say whether this process has not loaded the compiler."""
     return type(sys.modules.get(_COMPILER)) is _Unloaded
 
 
 class _Unloaded(ModuleType):
-    """PyTorch's compiler as long as nobody asks it for more than its marks."""
+    """Stands in for PyTorch's compiler as long as nobody asks it for more than its marks."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -46,7 +47,7 @@ class _Unloaded(ModuleType):
         return getattr(self, name)
 
     def load(self) -> None:
-        """Become the real one. Its own names take the place of the marks, which serve as long as it is loading."""
+        """Become the real compiler; its own names replace the marks, which serve as long as it is loading."""
         spec = self.__spec__
         assert spec is not None and spec.loader is not None
         self.__class__ = ModuleType  # type: ignore[assignment]
@@ -54,7 +55,7 @@ class _Unloaded(ModuleType):
 
 
 class _Parts(MetaPathFinder, Loader):
-    """Loads the compiler before any part of it but those that need nothing of it."""
+    """Loads the compiler before any part of it is imported that cannot be imported alone."""
 
     def __init__(self, whole: _Unloaded) -> None:
         self._whole = whole
@@ -69,7 +70,7 @@ class _Parts(MetaPathFinder, Loader):
         return sys.modules[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has been."""
+        """Do nothing: the module has been loaded already."""
 
 
 def _put_off_the_compiler() -> None:
@@ -90,6 +91,6 @@ def _put_off_the_compiler() -> None:
 
 def _leave_alone(function: Any = None, *arguments: Any, **options: Any) -> Any:
     if function is None:
-        decorate: Callable[[Any], Any] = lambda given: given  # noqa: E731
+        decorate: Callable[[Any], Any] = lambda decorated: decorated  # noqa: E731
         return decorate
     return function

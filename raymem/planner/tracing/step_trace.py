@@ -1,4 +1,4 @@
-"""The traced session: a recipe's model on fake tensors, through two real steps, an evaluation and a save.
+"""Traces a session: a recipe's model on fake tensors, through two real steps, an evaluation and a save.
 
 The first step creates the optimizer state, so it is the second that has the whole footprint. On one worker nothing else
 tells the two apart, and the state is made as a resumed run makes it; sharded and replicated models take both steps,
@@ -37,24 +37,24 @@ from raymem.training.optim import Updater, build_updater
 from raymem.training.step import train_step
 
 MEASURED = 2
-"""Number of the step that counts, from 1."""
+"""The number of the step that counts, from 1."""
 TARGETS = 1000
-"""Of a global batch; a number that changes nothing but the loss."""
+"""Target tokens of a global batch; the number changes nothing but the loss."""
 
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What was recorded."""
+    """The recording of a traced session."""
 
     changes: list[Change]
     state: dict[str, int]
-    """Category -> bytes of weights, trainable, gradients and optimizer of one worker, when all are there."""
+    """Bytes of weights, trainable, gradients and optimizer of one worker by category, when all are there."""
     rehearsed: bool
-    """Whether step 1 was taken too, rather than only its optimizer state made."""
+    """Whether step 1 ran too; otherwise only its optimizer state was created."""
     loss_note: str | None
     """Why the loss is not taken in chunks although the recipe leaves that open."""
     trained: list[str] = field(default_factory=list)
-    """What is trained, quantised and left alone, in lines."""
+    """Lines that say what is trained, quantised and left alone."""
 
 
 def trace_step(recipe: Recipe, target: Target, limit_bytes: int | None = None) -> StepTrace:
@@ -85,7 +85,7 @@ def trace_step(recipe: Recipe, target: Target, limit_bytes: int | None = None) -
 
 
 def planned_model(recipe: Recipe, dist_env: DistEnv | None = None) -> nn.Module:
-    """The recipe's model on the meta device; a config with pruned layers gives the pruned model.
+    """Build the recipe's model on the meta device; a config with pruned layers gives the pruned model.
 
     Raises:
         RaymemError: as building does.
@@ -95,7 +95,7 @@ def planned_model(recipe: Recipe, dist_env: DistEnv | None = None) -> nn.Module:
 
 
 def _on_cpu(recipe: Recipe) -> Recipe:
-    """The recipe as far as fake CPU tensors can take it."""
+    """Return the recipe as far as fake CPU tensors can take it."""
     if recipe.model.attention != "flash_attention_2":
         return recipe
     # PyTorch's own fused attention holds the same for backward, and needs no package here.
@@ -103,10 +103,10 @@ def _on_cpu(recipe: Recipe) -> Recipe:
 
 
 def _trace(recipe: Recipe, target: Target, dist_env: DistEnv, limit_bytes: int | None) -> StepTrace:
-    bare = planned_model(recipe, dist_env)
-    trained = [str(line) for line in what_is_trained(bare, recipe)]
+    unwrapped = planned_model(recipe, dist_env)
+    trained = [str(line) for line in what_is_trained(unwrapped, recipe)]
     if limit_bytes is not None:
-        held = sum(closed_form(recipe, target, bare).values())
+        held = sum(closed_form(recipe, target, unwrapped).values())
         if held > limit_bytes:
             raise LimitPassed(held, "load")
     flash = recipe.model.attention == "flash_attention_2"
@@ -116,33 +116,35 @@ def _trace(recipe: Recipe, target: Target, dist_env: DistEnv, limit_bytes: int |
         tracer = stack.enter_context(Tracer(kernels.workspace(target.kind), OutputCache(mode)))
         if target.kind == "cuda" and recipe.train.precision == "bf16_mixed":
             stack.enter_context(CudaAutocast())
-        fakeify(bare, tracer)
-        updater = build_updater(bare, recipe)
+        fakeify(unwrapped, tracer)
+        updater = build_updater(unwrapped, recipe)
         for name, master in updater.masters.items():
             tracer.adopt(local(master), "trainable", f"{name} (fp32 master)")
-        for handle in tracer.watch(bare):
+        for handle in tracer.watch(unwrapped):
             stack.callback(handle.remove)
-        runner = _Runner(recipe, dist_env, tracer, bare, updater)
+        runner = _Runner(recipe, dist_env, tracer, unwrapped, updater)
         runner.run(limit_bytes)
         state = runner.state_bytes()
         changes = list(tracer.changes)
-    return StepTrace(changes, state, runner.rehearsed, loss_of(bare).note, trained)
+    return StepTrace(changes, state, runner.rehearsed, loss_of(unwrapped).note, trained)
 
 
 class _Runner:
-    """One worker's part, phase by phase."""
+    """Runs one worker's part, phase by phase."""
 
-    def __init__(self, recipe: Recipe, dist_env: DistEnv, tracer: Tracer, bare: nn.Module, updater: Updater) -> None:
+    def __init__(
+        self, recipe: Recipe, dist_env: DistEnv, tracer: Tracer, unwrapped: nn.Module, updater: Updater
+    ) -> None:
         self.recipe, self.dist_env, self.tracer = recipe, dist_env, tracer
-        self.bare, self.updater = bare, updater
+        self.unwrapped, self.updater = unwrapped, updater
         self.mixed = recipe.train.precision == "bf16_mixed"
-        self.hooks = hooks_of(recipe, bare)
+        self.hooks = hooks_of(recipe, unwrapped)
         self.gradient_bytes = 0
         self.rehearsed = dist_env.world_size > 1 or dist_env.sharded
 
     def run(self, limit_bytes: int | None) -> None:
         single = self.dist_env.sharded or self.dist_env.world_size == 1
-        self.model = self.bare if single else FakeDDP(self.bare, self.tracer)
+        self.model = self.unwrapped if single else FakeDDP(self.unwrapped, self.tracer)
         batches = [self._batch() for _ in range(self._num_batches())]
         self.tracer.limit_bytes = limit_bytes
         self._before_step(0, 0, batches[:2])
@@ -167,21 +169,21 @@ class _Runner:
         self._adopt_state()
 
     def _num_batches(self) -> int:
-        """Micro-batches of one worker per step, as :func:`raymem.training.data.batches.rank_batches` divides them."""
+        """Count a worker's micro-batches per step, as :func:`raymem.training.data.batches.rank_batches` cuts them."""
         train = self.recipe.train
         per_rank = -(-train.global_batch // self.dist_env.world_size)
         return -(-per_rank // train.rows_per_pass)
 
     def _batch(self) -> Batch:
-        """Rows as the data would give them; with ``packing: none`` padded, since some batch will be."""
+        """Build rows as the data would give them; with ``packing: none`` padded, since some batch will be."""
         train, data = self.recipe.train, self.recipe.data
         per_rank = -(-train.global_batch // self.dist_env.world_size)
         rows = -(-per_rank // self._num_batches())
 
         def tokens(what: str) -> torch.Tensor:
-            made = torch.empty(rows, data.sequence_length, dtype=torch.int64)
-            self.tracer.adopt(made, "activations", f"batch ({what})")
-            return made
+            token_tensor = torch.empty(rows, data.sequence_length, dtype=torch.int64)
+            self.tracer.adopt(token_tensor, "activations", f"batch ({what})")
+            return token_tensor
 
         positions = tokens("position ids") if data.packing == "bfd" else None
         mask = tokens("attention mask") if data.packing == "none" else None
@@ -191,7 +193,9 @@ class _Runner:
 
     def _before_step(self, number: int, position: int, batches: list[Batch]) -> None:
         self.tracer.step, self.tracer.phase = number, "before_step"
-        view = view_of(self.bare, lambda _: [(batch, TARGETS) for batch in batches], mixed=self.mixed, planned=True)
+        view = view_of(
+            self.unwrapped, lambda _: [(batch, TARGETS) for batch in batches], mixed=self.mixed, planned=True
+        )
         for hook in self.hooks:
             hook.before_step(position, view)
 
@@ -228,20 +232,20 @@ class _Runner:
         self.model.train()
 
     def _save(self) -> None:
-        """Checkpoints write what each worker has; only the export of sharded weights gathers them, one at a time."""
+        """Trace a save: a checkpoint writes each worker's part; only the export gathers weights, one at a time."""
         self.tracer.step, self.tracer.phase = MEASURED, "save"
         for parameter in self.updater.parameters.values():
             if isinstance(parameter, DTensor):
                 self.tracer.passing(parameter.numel() * parameter.element_size(), "export")
 
     def state_bytes(self) -> dict[str, int]:
-        """The terms with a closed form as they really came out, for the cross-check (:mod:`...analytic`)."""
+        """Measure the terms that have a closed form, for the cross-check (:mod:`raymem.planner.analytic`)."""
 
-        frozen = [p for p in self.bare.parameters() if not p.requires_grad]
+        frozen = [p for p in self.unwrapped.parameters() if not p.requires_grad]
         scales = [tensor for parameter in frozen for tensor in quantisation_tensors(parameter)]
         moments = [v for p in self.updater.updated.values() for v in self.updater.optimizer.state.get(p, {}).values()]
         return {
-            "weights": fake_bytes([*frozen, *scales, *self.bare.buffers()]),
+            "weights": fake_bytes([*frozen, *scales, *self.unwrapped.buffers()]),
             "trainable": fake_bytes([*self.updater.parameters.values(), *self.updater.masters.values()]),
             "gradients": self.gradient_bytes,
             "optimizer": fake_bytes(moments),

@@ -1,4 +1,4 @@
-"""The pruned model of a recipe, found by its content, so that no recipe has to name it."""
+"""Finds the pruned model of a recipe by its content, so that no recipe has to name it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def find_site(recipe: Recipe, storage: Storage, backend: Backend) -> PruningSite
 
 
 def open_full_model(recipe: Recipe) -> Source:
-    """The recipe's full model with its weights, opened.
+    """Open the recipe's full model with its weights.
 
     Raises:
         ModelError: it cannot be had, is damaged, or of an architecture that LoRAM does not know.
@@ -61,12 +61,12 @@ def open_full_model(recipe: Recipe) -> Source:
 
 
 def is_made(directory: Path) -> bool:
-    """Whether a pruned model is there, whole."""
+    """Say whether a pruned model is there, whole."""
     return (directory / MANIFEST).is_file()
 
 
 def manifest_of(directory: Path) -> Manifest:
-    """What a pruned model says of itself.
+    """Read the manifest of a pruned model.
 
     Raises:
         ModelError: it is none.
@@ -75,7 +75,7 @@ def manifest_of(directory: Path) -> Manifest:
 
 
 def named_model(recipe: Recipe, artifact: str) -> PrunedModel:
-    """The pruned model that a recipe names, which must have been pruned from the recipe's model.
+    """Open the pruned model that a recipe names, which must have been pruned from the recipe's model.
 
     The full weights of a Hugging Face id need not be on this machine; those of a directory are held against it.
 
@@ -97,7 +97,7 @@ def named_model(recipe: Recipe, artifact: str) -> PrunedModel:
 
 
 def _calibration_data(recipe: Recipe, options: LoRAMOptions) -> DataSection:
-    """Data whose training split is the calibration texts."""
+    """Return a data section whose training split is the calibration texts."""
     if options.calibration is None:
         return recipe.data
     length = max(8, options.calibration_length)

@@ -1,4 +1,4 @@
-"""Texts for methods that look at data before training: cut from prepared rows, alike on every machine."""
+"""Cuts texts from prepared rows for methods that look at data before training, alike on every machine."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from raymem.training.data.packed.dataset import PackedRows
 
 
 def calibration_ids(rows: PackedRows, texts: int, length: int, seed: int) -> torch.Tensor:
-    """Token ids [texts, length], int64: rows in random order, joined without their padding and cut.
+    """Return token ids [texts, length], int64: rows in random order, joined without their padding and cut.
 
     Raises:
         DataError: there are not so many tokens.
     """
     order = torch.randperm(len(rows), generator=generator(seed, "calibration")).tolist()
-    found, wanted = torch.empty(0, dtype=torch.int64), texts * length
+    tokens, num_tokens = torch.empty(0, dtype=torch.int64), texts * length
     for index in order:
         row = rows.row(index)
-        found = torch.cat([found, torch.tensor(row.input_ids[: row.length].astype("int64"))])
-        if len(found) >= wanted:
-            return found[:wanted].view(texts, length)
+        tokens = torch.cat([tokens, torch.tensor(row.input_ids[: row.length].astype("int64"))])
+        if len(tokens) >= num_tokens:
+            return tokens[:num_tokens].view(texts, length)
     raise DataError(
-        f"base.calibration: the data has {len(found)} tokens, and calibration_texts: {texts} of calibration_length: "
-        f"{length} are {wanted}; give more data or ask for less"
+        f"base.calibration: the data has {len(tokens)} tokens, and calibration_texts: {texts} of calibration_length: "
+        f"{length} are {num_tokens}; give more data or ask for less"
     )

@@ -1,4 +1,4 @@
-"""The pruned model of a run: where it is made, what made it, and what it is aligned by."""
+"""Describes the pruned model of a run: where it is made, from which model, and which run aligns it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruningSite:
-    """The model that is pruned, and where the result lies once that is done."""
+    """The model to be pruned, and the paths of the result once that is done."""
 
     source: Source
     """The full model."""
@@ -26,7 +26,7 @@ class PruningSite:
     directory: Path
     """The pruned model, before any alignment."""
     alignment: Alignment | None = None
-    """None where the recipe has none, and until the model is pruned."""
+    """The run that aligns it; None where the recipe has none, and until the model is pruned."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PrunedModel:
     source: Source | None
     """The full model; None where only the hub has it, and the recipe names the pruned one."""
     site: PruningSite | None
-    """None where the recipe names the directory."""
+    """Where the model was made; None where the recipe names the directory."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class PlannedModel:
 
     site: PruningSite
     missing: str
-    """The stage that is missing, and the command that does it."""
+    """The missing stage, and the command that does it."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """The run that trains a pruned model itself before its adapter; it is named by its content."""
+    """A run that trains a pruned model itself before its adapter; it is named by its content."""
 
     run: ResolvedRun
     train_data: Prepared
 
     @property
     def model(self) -> Path:
-        """Directory of the model that it leaves."""
+        """Return the directory of the model that the run leaves."""
         return Path(self.run.run.join("model"))

@@ -1,4 +1,4 @@
-"""LoRAM from a recipe to a proven adapter of the full model: stages that are done once.
+"""Runs LoRAM from a recipe to a proven adapter of the full model, in stages that are done once.
 
 | stage | result | done when |
 |---|---|---|
@@ -60,7 +60,7 @@ from raymem.training.resume_rules import identity_of
 log = logging.getLogger(__name__)
 
 FORWARD_LIMIT_BYTES = 16 << 30
-"""Both models in fp32, up to which a verification runs them unless it is told to."""
+"""Size of both models in fp32 up to which a verification runs them unasked."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Pipeline:
         return results
 
     def ready(self) -> PrunedBase:
-        """The base that is trained on, beside the full model; nothing is made.
+        """Return the base that is trained on, beside the full model; nothing is made.
 
         Raises:
             ModelError: not pruned or aligned yet, with the command that does it.
@@ -267,7 +267,7 @@ class Pipeline:
         return self._ready
 
     def trainable(self) -> ResolvedRun:
-        """The run on its pruned model.
+        """Return the run on its pruned model.
 
         Raises:
             ModelError: not pruned or aligned yet, with the command that does it.
@@ -277,7 +277,7 @@ class Pipeline:
         return run
 
     def resolved(self, *, build: bool = False) -> ResolvedRun:
-        """The run, on a base that may still have to be made; with ``build`` a demo model is made on the way.
+        """Return the run on a base that may still have to be made; with ``build`` a demo model is made on the way.
 
         Raises:
             RaymemError: see :func:`raymem.runs.resolve.resolve`.
@@ -289,12 +289,12 @@ class Pipeline:
         return self._run
 
     def _located(self) -> ResolvedRun:
-        """The run, on what the stages so far have left."""
+        """Return the run on the base that the stages so far have left."""
         self._run = locate_again(self.resolved(), self.status)
         return self._run
 
     def _trained(self, run: ResolvedRun, *, fresh: bool = False) -> dict[str, Any]:
-        """The outcome of a run, which is trained unless that very work is recorded as done."""
+        """Return the outcome of a run, which is trained unless that very work is recorded as done."""
         base = run.require_base()
         train_data = prepare_split(run, "train")
         values = run.recipe.to_dict()
@@ -328,13 +328,13 @@ class Pipeline:
 
 
 def _site(run: ResolvedRun) -> PruningSite | None:
-    """Where the run's model is pruned; None where the recipe names a pruned one."""
+    """Return where the run's model is pruned; None where the recipe names a pruned one."""
     assert isinstance(run.base, PlannedModel | PrunedModel)
     return run.base.site
 
 
 def _beside_full(run: ResolvedRun, directory: Path, source: Source) -> PrunedBase:
-    """A pruned model, with the plan by which it was made of the full one."""
+    """Open a pruned model, with the plan by which it was made of the full one."""
     manifest = read_manifest(directory)
     ratios = manifest.options["layer_ratios"]
     options = PruneOptions(**{**manifest.options, "layer_ratios": None if ratios is None else tuple(ratios)})

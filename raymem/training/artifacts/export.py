@@ -1,4 +1,4 @@
-"""What leaves a run: a PEFT directory, or a model directory, as the Hugging Face tools write and read them."""
+"""Writes the artefact of a run: a PEFT or a model directory, in the form that the Hugging Face tools write and read."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from raymem.training.model.companions import copy_companions
 from raymem.training.model.weights import slots
 
 FACTS = "raymem.json"
-"""raymem's own facts, beside the standard files and written last: with it the directory is whole."""
+"""The file with raymem's own facts, beside the standard files and written last: with it the directory is whole."""
 
 
 def artifact_name(recipe: Recipe) -> str:
-    """Directory of the final artefact inside the run: ``adapter`` or ``model``."""
+    """Return the directory of the final artefact inside the run: ``adapter`` or ``model``."""
     return "adapter" if recipe.trains_adapter else "model"
 
 
@@ -48,8 +48,8 @@ def export_final(model: nn.Module, recipe: Recipe, dist_env: DistEnv, run: Stora
     Raises:
         StorageError: it cannot be written; an earlier export stays.
     """
-    kept = _trainable(model) | set(ADAPTERS.of(recipe).buffers(model)) if recipe.trains_adapter else None
-    state = _gather(model, dist_env, kept)
+    names = _trainable(model) | set(ADAPTERS.of(recipe).buffers(model)) if recipe.trains_adapter else None
+    state = _gather(model, dist_env, names)
     return dist_env.on_main(lambda: _write(model, state, recipe, run, facts))
 
 
@@ -58,7 +58,7 @@ def _trainable(model: nn.Module) -> set[str]:
 
 
 def _gather(model: nn.Module, dist_env: DistEnv, only: set[str] | None) -> dict[str, torch.Tensor]:
-    """Full tensors (persistent buffers too) on the host of rank 0, one at a time; other ranks only take part."""
+    """Gather full tensors (persistent buffers too) on the host of rank 0, one at a time; other ranks only take part."""
     state: dict[str, torch.Tensor] = {}
     for name, (module, attribute) in slots(model).items():
         if only is not None and name not in only:
@@ -97,7 +97,7 @@ def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Stor
 
 
 def _complete(directory: Path, recipe: Recipe) -> None:
-    """Give a trained model what lies beside the weights of its base."""
+    """Copy the files beside the weights of the base to a trained model."""
     name, revision = base_name(recipe)
     if name is not None:
         base = fetch(name, revision, DistEnv(), weights_too=False)
@@ -110,7 +110,7 @@ def _complete(directory: Path, recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def _staging(run: Storage) -> Iterator[Path]:
-    """A directory to write in, which is gone afterwards unless it was moved."""
+    """Yield a directory to write in, which is deleted afterwards unless it was moved."""
     if run.is_local:
         # Beside its place and always of the same name: what a killed run left there does not stay.
         staging = Path(run.join(".export"))

@@ -1,4 +1,4 @@
-"""Using what training left: loading a PEFT or model directory, generating text, merging."""
+"""Uses the artefacts of training: loads a PEFT or model directory, generates text, merges adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raymem.training.model.weights import check_checkpoint
 
 
 def load_artifact(directory: str | Path) -> tuple[Any, Any]:
-    """Model (in its stored dtype, evaluation mode) and tokenizer of a PEFT or model directory.
+    """Load model (in its stored dtype, evaluation mode) and tokenizer of a PEFT or model directory.
 
     Raises:
         ModelError: it is neither, or the base that the adapter names cannot be loaded or is quantised.
@@ -55,14 +55,14 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
 
 
 def _base(adapter: Path, config: Any) -> tuple[str, str | None]:
-    """Name and revision of the model that an adapter was trained on."""
+    """Return name and revision of the model that an adapter was trained on."""
     name = config.base_model_name_or_path
     trained = trained_from(str(adapter), name)
     return name, config.revision if trained is None else trained.commit
 
 
 def _base_directory(adapter: Path) -> Path:
-    """Where the model of an adapter lies, once it was loaded."""
+    """Return the directory of an adapter's base model, once that was loaded."""
     with without_bitsandbytes():
         from peft import PeftConfig
 
@@ -78,7 +78,7 @@ def _same_tokenizer(tokenizer: Any, directory: Path) -> bool:
 
 
 def _load(name: str, revision: str | None) -> Any:
-    """A full or pruned model in its stored dtype, every tensor of it accounted for."""
+    """Load a full or pruned model in its stored dtype, with every tensor of it accounted for."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(name, revision=revision)
@@ -93,7 +93,7 @@ def _load(name: str, revision: str | None) -> Any:
 
 
 def _on_meta(config: Any) -> Any:
-    """The model without weights: names and shapes; tied parameters are one."""
+    """Build the model without weights, for names and shapes; tied parameters are one."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -104,7 +104,7 @@ def _on_meta(config: Any) -> Any:
 
 
 def _directory(name: str, revision: str | None) -> Path:
-    """Where the files of a model lie that was loaded."""
+    """Return the directory with the files of a model that was loaded."""
     from transformers.utils import cached_file
 
     return Path(str(cached_file(name, "config.json", revision=revision))).parent

@@ -1,4 +1,4 @@
-"""What a server of adapters would refuse, found before it is started: the rules of vLLM for LoRA directories.
+"""Checks LoRA directories against the rules of vLLM, before a server is started that would refuse them.
 
 From vLLM's own checks (``vllm/lora/peft_helper.py``, ``vllm/config/lora.py``): the largest rank is one of a closed
 list; trained biases, DoRA and ``modules_to_save`` are refused, and so are modules that the model's class does not list.
@@ -20,7 +20,7 @@ from raymem.errors import ModelError, StorageError
 from raymem.recipe.axes import why_not_of_model
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What ``--max-lora-rank`` may be."""
+"""The values that ``--max-lora-rank`` may have."""
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _PLAIN = frozenset(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 _LAYERS: dict[str, frozenset[str]] = {
@@ -29,17 +29,17 @@ _LAYERS: dict[str, frozenset[str]] = {
     "gpt_neox": frozenset(["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
     "opt": frozenset(["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
 }
-"""Linear layers of a decoder layer that vLLM adapts, by ``model_type``; of other types names are not checked."""
+"""Linear layers of a decoder layer that vLLM adapts, by ``model_type``; names are not checked for other types."""
 
 
 @dataclass(frozen=True)
 class Linted:
-    """What was found."""
+    """The result of the check."""
 
     problems: tuple[str, ...]
-    """One sentence each: what is refused, and the cure. Empty if the adapter can be served."""
+    """A sentence for each thing that vLLM refuses, with the cure. Empty if the adapter can be served."""
     command: str
-    """Starts the server with it."""
+    """The command that starts a server with the adapter."""
 
 
 def lint_vllm(adapter: str | Path, *, allow_lm_head: bool = False, served_as: str | None = None) -> Linted:
@@ -60,13 +60,13 @@ def lint_vllm(adapter: str | Path, *, allow_lm_head: bool = False, served_as: st
             f"peft_type: {config.get('peft_type')} is not served; merge the adapter and serve the merged model: "
             f"raymem merge {directory} -o MERGED"
         )
-    for option, wanted, cure in (
+    for option, allowed, cure in (
         ("modules_to_save", (None, []), "train without it"),
         ("use_dora", (None, False), "train plain LoRA"),
         ("bias", (None, "none"), "train with bias: none"),
         ("lora_bias", (None, False), "train with lora_bias: false"),
     ):
-        if config.get(option) not in wanted:
+        if config.get(option) not in allowed:
             problems.append(f"{option}: {config[option]!r} is refused; {cure}, or merge the adapter")
     rank = max([int(config.get("r") or 1), *(config.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
@@ -100,43 +100,43 @@ def copy_adapter(adapter: str | Path, output: Path) -> None:
 
 def _odd_modules(shapes: dict[str, list[int]], config: dict[str, Any], allow_lm_head: bool) -> list[str]:
     known = _LAYERS.get(_model_type(config.get("base_model_name_or_path")) or "")
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for key in sorted(shapes):
         match = _FACTOR.fullmatch(key)
         leaf = match["module"].rpartition(".")[2] if match else ""
         if match is None:
             if config.get("peft_type") == "LORA":
-                found.setdefault(
+                problems.setdefault(
                     "other", f"{key} is no LoRA factor, which is refused; train LoRA on linear layers only"
                 )
         elif leaf in ("lm_head", "embed_out", "embed_tokens", "embed_in"):
             if not (allow_lm_head and leaf in ("lm_head", "embed_out")):
-                found.setdefault(
+                problems.setdefault(
                     leaf,
                     f"{match['module']} is adapted, which not every model class serves; train without it, merge the "
                     "adapter, or check again with --allow-lm-head if yours does",
                 )
         elif known is not None and leaf not in known:
             names = ", ".join(sorted(known))
-            found.setdefault(
+            problems.setdefault(
                 leaf, f"{match['module']} is not among what is adapted of this model ({names}); train on those"
             )
-    return list(found.values())
+    return list(problems.values())
 
 
-def _command(place: str, config: dict[str, Any], rank: int) -> str:
+def _command(directory: str, config: dict[str, Any], rank: int) -> str:
     base = config.get("base_model_name_or_path") or "BASE"
     least = next((allowed for allowed in RANKS if allowed >= rank), RANKS[-1])
     parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(least)]
     if config.get("revision"):
         parts += ["--revision", str(config["revision"])]
-    *_, above, name = ["", *place.partition("?")[0].rstrip("/").split("/")]
+    *_, above, name = ["", *directory.partition("?")[0].rstrip("/").split("/")]
     served = above if name in ("adapter", "recovered") else name
-    return shlex.join([*parts, "--lora-modules", f"{served or 'adapter'}={place}"])
+    return shlex.join([*parts, "--lora-modules", f"{served or 'adapter'}={directory}"])
 
 
 def _model_type(base: str | None) -> str | None:
-    """Of a local base; hub ids are not looked up."""
+    """Return the ``model_type`` of a local base; hub ids are not looked up."""
     try:
         return str(json.loads((Path(base or "") / "config.json").read_bytes())["model_type"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Rows -> micro-batches of torch tensors, equal in number and shape on every worker.
+"""Makes micro-batches of torch tensors of rows, equal in number and shape on every worker.
 
 Shapes: B rows per micro-batch, S tokens per row.
 """
@@ -18,7 +18,7 @@ from raymem.training.data.packed.sampler import RowIds
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. ``labels`` are not shifted: the model's loss predicts ``labels[:, 1:]`` from ``[:, :-1]``."""
+    """A micro-batch. ``labels`` are not shifted: the model's loss predicts ``labels[:, 1:]`` from ``[:, :-1]``."""
 
     input_ids: torch.Tensor
     """int64[B, S]"""
@@ -40,7 +40,7 @@ class Batch:
             object.__setattr__(self, "target_positions", is_target_BS.flatten().nonzero()[:, 0])
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
+        """Return the same batch on ``device``."""
 
         def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
@@ -54,7 +54,7 @@ class Batch:
         )
 
     def model_inputs(self) -> dict[str, torch.Tensor | bool]:
-        """Keyword arguments of a transformers model, without the labels.
+        """Return the keyword arguments of a transformers model, without the labels.
 
         ``use_cache`` is always false: given a key-value cache, transformers does not look at the position ids for
         packed segments, and examples of one row would silently attend to each other.
@@ -67,7 +67,7 @@ class Batch:
         return inputs
 
     def flattened(self) -> Batch:
-        """The same loss terms as one row [1, B * S]; needs position ids.
+        """Return the same loss terms as one row [1, B * S]; needs position ids.
 
         FlashAttention in transformers keeps segments apart only where the batch has a single row.
         """
@@ -81,12 +81,12 @@ class Batch:
 
 
 def global_targets(rows: PackedRows, ids: RowIds) -> int:
-    """Loss terms of a global batch; every worker can tell without communication."""
+    """Count the loss terms of a global batch, without communication."""
     return int(rows.num_targets[ids].sum(dtype=np.int64))
 
 
 def rank_batches(rows: PackedRows, ids: RowIds, rank: int, world: int, micro_batch: int) -> list[Batch]:
-    """The micro-batches of worker ``rank``: it takes ``ids[rank::world]``.
+    """Return the micro-batches of worker ``rank``, which takes ``ids[rank::world]``.
 
     Every rank gets the same number of micro-batches of the same shape, at most ``micro_batch`` rows each, because
     collectives must match; rows that are missing for that are filled up with rows without loss.
@@ -100,7 +100,7 @@ def rank_batches(rows: PackedRows, ids: RowIds, rank: int, world: int, micro_bat
 
 
 def eval_batches(rows: PackedRows, rank: int, world: int, micro_batch: int) -> Iterator[Batch]:
-    """Batches of worker ``rank`` that, over all ranks, hold every row exactly once, in a fixed order.
+    """Yield batches of worker ``rank`` that, over all ranks, hold every row exactly once, in a fixed order.
 
     Weights do not matter here. Number and shapes are the same on every rank, as in :func:`rank_batches`.
     """
@@ -110,7 +110,7 @@ def eval_batches(rows: PackedRows, rank: int, world: int, micro_batch: int) -> I
 
 
 def _batch(rows: PackedRows, ids: RowIds, size: int) -> Batch:
-    """Batch of ``size`` rows: those of ``ids``, then rows without loss."""
+    """Build a batch of ``size`` rows: those of ``ids``, then rows without loss."""
     input_ids_BS = np.zeros((size, rows.sequence_length), np.int64)
     labels_BS = np.full((size, rows.sequence_length), IGNORED, np.int64)
     starts_BS = np.zeros((size, rows.sequence_length), np.bool_)

@@ -1,4 +1,4 @@
-"""Data for a first run without a network: Python's own standard library, and a tokenizer trained on it.
+"""Makes data for a first run without a network: Python's own standard library, and a tokenizer trained on it.
 
 The running interpreter brings some ten megabytes of documented code. ``functions`` are completions (signature and
 docstring -> body), ``text`` is plain text for pre-training (module docstrings and pieces of code). Both are split by
@@ -51,24 +51,25 @@ Example = dict[str, str]
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where the demo data lies."""
+    """The directory of the demo data."""
 
     directory: Path
 
     @property
     def tokenizer(self) -> Path:
-        """Directory that transformers loads as a fast tokenizer."""
+        """The directory that transformers loads as a fast tokenizer."""
         return self.directory / "tokenizer"
 
     def corpus(self, name: str, split: str) -> Path:
-        """JSON lines of ``functions`` or ``text``, split ``train`` or ``eval``."""
+        """Return the JSON lines file of ``functions`` or ``text``, split ``train`` or ``eval``."""
         assert name in CORPORA and split in SPLITS
         return self.directory / f"{name}-{split}.jsonl"
 
 
 def ensure_demo(cache_dir: Path) -> DemoPaths:
-    """Corpus and tokenizer under ``<cache_dir>/demo/<key>/``, built if missing (seconds); any number of processes may
-    ask at once.
+    """Return corpus and tokenizer under ``<cache_dir>/demo/<key>/``; builds them if missing (seconds).
+
+    Any number of processes may ask at once.
 
     Raises:
         StorageError: ``cache_dir`` cannot be written.
@@ -81,7 +82,7 @@ def ensure_demo(cache_dir: Path) -> DemoPaths:
 
 @functools.cache
 def _library_digest() -> str:
-    """Of the standard library's source; reading it takes half a second, and a sweep asks for it in every trial."""
+    """Digest the standard library's source; that takes half a second, and a sweep asks for it in every trial."""
     content = hashlib.sha256()
     for module, source in _modules():
         content.update(f"{module}\0{len(source)}\0".encode())
@@ -121,7 +122,7 @@ def build_corpus(directory: Path) -> dict[str, int]:
 
 
 def split_of(module: str) -> str:
-    """``eval`` for about one module in eight, by a hash of the dotted name."""
+    """Return ``eval`` for about one module in eight, by a hash of the dotted name."""
     return "eval" if int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100 < _EVAL_PERCENT else "train"
 
 
@@ -157,7 +158,7 @@ def train_tokenizer(files: Iterable[Path], directory: Path) -> None:
 
 
 def _modules() -> Iterator[tuple[str, bytes]]:
-    """(dotted name, source bytes) of every module of the standard library, sorted."""
+    """Yield (dotted name, source bytes) of every module of the standard library, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         relative = path.relative_to(root)
@@ -170,12 +171,12 @@ def _encoding(source: bytes) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines as the parser counts them; str.splitlines would also split at form feeds."""
+    """Split the source into lines as the parser counts them; str.splitlines would also split at form feeds."""
     return list(io.StringIO(text))
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """In the order of ``ast.walk``, which would visit ten times as many expressions; no function is in one of those."""
+    """Yield functions in the order of ``ast.walk``, without the expressions that it visits: no function is in one."""
     waiting = deque([tree])
     while waiting:
         node = waiting.popleft()
@@ -200,7 +201,7 @@ def _functions(tree: ast.Module, lines: list[str]) -> Iterator[Example]:
 
 
 def _texts(tree: ast.Module, lines: list[str]) -> Iterator[Example]:
-    """The module docstring, then runs of whole top-level statements of about ``_CHUNK_CHARS`` characters."""
+    """Yield the module docstring, then runs of whole top-level statements of about ``_CHUNK_CHARS`` characters."""
     docstring = ast.get_docstring(tree)
     statements = tree.body if docstring is None else tree.body[1:]
     if docstring:

@@ -1,4 +1,4 @@
-"""Examples -> token ids and which of them are to be predicted.
+"""Encodes examples as token ids, with marks of those that are to be predicted.
 
 An example is a list of *pieces* of text, each a target or not. Ids must be those that the model will see when it
 generates, where the text before a target is tokenised as a whole, without the target. So every piece is tokenised as
@@ -63,25 +63,25 @@ class Encoder:
 
     @cached_property
     def _vocabulary(self) -> int:
-        """Ids are below this."""
+        """The upper limit of ids, which are all below it."""
         return int(max(self._backend.get_vocab().values())) + 1
 
     def in_template(self, key: str) -> bool:
-        """Whether the chat template speaks of a key of a message, or of ``tools``."""
+        """Say whether the chat template mentions a key of a message, or ``tools``."""
         return self._template.reads(key)
 
     @property
     def num_turns(self) -> int:
-        """Assistant turns that became targets so far."""
+        """The number of assistant turns that became targets so far."""
         return self._chat.num_turns
 
     @property
     def noted(self) -> Counter[str]:
-        """How often something happened so far that is worth a warning; see :class:`Chat`."""
+        """Counts of events so far that are worth a warning; see :class:`Chat`."""
         return self._chat.noted
 
     def encode(self, examples: Sequence[Example], places: Sequence[str]) -> list[list[Encoded]]:
-        """Ids and targets of examples, however long; a conversation may give several, everything else gives one.
+        """Return ids and targets of examples, however long; a conversation may give several, everything else gives one.
 
         Text: all tokens, with an end token. Prompt and completion: the completion and an end token. Messages: the
         assistant's turns up to the token that stops generation, but for the silent ones (see :class:`Chat`). An empty
@@ -98,9 +98,9 @@ class Encoder:
             ModelError: the tokenizer has no chat template.
         """
         encoded: list[list[Encoded]] = [[] for _ in examples]
-        for of_row, example, place in zip(encoded, examples, places, strict=True):
+        for of_row, example, where in zip(encoded, examples, places, strict=True):
             if isinstance(example, Tokens):
-                of_row.append(example.encoded(self._vocabulary, place))
+                of_row.append(example.encoded(self._vocabulary, where))
         for batch in _batches(self._sequences(examples, places)):
             texts = ["".join(text for text, _ in pieces) for _, pieces in batch]
             for (row, pieces), text, encoding in zip(batch, texts, self._encode_batch(texts), strict=True):
@@ -112,10 +112,10 @@ class Encoder:
         return encoded
 
     def _sequences(self, examples: Sequence[Example], places: Sequence[str]) -> Iterator[tuple[int, list[Piece]]]:
-        for row, (example, place) in enumerate(zip(examples, places, strict=True)):
+        for row, (example, where) in enumerate(zip(examples, places, strict=True)):
             sequences: list[list[Piece]]
             if isinstance(example, Messages):
-                sequences = self._chat.pieces(example, place)
+                sequences = self._chat.pieces(example, where)
             elif isinstance(example, PromptCompletion):
                 sequences = [[(example.prompt, False), (example.completion, True)]]
             elif isinstance(example, Text):
@@ -123,7 +123,7 @@ class Encoder:
             else:
                 continue  # token ids, which are taken as they are
             for pieces in sequences:
-                _check_unicode("".join(text for text, _ in pieces), place)
+                _check_unicode("".join(text for text, _ in pieces), where)
                 yield row, pieces
 
     def _encode_batch(self, texts: list[str]) -> list[Any]:
@@ -132,7 +132,7 @@ class Encoder:
     def _located(
         self, pieces: list[Piece], text: str, encoding: Any
     ) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]] | None:
-        """The ids of the joint text, if the text before every boundary has the same ids alone; otherwise None.
+        """Return the ids of the joint text, if the text before every boundary has the same ids alone; otherwise None.
 
         What precedes an added token has no influence on the ids behind it, so the text from the last one on is enough.
         """
@@ -155,7 +155,7 @@ class Encoder:
         return [(ids, targets)]
 
     def _piece_by_piece(self, pieces: list[Piece]) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
-        """The same the long way, for texts in which a token reaches across a boundary."""
+        """Encode piece by piece, for texts in which a token reaches across a boundary."""
         done: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]] = []
         text = ""
         ids: list[int] = []
@@ -176,7 +176,7 @@ class Encoder:
         return [*done, (np.array(ids, np.int32), np.array(targets, np.bool_))]
 
     def _continue(self, text: str, ids: list[int], piece: str) -> list[int]:
-        """Ids of ``piece`` after ``text``, whose ids are ``ids``."""
+        """Return the ids of ``piece`` after ``text``, whose ids are ``ids``."""
         joint = self._ids(text + piece)
         if joint[: len(ids)] == ids:
             return joint[len(ids) :]
@@ -186,7 +186,7 @@ class Encoder:
     def _finished(
         self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.bool_], *, end: bool, splittable: bool
     ) -> Encoded:
-        """With begin and end tokens.
+        """Add begin and end tokens.
 
         Args:
             end: the tokenizer's begin and end tokens are ours to add; a chat template writes its own.
@@ -223,7 +223,7 @@ def _batches(sequences: Iterator[tuple[int, list[Piece]]]) -> Iterator[list[tupl
 
 
 def _last_before(at: int, added: npt.NDArray[np.int64], encoding: Any) -> tuple[int, int]:
-    """Index of the last added token that begins before character ``at``, and where; the start if there is none."""
+    """Return index and position of the last added token that begins before character ``at``; the start if none does."""
     low, high = 0, len(added)
     while low < high:
         middle = (low + high) // 2
@@ -237,12 +237,12 @@ def _last_before(at: int, added: npt.NDArray[np.int64], encoding: Any) -> tuple[
     return first, int(encoding.token_to_chars(first)[0])
 
 
-def _check_unicode(text: str, place: str) -> None:
+def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         near = text[max(error.start - 20, 0) : error.start]
         raise DataError(
-            f"{place} holds {text[error.start]!a} after {near!a}, which is half of a character (a lone surrogate, as "
+            f"{where} holds {text[error.start]!a} after {near!a}, which is half of a character (a lone surrogate, as "
             f"where an emoji was cut in two): remove it, or write the whole character."
         ) from error

@@ -1,4 +1,4 @@
-"""Rows of any accepted layout -> one of four kinds of example."""
+"""Turns rows of any accepted form into one of four kinds of example."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Messages:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
-    """Schemas of what the assistant may call, for the chat template."""
+    """Schemas of the tools that the assistant may call, for the chat template."""
     silent: frozenset[int] = frozenset()
     """Turns that are not to be predicted although they are the assistant's."""
 
@@ -69,8 +69,8 @@ Turn = tuple[dict[str, Any], bool]
 """A message, and whether it may be learned."""
 
 
-def resolve_format(source: Source, first_row: Row, place: str) -> Format:
-    """The format of a source: as the recipe says, or, for ``auto``, by the columns of its first row.
+def resolve_format(source: Source, first_row: Row, where: str) -> Format:
+    """Return the format of a source: as the recipe says, or, for ``auto``, by the columns of its first row.
 
     Raises:
         DataError: ``columns`` names a column that does not exist, or the columns fit no format.
@@ -80,12 +80,12 @@ def resolve_format(source: Source, first_row: Row, place: str) -> Format:
     )
     for ours, theirs in source.columns.items():
         if ours not in known:
-            raise DataError(f"{place}.columns: {ours!r} is no column of ours, the names are {', '.join(known)}.")
+            raise DataError(f"{where}.columns: {ours!r} is no column of ours, the names are {', '.join(known)}.")
         if theirs not in first_row:
             near = difflib.get_close_matches(theirs, list(first_row), n=1, cutoff=0.0)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise DataError(
-                f"{place}.columns.{ours}={theirs!r} is none of the data's columns {_names(first_row)}{hint}"
+                f"{where}.columns.{ours}={theirs!r} is none of the data's columns {_names(first_row)}{hint}"
             )
     if source.format != "auto":
         return source.format
@@ -95,46 +95,46 @@ def resolve_format(source: Source, first_row: Row, place: str) -> Format:
             return name
     accepted = "; ".join(f"{' + '.join(required)} ({name})" for name, required in COLUMNS.items())
     raise DataError(
-        f"{place}.format=auto finds columns {_names(row)}, which fit no format: rename them with {place}.columns to "
+        f"{where}.format=auto finds columns {_names(row)}, which fit no format: rename them with {where}.columns to "
         f"one of: {accepted}."
     )
 
 
-def to_example(row: Row, row_format: Format, columns: dict[str, str], place: str, *, calls: bool = True) -> Example:
-    """One row as an example.
+def to_example(row: Row, row_format: Format, columns: dict[str, str], where: str, *, calls: bool = True) -> Example:
+    """Turn one row into an example.
 
     Args:
         calls: the chat template reads ``tool_calls``; otherwise a function call that is written as text stays text.
 
     Raises:
-        DataError: a column is missing, or a value is not of the expected type; begins with ``place``.
+        DataError: a column is missing, or a value is not of the expected type; begins with ``where``.
     """
     row = in_our_names(row, columns)
     if row_format == "text":
-        return Text(_text(row, "text", place))
+        return Text(_text(row, "text", where))
     if row_format == "tokens":
-        return tokens(row, place)
+        return tokens(row, where)
     if row_format == "prompt_completion":
         if not _has_turns(row):
-            return PromptCompletion(_text(row, "prompt", place), _answer(row, "completion", place) or "")
-        before, after = _side(row, "prompt", "user", place), _side(row, "completion", "assistant", place)
+            return PromptCompletion(_text(row, "prompt", where), _answer(row, "completion", where) or "")
+        before, after = _side(row, "prompt", "user", where), _side(row, "completion", "assistant", where)
         if not before + after:
             return PromptCompletion("", "")
         turns = [*((turn, False) for turn, _ in before), *after]
     elif row_format == "alpaca":
-        turns = _alpaca(row, place)
+        turns = _alpaca(row, where)
     elif row_format == "messages":
-        turns = _read_turns(row, "messages", place)
+        turns = _read_turns(row, "messages", where)
     else:
         turns = [
-            (sharegpt(turn, f"{place} conversations[{i}]", calls=calls), is_learned(turn))
-            for i, turn in enumerate(_turns(row, "conversations", place))
+            (sharegpt(turn, f"{where} conversations[{i}]", calls=calls), is_learned(turn))
+            for i, turn in enumerate(_turns(row, "conversations", where))
         ]
-    return _conversation(row, turns, place)
+    return _conversation(row, turns, where)
 
 
 def without_targets(example: Example) -> str:
-    """Why nothing of an example is to be predicted, in words for a count of such examples."""
+    """Say why nothing of an example is to be predicted, in words for a count of such examples."""
     if isinstance(example, Tokens):
         return "every label is -100"
     if not isinstance(example, Messages):
@@ -146,56 +146,56 @@ def without_targets(example: Example) -> str:
 
 
 def columns_read(row: Row, row_format: Format) -> tuple[str, ...]:
-    """Names of the columns that :func:`to_example` reads of a row in our names, were they there."""
+    """Return the columns, in our names, that :func:`to_example` reads of a row if they are there."""
     optional = _OPTIONAL[row_format] if row_format != "prompt_completion" or _has_turns(row) else ()
     return (*COLUMNS[row_format], *optional)
 
 
 def in_our_names(row: Row, columns: dict[str, str]) -> Row:
-    """The row with the columns that the recipe renames under our names, and no longer under theirs."""
-    kept = {name: value for name, value in row.items() if name not in columns.values()}
-    return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    """Rename the columns of a row to our names, as the recipe says."""
+    other_columns = {name: value for name, value in row.items() if name not in columns.values()}
+    return other_columns | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-def _alpaca(row: Row, place: str) -> list[Turn]:
-    instruction, answer = _text(row, "instruction", place), _answer(row, "output", place)
-    extra = _text(row, "input", place) if row.get("input") is not None else ""
+def _alpaca(row: Row, where: str) -> list[Turn]:
+    instruction, answer = _text(row, "instruction", where), _answer(row, "output", where)
+    extra = _text(row, "input", where) if row.get("input") is not None else ""
     question = f"{instruction}\n\n{extra}" if extra else instruction
-    turns: list[Turn] = [(turn, True) for turn in history(row.get("history"), place)]
+    turns: list[Turn] = [(turn, True) for turn in history(row.get("history"), where)]
     turns.append(({"role": "user", "content": question}, True))
     return [*turns, ({"role": "assistant", "content": answer or ""}, answer is not None)]
 
 
-def _conversation(row: Row, turns: list[Turn], place: str) -> Messages:
-    """The turns with what the columns beside them say."""
+def _conversation(row: Row, turns: list[Turn], where: str) -> Messages:
+    """Complete the turns by the columns beside them."""
     system = row.get("system")
-    system = text_of(system, f"{place} column 'system'") if isinstance(system, list) else system
+    system = text_of(system, f"{where} column 'system'") if isinstance(system, list) else system
     if system is not None and not isinstance(system, str):
-        raise DataError(f"{place} column 'system' is {shown(system)}, not a string: write a string.")
+        raise DataError(f"{where} column 'system' is {shown(system)}, not a string: write a string.")
     if system:
         turns = turns[1:] if turns[0][0] == {"role": "system", "content": ""} else turns
         if not turns or turns[0][0]["role"] != "system":
             turns = [({"role": "system", "content": system}, True), *turns]
     silent = (i for i, (turn, learned) in enumerate(turns) if turn["role"] == "assistant" and not learned)
-    return Messages([turn for turn, _ in turns], schemas(row.get("tools"), place), frozenset(silent))
+    return Messages([turn for turn, _ in turns], schemas(row.get("tools"), where), frozenset(silent))
 
 
 def _has_turns(row: Row) -> bool:
     return isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list)
 
 
-def _side(row: Row, column: str, role: str, place: str) -> list[Turn]:
-    """One half of a prompt and completion of which at least one is a list of turns; a text is a turn of ``role``."""
-    value = _value(row, column, place)
+def _side(row: Row, column: str, role: str, where: str) -> list[Turn]:
+    """Read half of a prompt and completion of which one is a list of turns; a text becomes a turn of ``role``."""
+    value = _value(row, column, where)
     if isinstance(value, list):
-        return _read_turns(row, column, place) if value else []
-    text = _answer(row, column, place) if column == "completion" else _text(row, column, place)
+        return _read_turns(row, column, where) if value else []
+    text = _answer(row, column, where) if column == "completion" else _text(row, column, where)
     return [({"role": role, "content": text}, True)] if text else []
 
 
-def _read_turns(row: Row, column: str, place: str) -> list[Turn]:
+def _read_turns(row: Row, column: str, where: str) -> list[Turn]:
     return [
-        (message(turn, f"{place} {column}[{i}]"), is_learned(turn)) for i, turn in enumerate(_turns(row, column, place))
+        (message(turn, f"{where} {column}[{i}]"), is_learned(turn)) for i, turn in enumerate(_turns(row, column, where))
     ]
 
 
@@ -203,26 +203,26 @@ def _names(row: Row) -> str:
     return ", ".join(map(str, row)).encode(errors="backslashreplace").decode() or "none"
 
 
-def _value(row: Row, column: str, place: str) -> Any:
+def _value(row: Row, column: str, where: str) -> Any:
     if column not in row:
-        raise DataError(f"{place} has no column {column!r}, only {_names(row)}: add it, or rename with data columns.")
+        raise DataError(f"{where} has no column {column!r}, only {_names(row)}: add it, or rename with data columns.")
     return row[column]
 
 
-def _text(row: Row, column: str, place: str) -> str:
-    value = _value(row, column, place)
+def _text(row: Row, column: str, where: str) -> str:
+    value = _value(row, column, where)
     if not isinstance(value, str):
-        raise DataError(f"{place} column {column!r} is {shown(value)}, not a string: write a string.")
+        raise DataError(f"{where} column {column!r} is {shown(value)}, not a string: write a string.")
     return value
 
 
-def _answer(row: Row, column: str, place: str) -> str | None:
-    """A text that may be null: an answer that got lost."""
-    return None if _value(row, column, place) is None else _text(row, column, place)
+def _answer(row: Row, column: str, where: str) -> str | None:
+    """Read a text that may be null: an answer that got lost."""
+    return None if _value(row, column, where) is None else _text(row, column, where)
 
 
-def _turns(row: Row, column: str, place: str) -> list[Any]:
-    value = _value(row, column, place)
+def _turns(row: Row, column: str, where: str) -> list[Any]:
+    value = _value(row, column, where)
     if not isinstance(value, list) or not value:
-        raise DataError(f"{place} column {column!r} is {shown(value)}, not a list of turns: write at least one turn.")
+        raise DataError(f"{where} column {column!r} is {shown(value)}, not a list of turns: write at least one turn.")
     return value

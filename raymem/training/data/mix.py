@@ -1,4 +1,4 @@
-"""How many rows of each training source an epoch takes.
+"""Computes how many rows of each training source an epoch takes.
 
 A source has n_i rows (or, by tokens, n_i tokens in them) and weight w_i. Without a mix it gives w_i of its rows. With
 temperature T it gives the share
@@ -20,7 +20,7 @@ from raymem.recipe.data import Mix
 
 
 def weights_in_rows(mix: Mix | None, sizes: Sequence[tuple[int, int, float]]) -> list[float]:
-    """How often an epoch takes each row of a source.
+    """Compute how often an epoch takes each row of a source.
 
     Args:
         sizes: rows, tokens and weight of each.
@@ -36,12 +36,15 @@ def weights_in_rows(mix: Mix | None, sizes: Sequence[tuple[int, int, float]]) ->
         terms = [w * math.exp(e - max(exponents)) for w, e in zip(weights, exponents, strict=True)]
         total = math.fsum(w * n for w, n in zip(weights, amounts, strict=True))
         weights = [t / math.fsum(terms) * total / n for t, n in zip(terms, amounts, strict=True)]
-    for index, ((rows, _, given), weight) in enumerate(zip(sizes, weights, strict=True)):
+    for index, ((rows, _, in_recipe), weight) in enumerate(zip(sizes, weights, strict=True)):
         if round(weight * rows) == 0:
             if mix is None:
-                cause, cure = f"weight={given:g}", f"at least {1 / rows:.3g}"
+                cause, cure = f"weight={in_recipe:g}", f"at least {1 / rows:.3g}"
             else:
-                cause, cure = f"weight={given:g} with data.mix.temperature={mix.temperature:g}", "more, or raise that"
+                cause, cure = (
+                    f"weight={in_recipe:g} with data.mix.temperature={mix.temperature:g}",
+                    "more, or raise that",
+                )
             raise DataError(
                 f"data.train[{index}].{cause} takes none of its {rows} rows per epoch: raise it to {cure}, or remove "
                 f"the source."

@@ -1,4 +1,4 @@
-"""Rows of files and Hugging Face data sets, by *block*: a range of rows that one task reads on its own.
+"""Reads rows of files and Hugging Face data sets by *block*: a range of rows that one task reads on its own.
 
 A block is a small plain value, so that it can be sent to another process instead of its rows. Every row comes with its
 place (``file.jsonl:17``), which the error messages about it begin with.
@@ -29,11 +29,11 @@ class FileBlock:
     first_row: int
     num_rows: int
     offset: int = 0
-    """JSON lines: byte at which the first row begins."""
+    """The byte at which the first row begins, for JSON lines."""
     first_line: int = 1
-    """JSON lines: line number of the first row."""
+    """The line number of the first row, for JSON lines."""
     name: str = ""
-    """What to call the file in messages, where ``path`` is a copy of it."""
+    """The name of the file in messages, where ``path`` is a copy of it."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class HubBlock:
 
 Block = FileBlock | HubBlock
 BLOCK_BYTES = 16 << 20
-"""A block of JSON lines ends with the row that reaches this, so that long rows do not fill the memory of a task."""
+"""Bytes at which a block of JSON lines ends, so that long rows do not fill the memory of a task."""
 
 
 def index_file(path: Path, block_rows: int, name: str = "") -> tuple[str, list[FileBlock]]:
-    """SHA-256 of a file and its blocks of at most ``block_rows`` rows (none if it is empty).
+    """Compute SHA-256 of a file and its blocks of at most ``block_rows`` rows (none if it is empty).
 
     Args:
         name: what to call the file in messages; by default its path.
@@ -80,7 +80,7 @@ def index_file(path: Path, block_rows: int, name: str = "") -> tuple[str, list[F
 def index_hub(
     path: str, subset: str | None, split: str, revision: str | None, block_rows: int
 ) -> tuple[str, list[HubBlock]]:
-    """Resolved fingerprint of a Hugging Face data set and its blocks."""
+    """Return the resolved fingerprint of a Hugging Face data set, and its blocks."""
     rows = load_hub(path, subset, split, revision)
     fingerprint = str(rows._fingerprint)
     blocks = [
@@ -113,7 +113,7 @@ def read_block(block: Block) -> Iterator[tuple[str, Row]]:
 
 
 def load_hub(path: str, subset: str | None, split: str, revision: str | None) -> Any:
-    """``datasets.load_dataset``, with every failure as one sentence.
+    """Call ``datasets.load_dataset``, with every failure as one sentence.
 
     Raises:
         DataError: no such data set, subset or split, or no network and not cached.
@@ -149,7 +149,7 @@ def _read_hub(block: HubBlock) -> Iterator[tuple[str, Row]]:
 
 
 def _is_json_lines(path: Path) -> bool:
-    """.jsonl always; .json unless its first character opens a list."""
+    """Say whether a file is JSON lines: .jsonl always, .json unless its first character opens a list."""
     if path.suffix != ".json":
         return path.suffix == ".jsonl"
     with path.open("rb") as file:
@@ -160,7 +160,7 @@ def _is_json_lines(path: Path) -> bool:
 
 
 def _index_lines(path: Path, block_rows: int, name: str) -> tuple[str, list[FileBlock]]:
-    """One pass over the bytes: hash, and where blocks begin, counting lines that are not blank."""
+    """Read the bytes once: hashes them, and finds where blocks begin, counting lines that are not blank."""
     content = hashlib.sha256()
     blocks: list[FileBlock] = []
     rows = offset = 0
@@ -187,17 +187,17 @@ def _read_lines(path: Path, block: FileBlock, name: str) -> Iterator[tuple[str, 
                 return
             if not line.strip():
                 continue
-            place = f"{name}:{number}"
+            where = f"{name}:{number}"
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
                 raise DataError(
-                    f"{place} is not valid JSON ({error}): write one UTF-8 JSON object per line."
+                    f"{where} is not valid JSON ({error}): write one UTF-8 JSON object per line."
                 ) from error
             if not isinstance(row, dict):
-                raise DataError(_not_an_object(place, row))
+                raise DataError(_not_an_object(where, row))
             left -= 1
-            yield place, row
+            yield where, row
 
 
 def _count_rows(path: Path, name: str) -> int:
@@ -223,7 +223,7 @@ def _read_range(path: Path, block: FileBlock, name: str) -> list[Any]:
 
 
 def _without_absent(row: Row) -> Row:
-    """The row without the keys that Arrow fills in: every object in a column has all keys that any of them has."""
+    """Drop the keys that Arrow fills in: every object in a column has all keys that any of them has."""
     return {name: _present(value) for name, value in row.items()}
 
 
@@ -234,7 +234,7 @@ def _present(value: Any) -> Any:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Part of a cache key, so that a file that was replaced is read again."""
+    """Return a part of a cache key, so that a file that was replaced is read again."""
     status = path.stat()
     return status.st_mtime_ns, status.st_size
 
@@ -258,7 +258,7 @@ def _json_list(path: Path, name: str, stamp: tuple[int, int]) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _csv_table(path: Path, name: str, stamp: tuple[int, int]) -> Any:
-    """All columns as strings: a text that looks like a number is still a text."""
+    """Read all columns as strings: a text that looks like a number is still a text."""
     from pyarrow import ArrowInvalid, csv, string
 
     reading = csv.ReadOptions(block_size=1 << 26)  # a row may not be longer than a block; the default is 1 MiB
@@ -298,5 +298,5 @@ def _unreadable(name: str, error: OSError) -> DataError:
     return DataError(f"{name} cannot be read ({error.strerror or error}): check that this process may read it.")
 
 
-def _not_an_object(place: str, row: Any) -> str:
-    return f"{place} is {type(row).__name__} {str(row)[:40]!r}, not an object: write one JSON object per example."
+def _not_an_object(where: str, row: Any) -> str:
+    return f"{where} is {type(row).__name__} {str(row)[:40]!r}, not an object: write one JSON object per example."

@@ -1,4 +1,4 @@
-"""Prepared data for people: figures per source, and examples in text with their targets marked."""
+"""Shows prepared data to people: figures per source, and examples in text with their targets marked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SPACE = "\u00b7"
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """One source's figures."""
+    """The figures of a source."""
 
     path: str
     num_read: int
@@ -29,11 +29,11 @@ class SourceSummary:
     num_kept: int
     """Examples; a conversation may give several."""
     dropped: dict[str, int]
-    """Reason -> examples left out for it."""
+    """Maps each reason to the number of examples left out for it."""
     truncated: int
     """Examples that lost their end."""
     num_tokens: int
-    """Without padding."""
+    """The number of tokens without padding."""
     num_targets: int
     fill: float
     """Share of the packed rows that is not padding."""
@@ -44,15 +44,15 @@ class Part:
     """A stretch of an example that is to be predicted, or is not."""
 
     text: str
-    """With white space that would not be seen made visible."""
+    """The text, with invisible white space made visible."""
     is_target: bool
 
 
 def summarise(sources: Sequence[Source], prepared: Prepared) -> list[SourceSummary]:
-    """The figures of every source of a split."""
+    """Return the figures of every source of a split."""
     summaries: list[SourceSummary] = []
-    for source, made in zip(sources, prepared.sources, strict=True):
-        manifest = read_manifest(made.directory)
+    for source, prepared_source in zip(sources, prepared.sources, strict=True):
+        manifest = read_manifest(prepared_source.directory)
         assert manifest is not None, "prepared"
         facts = manifest["facts"]
         summaries.append(
@@ -71,7 +71,7 @@ def summarise(sources: Sequence[Source], prepared: Prepared) -> list[SourceSumma
 
 
 def table(summaries: Iterable[SourceSummary]) -> str:
-    """The figures as lines of plain text."""
+    """Format the figures as lines of plain text."""
     head = ("source", "rows read", "examples", "dropped", "truncated", "tokens", "targets", "packing fill")
     rows: list[tuple[str, ...]] = [head]
     reasons: list[str] = []
@@ -91,12 +91,12 @@ def table(summaries: Iterable[SourceSummary]) -> str:
 
 
 def overview(sources: Sequence[Source], prepared: Prepared, tokenizer: Any) -> str:
-    """The table, and the first example."""
+    """Return the table, and the first example."""
     return f"{table(summarise(sources, prepared))}\nfor example:\n{plain(next(examples(prepared, tokenizer)))}"
 
 
 def examples(prepared: Prepared, tokenizer: Any) -> Iterator[list[Part]]:
-    """Every example as it is trained, sources in turn, each in the order of its shards; of ``wrapped``, whole rows."""
+    """Yield every example as trained, sources in turn, in the order of their shards; whole rows for ``wrapped``."""
     each = [_examples(PackedRows([directory]), tokenizer) for directory in prepared.directories]
     while each:
         for one in list(each):
@@ -115,7 +115,7 @@ def _examples(rows: PackedRows, tokenizer: Any) -> Iterator[list[Part]]:
 
 
 def parts(tokenizer: Any, ids: Sequence[int], targets: Sequence[bool]) -> list[Part]:
-    """Ids in text, in stretches that are targets or not."""
+    """Decode ids in stretches that are targets or not."""
     edges = [i for i in range(1, len(ids)) if targets[i] != targets[i - 1]]
     stretches: list[Part] = []
     before = ""
@@ -128,12 +128,12 @@ def parts(tokenizer: Any, ids: Sequence[int], targets: Sequence[bool]) -> list[P
 
 
 def plain(example: Iterable[Part]) -> str:
-    """An example with its targets in double brackets."""
+    """Format an example with its targets in double brackets."""
     return "".join(f"{OPEN}{part.text}{CLOSE}" if part.is_target else part.text for part in example)
 
 
 def _visible(text: str) -> str:
-    """Line breaks and tabs as escapes, other control characters too; a dot for spaces that are not between words."""
+    """Escape line breaks, tabs and other control characters; write a dot for spaces that are not between words."""
     lines = text.split("\n")
     shown: list[str] = []
     for line in lines:

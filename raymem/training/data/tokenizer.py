@@ -1,4 +1,4 @@
-"""Loading a tokenizer, and the hash that says whether two tokenizers encode alike."""
+"""Loads a tokenizer, and computes the hash that says whether two tokenizers encode alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GENERATION_CONFIG = "generation_config.json"
 
 
 def load_tokenizer(path: str) -> Any:
-    """The fast tokenizer of a local directory or Hugging Face id.
+    """Load the fast tokenizer of a local directory or Hugging Face id.
 
     Its attribute ``stop_ids`` has what stops generation by the ``generation_config.json`` beside it, other than its own
     end token.
@@ -44,7 +44,7 @@ def load_tokenizer(path: str) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Write what :func:`load_tokenizer` reads, ``stop_ids`` included."""
+    """Write the files that :func:`load_tokenizer` reads, ``stop_ids`` included."""
     tokenizer.save_pretrained(directory)
     if tokenizer.stop_ids:
         content = json.dumps({"eos_token_id": tokenizer.stop_ids})
@@ -52,7 +52,7 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
 
 
 def _stop_ids(path: str) -> list[int]:
-    """The end tokens of a tokenizer's ``generation_config.json``; none without one."""
+    """Return the end tokens of a tokenizer's ``generation_config.json``; none without one."""
     from transformers.utils import cached_file
 
     try:
@@ -66,19 +66,19 @@ def _stop_ids(path: str) -> list[int]:
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """Hash of everything that decides the ids of a text or conversation: vocabulary, special tokens, chat template."""
+    """Hash everything that decides the ids of a text or conversation: vocabulary, special tokens, chat template."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return digest([json.loads(tokenizer.backend_tokenizer.to_str()), special, tokenizer.chat_template])
 
 
 @lru_cache(maxsize=2)
 def cached_tokenizer(path: str, key: str) -> Any:
-    """The tokenizer at ``path``, loaded once per process.
+    """Return the tokenizer at ``path``, loaded once per process.
 
     Raises:
         ModelError: it is not the one that ``key`` was made of.
     """
     tokenizer = load_tokenizer(path)
-    if (found := tokenizer_key(tokenizer)) != key:
-        raise ModelError(f"tokenizer {path} differs between processes ({found}, not {key}): give all the same files.")
+    if (own_key := tokenizer_key(tokenizer)) != key:
+        raise ModelError(f"tokenizer {path} differs between processes ({own_key}, not {key}): give all the same files.")
     return tokenizer

@@ -1,4 +1,4 @@
-"""The turns of a conversation, in the layouts in which they come -> what a chat template takes."""
+"""Turns the turns of a conversation, in the forms in which they come, into those that a chat template takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from raymem.errors import DataError
 
 MARKS = ("weight", "train", "training", "trainable", "loss")
-"""Keys of a turn that say whether it is learned; each layout has its own, and all are read in all layouts."""
+"""Keys of a turn that say whether it is learned; each form has its own, and all are read in all forms."""
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -28,7 +28,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def mark(value: Any) -> bool | None:
-    """Whether a mark says that its turn is learned: True, False, or None where it says neither."""
+    """Say whether a mark calls its turn learned: True, False, or None where it says neither."""
     word = value.strip().lower() if isinstance(value, str) else value
     if word in (0, "0", "0.0", "false", "no"):  # False == 0
         return False
@@ -36,34 +36,35 @@ def mark(value: Any) -> bool | None:
 
 
 def is_learned(turn: dict[str, Any]) -> bool:
-    """False where a mark of the turn says so."""
+    """Return False where a mark of the turn says that it is not learned."""
     return all(mark(turn[key]) is not False for key in MARKS if turn.get(key) is not None)
 
 
-def message(turn: Any, place: str) -> dict[str, Any]:
-    """A turn with role and content, without marks and nulls; ``content`` is a string, or None beside tool calls.
+def message(turn: Any, where: str) -> dict[str, Any]:
+    """Read a turn with role and content, without marks and nulls; ``content`` is a string, or None beside tool calls.
 
     Raises:
-        DataError: it is no such turn, or its content is more than text; begins with ``place``.
+        DataError: it is no such turn, or its content is more than text; begins with ``where``.
     """
     # Parquet gives every message all the keys that any message has; the absent ones are None.
-    kept = {k: v for k, v in turn.items() if v is not None and k not in MARKS} if isinstance(turn, dict) else {}
-    content = kept.get("content")
-    if not isinstance(kept.get("role"), str) or not (
-        isinstance(content, str | list) or (content is None and (kept.get("tool_calls") or kept.get("function_call")))
+    fields = {k: v for k, v in turn.items() if v is not None and k not in MARKS} if isinstance(turn, dict) else {}
+    content = fields.get("content")
+    if not isinstance(fields.get("role"), str) or not (
+        isinstance(content, str | list)
+        or (content is None and (fields.get("tool_calls") or fields.get("function_call")))
     ):
         raise DataError(
-            f"{place} is {shown(turn)}: write an object with the strings role and content (content may be a list of "
+            f"{where} is {shown(turn)}: write an object with the strings role and content (content may be a list of "
             f"text parts, or null beside tool_calls)."
         )
-    return kept | {"content": text_of(content, place) if isinstance(content, list) else content}
+    return fields | {"content": text_of(content, where) if isinstance(content, list) else content}
 
 
-def text_of(parts: list[Any], place: str) -> str:
-    """The text of a list of parts, one after the other.
+def text_of(parts: list[Any], where: str) -> str:
+    """Join the text of a list of parts.
 
     Raises:
-        DataError: a part is no text; begins with ``place``.
+        DataError: a part is no text; begins with ``where``.
     """
     texts: list[str] = []
     for index, part in enumerate(parts):
@@ -74,40 +75,40 @@ def text_of(parts: list[Any], place: str) -> str:
             kind = part.get("type") if isinstance(part, dict) else None
             what = f"of type {kind!r}" if kind is not None and kind not in _TEXT_PARTS else shown(part)
             raise DataError(
-                f"{place} content[{index}] is {what}, but only text is trained on: leave such examples out, or write "
+                f"{where} content[{index}] is {what}, but only text is trained on: leave such examples out, or write "
                 f'parts as {{"type": "text", "text": "..."}}.'
             )
         texts.append(text)
     return "".join(texts)
 
 
-def sharegpt(turn: Any, place: str, *, calls: bool = True) -> dict[str, Any]:
-    """A turn with from and value as :func:`message` has it.
+def sharegpt(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
+    """Turn a turn with from and value into the form of :func:`message`.
 
     Args:
         calls: give a function call as ``tool_calls``; otherwise as the text that it is written in.
 
     Raises:
-        DataError: it is no such turn; begins with ``place``.
+        DataError: it is no such turn; begins with ``where``.
     """
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str | list):
-        raise DataError(f"{place} is {shown(turn)}: write an object with the strings from and value.")
+        raise DataError(f"{where} is {shown(turn)}: write an object with the strings from and value.")
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        raise DataError(f"{place} is from {speaker!r}: use one of {', '.join(SHAREGPT_ROLES)}.")
+        raise DataError(f"{where} is from {speaker!r}: use one of {', '.join(SHAREGPT_ROLES)}.")
     value = turn["value"]
-    content = text_of(value, place) if isinstance(value, list) else value
+    content = text_of(value, where) if isinstance(value, list) else value
     # Without role and content: they are said by from and value.
     left_out = ("from", "value", "role", "content", *MARKS)
     said: dict[str, Any] = {"role": SHAREGPT_ROLES[speaker], "content": content}
     said |= {k: v for k, v in turn.items() if v is not None and k not in left_out}
-    if speaker in _CALLS and calls and (found := _calls(content)):
-        said |= {"content": None, "tool_calls": found}
+    if speaker in _CALLS and calls and (tool_calls := _calls(content)):
+        said |= {"content": None, "tool_calls": tool_calls}
     return said
 
 
 def _calls(text: str) -> list[dict[str, Any]]:
-    """The calls that a text of JSON says, as a chat template takes them; none where it says something else."""
+    """Read the calls in a text of JSON, as a chat template takes them; none where it says something else."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -120,7 +121,7 @@ def _calls(text: str) -> list[dict[str, Any]]:
 
 
 def with_arguments(messages: list[dict[str, Any]], *, as_text: bool) -> list[dict[str, Any]]:
-    """The messages with the arguments of their tool calls as JSON text, or as what such a text says."""
+    """Return the messages with the arguments of their tool calls as JSON text, or as parsed JSON."""
 
     def changed(call: Any) -> Any:
         function: Any = call.get("function") if isinstance(call, dict) else None
@@ -136,11 +137,11 @@ def with_arguments(messages: list[dict[str, Any]], *, as_text: bool) -> list[dic
     ]
 
 
-def schemas(value: Any, place: str) -> list[dict[str, Any]] | None:
-    """A ``tools`` column: a list of schemas, the JSON text of one, or a list of such texts; None where it is empty.
+def schemas(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """Read a ``tools`` column: a list of schemas, the JSON text of one, or a list of such texts; None if it is empty.
 
     Raises:
-        DataError: it is none of these; begins with ``place``.
+        DataError: it is none of these; begins with ``where``.
     """
     read = _parsed(value)
     read = [_parsed(tool) for tool in read] if isinstance(read, list) else [read] if isinstance(read, dict) else read
@@ -148,17 +149,17 @@ def schemas(value: Any, place: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
         raise DataError(
-            f"{place} column 'tools' is {shown(value)}, not a list of tools: write a list of JSON schemas, or the JSON "
+            f"{where} column 'tools' is {shown(value)}, not a list of tools: write a list of JSON schemas, or the JSON "
             f"text of one."
         )
     return read
 
 
-def history(value: Any, place: str) -> list[dict[str, Any]]:
-    """A ``history`` column, pairs of what the user and the assistant said before, as turns.
+def history(value: Any, where: str) -> list[dict[str, Any]]:
+    """Read a ``history`` column, pairs of earlier texts of the user and the assistant, as turns.
 
     Raises:
-        DataError: it is something else; begins with ``place``.
+        DataError: it is something else; begins with ``where``.
     """
     pairs = _parsed(value)
     if pairs is None or pairs == "":
@@ -168,7 +169,7 @@ def history(value: Any, place: str) -> list[dict[str, Any]]:
         for pair in pairs
     ):
         raise DataError(
-            f"{place} column 'history' is {shown(value)}: write a list of pairs of strings, [[user, assistant], ...]."
+            f"{where} column 'history' is {shown(value)}: write a list of pairs of strings, [[user, assistant], ...]."
         )
     return [
         {"role": role, "content": said}
@@ -178,18 +179,18 @@ def history(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def roles_of(messages: Sequence[dict[str, Any]]) -> str:
-    """The roles of messages for an error message."""
+    """List the roles of messages for an error message."""
     roles = [str(message["role"]) for message in messages]
     return ", ".join(roles if len(roles) <= 8 else [*roles[:6], "...", roles[-1]]) or "none"
 
 
 def shown(value: Any) -> str:
-    """A value of any type for an error message."""
+    """Shorten a value of any type for an error message."""
     return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 def _parsed(value: Any) -> Any:
-    """JSON text as what it says; anything else as it is."""
+    """Parse JSON text; return anything else as it is."""
     if not isinstance(value, str):
         return value
     try:

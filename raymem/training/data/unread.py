@@ -1,4 +1,4 @@
-"""What a row holds beside what is read of it: it has no influence on the training, so somebody should hear of it."""
+"""Finds parts of rows that nobody reads: they have no influence on the training, so the user should hear of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWN = 12
 
 
 def unread(row: Row, row_format: Format, columns: dict[str, str], in_template: Callable[[str], bool]) -> Iterator[str]:
-    """Names of what a row that has been read as an example holds beside, as its data name it.
+    """Name the unread parts of a row that has been read as an example, as its data name them.
 
     What only describes a row (an id, where it comes from) is left out, and so is what is empty.
 
@@ -43,13 +43,13 @@ def unread(row: Row, row_format: Format, columns: dict[str, str], in_template: C
                 yield from _unread_keys(turn, f"{theirs}[].", in_template)
 
 
-def line(place: str, counts: Mapping[str, int]) -> str:
+def line(where: str, counts: Mapping[str, int]) -> str:
     """The one line that is said about a source, for what :func:`unread` found in how many rows or turns."""
     most = sorted(counts, key=lambda name: (-counts[name], name))
     names = [f"{name} in {counts[name]}".encode(errors="backslashreplace").decode() for name in most[:_SHOWN]]
     more = f", and {len(most) - _SHOWN} more" if len(most) > _SHOWN else ""
     return (
-        f"{place}: neither raymem nor the chat template reads {', '.join(names)}{more} (counted in rows, or in turns "
+        f"{where}: neither raymem nor the chat template reads {', '.join(names)}{more} (counted in rows, or in turns "
         f"where the name has []): it does not change what is trained. If it should, rename it with data columns."
     )
 
@@ -74,7 +74,7 @@ def _says_nothing(name: str, value: Any) -> bool:
 
 
 def _other_system(row: Row, text: Any) -> bool:
-    """Whether the conversation begins with a system turn that says something else than the column."""
+    """Say whether the conversation begins with a system turn that says something else than the column."""
     turns: list[Any] = next((row[name] for name in _CONVERSATIONS if isinstance(row.get(name), list)), [])
     first = turns[0] if turns else {}
     own = first.get("content", first.get("value")) if first.get("role", first.get("from")) == "system" else None

@@ -1,4 +1,4 @@
-"""Stock layers with the same values and fewer bytes.
+"""Replaces stock layers by ones with the same values and fewer bytes.
 
 Nothing is kept for backward that follows from what is kept anyway, and no sum is made beside its parts.
 

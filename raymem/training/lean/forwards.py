@@ -1,4 +1,4 @@
-"""What stands in the place of a module's ``forward``; each passes on to the stock one whatever it was not made for."""
+"""Replacements for a module's ``forward``; each passes on to the stock one the inputs that it was not made for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raymem.training.lean.nf4 import Weight
 
 
 class Lean:
-    """Base: an object, so that it is copied and pickled with its module."""
+    """The base of the replacements: an object, so that it is copied and pickled with its module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -24,13 +24,13 @@ class Lean:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) and not _autocast(args[0]):
-            found = self.run(args[0])
-            if found is not None:
-                return found
+            output = self.run(args[0])
+            if output is not None:
+                return output
         return self.inner(*args, **kwargs)
 
     def run(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The output, or None where the stock pass is needed."""
+        """Return the output, or None where the stock pass is needed."""
         raise NotImplementedError
 
 
@@ -57,10 +57,10 @@ class LeanMlp(Lean):
         down = module.down_proj.__dict__.get("forward")
         # It is not called itself there, so that hooks of it would not run.
         hooked = module.down_proj._forward_pre_hooks or module.down_proj._forward_hooks
-        found: torch.Tensor | None = down.gated(gate, up) if isinstance(down, LeanLora) and not hooked else None
-        if found is None:
-            found = module.down_proj(GateFunction.apply(gate, up))  # type: ignore[no-untyped-call]
-        return found
+        output: torch.Tensor | None = down.gated(gate, up) if isinstance(down, LeanLora) and not hooked else None
+        if output is None:
+            output = module.down_proj(GateFunction.apply(gate, up))  # type: ignore[no-untyped-call]
+        return output
 
 
 class LeanLora(Lean):
@@ -70,7 +70,7 @@ class LeanLora(Lean):
         return self._apply(x, None)
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
-        """The layer of ``silu(gate) * up``."""
+        """Apply the layer to ``silu(gate) * up``."""
         return self._apply(gate, up)
 
     def _apply(self, x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""The autograd functions behind the lean forward passes."""
+"""Defines the autograd functions behind the lean forward passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raymem.training.lean.nf4 import Weight
 # T tokens, N features (of a linear layer: out), K input features, R rank
 
 _CHUNK_BYTES = 16 << 20
-"""Of temporaries that are worked through by rows."""
+"""Bytes of a temporary that is worked through by rows."""
 
 _NINTHS = 0x8040201008040201 - (1 << 64)
 """Bits 0, 9, 18, ... 63: a product with it has copies of a number at distances of nine bits."""
@@ -34,8 +34,8 @@ class NormFunction(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: Any, bias: Any, form: NormForm, compute: Any) -> torch.Tensor:
         ctx.form = form
         ctx.save_for_backward(x, weight, bias)
-        made: torch.Tensor = compute(x)
-        return made
+        output: torch.Tensor = compute(x)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -153,7 +153,7 @@ class LoraFunction(torch.autograd.Function):
 def _gradient_of_a(
     slope_TR: torch.Tensor, x: torch.Tensor, up: torch.Tensor | None, bits: torch.Tensor | None, rate: float
 ) -> torch.Tensor:
-    """``slope^T dropout(h)``; what is made anew for that, a few rows at a time."""
+    """Compute ``slope^T dropout(h)``; recomputes ``dropout(h)`` for that, a few rows at a time."""
     x_TK = x.reshape(-1, x.shape[-1])
     if up is None and bits is None:
         return slope_TR.mT @ x_TK
@@ -168,19 +168,19 @@ def _gradient_of_a(
 
 
 def _dropped(h_CK: torch.Tensor, mask_CK: torch.Tensor, rate: float) -> torch.Tensor:
-    """Dropout with a given mask."""
+    """Apply dropout with a given mask."""
     return (h_CK * mask_CK).mul_(1 / (1 - rate))
 
 
 def pack_bits(mask_CK: torch.Tensor) -> torch.Tensor:
-    """Eight numbers of a mask in a byte [C, K / 8]: bytes of an integer, whose copies meet in its highest byte."""
+    """Pack eight mask numbers into a byte [C, K / 8]: bytes of an integer, whose copies meet in its highest byte."""
     missing = -mask_CK.shape[1] % 8
     whole_CK = F.pad(mask_CK, (0, missing)) if missing else mask_CK
     return (whole_CK.view(torch.int64) * _NINTHS >> 56).to(torch.uint8)
 
 
 def unpack_bits(bits: torch.Tensor, columns: int) -> torch.Tensor:
-    """The mask [C, K] again: of the copies of a byte, the highest bit in each byte of an integer."""
+    """Unpack the mask [C, K]: of the copies of a byte, the highest bit in each byte of an integer."""
     spread = (bits.to(torch.int64).mul_(_NINTHS) >> 7).bitwise_and_(_LOWEST)
     return spread.view(torch.bool)[:, :columns]
 

@@ -1,4 +1,4 @@
-"""Which modules of a model get the lean forward pass."""
+"""Gives modules of a model the lean forward pass."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def install(model: nn.Module) -> None:
 
 
 def _is_lora_linear(module: nn.Module) -> bool:
-    """PEFT's wrapper of a linear layer, plain or in 4 bits; without it nothing of PEFT is imported here."""
+    """Say whether a module is PEFT's wrapper of a linear layer, plain or in 4 bits, without an import of PEFT."""
     kind = type(module)
     return kind.__module__.startswith("peft.tuners.lora.") and kind.__name__ in ("Linear", "Linear4bit")
 
 
 def _norm_form(module: nn.Module, known: dict[Any, NormForm | None]) -> NormForm | None:
-    """The formula of a norm; modules of one class with the same settings are tried out once."""
+    """Return the formula of a norm; modules of one class with the same settings are tried out once."""
     weight = module._parameters.get("weight")
     if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or module._modules:
         return None

@@ -1,4 +1,4 @@
-"""The frozen weight of a linear layer in products, plain or in 4 bits."""
+"""Multiplies by the frozen weight of a linear layer, plain or in 4 bits."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from raymem.memory.nf4 import functional
 # T tokens, N output features, K input features
 
 WHOLE_BYTES = 128 << 20
-"""Up to here a 4-bit weight is dequantised whole."""
+"""Bytes up to which a 4-bit weight is dequantised whole."""
 BLOCK_BYTES = 32 << 20
-"""Of a larger one this much is there at a time, about."""
+"""Bytes, about, of a larger weight that are dequantised at a time."""
 _FEW_TOKENS = 1536
-"""Up to here bitsandbytes may have a kernel that dequantises nothing."""
+"""Rows up to which bitsandbytes may have a kernel that dequantises nothing."""
 
 
 class Weight:
-    """Of one linear layer."""
+    """The frozen weight of one linear layer."""
 
     def __init__(self, layer: Any, *, packed: bool) -> None:
         self._layer = layer
         self.dense: torch.Tensor | None = None if packed else layer.weight
-        """The weight, if it is not packed: what autograd has to keep."""
+        """The weight that autograd has to keep, if it is not packed."""
 
     @staticmethod
     def of(layer: nn.Module, dtype: torch.dtype) -> Weight | None:
-        """None where a layer is no plain frozen one of this dtype."""
+        """Wrap the weight of a layer; None where it is no plain frozen one of this dtype."""
         kind, weight = type(layer), layer._parameters.get("weight")
         if weight is None or weight.requires_grad or isinstance(weight, DTensor):
             return None
@@ -43,7 +43,7 @@ class Weight:
         return Weight(layer, packed=True) if packed and getattr(layer, "compute_dtype", None) == dtype else None
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
-        """``x W^T + bias``, freshly allocated."""
+        """Compute ``x W^T + bias``, freshly allocated."""
         if self.dense is not None or not self._is_large(x):
             return self._layer(x)  # type: ignore[no-any-return]
         x_TK = x.flatten(0, -2)
@@ -60,7 +60,7 @@ class Weight:
         return y_TN.view(*x.shape[:-1], rows)
 
     def gradient(self, grad_TN: torch.Tensor, dense_NK: torch.Tensor | None) -> torch.Tensor:
-        """``g W`` [T, K].
+        """Compute ``g W`` [T, K].
 
         Args:
             dense_NK: what autograd kept of :attr:`dense`.
@@ -89,7 +89,7 @@ class Weight:
         return not whole and tokens > _FEW_TOKENS and columns % self._layer.weight.quant_state.blocksize == 0
 
     def _unpacked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed weight [N, K / 2] and fp32 scales [N, K / blocksize]; one row where rows share a block."""
+        """Return the packed weight [N, K / 2] and fp32 scales [N, K / blocksize]; one row where rows share a block."""
         weight = self._layer.weight
         state = weight.quant_state
         scales: torch.Tensor = state.absmax
@@ -101,7 +101,7 @@ class Weight:
 
 
 def _dequantised(packed_NK: torch.Tensor, scales: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """[N, K] of some rows or columns; straight in the dtype of the product."""
+    """Dequantise some rows or columns [N, K], straight in the dtype of the product."""
     whole = packed_NK.shape[0] == 1
     shape = state.shape if whole else torch.Size((packed_NK.shape[0], 2 * packed_NK.shape[1]))
     library = functional(state)
@@ -109,5 +109,5 @@ def _dequantised(packed_NK: torch.Tensor, scales: torch.Tensor, state: Any, dtyp
         absmax=scales.reshape(-1), shape=shape, code=state.code, blocksize=state.blocksize, quant_type=state.quant_type,
         dtype=dtype,
     )  # fmt: skip
-    made: torch.Tensor = library.dequantize_4bit(packed_NK.reshape(-1, 1), part)
-    return made
+    dense_part: torch.Tensor = library.dequantize_4bit(packed_NK.reshape(-1, 1), part)
+    return dense_part

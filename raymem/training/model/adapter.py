@@ -1,4 +1,4 @@
-"""Adapters of a recipe: attaching, and finding the kind that continues what was saved."""
+"""Attaches a recipe's adapter, and finds the kind that continues a saved one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raymem.training.model.base_name import base_name
 
 
 def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
-    """Make a model (usually on the meta device) train what the recipe's adapter says; the rest is frozen.
+    """Attach the recipe's adapter to a model (usually on the meta device); the rest is frozen.
 
     Args:
         dtype: of the adapter's weights.
@@ -45,13 +45,13 @@ def _type(config: dict[str, Any]) -> str:
 
 
 def is_peft(directory: str | Path) -> bool:
-    """Whether a directory holds an adapter of PEFT, rather than a whole model or an adapter of a kind of its own."""
+    """Say whether a directory holds an adapter of PEFT, rather than a whole model or an adapter in another form."""
     path = Path(directory) / "adapter_config.json"
     return path.is_file() and "raymem_kind" not in read_config(directory)
 
 
 def continuing(directory: str | Path) -> Any:
-    """The recipe's adapter section that continues the adapter in a PEFT directory.
+    """Return the recipe's adapter section that continues the adapter in a PEFT directory.
 
     Raises:
         ModelError: there is none, or it is of a kind that nobody continues.
@@ -61,7 +61,7 @@ def continuing(directory: str | Path) -> Any:
 
 
 def read_adapter(directory: str, model: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Tensors of a saved adapter under the names of a wrapped model whose base is filled. Collective if it is sharded.
+    """Read a saved adapter under the names of a wrapped model whose base is filled. Collective if it is sharded.
 
     Raises:
         ModelError: no such directory, or an adapter of other targets, another kind, rank, alpha or variant.

@@ -1,4 +1,4 @@
-"""Which weights a recipe trains on: the model that it names, or the pruned one that stands in for it."""
+"""Names the weights that a recipe trains on: those of its model, or of the pruned one that stands in for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from raymem.recipe.schema import Recipe
 
 
 def base_name(recipe: Recipe) -> tuple[str | None, str | None]:
-    """Directory or Hugging Face id of the weights, and revision; None for random ones.
+    """Return directory or Hugging Face id of the weights, and revision; None for random ones.
 
     Raises:
         ModelError: it is still to be made.

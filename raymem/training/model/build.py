@@ -1,4 +1,4 @@
-"""From a recipe to a model: on the meta device for planning, or loaded and spread over the workers for training."""
+"""Builds a recipe's model: on the meta device for planning, or loaded and spread over the workers for training."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def trainable_dtype(recipe: Recipe) -> torch.dtype:
-    """Storage dtype of the weights that are trained."""
+    """Return the storage dtype of the weights that are trained."""
     return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
 
 
 def base_dtype(recipe: Recipe) -> torch.dtype:
-    """Storage dtype of the base weights."""
+    """Return the storage dtype of the base weights."""
     return trainable_dtype(recipe) if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
 
 
@@ -63,20 +63,20 @@ def build_model(
     """
     dist_env = dist_env or DistEnv()
     config = load_config(recipe, dist_env)
-    bare = _on_meta(config, recipe)
-    packing.refuse_leaks(bare, recipe)
+    base_model = _on_meta(config, recipe)
+    packing.refuse_leaks(base_model, recipe)
     # Names are those of the bare model: quantising, wrapping and sharding change names or parameters, not the places.
-    source = None if meta else _source(bare, config, recipe, dist_env)
-    tied: dict[str, str] = dict(getattr(bare, "all_tied_weights_keys", None) or {})
-    blocks = [m for m in bare.modules() if type(m).__name__ in (bare._no_split_modules or ())]
+    source = None if meta else _source(base_model, config, recipe, dist_env)
+    tied: dict[str, str] = dict(getattr(base_model, "all_tied_weights_keys", None) or {})
+    blocks = [m for m in base_model.modules() if type(m).__name__ in (base_model._no_split_modules or ())]
     if recipe.base.quantize == "nf4":
-        (_stand_in_nf4_linears if planned else _use_nf4_linears)(bare, base_dtype(recipe))
-    places = weights.slots(bare)
+        (_stand_in_nf4_linears if planned else _use_nf4_linears)(base_model, base_dtype(recipe))
+    places = weights.slots(base_model)
     activations = ACTIVATIONS.of(recipe)
-    activations.prepare(bare, recipe.activations)
-    model: nn.Module = bare
+    activations.prepare(base_model, recipe.activations)
+    model: nn.Module = base_model
     if adapter_at is None:
-        model = adapter.attach(bare, recipe, trainable_dtype(recipe))
+        model = adapter.attach(base_model, recipe, trainable_dtype(recipe))
         _prepare(model, recipe)
     if dist_env.sharded:
         shard(model, blocks, dist_env)
@@ -86,11 +86,11 @@ def build_model(
         if adapter_at is None:
             _fill_adapter(model, recipe, dist_env)
             ADAPTERS.of(recipe).loaded(model, recipe.adapter, recipe.seed)
-        _restore_computed_buffers(bare)
+        _restore_computed_buffers(base_model)
     if adapter_at is not None:
         for kind in ADAPTERS.kinds():
             kind.register()
-        model = load_adapter(bare, adapter_at, dist_env.device)
+        model = load_adapter(base_model, adapter_at, dist_env.device)
         _prepare(model, recipe)
     activations.install(model, recipe.activations, recipe.seed)
     return model
@@ -105,7 +105,7 @@ def _prepare(model: nn.Module, recipe: Recipe) -> None:
 
 
 def load_config(recipe: Recipe, dist_env: DistEnv | None = None) -> Any:
-    """transformers config of the recipe's model, pruned or full; no weights are downloaded for it.
+    """Return the transformers config of the recipe's model, pruned or full; no weights are downloaded for it.
 
     Raises:
         RecipeError: pruning options that leave nothing of a layer.
@@ -142,7 +142,7 @@ def load_config(recipe: Recipe, dist_env: DistEnv | None = None) -> Any:
 
 
 def fetch(name: str, revision: str | None, dist_env: DistEnv, *, weights_too: bool) -> Path:
-    """Local directory of a model; a hub id is downloaded once per node.
+    """Return the local directory of a model; a hub id is downloaded once per node.
 
     Raises:
         ModelError: neither a directory with a config.json nor a hub id that can be had.
@@ -169,16 +169,16 @@ def fetch(name: str, revision: str | None, dist_env: DistEnv, *, weights_too: bo
     if dist_env.local_rank != 0:
         dist_env.barrier()
     try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        downloaded = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(not_to_be_had(name, error)) from None
     if dist_env.local_rank == 0:
         dist_env.barrier()
-    return found
+    return downloaded
 
 
 def not_to_be_had(name: str, error: Exception) -> str:
-    """What to say where a hub id is of no use."""
+    """Return the error for a hub id that is of no use."""
     return (
         f"model.name: {name!r} is no local directory and cannot be had from the Hugging Face hub ({_reason(error)}); "
         "give a path that holds config.json, or check the id, the network and HF_TOKEN"
@@ -197,17 +197,17 @@ def check_model(recipe: Recipe) -> str:
     config = load_config(recipe)
     planned = BASES.of(recipe).is_planned(recipe.base)
     name = recipe.model.name if planned else base_name(recipe)[0]
-    bare = _on_meta(config, recipe)
-    packing.refuse_leaks(bare, recipe)
+    base_model = _on_meta(config, recipe)
+    packing.refuse_leaks(base_model, recipe)
     kind = f"{name or 'random weights'} ({config.model_type})"
     if name is None or planned or not Path(name).is_dir():
         return kind
-    weights.check_checkpoint(bare, Path(name))
+    weights.check_checkpoint(base_model, Path(name))
     return f"{kind}, every tensor accounted for"
 
 
 def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
-    """Refuse what would only show as an index error in the middle of a step.
+    """Refuse rows and tokens that would fail with an index error in the middle of a step.
 
     Args:
         model: may be on the meta device.
@@ -232,7 +232,7 @@ def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
 
 
 def tokenizer_path(recipe: Recipe, dist_env: DistEnv | None = None) -> str:
-    """Directory or hub id of the recipe's tokenizer: ``model.tokenizer``, or the model's own.
+    """Return directory or hub id of the recipe's tokenizer: ``model.tokenizer``, or the model's own.
 
     Raises:
         ModelError: the model cannot be had.
@@ -250,31 +250,31 @@ def _on_meta(config: Any, recipe: Recipe) -> Any:
 
     try:
         with torch.device("meta"), no_init_weights(), building(config):
-            bare = AutoModelForCausalLM.from_config(
+            base_model = AutoModelForCausalLM.from_config(
                 config,
                 dtype=base_dtype(recipe),
                 attn_implementation=None if recipe.model.attention == "auto" else recipe.model.attention,
             )
             # Without weights transformers leaves tied ones apart. Freezing, adapters and FSDP2 must see one parameter:
             # FSDP2 would gather and reduce two, and round the sum of their gradients in another order.
-            bare.tie_weights()
-            return bare
+            base_model.tie_weights()
+            return base_model
     except Exception as error:  # model code may raise anything
         raise ModelError(f"model: cannot be built from its config: {_reason(error)}") from None
 
 
-def _source(bare: Any, config: Any, recipe: Recipe, dist_env: DistEnv) -> weights.TensorSource:
-    """Where the base weights come from: opened before anything is allocated, so that a bad one is an error at once."""
+def _source(base_model: Any, config: Any, recipe: Recipe, dist_env: DistEnv) -> weights.TensorSource:
+    """Open the source of the base weights before anything is allocated, so that a bad one is an error at once."""
     name, revision = base_name(recipe)
     if name is not None:
         directory = fetch(name, revision, dist_env, weights_too=True)
-        return weights.checkpoint_source(bare, directory)
+        return weights.checkpoint_source(base_model, directory)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, "init"))
-        return weights.StateDictSource(type(bare)._from_config(config).state_dict())
+        return weights.StateDictSource(type(base_model)._from_config(config).state_dict())
 
 
-def _use_nf4_linears(bare: Any, dtype: torch.dtype) -> None:
+def _use_nf4_linears(base_model: Any, dtype: torch.dtype) -> None:
     """Swap every linear layer but the output head for bitsandbytes' 4-bit one (double quantisation, as QLoRA)."""
     try:
         import bitsandbytes  # noqa: F401
@@ -287,24 +287,25 @@ def _use_nf4_linears(bare: Any, dtype: torch.dtype) -> None:
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    replace_with_bnb_linear(bare, modules_to_not_convert=get_keys_to_not_convert(bare), quantization_config=config)
-    for module in bare.modules():
+    excluded = get_keys_to_not_convert(base_model)
+    replace_with_bnb_linear(base_model, modules_to_not_convert=excluded, quantization_config=config)
+    for module in base_model.modules():
         # On CPUs with AVX512-BF16 the first evaluation would repack the weights for a kernel that has no gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def _stand_in_nf4_linears(bare: Any, dtype: torch.dtype) -> None:
-    """As :func:`_use_nf4_linears`, with layers that only stand for memory."""
+def _stand_in_nf4_linears(base_model: Any, dtype: torch.dtype) -> None:
+    """Swap linear layers as :func:`_use_nf4_linears` does, for ones that only stand for memory."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = get_keys_to_not_convert(bare)
-    for name, module in list(bare.named_modules()):
-        if (isinstance(module, Conv1D) or type(module) is nn.Linear) and should_convert_module(name, kept):
+    unquantised = get_keys_to_not_convert(base_model)
+    for name, module in list(base_model.named_modules()):
+        if (isinstance(module, Conv1D) or type(module) is nn.Linear) and should_convert_module(name, unquantised):
             inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-            bare.set_submodule(name, nf4.Linear4bit(inputs, outputs, module.bias is not None, dtype))
+            base_model.set_submodule(name, nf4.Linear4bit(inputs, outputs, module.bias is not None, dtype))
 
 
 @torch.no_grad()
@@ -315,20 +316,20 @@ def _fill_adapter(model: nn.Module, recipe: Recipe, dist_env: DistEnv) -> None:
         return
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     source = kind.source(recipe.adapter)
-    given = {} if source is None else adapter.read_adapter(source, model, recipe)
+    saved = {} if source is None else adapter.read_adapter(source, model, recipe)
     for name, buffer in kind.buffers(model).items():
-        if name in given:
-            buffer.copy_(given[name])
+        if name in saved:
+            buffer.copy_(saved[name])
     places = weights.slots(model)
     for name, parameter in trainable.items():
-        full = given.get(name)
+        full = saved.get(name)
         if full is None:
             full = kind.initial_value(name, parameter.shape, recipe.seed)
         weights.put(*places[name], lambda rows, full=full: full if rows is None else full[rows], dist_env, name)  # type: ignore[misc]
 
 
 @torch.no_grad()
-def _restore_computed_buffers(bare: Any) -> None:
+def _restore_computed_buffers(base_model: Any) -> None:
     """Recompute buffers that no checkpoint holds (rotary frequencies, embedding scales) through transformers' own rule.
 
     transformers initialises what is not flagged; so everything that was just loaded is flagged, and of the modules
@@ -338,41 +339,41 @@ def _restore_computed_buffers(bare: Any) -> None:
     Raises:
         ModelError: nothing fills one of them.
     """
-    for tensor in [*bare.parameters(), *bare.buffers()]:
+    for tensor in [*base_model.parameters(), *base_model.buffers()]:
         tensor._is_hf_initialized = True
     computed = {
         f"{prefix}.{name}" if prefix else name: module
-        for prefix, module in bare.named_modules()
+        for prefix, module in base_model.named_modules()
         for name in module._non_persistent_buffers_set
         if getattr(module, name) is not None
     }
     visited = {name.rpartition(".")[0] for name in computed}
     for name in computed:
-        buffer = bare.get_buffer(name)
+        buffer = base_model.get_buffer(name)
         buffer._is_hf_initialized = False
         buffer.fill_(_untouched(buffer))
-    _initialise(bare, visited)
-    left = [name for name in computed if _is_untouched(bare.get_buffer(name))]
+    _initialise(base_model, visited)
+    left = [name for name in computed if _is_untouched(base_model.get_buffer(name))]
     if left:
         around = {".".join(name.split(".")[:end]) for name in left for end in range(name.count("."))}
-        _initialise(bare, around - visited)
-        left = [name for name in left if _is_untouched(bare.get_buffer(name))]
+        _initialise(base_model, around - visited)
+        left = [name for name in left if _is_untouched(base_model.get_buffer(name))]
     if left:
         raise ModelError(
-            f"model: {type(bare).__name__} computes {left[0]} in a way that transformers does not repeat after "
+            f"model: {type(base_model).__name__} computes {left[0]} in a way that transformers does not repeat after "
             "loading, so that it would hold no value; load and save the model with a class that transformers ships"
         )
 
 
-def _initialise(bare: Any, paths: set[str]) -> None:
+def _initialise(base_model: Any, paths: set[str]) -> None:
     """Run transformers' initialisation of some modules; it leaves out what is flagged."""
-    for path, module in bare.named_modules():
+    for path, module in base_model.named_modules():
         module._is_hf_initialized = path not in paths
-    bare.initialize_weights()
+    base_model.initialize_weights()
 
 
 def _untouched(buffer: torch.Tensor) -> float | int | bool:
-    """A value that no computed buffer is full of."""
+    """Return a value that no computed buffer is full of."""
     if buffer.dtype == torch.bool:
         return False
     return math.nan if buffer.is_floating_point() or buffer.is_complex() else torch.iinfo(buffer.dtype).min
@@ -387,6 +388,6 @@ def _is_untouched(buffer: torch.Tensor) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line; of a strict config the validator's words behind it."""
+    """Return an error's words on one line; of a strict config those of the validator behind it."""
     error = error.__cause__ if isinstance(error.__cause__, ValueError | TypeError) else error
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

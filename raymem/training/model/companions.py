@@ -1,6 +1,6 @@
-"""What lies beside the weights of a model and goes with them wherever they go: how to generate, to render, to process.
+"""Copies the files that go with the weights of a model: those for generation, chat rendering and processing.
 
-Weights, the config and the tokenizer are written by those who changed them; here is the rest, byte for byte.
+Weights, the config and the tokenizer are written by those who changed them; this copies the rest, byte for byte.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 GENERATION = "generation_config.json"
-"""Written by transformers too, but from the config alone: without further eos ids and sampling options."""
+"""A file that transformers writes too, but from the config alone: without further eos ids and sampling options."""
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 """Names of files that may be companions."""
 _NEVER = (
@@ -45,9 +45,9 @@ _MOST_LICENCE_BYTES = 1 << 20
 
 
 def copy_companions(base: Path, target: Path, *, same_tokenizer: bool) -> None:
-    """Copy the companion files of a model directory to another that is written already; what is there stays.
+    """Copy the companion files of a model directory to another that is written already; existing files stay.
 
-    Only how to generate is the base's word even where transformers has written its own.
+    Only the generation config is replaced by the base's, even where transformers has written its own.
 
     Args:
         base: where the weights came from.
@@ -64,11 +64,11 @@ def copy_companions(base: Path, target: Path, *, same_tokenizer: bool) -> None:
             continue
         if not same_tokenizer and _matches(name, _OF_TOKENIZER):
             continue
-        place = target / path.relative_to(base)
-        if place.exists() and name != GENERATION:
+        copy = target / path.relative_to(base)
+        if copy.exists() and name != GENERATION:
             continue
-        place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, place)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

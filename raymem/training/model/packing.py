@@ -1,4 +1,4 @@
-"""Whether a model keeps packed examples apart: tried on a small clone, as the training step packs them.
+"""Tries on a small clone whether a model keeps packed examples apart, packed as in the training step.
 
 Position ids restart with every example, and transformers makes a block mask of them, where an architecture heeds them.
 A state that is carried from token to token, or attention that looks at no position ids, would let one example into the
@@ -21,10 +21,10 @@ from raymem.seeds import generator
 _ROWS, _FIRST, _LENGTH = 2, 14, 24
 """Rows, and where the second example of a row begins and ends."""
 _TOLERANCE = 1e-3
-"""Of the standard deviation of the logits. All is fp32: rounding gives 1e-6, a leak 0.1 and more."""
+"""Tolerance as a share of the logits' standard deviation. In fp32 rounding gives 1e-6, a leak 0.1 and more."""
 _ON_CPU = ("eager", "sdpa")
-"""Attention that a clone on the CPU can have; of others the architecture's own choice stands in, since all of them get
-their packed examples from the same position ids."""
+"""Attention implementations that a clone on the CPU can have. The architecture's own choice stands in for others, since
+all of them tell packed examples apart by the same position ids."""
 
 
 def refuse_leaks(model: Any, recipe: Recipe) -> None:
@@ -47,7 +47,7 @@ def refuse_leaks(model: Any, recipe: Recipe) -> None:
 
 
 def why_not_apart(model: Any) -> str | None:
-    """Why packed examples of a model are not kept apart, with the attention that it has; None if they are."""
+    """Say why a model with its attention does not keep packed examples apart; None if it does."""
     attention = getattr(model.config, "_attn_implementation", None)
     attention = attention if attention in _ON_CPU else None
     sources = (Path(__file__),)
@@ -67,8 +67,8 @@ def _ask(real: Any, attention: str | None) -> str | None:
     positions = torch.cat([torch.arange(_FIRST), torch.arange(_LENGTH - _FIRST)]).expand(_ROWS, -1)
 
     def logits(row: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(input_ids=row, position_ids=positions, use_cache=False).logits
-        return found[:, -(_LENGTH - _FIRST) :]
+        all_logits: torch.Tensor = model(input_ids=row, position_ids=positions, use_cache=False).logits
+        return all_logits[:, -(_LENGTH - _FIRST) :]
 
     try:
         packed, changed = logits(ids, positions), logits(others, positions)

@@ -1,4 +1,4 @@
-"""Which commit of the Hugging Face hub a recipe means: the one that its run began with, else what the hub has today.
+"""Resolves the hub commit that a recipe means: the one that its run began with, else the one that the hub has today.
 
 A branch such as ``main`` moves. A run, its evaluation and its artefact mean one commit all the same, so whoever starts
 something asks :func:`resolve_revision`, with what is known of the run or of the artefact.
@@ -19,7 +19,7 @@ from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import fetch
 
 RECORD = "revision.json"
-"""In the directory of a run, from its start: what it began with."""
+"""The file in the directory of a run, from its start, that says which model it began with."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Began:
     """The recipe's ``model.revision``, which may name a branch, a tag, the commit, or nothing."""
 
     def is_meant_by(self, model: ModelSection) -> bool:
-        """Whether a recipe goes on with it: it asks for the same as the run's did, for that commit, or for nothing."""
+        """Say whether a recipe goes on with it: asks for the same as the run's did, for that commit, or for nothing."""
         return model.name == self.name and model.revision in (None, self.asked, self.commit)
 
 
 def resolve_revision(recipe: Recipe, *earlier: Began | None) -> Recipe:
-    """The recipe with the exact commit of a hub id as its revision; one that means another model is left alone.
+    """Return the recipe with the exact commit of a hub id as its revision; others are left alone.
 
     Args:
         earlier: what it may go on with; the first one that it means counts, and without any it is today's commit.
@@ -58,12 +58,12 @@ def resolve_revision(recipe: Recipe, *earlier: Began | None) -> Recipe:
 
 
 def at_revision(recipe: Recipe, revision: str | None) -> Recipe:
-    """The recipe with another ``model.revision``."""
+    """Return the recipe with another ``model.revision``."""
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
 
 
 def began_with(run: Storage) -> Began | None:
-    """The record of what a run began with, or None if it has not begun.
+    """Return the record of the model that a run began with, or None if it has not begun.
 
     Raises:
         StorageError: its record, or the manifest of its last checkpoint, cannot be read.
@@ -75,7 +75,7 @@ def began_with(run: Storage) -> Began | None:
 
 
 def trained_from(artifact: str, name: str | None) -> Began | None:
-    """The commit that a PEFT or model directory says it was trained from, if it is one of the model ``name``.
+    """Return the commit that a PEFT or model directory says it was trained from, if it is one of the model ``name``.
 
     Raises:
         StorageError: one of its files is damaged.
@@ -111,7 +111,7 @@ def record(run: Storage, recipe: Recipe, asked: str | None) -> None:
 
 
 def on_hub(model: ModelSection) -> bool:
-    """Whether the model is named by an id of the hub, rather than a directory, a demo model or a config."""
+    """Say whether the model is named by an id of the hub, rather than a directory, a demo model or a config."""
     return model.name is not None and model.name not in MODELS and not Path(model.name).is_dir()
 
 

@@ -1,4 +1,4 @@
-"""What a recipe does to the weights of its model, in a few lines: adapted, trained, quantised, left alone, and why."""
+"""Summarises what a recipe does to the weights of its model: adapted, trained, quantised, left alone, and why."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MOST_NAMES = 8
 
 @dataclass(frozen=True)
 class Line:
-    """Modules that are treated alike."""
+    """A line about modules that are treated alike."""
 
     what: str
-    """What is done with them."""
+    """The treatment of the modules."""
     names: tuple[str, ...]
-    """Ends of their names, each once."""
+    """The ends of their names, each once."""
     count: int
-    """Modules, or parameters where a parameter stands alone."""
+    """The number of modules, or of parameters where a parameter stands alone."""
     why: str | None = None
 
     def __str__(self) -> str:
@@ -32,18 +32,18 @@ class Line:
 
 
 def what_is_trained(model: Any, recipe: Recipe) -> list[Line]:
-    """What of a model is adapted, trained, quantised and left alone.
+    """Say which modules of a model are adapted, trained, quantised and left alone.
 
     Args:
         model: as :func:`raymem.training.model.build.build_model` gives it, on any device.
     """
-    bare = model.get_base_model() if hasattr(model, "peft_config") else model
-    lines = _adapted(bare, recipe) if recipe.trains_adapter else _trained(bare)
-    return lines + (_quantised(bare) if recipe.base.quantize == "nf4" else [])
+    base_model = model.get_base_model() if hasattr(model, "peft_config") else model
+    lines = _adapted(base_model, recipe) if recipe.trains_adapter else _trained(base_model)
+    return lines + (_quantised(base_model) if recipe.base.quantize == "nf4" else [])
 
 
 def _trained(model: Any) -> list[Line]:
-    """Lines of full fine-tuning."""
+    """Return the lines of full fine-tuning."""
     verdict = text_pass(model)
     parameters = dict(model.named_parameters())
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
@@ -109,7 +109,7 @@ def _quantised(model: Any) -> list[Line]:
 
 
 def _lines(what: str, reasons: dict[str, str], depth: int = 1) -> Iterable[Line]:
-    """One line for every reason.
+    """Yield one line for every reason.
 
     Args:
         reasons: name -> why.
@@ -124,7 +124,7 @@ def _lines(what: str, reasons: dict[str, str], depth: int = 1) -> Iterable[Line]
 
 
 def _unused(what: str, unused: list[str], names: list[str]) -> list[Line]:
-    """A line that names the largest parts of the model of which nothing is used.
+    """Return a line that names the largest parts of the model of which nothing is used.
 
     Args:
         names: of everything of this sort, used or not.
@@ -137,6 +137,6 @@ def _unused(what: str, unused: list[str], names: list[str]) -> list[Line]:
 
 
 def _prefixes(name: str) -> list[str]:
-    """The modules that a name lies in, from the outermost."""
+    """List the modules that a name lies in, from the outermost."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]

@@ -1,4 +1,4 @@
-"""Lean loading: safetensors slices go straight into each rank's own, possibly sharded, parameters.
+"""Loads weights lean: safetensors slices go straight into each rank's own, possibly sharded, parameters.
 
 A model is built on the meta device first. Materialising allocates each rank's share only; then every tensor of the
 checkpoint is memory-mapped, sliced to the rows this rank owns and copied. Peak host memory above the rank's share is
@@ -25,7 +25,7 @@ from raymem.training.dist_env import DistEnv, local_rows
 log = logging.getLogger(__name__)
 
 Slot = tuple[nn.Module, str]
-"""A place for a tensor: module and attribute. It stays valid when adapters wrap the module or FSDP2 shards it."""
+"""The module and attribute that hold a tensor. They stay valid when adapters wrap the module or FSDP2 shards it."""
 
 
 class TensorSource(Protocol):
@@ -49,10 +49,10 @@ class SafetensorsFiles:
 
     def __init__(self, directory: Path, rename: Callable[[str], str]) -> None:
         self._where: dict[str, tuple[Path, str]] = {}
-        self.found: list[tuple[str, str, str]] = []
-        """Name in the model, key and file of every tensor."""
+        self.entries: list[tuple[str, str, str]] = []
+        """The name in the model, key and file of every tensor."""
         self.headers: dict[str, tuple[str, Header]] = {}
-        """Key -> name in the model, and what the file says of the tensor."""
+        """Maps each key to the name in the model, and to the file's header of the tensor."""
         for file in shard_files(directory):
             path = directory / file
             try:
@@ -62,7 +62,7 @@ class SafetensorsFiles:
                         view, name = tensors.get_slice(key), rename(key)
                         self.headers[key] = name, Header(view.get_dtype(), tuple(view.get_shape()))
                         self._where[name] = (path, key)
-                        self.found.append((name, key, file))
+                        self.entries.append((name, key, file))
             except PermissionError:
                 raise ModelError(f"{path}: permission denied; let this user read it") from None
             except (OSError, SafetensorError) as error:
@@ -100,7 +100,7 @@ class StateDictSource:
 
 
 def checkpoint_source(model: Any, directory: Path) -> TensorSource:
-    """Tensors of ``directory`` under the names of ``model`` (a bare transformers model on the meta device).
+    """Open the tensors of ``directory`` under the names of ``model`` (a plain transformers model on the meta device).
 
     transformers renames keys of old checkpoints and, for some families, fuses tensors while loading. Renames are
     followed here; a checkpoint that needs arithmetic is loaded whole by transformers itself, and that is said.
@@ -126,7 +126,7 @@ def checkpoint_source(model: Any, directory: Path) -> TensorSource:
 
 
 def _open(model: Any, directory: Path) -> tuple[SafetensorsFiles, list[str]]:
-    """The files, every tensor of them accounted for, and the keys whose tensors must be converted while loading."""
+    """Return the files, with every tensor accounted for, and the keys whose tensors must be converted while loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -146,7 +146,7 @@ def _open(model: Any, directory: Path) -> tuple[SafetensorsFiles, list[str]]:
     useless = unused(model, directory, files.headers)
     for key, reason in useless.items():
         log.debug("%s: tensor %s is left out: %s", directory, key, reason)
-    refuse_two_places(directory, ((key if key in converted else name, key, file) for name, key, file in files.found))
+    refuse_two_places(directory, ((key if key in converted else name, key, file) for name, key, file in files.entries))
     files.leave_out(useless)
     refuse_untied(model, directory, files.names(), lambda name: files.read(name, None), model.dtype)
     return files, list(converted)
@@ -165,13 +165,13 @@ def check_checkpoint(model: Any, directory: Path) -> None:
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:
-    """Name -> place of every parameter and persistent buffer; tied parameters appear under each of their names."""
-    found: dict[str, Slot] = {}
+    """Map each parameter and persistent buffer to its slot; tied parameters appear under each of their names."""
+    slots_by_name: dict[str, Slot] = {}
     for prefix, module in model.named_modules():
         for name in [*module._parameters, *module._buffers]:
             if getattr(module, name) is not None and name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = (module, name)
-    return found
+                slots_by_name[f"{prefix}.{name}" if prefix else name] = (module, name)
+    return slots_by_name
 
 
 def materialise(model: nn.Module, dist_env: DistEnv) -> None:
@@ -210,7 +210,7 @@ def _empty_parameter(parameter: nn.Parameter, device: torch.device) -> nn.Parame
 
 @torch.no_grad()
 def fill(places: Mapping[str, Slot], source: TensorSource, dist_env: DistEnv, tied: Mapping[str, str]) -> None:
-    """Copy every tensor of ``source`` into its place.
+    """Copy every tensor of ``source`` into its slot.
 
     Args:
         places: name -> slot of the bare model.
@@ -247,7 +247,7 @@ def _missing(names: set[str]) -> str:
 def put(
     module: nn.Module, attribute: str, read: Callable[[slice | None], torch.Tensor], dist_env: DistEnv, name: str
 ) -> None:
-    """Write one tensor into its place: whole, as this rank's rows, or quantised.
+    """Write one tensor into its slot: whole, as this rank's rows, or quantised.
 
     Raises:
         ModelError: the shapes differ.

@@ -79,8 +79,8 @@ class LayerwiseModel:
         with _calling(self._layers, lambda layer, hidden, args, kwargs: hidden_1TH):
             positions = torch.arange(len(ids_T) - 1, device=self.device)
             following = ids_T.roll(-1).to(self.device)  # the last one wraps around and does not count
-            given = {"inputs_embeds": inputs, "use_cache": False}
-            loss = chunked_loss_sum(self._model, given, following, positions, replay=self._loss.replay)
+            model_inputs = {"inputs_embeds": inputs, "use_cache": False}
+            loss = chunked_loss_sum(self._model, model_inputs, following, positions, replay=self._loss.replay)
             torch.autograd.backward(loss / len(positions))
         assert hidden_1TH.grad is not None
         return hidden_1TH.grad

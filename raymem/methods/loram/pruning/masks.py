@@ -91,11 +91,11 @@ def sparsegpt(weight_OI: torch.Tensor, gram_II: torch.Tensor, structure: Structu
             keep_OB = _lowest_go(scores_OB.reshape(1, -1), ratio).view_as(scores_OB)
         for column in range(stop - start):
             if structure != "unstructured":
-                kept, size = _pattern(structure)
+                num_kept, size = _pattern(structure)
                 if column % size == 0:  # blocks of columns are multiples of the pattern
                     ahead = slice(column, column + size)
                     scores = block_OB[:, ahead].square() / factor_BB.diagonal()[ahead].square()
-                    keep_OB[:, ahead] = _largest(scores, kept)
+                    keep_OB[:, ahead] = _largest(scores, num_kept)
             value_O, pivot = block_OB[:, column], factor_BB[column, column]
             left_O = torch.where(keep_OB[:, column], value_O, 0.0)
             error_O = (value_O - left_O) / pivot
@@ -107,8 +107,8 @@ def sparsegpt(weight_OI: torch.Tensor, gram_II: torch.Tensor, structure: Structu
 
 
 def _pattern(structure: Structure) -> tuple[int, int]:
-    kept, _, size = structure.partition(":")
-    return int(kept), int(size)
+    num_kept, _, size = structure.partition(":")
+    return int(num_kept), int(size)
 
 
 def _check_blocks(inputs: int, structure: Structure) -> None:
@@ -117,15 +117,15 @@ def _check_blocks(inputs: int, structure: Structure) -> None:
 
 
 def _block_mask(scores_OI: torch.Tensor, structure: Structure) -> torch.Tensor:
-    kept, size = _pattern(structure)
+    num_kept, size = _pattern(structure)
     _check_blocks(scores_OI.shape[1], structure)
-    return _largest(scores_OI.view(-1, size), kept).view_as(scores_OI)
+    return _largest(scores_OI.view(-1, size), num_kept).view_as(scores_OI)
 
 
-def _largest(scores: torch.Tensor, kept: int) -> torch.Tensor:
-    """bool: the ``kept`` largest of each row; of equal ones the first."""
+def _largest(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """bool: the ``num_kept`` largest of each row; of equal ones the first."""
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :kept], True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :num_kept], True)
 
 
 def _lowest_go(scores: torch.Tensor, ratio: Fraction) -> torch.Tensor:

@@ -115,10 +115,10 @@ def kept_units(group: Group, ratio: Fraction, round_to: int, layer: int) -> int:
         RecipeError: none would.
     """
     exact = group.num_units * (1 - ratio)
-    kept = math.ceil(exact) if group.rounds_up else math.floor(exact)
-    if group.name == "mlp" and kept < group.num_units:
-        kept -= kept % round_to
-    if kept < 1:
+    num_kept = math.ceil(exact) if group.rounds_up else math.floor(exact)
+    if group.name == "mlp" and num_kept < group.num_units:
+        num_kept -= num_kept % round_to
+    if num_kept < 1:
         unit, least = ("neurons", round_to) if group.name == "mlp" else ("heads", 1)
         highest = math.floor(1000 * (1 - Fraction(least, group.num_units))) / 1000
         cure = f"it is at most {highest} for this model" if highest > 0 else "lower round_to"
@@ -126,7 +126,7 @@ def kept_units(group: Group, ratio: Fraction, round_to: int, layer: int) -> int:
             f"ratio: {float(ratio)} leaves none of the {group.num_units} {unit} of layer {layer}"
             f"{f' with round_to: {round_to}' if least > 1 else ''}; {cure}"
         )
-    return kept
+    return num_kept
 
 
 def _measure(config: Any, coupling: Coupling, counts: Counts) -> tuple[Size, list[int]]:

@@ -62,10 +62,10 @@ def wanda_scores(
     return _summed(group, weights, lambda module, rows, chunk_RI: chunk_RI.abs_().mul_(norms[module]))
 
 
-def best(scores_U: torch.Tensor, kept: int) -> list[int]:
-    """The ``kept`` units of highest score, ascending; of equal ones the first."""
+def best(scores_U: torch.Tensor, num_kept: int) -> list[int]:
+    """The ``num_kept`` units of highest score, ascending; of equal ones the first."""
     order = torch.sort(scores_U, descending=True, stable=True).indices
-    return sorted(order[:kept].tolist())
+    return sorted(order[:num_kept].tolist())
 
 
 def _summed(
@@ -73,7 +73,7 @@ def _summed(
     weights: Mapping[str, torch.Tensor],
     value_: Callable[[str, slice, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Sums [U] in fp64 over all members; ``value_`` turns a chunk [R, I] of weights into what is summed, in place."""
+    """Sum [U] in fp64 over all members; ``value_`` turns a chunk [R, I] of weights into what is summed, in place."""
     total_U = torch.zeros(group.num_units, dtype=torch.float64)
     for member in group.members:
         sums = _side_sums(weights[member.module], member, value_)
@@ -84,7 +84,7 @@ def _summed(
 def _side_sums(
     weight_OI: torch.Tensor, member: Member, value_: Callable[[str, slice, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Sums per output [O] or per input [I] of one weight: fp32 in a chunk, fp64 between chunks."""
+    """Sum per output [O] or per input [I] of one weight: fp32 in a chunk, fp64 between chunks."""
     outputs, inputs = weight_OI.shape
     sums = torch.zeros(outputs if member.side == "out" else inputs, dtype=torch.float64)
     step = max(1, _CHUNK_ELEMENTS // inputs)

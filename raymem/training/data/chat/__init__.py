@@ -1,1 +1,1 @@
-"""Conversations in a chat template: which text of them is to be predicted."""
+"""Renders conversations in a chat template, and finds the text of them that is to be predicted."""

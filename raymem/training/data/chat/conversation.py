@@ -1,4 +1,4 @@
-"""Conversations -> pieces of text, each a target or not, as inference will see every turn.
+"""Cuts conversations into pieces of text, each a target or not, as inference will see every turn.
 
 For an assistant turn, the *prompt* is the template's rendering of the turns before it with the generation prompt, and
 what the model is to say is what the template writes behind it once the turn is there. Templates differ in what they
@@ -38,7 +38,7 @@ UNSAID = (
 )
 
 _FEW = 4
-"""Up to so many turns, rendering each with all that precedes it costs no more than looking for a shorter way."""
+"""Number of turns up to which rendering each with all before it costs no more than looking for a shorter way."""
 
 
 @dataclass(frozen=True)
@@ -64,37 +64,37 @@ class Chat:
         self._template = template
         self._only_last = turns == "last"
         self.noted: Counter[str] = Counter()
-        """How often something happened that is worth a warning: :data:`UNSTOPPED`, :data:`UNSAID`."""
+        """Counts of events that are worth a warning: :data:`UNSTOPPED`, :data:`UNSAID`."""
         self.num_turns = 0
-        """Assistant turns that became targets."""
+        """The number of assistant turns that became targets."""
 
-    def pieces(self, example: Messages, place: str) -> list[list[Piece]]:
-        """The examples that a conversation gives, each in pieces of text; at least one, perhaps without a target.
+    def pieces(self, example: Messages, where: str) -> list[list[Piece]]:
+        """Return a conversation's examples, each in pieces of text; at least one, perhaps without a target.
 
         Raises:
-            DataError: the template does not render this conversation; begins with ``place``.
+            DataError: the template does not render this conversation; begins with ``where``.
             ModelError: the tokenizer has no chat template, or one that cannot be read.
         """
         template, tools = self._template, example.tools
         if not template.exists:
             raise ModelError(
-                f"{place} is a conversation, but tokenizer {template.name} has no chat template: set model.tokenizer "
+                f"{where} is a conversation, but tokenizer {template.name} has no chat template: set model.tokenizer "
                 f"to one that has (for example that of the model's instruct version), or use format prompt_completion."
             )
-        messages = template.readable(example, place)
+        messages = template.readable(example, where)
         learned = self._learned(example, messages)
         self.num_turns += len(learned)
         if template.has_marks:
-            text, spans = template.marked(messages, tools, place)
+            text, spans = template.marked(messages, tools, where)
             if spans:
-                spans = self._of_learned(spans, messages, learned, tools, place)
+                spans = self._of_learned(spans, messages, learned, tools, where)
                 marked = "".join(text[begin:end] for begin, end in spans)
                 if lacking := sum(self._lacks_reasoning(messages[i], marked) for i in learned):
                     self.noted[UNSAID] += lacking
                 return [self._between(text, spans)]
-        full = template.whole(messages, tools, place)
-        turns = self._turns(messages, learned, full, tools, place)
-        return self._joined(turns, full, lambda end: self._template.whole(messages[:end], tools, place), len(messages))
+        full = template.whole(messages, tools, where)
+        turns = self._turns(messages, learned, full, tools, where)
+        return self._joined(turns, full, lambda end: self._template.whole(messages[:end], tools, where), len(messages))
 
     def _learned(self, example: Messages, messages: Sequence[Turn]) -> list[int]:
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -102,22 +102,22 @@ class Chat:
         return [i for i in answers if i not in example.silent and not self._is_lost(example.messages[i])]
 
     def _is_lost(self, message: Turn) -> bool:
-        """Whether a turn consists of calls only and the template does not write them, so that it would be empty."""
+        """Say whether a turn consists of calls only and the template does not write them, so that it would be empty."""
         calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
         return bool(calls) and not message["content"] and not any(map(self._template.reads, calls))
 
     # Finding the turns by their prompts
 
-    def _turns(self, messages: list[Turn], learned: list[int], full: str, tools: Any, place: str) -> dict[int, _Said]:
-        """The learned turns; ``full`` is the whole conversation in text."""
+    def _turns(self, messages: list[Turn], learned: list[int], full: str, tools: Any, where: str) -> dict[int, _Said]:
+        """Return the text of the learned turns; ``full`` is the whole conversation in text."""
         if len(learned) > _FEW and (turns := self._turns_by_exchange(messages, learned, full, tools)) is not None:
             return turns
         render = self._template.render
-        finished = render([messages[: i + 1] for i in learned if i + 1 < len(messages)], tools, place)
-        prompts = render([messages[:i] for i in learned], tools, place, add_generation_prompt=True)
+        finished = render([messages[: i + 1] for i in learned if i + 1 < len(messages)], tools, where)
+        prompts = render([messages[:i] for i in learned], tools, where, add_generation_prompt=True)
         turns = {}
         for index, prompt, turn in zip(learned, prompts, [*finished, full], strict=False):
-            text = self._said(messages, index, prompt, turn, tools, place)
+            text = self._said(messages, index, prompt, turn, tools, where)
             turns[index] = self._up_to_its_stop(prompt, text)
         return turns
 
@@ -125,14 +125,14 @@ class Chat:
         end = self._template.end_of(text)
         return _Said(prompt, text[:end], end is not None)
 
-    def _said(self, messages: list[Turn], index: int, prompt: str, turn: str, tools: Any, place: str) -> str:
-        """The text behind the prompt of a turn that is rendered as ``turn``."""
+    def _said(self, messages: list[Turn], index: int, prompt: str, turn: str, tools: Any, where: str) -> str:
+        """Return the text behind the prompt of a turn that is rendered as ``turn``."""
         message = messages[index]
         if is_doubled(prompt, turn, message):
             message = split_off(prompt, message)
-            (turn,) = self._template.render([[*messages[:index], message]], tools, place)
+            (turn,) = self._template.render([[*messages[:index], message]], tools, where)
         text = follow(prompt, turn, message, self._template.source)
-        subject = f"{place} messages[{index}]: the chat template of tokenizer {self._template.name}"
+        subject = f"{where} messages[{index}]: the chat template of tokenizer {self._template.name}"
         if text is None:
             raise DataError(
                 f"{subject} ends its generation prompt with {prompt[-40:]!r}, which it does not write once the turn is "
@@ -156,7 +156,7 @@ class Chat:
     def _turns_by_exchange(
         self, messages: list[Turn], learned: list[int], full: str, tools: Any
     ) -> dict[int, _Said] | None:
-        """The learned turns in a time linear in their number; None where that fails.
+        """Find the text of the learned turns in a time linear in their number; None where that fails.
 
         An exchange is a user's turns and all that follows up to the next user's turn. Each is rendered behind the first
         one alone. If ``full`` is these renderings one after the other, and the last turn has also in full the prompt
@@ -217,7 +217,7 @@ class Chat:
     def _joined(
         self, turns: dict[int, _Said], full: str, begin: Callable[[int], str], length: int
     ) -> list[list[Piece]]:
-        """Examples of turns that continue one another.
+        """Build the examples of turns that continue one another.
 
         Args:
             full: the whole conversation of ``length`` turns.
@@ -246,7 +246,7 @@ class Chat:
         return [_merged(pieces) for pieces in examples]
 
     def _following(self, text: str, full: str, begin: Callable[[int], str], last: int) -> str:
-        """The text that follows ``text``, which ends with turn ``last``; at least its first token."""
+        """Return the text that follows ``text``, which ends with turn ``last``; at least its first token."""
         whole = full if full.startswith(text) else begin(last + 2)
         return whole[len(text) :] if whole.startswith(text) else self._template.user_marker or ""
 
@@ -261,21 +261,21 @@ class Chat:
     # The template's own marks
 
     def _of_learned(
-        self, spans: list[Span], messages: list[Turn], learned: list[int], tools: Any, place: str
+        self, spans: list[Span], messages: list[Turn], learned: list[int], tools: Any, where: str
     ) -> list[Span]:
-        """The marks without those of turns that are not learned: a turn has those that come with it."""
+        """Drop the marks of turns that are not learned: the marks that appear with a turn belong to it."""
         left_out: set[int] = set()
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and index not in learned:
                 before, after = (
-                    len(self._template.marked(messages[:end], tools, place)[1]) if end else 0
+                    len(self._template.marked(messages[:end], tools, where)[1]) if end else 0
                     for end in (index, index + 1)
                 )
                 left_out |= {*range(before, after)}
         return [span for number, span in enumerate(spans) if number not in left_out]
 
     def _between(self, text: str, spans: list[Span]) -> list[Piece]:
-        """The text in pieces; where a mark ends before the token that stops generation, that is a target too."""
+        """Cut the text into pieces; where a mark ends before the token that stops generation, that is a target too."""
         template = self._template
         pieces: list[Piece] = []
         at = 0
@@ -296,7 +296,7 @@ class Chat:
 
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
-    """Pieces without empty ones, neighbours of one kind joined."""
+    """Drop empty pieces, and joins neighbours of one kind."""
     merged: list[Piece] = []
     for text, is_target in pieces:
         if text and merged and merged[-1][1] == is_target:

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: rendering, its refusals as sentences, and the tokens with which it ends a turn."""
+"""Wraps a tokenizer's chat template: renders, explains its refusals, and knows the tokens with which it ends a turn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raymem.training.data.turns import roles_of, with_arguments
 
 Turn = dict[str, Any]
 Span = tuple[int, int]
-"""Characters from the first up to the second."""
+"""A span of characters from the first index up to the second."""
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _QUESTION, _ANSWER = {"role": "user", "content": "aqqa"}, {"role": "assistant", "content": "awwa"}
@@ -35,7 +35,7 @@ class Template:
         # Some tokenizers have several, by name.
         self.source = "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template or "")
         self.has_marks = _MARKS.search(self.source) is not None
-        """Whether it marks what the assistant says."""
+        """Whether the template marks what the assistant says."""
         self.end_of_sequence = str(tokenizer.eos_token)
         self.user_marker: str | None = None
         """The token that stands between an assistant's turn and a user's, if there is one."""
@@ -52,7 +52,7 @@ class Template:
             self._probe()
 
     def reads(self, key: str) -> bool:
-        """Whether the template speaks of a key of a message, or of ``tools``; or, for reasoning, prompts for it."""
+        """Say whether the template mentions a key of a message, or ``tools``; or, for reasoning, prompts for it."""
         if key not in REASONING:
             return self._speaks_of(key)
         # transformers gives a template what stands under one of these keys under the others as well.
@@ -62,7 +62,7 @@ class Template:
         return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", self.source) is not None
 
     def apply(self, talks: Sequence[Sequence[Turn]], tools: Any, *, add_generation_prompt: bool = False) -> list[str]:
-        """Conversations as text, as inference renders them; raises whatever the template does."""
+        """Render conversations as inference does; raises whatever the template does."""
         if not talks:
             return []
         rendered = self._tokenizer.apply_chat_template(
@@ -71,12 +71,12 @@ class Template:
         return list(rendered)
 
     def render(
-        self, talks: Sequence[Sequence[Turn]], tools: Any, place: str, *, add_generation_prompt: bool = False
+        self, talks: Sequence[Sequence[Turn]], tools: Any, where: str, *, add_generation_prompt: bool = False
     ) -> list[str]:
-        """The same.
+        """Render conversations as inference does.
 
         Raises:
-            DataError: the template refuses a conversation or fails on it; begins with ``place``.
+            DataError: the template refuses a conversation or fails on it; begins with ``where``.
             ModelError: it is no valid template.
         """
         try:
@@ -86,21 +86,21 @@ class Template:
                 try:
                     self.apply([talk], tools, add_generation_prompt=add_generation_prompt)
                 except Exception as error:
-                    raise self._refusal(error, talk, place) from error
+                    raise self._refusal(error, talk, where) from error
             raise
 
-    def whole(self, talk: Sequence[Turn], tools: Any, place: str) -> str:
-        """A whole conversation as text.
+    def whole(self, talk: Sequence[Turn], tools: Any, where: str) -> str:
+        """Render a whole conversation.
 
         Raises:
             DataError: as :meth:`render`; or the text is empty.
             ModelError: as :meth:`render`.
         """
-        (text,) = self.render([talk], tools, place)
-        return self._not_empty(text, place)
+        (text,) = self.render([talk], tools, where)
+        return self._not_empty(text, where)
 
-    def marked(self, talk: Sequence[Turn], tools: Any, place: str) -> tuple[str, list[Span]]:
-        """A whole conversation as text, and what the template marks in it as the assistant's.
+    def marked(self, talk: Sequence[Turn], tools: Any, where: str) -> tuple[str, list[Span]]:
+        """Render a whole conversation; return the text and the spans that the template marks as the assistant's.
 
         Raises:
             DataError, ModelError: as :meth:`whole`.
@@ -116,11 +116,11 @@ class Template:
                 **self._tokenizer.special_tokens_map,
             )
         except Exception as error:
-            raise self._refusal(error, talk, place) from error
-        return self._not_empty(texts[0], place), [(begin, end) for begin, end in spans[0] if end > begin]
+            raise self._refusal(error, talk, where) from error
+        return self._not_empty(texts[0], where), [(begin, end) for begin, end in spans[0] if end > begin]
 
-    def readable(self, example: Messages, place: str) -> list[Turn]:
-        """The messages as the template takes them.
+    def readable(self, example: Messages, where: str) -> list[Turn]:
+        """Return the messages in the form that the template takes.
 
         A content that is None becomes "" where the template would fail or write None into the text. Arguments of calls
         that are JSON text become what it says, or the other way round, where the template fails otherwise.
@@ -138,7 +138,7 @@ class Template:
                 (rendered,) = self.apply([talk], example.tools)
                 break
         else:
-            self.render([filled], example.tools, place)
+            self.render([filled], example.tools, where)
             raise AssertionError("it was refused a moment ago")
         if talk is filled and lacks_content:
             with contextlib.suppress(Exception):  # it needs a text
@@ -147,7 +147,7 @@ class Template:
         return talk if talk is not filled or lacks_content else messages
 
     def end_of(self, text: str) -> int | None:
-        """Where the token that stops generation ends, if ``text`` ends with one and perhaps more that closes a turn."""
+        """Find the end of the token that stops generation; only text that closes a turn may follow it in ``text``."""
         at = len(text)
         first_stop = last_special = None
         while True:
@@ -163,17 +163,17 @@ class Template:
             at -= len(token)
 
     def cut(self, text: str) -> str:
-        """The text up to the token that stops generation at its end, if there is one."""
+        """Return the text up to the token that stops generation at its end, if there is one."""
         return text[: self.end_of(text)]
 
     def leading_token(self, text: str) -> str:
-        """White space and the added token that a text begins with; "" where it begins with something else."""
+        """Return white space and the added token that a text begins with; "" where it begins with something else."""
         start = len(text) - len(text.lstrip())
         token = next((token for token in self._added if text.startswith(token, start)), "")
         return text[:start] + token if token else ""
 
     def _probe(self) -> None:
-        """Learn from a small conversation what the template writes behind an assistant's turn."""
+        """Find out with a small conversation which text the template writes behind an assistant's turn."""
         for talk in ([_QUESTION, _ANSWER], [_QUESTION, _ANSWER, _QUESTION]):
             text = ""
             with contextlib.suppress(Exception):  # what the template demands will be said of the data
@@ -188,15 +188,15 @@ class Template:
             (prompt,) = self.apply([[_QUESTION]], None, add_generation_prompt=True)
             self._prompts_for_thought = opens_thought(prompt, self.source)
 
-    def _not_empty(self, text: str, place: str) -> str:
+    def _not_empty(self, text: str, where: str) -> str:
         if not text.strip():
             raise DataError(
-                f"{place}: the chat template of tokenizer {self.name} renders nothing for this conversation: set "
+                f"{where}: the chat template of tokenizer {self.name} renders nothing for this conversation: set "
                 f"model.tokenizer to one whose chat template writes the turns, or use format prompt_completion."
             )
         return text
 
-    def _refusal(self, error: Exception, talk: Sequence[Turn], place: str) -> DataError | ModelError:
+    def _refusal(self, error: Exception, talk: Sequence[Turn], where: str) -> DataError | ModelError:
         import jinja2
 
         words = " ".join(str(error).split()) or type(error).__name__
@@ -208,20 +208,20 @@ class Template:
             )
         if not talk:
             return DataError(
-                f"{place}: the conversation begins with a turn of the assistant, for which {subject} writes no prompt "
+                f"{where}: the conversation begins with a turn of the assistant, for which {subject} writes no prompt "
                 f"({words}): put a user's turn before it, or mark it with weight: 0."
             )
         if type(error) is jinja2.TemplateError:  # raised by the template, in its author's words
             return DataError(
-                f"{place}: {subject} refuses the turns {roles_of(talk)} ({words}): reorder or leave out turns as it "
+                f"{where}: {subject} refuses the turns {roles_of(talk)} ({words}): reorder or leave out turns as it "
                 f"demands."
             )
         return DataError(
-            f"{place}: {subject} fails on the turns {roles_of(talk)} ({type(error).__name__}: {words}): give the turns "
+            f"{where}: {subject} fails on the turns {roles_of(talk)} ({type(error).__name__}: {words}): give the turns "
             f"what it reads, or set model.tokenizer to one with another template."
         )
 
 
 def _at_end(tokens: Iterable[str], text: str, at: int) -> str:
-    """The token that ends at character ``at``, or ""."""
+    """Return the token that ends at character ``at``, or ""."""
     return next((token for token in tokens if text.endswith(token, 0, at)), "")

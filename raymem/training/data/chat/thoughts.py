@@ -1,4 +1,4 @@
-"""Reasoning that precedes an answer, where the generation prompt has already opened or closed it.
+"""Handles reasoning that precedes an answer, where the generation prompt has already opened or closed it.
 
 Some templates end their generation prompt with an opening tag (``<think>``), some with an empty closed block, and write
 a finished turn without. What the model is to say goes on behind the prompt: the reasoning, the closing tag, the answer.
@@ -21,18 +21,18 @@ def _last_tag(prompt: str) -> re.Match[str] | None:
 
 
 def reasoning_of(message: dict[str, Any]) -> str:
-    """The reasoning that stands in a key of its own, or ""."""
+    """Return the reasoning that a turn has in a key of its own, or ""."""
     return next((message[key] for key in REASONING if isinstance(message.get(key), str)), "")
 
 
 def opens_thought(prompt: str, template: str) -> bool:
-    """Whether a generation prompt ends with an opening tag that a template knows how to close."""
+    """Say whether a generation prompt ends with an opening tag that a template knows how to close."""
     tag = _last_tag(prompt)
     return tag is not None and not tag[2] and f"{tag[1]}/{tag[3]}{tag[4]}" in template
 
 
 def follow(prompt: str, turn: str, message: dict[str, Any], template: str) -> str | None:
-    """The text behind ``prompt`` where the finished turn is rendered as ``turn``; None if that is unclear.
+    """Return the text behind ``prompt`` where the finished turn is rendered as ``turn``; None if that is unclear.
 
     Args:
         message: the turn.
@@ -69,7 +69,7 @@ def follow(prompt: str, turn: str, message: dict[str, Any], template: str) -> st
 
 
 def is_doubled(prompt: str, turn: str, message: dict[str, Any]) -> bool:
-    """Whether a turn whose text has a block of its own is rendered with a second one beside that which is open."""
+    """Say whether a turn whose text has its own block is rendered with a second one besides the open one."""
     tag, content, stem = _last_tag(prompt), message["content"], prompt.rstrip()
     if tag is None or tag[2] or not isinstance(content, str) or not turn.startswith(stem):
         return False
@@ -80,7 +80,7 @@ def is_doubled(prompt: str, turn: str, message: dict[str, Any]) -> bool:
 
 
 def split_off(prompt: str, message: dict[str, Any]) -> dict[str, Any]:
-    """The turn with the thought at the beginning of its text as ``reasoning_content``."""
+    """Move the thought at the beginning of a turn's text to ``reasoning_content``."""
     tag = _last_tag(prompt)
     assert tag is not None
     opening, closing = tag[1] + tag[3] + tag[4], f"{tag[1]}/{tag[3]}{tag[4]}"

@@ -1,1 +1,1 @@
-"""Prepared data: examples packed into rows, on disk, and in which order they are read."""
+"""Packs examples into rows on disk, and reads them back in the order of training."""

@@ -1,4 +1,4 @@
-"""Packed rows read back from shards: memory-mapped, nothing is copied until a batch is made."""
+"""Reads packed rows back from memory-mapped shards; nothing is copied until a batch is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raymem.training.data.packed.pack import Ids, Mask, Packing
 
 @dataclass(frozen=True)
 class Row:
-    """One row of S tokens; the arrays are read-only views into the shard."""
+    """A row of S tokens; the arrays are read-only views into the shard."""
 
     input_ids: Ids
     """int32[S]"""
@@ -27,7 +27,7 @@ class Row:
     starts: Mask
     """bool[S]: first token of a segment."""
     length: int
-    """Tokens that are not padding."""
+    """The number of tokens that are not padding."""
 
 
 class PackedRows:
@@ -43,7 +43,7 @@ class PackedRows:
     sequence_length: int
     packing: Packing
     sizes_and_weights: list[tuple[int, float]]
-    """Rows and weight of each directory; what :class:`Sampler` takes."""
+    """Rows and weight of each directory, as :class:`Sampler` takes them."""
     num_targets: npt.NDArray[np.int32]
     """int32[N]: loss terms of each row. Every worker has all of them, so that the global count of a batch needs no
     communication."""
@@ -65,8 +65,8 @@ class PackedRows:
             self._shards += shards
             self.sizes_and_weights.append((sum(len(shard) for shard in shards), weight))
         if len(kinds) > 1:
-            found = "; ".join(f"{path} has {length}, {packing}" for (length, packing), path in kinds.items())
-            raise DataError(f"sources of one run need one sequence_length and packing, but {found}.")
+            differences = "; ".join(f"{path} has {length}, {packing}" for (length, packing), path in kinds.items())
+            raise DataError(f"sources of one run need one sequence_length and packing, but {differences}.")
         ((self.sequence_length, self.packing),) = kinds
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self.num_targets = np.concatenate([shard.num_targets for shard in self._shards])
@@ -76,7 +76,7 @@ class PackedRows:
         return len(self.num_targets)
 
     def row(self, index: int) -> Row:
-        """Row ``index`` of all, 0 <= index < len(self)."""
+        """Return row ``index`` of all, 0 <= index < len(self)."""
         assert 0 <= index < len(self)
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[number]
@@ -85,7 +85,7 @@ class PackedRows:
 
 
 class _Shard:
-    """One Arrow IPC file with a single record batch."""
+    """An Arrow IPC file with a single record batch."""
 
     def __init__(self, path: Path) -> None:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)

@@ -1,4 +1,4 @@
-"""Encoded examples -> rows of exactly S tokens.
+"""Packs encoded examples into rows of exactly S tokens.
 
 Shapes: N rows, S = ``data.sequence_length`` tokens per row, T tokens of one example.
 
@@ -36,7 +36,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows ready to be stored, and what became of the examples."""
+    """Rows ready to be stored, and counts of the examples that did not fit."""
 
     input_ids: Ids
     """int32[N, S]"""
@@ -60,9 +60,9 @@ def pack(examples: Sequence[Encoded], sequence_length: int, packing: Packing, pa
     ``none``: one example per row. Rows without any target are left out.
     """
     if packing == "wrapped":
-        kept = [example for example in examples if example.targets[1:].any()]
-        rows = [[row] for row in _stream(kept, sequence_length)]
-        dropped, truncated = len(examples) - len(kept), 0
+        with_targets = [example for example in examples if example.targets[1:].any()]
+        rows = [[row] for row in _stream(with_targets, sequence_length)]
+        dropped, truncated = len(examples) - len(with_targets), 0
     else:
         fitted: list[Encoded] = []
         dropped = truncated = 0
@@ -95,7 +95,7 @@ def pack(examples: Sequence[Encoded], sequence_length: int, packing: Packing, pa
 
 
 def best_fit_decreasing(pieces: Sequence[Encoded], capacity: int) -> list[list[Encoded]]:
-    """Longest first, each into the fullest row that still has room; ties go by order. Each piece must fit a row."""
+    """Pack the longest first, each into the fullest row with room; ties go by order. Each piece must fit a row."""
     rows: list[list[Encoded]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending: the first one that is large enough fits best
     for index in sorted(range(len(pieces)), key=lambda i: (-len(pieces[i].input_ids), i)):
@@ -112,7 +112,7 @@ def best_fit_decreasing(pieces: Sequence[Encoded], capacity: int) -> list[list[E
 
 
 def _fit(example: Encoded, capacity: int) -> list[Encoded]:
-    """The example as pieces of at most ``capacity`` tokens: split if it may be, otherwise truncated."""
+    """Cut the example into pieces of at most ``capacity`` tokens: splits it if allowed, otherwise truncates it."""
     end = len(example.input_ids) if example.splittable else min(capacity, len(example.input_ids))
     return [
         Encoded(example.input_ids[at : min(at + capacity, end)], example.targets[at : min(at + capacity, end)], True)

@@ -1,4 +1,4 @@
-"""Which rows an optimizer step sees: a pure function of (seed, step, global batch).
+"""Samples the rows that an optimizer step sees, as a pure function of (seed, step, global batch).
 
 The order of rows is one endless sequence, epoch after epoch. Position p belongs to epoch ``p // epoch_size`` and step s
 takes positions ``[s * global_batch, (s + 1) * global_batch)``, so a batch may straddle epochs. The number of workers
@@ -19,7 +19,7 @@ RowIds = npt.NDArray[np.int64]
 
 
 class Sampler:
-    """Shuffled, weighted row ids by step.
+    """Gives shuffled, weighted row ids by step.
 
     One epoch takes ``round(weight * rows)`` rows of each source: whole repeats, and a random subset for the rest that
     is drawn afresh in every epoch.
@@ -52,12 +52,12 @@ class Sampler:
         return sum(self._counts)
 
     def steps_for(self, epochs: float) -> int:
-        """Steps that see at least ``epochs`` epochs; at least 1."""
+        """Count the steps that see at least ``epochs`` epochs; at least 1."""
         rows = max(1, round(epochs * self.epoch_size))
         return -(-rows // self._global_batch)
 
     def ids(self, step: int) -> RowIds:
-        """int64[global_batch]: row ids of optimizer step ``step`` >= 0."""
+        """Return int64[global_batch]: row ids of optimizer step ``step`` >= 0."""
         positions = np.arange(step * self._global_batch, (step + 1) * self._global_batch, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.epoch_size)
         needed = range(int(epochs[0]), int(epochs[-1]) + 1)
@@ -65,7 +65,7 @@ class Sampler:
         return np.concatenate([self._orders[epoch][offsets[epochs == epoch]] for epoch in needed])
 
     def _order(self, epoch: int) -> RowIds:
-        """int64[epoch_size]: the rows of one epoch in order."""
+        """Return int64[epoch_size]: the rows of one epoch in order."""
         generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
         parts: list[RowIds] = []
         first = 0

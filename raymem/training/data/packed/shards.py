@@ -1,4 +1,4 @@
-"""Tokenise and pack once: a source becomes a directory of shards named by its content.
+"""Tokenises and packs a source once, into a directory of shards named by its content.
 
 ``<cache_dir>/data/<key>/`` holds Arrow IPC files with one record batch each, which readers map into memory without a
 copy, and a manifest. The key covers everything that decides the rows and nothing else: not the path, the machine, or
@@ -33,7 +33,7 @@ from raymem.training.data.tokenizer import cached_tokenizer, load_tokenizer, tok
 from raymem.training.data.unread import line, unread
 
 SCHEMA_VERSION = 4
-"""Raise it with every change of what a shard holds for the same input."""
+"""Version of the shards; raise it with every change of a shard's contents for the same input."""
 BLOCK_ROWS = 2048
 _UNNAMED = ".writing-"
 _NO_COUNTS = ("shard", "unread", "noted", "reasons")
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """One block to be turned into one shard; small and picklable."""
+    """A block to be turned into one shard; small and picklable."""
 
     index: int
     block: Block
@@ -55,23 +55,23 @@ MapBlocks = Callable[[Callable[[Task], Counts], Sequence[Task]], list[Counts]]
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """One source as rows on disk."""
+    """A source as rows on disk."""
 
     directory: Path
     weight: float
-    """Times an epoch of training takes each row; what ``data.mix`` makes of the recipe's weights."""
+    """The number of times that an epoch takes each row, after ``data.mix``."""
     num_rows: int
     num_examples: int
     num_tokens: int
     """Tokens that are not padding."""
     num_targets: int
-    """Loss terms."""
+    """The number of loss terms."""
     dropped: int
     """Examples left out because nothing in them is to be predicted."""
     truncated: int
     """Examples that lost their end."""
     name: str | None = None
-    """Of the evaluation loss that it counts for."""
+    """The name of the evaluation loss that it counts for."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class Prepared:
 
     @property
     def directories(self) -> list[tuple[Path, float]]:
-        """What :class:`PackedRows` takes."""
+        """Directories and weights, as :class:`PackedRows` takes them."""
         return [(source.directory, source.weight) for source in self.sources]
 
 
 def serial(fn: Callable[[Task], Counts], tasks: Sequence[Task]) -> list[Counts]:
-    """The plain :data:`MapBlocks`: one block after another, in this process."""
+    """Map one block after another in this process: the plain :data:`MapBlocks`."""
     return [fn(task) for task in tasks]
 
 
@@ -100,7 +100,7 @@ def prepare(
     cache_dir: Path,
     map_blocks: MapBlocks = serial,
 ) -> Prepared:
-    """Rows of every source of ``split``, built where they do not exist yet.
+    """Return the rows of every source of ``split``, which are built where they do not exist yet.
 
     Args:
         tokenizer_path: local directory or Hugging Face id.
@@ -133,7 +133,7 @@ def prepare(
                 name=plan.source.name,
             )
         )
-        log.info("%s: %d rows in %s", plan.opened.place, facts["num_rows"], directory)
+        log.info("%s: %d rows in %s", plan.opened.where, facts["num_rows"], directory)
     if split == "train":
         weights = weights_in_rows(section.mix, [(s.num_rows, s.num_tokens, s.weight) for s in prepared])
         prepared = [replace(source, weight=weight) for source, weight in zip(prepared, weights, strict=True)]
@@ -144,7 +144,7 @@ def prepare(
 def source_keys(
     section: DataSection, split: Literal["train", "eval"], tokenizer_path: str, cache_dir: Path
 ) -> list[str]:
-    """The directory names that :func:`prepare` will use, in order.
+    """Return the directory names that :func:`prepare` will use, in order.
 
     With them a caller can first download ``<cache_dir>/data/<key>/`` from where another node has put it.
     """
@@ -153,7 +153,7 @@ def source_keys(
 
 @dataclass(frozen=True)
 class EncodeSpec:
-    """What every task of a source has in common; small and picklable."""
+    """The part that every task of a source shares; small and picklable."""
 
     tokenizer_path: str
     tokenizer_key: str
@@ -180,9 +180,9 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
     tokenizer_hash = tokenizer_key(tokenizer)
     plans: list[_Plan] = []
     for index, source in enumerate(sources):
-        place = section.place(split, index)
-        opened = open_source(source, place, cache_dir, BLOCK_ROWS)
-        row_format = resolve_format(source, opened.first_row, place)
+        where = section.path_of(split, index)
+        opened = open_source(source, where, cache_dir, BLOCK_ROWS)
+        row_format = resolve_format(source, opened.first_row, where)
         recipe = EncodeSpec(
             tokenizer_path,
             tokenizer_hash,
@@ -211,16 +211,16 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
 
 
 def _warn_if_trained_on(plan: _Plan, section: DataSection, cache_dir: Path) -> None:
-    train = [(section.place("train", index), source) for index, source in enumerate(section.train)]
+    train = [(section.path_of("train", index), source) for index, source in enumerate(section.train)]
     if shared := also_trained_on(plan.opened, plan.source, train, cache_dir, BLOCK_ROWS):
-        log.warning("%s is also trained on, so its loss says nothing about other data (%s)", plan.opened.place, shared)
+        log.warning("%s is also trained on, so its loss says nothing about other data (%s)", plan.opened.where, shared)
 
 
 def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any]:
     """Write all shards of a source into ``directory`` and return the facts for its manifest."""
-    place = plan.opened.place
+    where = plan.opened.where
     tasks = [Task(index, block) for index, block in enumerate(plan.opened.blocks)]
-    log.info("%s: tokenising %d blocks of up to %d rows", place, len(tasks), BLOCK_ROWS)
+    log.info("%s: tokenising %d blocks of up to %d rows", where, len(tasks), BLOCK_ROWS)
     results = map_blocks(partial(write_shard, plan.recipe, str(directory)), tasks)
     plan.opened.check_unchanged()
     for left in directory.glob(f"{_UNNAMED}*"):  # by tasks that were killed
@@ -237,13 +237,13 @@ def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any
         sum((Counter(result[name]) for result in results), Counter[str]()) for name in ("unread", "noted", "reasons")
     )
     if beside:
-        log.warning("%s", line(place, beside))
+        log.warning("%s", line(where, beside))
     for note, count in noted.items():
-        log.warning("%s: %s", place, note.format(count=count, turns=totals["num_turns"]))
+        log.warning("%s: %s", where, note.format(count=count, turns=totals["num_turns"]))
     why = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
     if not shards:
         raise DataError(
-            f"{place}.path={plan.source.path!r}: none of its {totals['num_examples']} examples has a token to predict "
+            f"{where}.path={plan.source.path!r}: none of its {totals['num_examples']} examples has a token to predict "
             f"within data.sequence_length={plan.recipe.sequence_length}: raise it, or mend the data ({why})."
         )
     too_long = f"longer than data.sequence_length={plan.recipe.sequence_length}"
@@ -252,7 +252,7 @@ def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any
         ("truncated", too_long),
     ):
         if totals[name]:
-            log.warning("%s: %d of %d examples %s: %s", place, totals[name], totals["num_examples"], name, reason)
+            log.warning("%s: %d of %d examples %s: %s", where, totals[name], totals["num_examples"], name, reason)
     return {
         **totals,
         "unread": dict(beside),
@@ -278,9 +278,9 @@ def write_shard(recipe: EncodeSpec, directory: str, task: Task) -> Counts:
     read: list[Example] = []
     places: list[str] = []
     beside: Counter[str] = Counter()
-    for place, row in read_block(task.block):
-        read.append(to_example(row, recipe.row_format, recipe.columns, place, calls=calls))
-        places.append(place)
+    for where, row in read_block(task.block):
+        read.append(to_example(row, recipe.row_format, recipe.columns, where, calls=calls))
+        places.append(where)
         beside.update(unread(row, recipe.row_format, recipe.columns, encoder.in_template))
     encoded = encoder.encode(read, places)
     reasons = Counter(

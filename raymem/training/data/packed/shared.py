@@ -1,4 +1,4 @@
-"""Where prepared data lies, and how it comes to a worker's node."""
+"""Finds prepared data, and brings it to a worker's node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CACHE = "cache"
 
 
 def cache_dir(storage: Storage) -> Path:
-    """Where prepared data lies as plain files: in the storage itself, or for an object store on local disk."""
+    """Return where prepared data lies as plain files: in the storage itself, or for an object store on local disk."""
     if storage.is_local:
         return Path(storage.join(CACHE))
     directory = Path(tempfile.gettempdir()) / f"raymem-cache-{os.getuid()}"
@@ -28,12 +28,12 @@ def cache_dir(storage: Storage) -> Path:
 
 
 def to_dict(prepared: Prepared) -> dict[str, Any]:
-    """Plain data, for a worker's config."""
+    """Return plain data, for a worker's config."""
     return {"key": prepared.key, "sources": [{**asdict(s), "directory": str(s.directory)} for s in prepared.sources]}
 
 
 def localise(plain: dict[str, Any], storage: Storage) -> Prepared:
-    """The inverse of :func:`to_dict` on a worker's node, fetching from an object store what its disk lacks.
+    """Invert :func:`to_dict` on a worker's node; what its disk lacks is fetched from the object store.
 
     Raises:
         StorageError: it cannot be fetched, or a file has another hash than its manifest says.

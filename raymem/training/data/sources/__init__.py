@@ -1,4 +1,4 @@
-"""Where examples come from: the files or the data set that a recipe's source names, and what tells them apart."""
+"""Finds the files or the data set that a recipe's source names, and identifies their contents."""
 
 from raymem.training.data.sources.opened import OpenedSource, open_source
 

@@ -1,4 +1,4 @@
-"""Plain local files of what is compressed or lies elsewhere, made once under ``<cache_dir>/sources/``.
+"""Makes plain local files of compressed and remote ones, once, under ``<cache_dir>/sources/``.
 
 A compressed file cannot be entered in the middle, and a remote one not as often as a block is read. Both become plain
 copies under a key of their contents; the copies may be deleted whenever no run is being prepared.
@@ -30,12 +30,12 @@ class LocalFile:
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """The name of the file in messages."""
         return str(self.path)
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.path.stat().st_size
 
 
@@ -43,12 +43,12 @@ SourceFile = LocalFile | RemoteFile
 
 
 def codec(name: str) -> str | None:
-    """The codec of a compressed file, by its suffix."""
+    """Return the codec of a compressed file, by its suffix."""
     return next((codec for suffix, codec in COMPRESSIONS.items() if name.endswith(suffix)), None)
 
 
-def plain_copy(file: SourceFile, place: str, cache_dir: Path) -> Path:
-    """A local file with the plain bytes of ``file``, which may be the file itself.
+def plain_copy(file: SourceFile, where: str, cache_dir: Path) -> Path:
+    """Return a local file with the plain bytes of ``file``, which may be the file itself.
 
     Raises:
         DataError: it cannot be fetched, changes meanwhile, or is damaged; nothing of it is kept.
@@ -58,7 +58,7 @@ def plain_copy(file: SourceFile, place: str, cache_dir: Path) -> Path:
         return file.path
     if isinstance(file, RemoteFile):
         key = ["fetched", file.uri, file.version, file.size]
-        write = partial(_fetch, file, place)
+        write = partial(_fetch, file, where)
     else:
         key = ["unpacked", content_digest(file.path, cache_dir)]
         write = partial(_unpack_local, file)
@@ -69,13 +69,13 @@ def plain_copy(file: SourceFile, place: str, cache_dir: Path) -> Path:
 
 
 def _plain_name(name: str) -> str:
-    """``data.jsonl`` for ``s3://bucket/x.jsonl.gz``."""
+    """Name a copy: ``data.jsonl`` for ``s3://bucket/x.jsonl.gz``."""
     parts = name.rsplit("/", 1)[-1].split(".")
     return f"data.{parts[-1] if codec(name) is None else parts[-2]}"
 
 
-def _fetch(file: RemoteFile, place: str, directory: Path) -> dict[str, Any]:
-    remote = RemoteDirectory(file.uri, place)
+def _fetch(file: RemoteFile, where: str, directory: Path) -> dict[str, Any]:
+    remote = RemoteDirectory(file.uri, where)
     raw = directory / ("raw" if codec(file.name) else _plain_name(file.name))
     fetched = 0
     with raw.open("wb") as out:
@@ -101,7 +101,7 @@ def _unpack(packed: Path, name: str, directory: Path) -> None:
 
 
 def _unpacked(packed: Path, name: str) -> Iterator[bytes]:
-    """The plain bytes of a compressed file.
+    """Yield the plain bytes of a compressed file.
 
     Raises:
         DataError: it is damaged or cut off, or is no such file at all.

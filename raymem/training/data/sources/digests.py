@@ -1,4 +1,4 @@
-"""Content hashes and block indices of files, remembered so that gigabytes are read once.
+"""Remembers content hashes and block indices of files, so that gigabytes are read once.
 
 A file that looks untouched has the contents that it had. What it looks like is its path, size, inode and the times of
 its last modification and change; after a move, its device, inode, size and modification time. The content hash alone
@@ -22,11 +22,11 @@ from raymem.training.data.readers import BLOCK_BYTES, FileBlock, index_file
 FOLDER = "digests"
 _VERSION = 1
 _SETTLED_NS = 2_000_000_000
-"""A file that was written less than this before it was read may be written again within one tick of its clock."""
+"""Age below which a file may be written again within the same tick of its clock, so that its times do not show it."""
 
 
 def index_of(path: Path, name: str, cache_dir: Path, block_rows: int) -> tuple[str, list[FileBlock]]:
-    """SHA-256 and blocks of a plain file.
+    """Return SHA-256 and blocks of a plain file.
 
     Args:
         name: what to call it in errors.
@@ -46,7 +46,7 @@ def index_of(path: Path, name: str, cache_dir: Path, block_rows: int) -> tuple[s
 
 
 def content_digest(path: Path, cache_dir: Path) -> str:
-    """SHA-256 of a file's bytes as they are.
+    """Return SHA-256 of a file's bytes as they are.
 
     Raises:
         DataError: it cannot be read, or changes meanwhile.
@@ -63,7 +63,7 @@ def content_digest(path: Path, cache_dir: Path) -> str:
 
 
 def stamp(path: Path, name: str) -> dict[str, Any]:
-    """What a file looks like from outside.
+    """Return the outward facts of a file: path, size, inode and times.
 
     Raises:
         DataError: it is gone, or cannot be looked at.
@@ -83,7 +83,7 @@ def stamp(path: Path, name: str) -> dict[str, Any]:
 
 
 def is_rewritten(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a file was written or replaced between two looks at it; new permissions or links do not matter."""
+    """Say whether a file was written or replaced between two looks; new permissions or links do not matter."""
     return any(then[key] != now[key] for key in ("size", "mtime_ns", "inode"))
 
 
@@ -96,7 +96,7 @@ def _keys(looks: dict[str, Any], kind: list[Any]) -> list[str]:
 
 
 def _recall(path: Path, kind: list[Any], cache_dir: Path) -> Any:
-    """What was remembered of a file that looks as it did then, or None."""
+    """Return the remembered record of a file that looks as it did then, or None."""
     try:
         now = stamp(path, str(path))
         for key in _keys(now, kind):

@@ -1,4 +1,4 @@
-"""A recipe's :class:`Source` -> what it contains (identity) and the blocks to read it by."""
+"""Opens a recipe's :class:`Source`: finds its identity, and the blocks to read it by."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 class OpenedSource:
     """A source that exists and has rows."""
 
-    place: str
-    """Where the recipe names it, for example ``data.train[0]``."""
+    where: str
+    """The path in the recipe, for example ``data.train[0]``."""
     identity: list[str]
-    """What tells its contents apart from any other: one content hash per file, or the data set's fingerprint."""
+    """The identity of its contents: one content hash per file, or the data set's fingerprint."""
     blocks: list[Block]
     first_place: str
     first_row: Row
     files: tuple[SourceFile, ...] = ()
-    """None for a Hugging Face id."""
+    """Its files; None for a Hugging Face id."""
     looks: list[dict[str, Any]] = field(default_factory=list)
-    """What the plain files looked like from outside when they were indexed."""
+    """The outward facts of the plain files when they were indexed."""
 
     def check_unchanged(self) -> None:
-        """Refuse what was read meanwhile if a file is not what it was: its rows would go by the name of others.
+        """Refuse rows read meanwhile if a file has changed: they would be stored under the identity of other rows.
 
         Raises:
             DataError: a file was written, or is gone.
@@ -50,7 +50,7 @@ class OpenedSource:
                 raise DataError(f"{then['path']} changed while it was prepared: run again when it is complete.")
 
 
-def open_source(source: Source, place: str, cache_dir: Path, block_rows: int) -> OpenedSource:
+def open_source(source: Source, where: str, cache_dir: Path, block_rows: int) -> OpenedSource:
     """Find a source, hash it and cut it into blocks of at most ``block_rows`` rows.
 
     Raises:
@@ -66,28 +66,28 @@ def open_source(source: Source, place: str, cache_dir: Path, block_rows: int) ->
         identity = ["hub", source.path, source.subset or "", split, source.revision or "", fingerprint]
         blocks = [*hub_blocks]
     else:
-        files = tuple(files_of(source, place, cache_dir))
+        files = tuple(files_of(source, where, cache_dir))
         identity, blocks = [], []
         for file in files:
-            path = plain_copy(file, place, cache_dir)
+            path = plain_copy(file, where, cache_dir)
             looks.append(stamp(path, file.name))
             content, file_blocks = index_of(path, file.name, cache_dir, block_rows)
             identity.append(content)
             blocks += file_blocks
-        _warn_of_doubles(place, files, identity)
+        _warn_of_doubles(where, files, identity)
     if not blocks:
-        raise DataError(f"{place}.path={source.path!r} has no rows: give it at least one example.")
+        raise DataError(f"{where}.path={source.path!r} has no rows: give it at least one example.")
     first_place, first_row = next(iter(read_block(blocks[0])))
-    return OpenedSource(place, identity, blocks, first_place, first_row, files, looks)
+    return OpenedSource(where, identity, blocks, first_place, first_row, files, looks)
 
 
 def is_hub(source: Source) -> bool:
-    """Whether a source is an id of the Hugging Face hub, rather than files."""
+    """Say whether a source is an id of the Hugging Face hub, rather than files."""
     return not (source.path.startswith("demo:") or "://" in source.path or is_local(source.path))
 
 
-def files_of(source: Source, place: str, cache_dir: Path) -> list[SourceFile]:
-    """The files that a source consists of; none of them is read.
+def files_of(source: Source, where: str, cache_dir: Path) -> list[SourceFile]:
+    """List the files that a source consists of; none of them is read.
 
     Raises:
         DataError: there is none, they are of no known kind, or they do not say which of them make its split.
@@ -95,26 +95,26 @@ def files_of(source: Source, place: str, cache_dir: Path) -> list[SourceFile]:
     for option in ("subset", "revision"):
         if getattr(source, option) is not None:
             raise DataError(
-                f"{place}.{option}={getattr(source, option)!r} means something for a Hugging Face id only: leave it "
+                f"{where}.{option}={getattr(source, option)!r} means something for a Hugging Face id only: leave it "
                 f"out, or write it into the path (a folder, or hf://datasets/<owner>/<name>@<revision>/...)."
             )
     if source.path.startswith("demo:"):
-        return [LocalFile(_demo_file(source, place, cache_dir))]
-    named = f"{place}.path={source.path!r}"
+        return [LocalFile(_demo_file(source, where, cache_dir))]
+    named = f"{where}.path={source.path!r}"
     if "://" in source.path:
-        remote = RemoteDirectory(source.path, place)
+        remote = RemoteDirectory(source.path, where)
         if remote.is_file():
             file = remote.file()
-            _check_file(file.name, source, place)
+            _check_file(file.name, source, where)
             return [file]
         names = _some(data_files(remote.entries), named)
         directory = shown(source.path).rstrip("/").rpartition("/")[2]
-        return [remote.file(name) for name in choose(names, source.split, place, directory)]
+        return [remote.file(name) for name in choose(names, source.split, where, directory)]
     path = Path(source.path).expanduser().absolute()
     if not path.exists():
         raise DataError(f"{named} does not exist{_hint(path)}")
     if not path.is_dir():
-        _check_file(str(path), source, place)
+        _check_file(str(path), source, where)
         return [LocalFile(path)]
 
     def entries(folder: str) -> Iterator[tuple[str, bool]]:
@@ -126,21 +126,21 @@ def files_of(source: Source, place: str, cache_dir: Path) -> list[SourceFile]:
             ) from error
 
     names = _some(data_files(entries), named)
-    return [LocalFile(path / name) for name in choose(names, source.split, place, path.name)]
+    return [LocalFile(path / name) for name in choose(names, source.split, where, path.name)]
 
 
-def _warn_of_doubles(place: str, files: Sequence[SourceFile], contents: Sequence[str]) -> None:
-    """Both a file and its compressed copy in a directory, for instance."""
+def _warn_of_doubles(where: str, files: Sequence[SourceFile], contents: Sequence[str]) -> None:
+    """Warns of files with the same contents, such as a file and its compressed copy in a directory."""
     first: dict[str, str] = {}
     for file, content in zip(files, contents, strict=True):
         if (other := first.setdefault(content, file.name)) != file.name:
-            log.warning("%s: %s and %s have the same contents, and both are read", place, other, file.name)
+            log.warning("%s: %s and %s have the same contents, and both are read", where, other, file.name)
 
 
-def _check_file(name: str, source: Source, place: str) -> None:
+def _check_file(name: str, source: Source, where: str) -> None:
     if not name.endswith(DATA_SUFFIXES):
-        raise DataError(f"{place}.path={source.path!r} is no known kind of file: use one of {DATA_FILES}.")
-    check_single("/".join(name.split("/")[-2:]), source.split, place)
+        raise DataError(f"{where}.path={source.path!r} is no known kind of file: use one of {DATA_FILES}.")
+    check_single("/".join(name.split("/")[-2:]), source.split, where)
 
 
 def _some(names: list[str], named: str) -> list[str]:
@@ -152,22 +152,22 @@ def _some(names: list[str], named: str) -> list[str]:
     return names
 
 
-def _demo_file(source: Source, place: str, cache_dir: Path) -> Path:
+def _demo_file(source: Source, where: str, cache_dir: Path) -> Path:
     # Here, because the demo itself is built on this package and may be imported first.
     from raymem.training.data.demo import CORPORA, SPLITS, ensure_demo
 
     corpus, split = source.path.removeprefix("demo:"), source.split or _DEFAULT_SPLIT
     if corpus not in CORPORA:
         raise DataError(
-            f"{place}.path={source.path!r} is no demo data: use {' or '.join(f'demo:{c}' for c in CORPORA)}."
+            f"{where}.path={source.path!r} is no demo data: use {' or '.join(f'demo:{c}' for c in CORPORA)}."
         )
     if split not in SPLITS:
-        raise DataError(f"{place}.split={source.split!r} is no split of the demo data: use {' or '.join(SPLITS)}.")
+        raise DataError(f"{where}.split={source.split!r} is no split of the demo data: use {' or '.join(SPLITS)}.")
     return ensure_demo(cache_dir).corpus(corpus, split)
 
 
 def _hint(path: Path) -> str:
-    """'; the nearest ...' for a missing path, as far as the file system can tell."""
+    """Return '; the nearest ...' for a missing path, as far as the file system can tell."""
     parent = path.parent
     if not parent.is_dir():
         return f", nor does its directory {parent}: check the path."

@@ -1,4 +1,4 @@
-"""Whether what is evaluated on is trained on too: by contents, whatever the paths."""
+"""Finds evaluation data that is trained on too, by contents, whatever the paths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def also_trained_on(
     evaluated: OpenedSource, source: Source, train: Sequence[tuple[str, Source]], cache_dir: Path, block_rows: int
 ) -> str | None:
-    """Names of contents that an evaluation source shares with training sources, or None.
+    """Describe the contents that an evaluation source shares with training sources, or None.
 
     Training files whose size rules out that they are the same are not read. Sources that cannot be read are left to
     whoever trains on them.
@@ -28,32 +28,32 @@ def also_trained_on(
         train: place and source of each.
     """
     shared: list[str] = []
-    for place, trained in train:
+    for where, trained in train:
         try:
             if is_hub(trained):
                 if is_hub(source) and trained.path == source.path and _fingerprint(trained) == evaluated.identity[-1]:
-                    shared.append(f"the same rows as {place}")
+                    shared.append(f"the same rows as {where}")
             elif evaluated.files:
-                shared += _shared_files(evaluated, place, files_of(trained, place, cache_dir), cache_dir, block_rows)
+                shared += _shared_files(evaluated, where, files_of(trained, where, cache_dir), cache_dir, block_rows)
         except RaymemError as error:
-            log.debug("%s cannot be compared with %s: %s", place, evaluated.place, error)
+            log.debug("%s cannot be compared with %s: %s", where, evaluated.where, error)
     return "; ".join(shared) or None
 
 
 def _shared_files(
-    evaluated: OpenedSource, place: str, files: Sequence[SourceFile], cache_dir: Path, block_rows: int
+    evaluated: OpenedSource, where: str, files: Sequence[SourceFile], cache_dir: Path, block_rows: int
 ) -> Iterator[str]:
     by_content = dict(zip(evaluated.identity, evaluated.files, strict=True))
     for file in files:
         if any(_may_be_same(file, other) for other in evaluated.files):
-            content, _ = index_of(plain_copy(file, place, cache_dir), file.name, cache_dir, block_rows)
+            content, _ = index_of(plain_copy(file, where, cache_dir), file.name, cache_dir, block_rows)
             if (other := by_content.get(content)) is not None:
                 alike = "is" if other.name == file.name else f"has the contents of {file.name},"
-                yield f"{other.name} {alike} a file of {place}"
+                yield f"{other.name} {alike} a file of {where}"
 
 
 def _may_be_same(trained: SourceFile, evaluated: SourceFile) -> bool:
-    """Sizes decide where they can be compared; what is not here is not fetched for less."""
+    """Say whether two files may be the same: sizes decide where known, since nothing is fetched for a comparison."""
     if codec(trained.name) == codec(evaluated.name):
         return trained.size == evaluated.size > 0
     return isinstance(trained, LocalFile)

@@ -1,4 +1,4 @@
-"""Files on object stores and on the Hugging Face hub: what lies there, which version of it, and its bytes.
+"""Lists and reads files, in their versions, on object stores and on the Hugging Face hub.
 
 ``s3://`` and ``gs://`` go through Arrow, as storage does; ``hf://datasets/...`` through huggingface_hub.
 """
@@ -20,43 +20,43 @@ _CHECK = "check the path, and that this process may read it"
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One object."""
+    """A file on an object store or on the hub."""
 
     uri: str
-    """With the options of the URI that the recipe names."""
+    """The URI, with the options of the one that the recipe names."""
     size: int
     version: str
-    """Differs whenever the contents do: an ETag, a generation, the id of a blob."""
+    """The version, which differs whenever the contents do: an ETag, a generation, the id of a blob."""
 
     @property
     def name(self) -> str:
-        """What to call it in messages: the URI without its options."""
+        """The name of the file in messages: the URI without its options."""
         return shown(self.uri)
 
 
 class RemoteDirectory:
-    """What a URI names, a file or a directory.
+    """A file or a directory that a URI names.
 
     Args:
-        place: where the recipe names it, for errors.
+        where: where the recipe names it, for errors.
 
     Raises:
         DataError: unknown scheme, secrets in the URI, or it cannot be opened.
     """
 
-    def __init__(self, uri: str, place: str) -> None:
+    def __init__(self, uri: str, where: str) -> None:
         parts = urlsplit(uri)
-        self._uri, self._place = uri, place
+        self._uri, self._where = uri, where
         if parts.scheme not in SCHEMES:
             raise DataError(
-                f"{place}.path={uri!r}: data are not read from {parts.scheme}://: use s3://, gs://, hf://datasets/..., "
+                f"{where}.path={uri!r}: data are not read from {parts.scheme}://: use s3://, gs://, hf://datasets/..., "
                 f"or copy them to a path that every node sees."
             )
         if parts.scheme == "hf" and parts.netloc != "datasets":
-            raise DataError(f"{place}.path={uri!r}: write hf://datasets/<owner>/<name>, with @<revision> if need be.")
+            raise DataError(f"{where}.path={uri!r}: write hf://datasets/<owner>/<name>, with @<revision> if need be.")
         if parts.scheme != "hf" and parts.username not in (None, "anonymous"):
             raise DataError(
-                f"{place}.path: {parts.scheme}:// with a user or key before the @ would write credentials into logs: "
+                f"{where}.path: {parts.scheme}:// with a user or key before the @ would write credentials into logs: "
                 f"take them out and use the environment or the role of the machine."
             )
         self._is_hub = parts.scheme == "hf"
@@ -74,7 +74,7 @@ class RemoteDirectory:
                 self._root = root.rstrip("/")
 
     def is_file(self) -> bool:
-        """Whether the URI names a file; False for a directory.
+        """Say whether the URI names a file; False for a directory.
 
         Raises:
             DataError: there is nothing, or it cannot be told.
@@ -86,23 +86,23 @@ class RemoteDirectory:
 
             kind = self._filesystem.get_file_info(self._root).type
         if kind == fs.FileType.NotFound:
-            raise DataError(f"{self._place}.path={self._uri!r} does not exist: {_CHECK}.")
+            raise DataError(f"{self._where}.path={self._uri!r} does not exist: {_CHECK}.")
         return bool(kind == fs.FileType.File)
 
     def entries(self, folder: str) -> list[tuple[str, bool]]:
-        """(name, is a folder) of what lies directly in a folder below the directory."""
+        """List (name, is a folder) of the entries directly in a folder below the directory."""
         at = f"{self._root}/{folder}" if folder else self._root
         with self._explained():
             if self._is_hub:
-                found = self._filesystem.ls(at, detail=True)
-                return [(item["name"].rsplit("/", 1)[-1], item["type"] == "directory") for item in found]
+                entries = self._filesystem.ls(at, detail=True)
+                return [(item["name"].rsplit("/", 1)[-1], item["type"] == "directory") for item in entries]
             from pyarrow import fs
 
             infos = self._filesystem.get_file_info(fs.FileSelector(at))
             return [(info.base_name, info.type == fs.FileType.Directory) for info in infos]
 
     def file(self, name: str = "") -> RemoteFile:
-        """A file below the directory, or the file itself, as it is now."""
+        """Return a file below the directory, or the file itself, as it is now."""
         at = f"{self._root}/{name}" if name else self._root
         uri = below(self._uri, name)
         with self._explained():
@@ -118,7 +118,7 @@ class RemoteDirectory:
             return RemoteFile(uri, size, f"mtime={self._filesystem.get_file_info(at).mtime_ns}")
 
     def chunks(self, chunk_bytes: int) -> Iterator[bytes]:
-        """The bytes of the file that the URI names."""
+        """Yield the bytes of the file that the URI names."""
         with self._explained():
             if self._is_hub:
                 opened = self._filesystem.open(self._root, block_size=0)  # one stream, not many ranges
@@ -137,12 +137,12 @@ class RemoteDirectory:
         except Exception as error:  # both libraries raise many types
             words, cure = _hub_cause(error) if self._is_hub else cause(error)
             raise DataError(
-                f"{self._place}.path={shown(self._uri)!r} cannot be read ({words}): {cure or _CHECK}."
+                f"{self._where}.path={shown(self._uri)!r} cannot be read ({words}): {cure or _CHECK}."
             ) from error
 
 
 def below(uri: str, name: str) -> str:
-    """The URI of something below another; options stay."""
+    """Return the URI of something below another; options stay."""
     if not name:
         return uri
     if uri.startswith("hf://"):
@@ -152,7 +152,7 @@ def below(uri: str, name: str) -> str:
 
 
 def shown(uri: str) -> str:
-    """A URI without its options."""
+    """Return a URI without its options."""
     return uri if uri.startswith("hf://") else urlunsplit(urlsplit(uri)._replace(query="", fragment=""))
 
 

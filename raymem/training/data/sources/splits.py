@@ -1,4 +1,4 @@
-"""Which files of a directory make a split: by their names, as on the Hugging Face hub."""
+"""Chooses the files of a directory that make a split by their names, as the Hugging Face hub does."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _ALIASES = {
 _SPLIT_OF_WORD = {word: split for split, words in _ALIASES.items() for word in words}
 _SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?!\d)")
 _BESIDE_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""What the library ``datasets`` writes beside data files."""
+"""Files that the library ``datasets`` writes beside data files."""
 
 Entries = Callable[[str], Iterable[tuple[str, bool]]]
-"""Relative folder ("" is the directory itself) -> (name, is a folder) of what lies directly in it."""
+"""Lists (name, is a folder) of the entries in a relative folder; "" is the directory itself."""
 
 
 def data_files(entries: Entries) -> list[str]:
-    """Relative names, sorted, of the data files of a directory.
+    """List the relative names, sorted, of the data files of a directory.
 
     They lie directly in it or in its ``data/``, or anywhere in a folder there that is named after a split.
     """
@@ -47,7 +47,7 @@ def data_files(entries: Entries) -> list[str]:
 
 
 def split_of(name: str) -> str | None:
-    """The word by which a file's relative name says its split; None where it says none, or several.
+    """Return the word by which a file's relative name says its split; None where it says none, or several.
 
     ``train_sft-00000-of-00002.parquet`` says train_sft; else a folder says it (``test/a.csv``), else the file does
     (``my-dev.jsonl``).
@@ -61,11 +61,11 @@ def split_of(name: str) -> str | None:
     return None
 
 
-def choose(names: Sequence[str], split: str | None, place: str, directory: str) -> list[str]:
-    """Those of a directory's files that make ``split``; None stands for ``train`` where files of several splits lie.
+def choose(names: Sequence[str], split: str | None, where: str, directory: str) -> list[str]:
+    """Choose the files of a directory that make ``split``; None stands for ``train`` where there are several splits.
 
     Args:
-        place: where the recipe names the directory.
+        where: where the recipe names the directory.
         directory: its own name, which may be that of a split.
 
     Raises:
@@ -78,7 +78,7 @@ def choose(names: Sequence[str], split: str | None, place: str, directory: str) 
         if split is None or _canonical(split) == "train" or _canonical(split) in map(_canonical, _words(directory)):
             return list(names)
         raise DataError(
-            f"{place}.split={split!r}: its files do not say of which split they are ({_listed(names)}): name them for "
+            f"{where}.split={split!r}: its files do not say of which split they are ({_listed(names)}): name them for "
             f"it (test.jsonl, test-00000-of-00001.parquet, test/...), or give the path of the right file and leave "
             f"split out."
         )
@@ -86,7 +86,7 @@ def choose(names: Sequence[str], split: str | None, place: str, directory: str) 
         return list(names)
     if silent:
         raise DataError(
-            f"{place} holds files of the splits {', '.join(said)}, but {_listed(silent)} does not say of which it is: "
+            f"{where} holds files of the splits {', '.join(said)}, but {_listed(silent)} does not say of which it is: "
             f"rename it (train-more.jsonl), or give the paths of the files themselves."
         )
     asked = "train" if split is None else split
@@ -94,13 +94,13 @@ def choose(names: Sequence[str], split: str | None, place: str, directory: str) 
     exact = [name for name in names if words[name] == asked] if split is not None else []
     if not of_split:
         which = "and none that says train" if split is None else f"not {split!r}"
-        raise DataError(f"{place} holds files of the splits {', '.join(said)}, {which}: set its split to one of them.")
+        raise DataError(f"{where} holds files of the splits {', '.join(said)}, {which}: set its split to one of them.")
     if not exact and split is not None and len(several := sorted({str(words[name]) for name in of_split})) > 1:
-        raise DataError(f"{place}.split={split!r} may mean {' or '.join(several)} there: set split to one of them.")
+        raise DataError(f"{where}.split={split!r} may mean {' or '.join(several)} there: set split to one of them.")
     return exact or of_split
 
 
-def check_single(name: str, split: str | None, place: str) -> None:
+def check_single(name: str, split: str | None, where: str) -> None:
     """Refuse the split of a single file that is not the one that its name says.
 
     Raises:
@@ -110,7 +110,7 @@ def check_single(name: str, split: str | None, place: str) -> None:
     if split is None or _canonical(split) == ("train" if word is None else _canonical(word)):
         return
     says = "a single file, which has no splits" if word is None else f"a file of split {word!r} by its name"
-    raise DataError(f"{place}.split={split!r}, but the path is {says}: leave split out, or give a directory.")
+    raise DataError(f"{where}.split={split!r}, but the path is {says}: leave split out, or give a directory.")
 
 
 def _canonical(split: str) -> str:
@@ -118,7 +118,7 @@ def _canonical(split: str) -> str:
 
 
 def _words(part: str) -> set[str]:
-    """Names of splits in a part of a path, set off as the Hugging Face hub wants it."""
+    """Find names of splits in a part of a path, set off as the Hugging Face hub wants it."""
     return {word for word in re.split(r"[-._ 0-9]+", part.lower()) if word in _SPLIT_OF_WORD}
 
 
