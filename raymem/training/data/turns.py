@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from raymem.errors import DataError
 
@@ -134,6 +134,21 @@ def with_arguments(messages: list[dict[str, Any]], *, as_text: bool) -> list[dic
         m | {"tool_calls": [changed(call) for call in m["tool_calls"]]} if isinstance(m.get("tool_calls"), list) else m
         for m in messages
     ]
+
+
+def miswritten_arguments(messages: Sequence[dict[str, Any]], text: str) -> Literal["text", "object"] | None:
+    """The form in which calls have arguments that ``text``, a rendering, holds quoted once more or as Python does."""
+    for said in messages:
+        for call in calls if isinstance(calls := said.get("tool_calls"), list) else []:
+            function: Any = call.get("function") if isinstance(call, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(arguments, str):
+                escaped = json.dumps(arguments, ensure_ascii=False)
+                if escaped[1:-1] != arguments and escaped in text:
+                    return "text"
+            elif arguments and str(arguments) != json.dumps(arguments, ensure_ascii=False) and str(arguments) in text:
+                return "object"
+    return None
 
 
 def schemas(value: Any, place: str) -> list[dict[str, Any]] | None:

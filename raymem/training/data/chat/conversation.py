@@ -23,8 +23,9 @@ from typing import Any, Literal
 
 from raymem.errors import DataError, ModelError
 from raymem.training.data.chat.template import Span, Template, Turn
-from raymem.training.data.chat.thoughts import follow, is_doubled, reasoning_of, split_off
+from raymem.training.data.chat.thoughts import follow, is_doubled, reasoning_of, split_off, written_thought
 from raymem.training.data.formats import Messages
+from raymem.training.data.turns import miswritten_arguments
 
 Piece = tuple[str, bool]
 """A text, and whether its tokens are to be predicted."""
@@ -36,6 +37,17 @@ UNSAID = (
     "{count} of {turns} assistant turns bring reasoning that the chat template does not write there, so it is not "
     "trained: use a template that does"
 )
+EMPTY = "{count} turns of the assistant say nothing, so they are not trained; {turns} are"
+MISWRITTEN = {
+    "text": (
+        "in {count} conversations the chat template writes the arguments of calls, which are JSON text, as an escaped "
+        "string: give them as objects"
+    ),
+    "object": (
+        "in {count} conversations the chat template writes the arguments of calls, which are objects, as Python and "
+        "not as JSON: give them as JSON text"
+    ),
+}
 
 _FEW = 4
 """Up to so many turns, rendering each with all that precedes it costs no more than looking for a shorter way."""
@@ -64,7 +76,7 @@ class Chat:
         self._template = template
         self._only_last = turns == "last"
         self.noted: Counter[str] = Counter()
-        """How often something happened that is worth a warning: :data:`UNSTOPPED`, :data:`UNSAID`."""
+        """How often something happened that is worth a warning: such as :data:`UNSTOPPED`."""
         self.num_turns = 0
         """Assistant turns that became targets."""
 
@@ -87,24 +99,34 @@ class Chat:
         if template.has_marks:
             text, spans = template.marked(messages, tools, place)
             if spans:
+                self._note_arguments(messages, text)
                 spans = self._of_learned(spans, messages, learned, tools, place)
                 marked = "".join(text[begin:end] for begin, end in spans)
                 if lacking := sum(self._lacks_reasoning(messages[i], marked) for i in learned):
                     self.noted[UNSAID] += lacking
                 return [self._between(text, spans)]
         full = template.whole(messages, tools, place)
+        self._note_arguments(messages, full)
         turns = self._turns(messages, learned, full, tools, place)
         return self._joined(turns, full, lambda end: self._template.whole(messages[:end], tools, place), len(messages))
 
     def _learned(self, example: Messages, messages: Sequence[Turn]) -> list[int]:
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         answers = answers[-1:] if self._only_last else answers
-        return [i for i in answers if i not in example.silent and not self._is_lost(example.messages[i])]
+        answers = [index for index in answers if index not in example.silent]
+        learned = [index for index in answers if not self._is_lost(example.messages[index])]
+        if lost := len(answers) - len(learned):
+            self.noted[EMPTY] += lost
+        return learned
+
+    def _note_arguments(self, messages: Sequence[Turn], text: str) -> None:
+        if (form := miswritten_arguments(messages, text)) is not None:
+            self.noted[MISWRITTEN[form]] += 1
 
     def _is_lost(self, message: Turn) -> bool:
-        """Whether a turn consists of calls only and the template does not write them, so that it would be empty."""
+        """Whether a turn says nothing: an answer that got lost, or calls alone that the template does not write."""
         calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
-        return bool(calls) and not message["content"] and not any(map(self._template.reads, calls))
+        return not (message["content"] or reasoning_of(message) or any(map(self._template.reads, calls)))
 
     # Finding the turns by their prompts
 
@@ -133,6 +155,13 @@ class Chat:
             (turn,) = self._template.render([[*messages[:index], message]], tools, place)
         text = follow(prompt, turn, message, self._template.source)
         subject = f"{place} messages[{index}]: the chat template of tokenizer {self._template.name}"
+        if text is None and not index:
+            raise DataError(
+                f"{subject} prompts for a turn at the very beginning with {prompt[-40:]!r}, which the finished "
+                f"conversation does not begin with: put a user's turn before it, or mark it with weight: 0."
+            )
+        if text is None:
+            text = self._behind_header(messages[:index], prompt, turn, message, tools, place)
         if text is None:
             raise DataError(
                 f"{subject} ends its generation prompt with {prompt[-40:]!r}, which it does not write once the turn is "
@@ -149,9 +178,22 @@ class Chat:
             self.noted[UNSAID] += 1
         return text
 
+    def _behind_header(
+        self, before: list[Turn], prompt: str, turn: str, message: Turn, tools: Any, place: str
+    ) -> str | None:
+        """The text behind what the generation prompt adds, where ``before`` is written otherwise once more follows."""
+        (text,) = self._template.render([before], tools, place)
+        text = self._template.cut(text)
+        header = prompt[len(text) :] if prompt.startswith(text) else ""
+        begin = self._template.leading_token(header)
+        if not begin or turn.count(begin) != prompt.count(begin):
+            return None
+        return follow(header, turn[turn.rindex(begin) :], message, self._template.source)
+
     def _lacks_reasoning(self, message: Turn, text: str) -> bool:
         # Keys that the template does not even speak of are named in the warning about what is not read.
-        return reasoning_of(message).strip() not in text and self._template.reads("reasoning")
+        in_key = reasoning_of(message).strip() if self._template.reads("reasoning") else ""
+        return in_key not in text or written_thought(message) not in text
 
     def _turns_by_exchange(
         self, messages: list[Turn], learned: list[int], full: str, tools: Any
