@@ -104,7 +104,7 @@ def to_example(row: Row, row_format: Format, columns: dict[str, str], place: str
     """One row as an example.
 
     Args:
-        calls: the chat template reads ``tool_calls``; otherwise a function call that is written as text stays text.
+        calls: the chat template reads ``tool_calls``; otherwise a function call stays as it is written.
 
     Raises:
         DataError: a column is missing, or a value is not of the expected type; begins with ``place``.
@@ -117,14 +117,16 @@ def to_example(row: Row, row_format: Format, columns: dict[str, str], place: str
     if row_format == "prompt_completion":
         if not _has_turns(row):
             return PromptCompletion(_text(row, "prompt", place), _answer(row, "completion", place) or "")
-        before, after = _side(row, "prompt", "user", place), _side(row, "completion", "assistant", place)
+        before, after = (
+            _side(row, column, role, place, calls) for column, role in (("prompt", "user"), ("completion", "assistant"))
+        )
         if not before + after:
             return PromptCompletion("", "")
         turns = [*((turn, False) for turn, _ in before), *after]
     elif row_format == "alpaca":
         turns = _alpaca(row, place)
     elif row_format == "messages":
-        turns = _read_turns(row, "messages", place)
+        turns = _read_turns(row, "messages", place, calls)
     else:
         turns = [
             (sharegpt(turn, f"{place} conversations[{i}]", calls=calls), is_learned(turn))
@@ -184,18 +186,21 @@ def _has_turns(row: Row) -> bool:
     return isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list)
 
 
-def _side(row: Row, column: str, role: str, place: str) -> list[Turn]:
+def _side(row: Row, column: str, role: str, place: str, calls: bool) -> list[Turn]:
     """One half of a prompt and completion of which at least one is a list of turns; a text is a turn of ``role``."""
     value = _value(row, column, place)
     if isinstance(value, list):
-        return _read_turns(row, column, place) if value else []
+        return _read_turns(row, column, place, calls) if value else []
+    if isinstance(value, dict):
+        raise DataError(f"{place} column {column!r} is {shown(value)}: write a list of turns, or a string.")
     text = _answer(row, column, place) if column == "completion" else _text(row, column, place)
     return [({"role": role, "content": text}, True)] if text else []
 
 
-def _read_turns(row: Row, column: str, place: str) -> list[Turn]:
+def _read_turns(row: Row, column: str, place: str, calls: bool) -> list[Turn]:
     return [
-        (message(turn, f"{place} {column}[{i}]"), is_learned(turn)) for i, turn in enumerate(_turns(row, column, place))
+        (message(turn, f"{place} {column}[{i}]", calls=calls), is_learned(turn))
+        for i, turn in enumerate(_turns(row, column, place))
     ]
 
 

@@ -24,6 +24,7 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 _CALLS = ("function_call", "tool_call")
+_ANSWERS = ("gpt", "assistant")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -40,15 +41,22 @@ def is_learned(turn: dict[str, Any]) -> bool:
     return all(mark(turn[key]) is not False for key in MARKS if turn.get(key) is not None)
 
 
-def message(turn: Any, place: str) -> dict[str, Any]:
+def message(turn: Any, place: str, *, calls: bool = True) -> dict[str, Any]:
     """A turn with role and content, without marks and nulls; ``content`` is a string, or None beside tool calls.
+
+    Args:
+        calls: give a call in the layout of before tools, ``function_call``, as ``tool_calls``.
 
     Raises:
         DataError: it is no such turn, or its content is more than text; begins with ``place``.
     """
     # Parquet gives every message all the keys that any message has; the absent ones are None.
     kept = {k: v for k, v in turn.items() if v is not None and k not in MARKS} if isinstance(turn, dict) else {}
+    if "role" not in kept and "from" in kept:  # a turn of the other layout
+        return sharegpt(turn, place, calls=calls)
     content = kept.get("content")
+    if content is None and kept.get("role") == "assistant":
+        content = None if kept.get("tool_calls") or kept.get("function_call") else ""  # an answer that got lost
     if not isinstance(kept.get("role"), str) or not (
         isinstance(content, str | list) or (content is None and (kept.get("tool_calls") or kept.get("function_call")))
     ):
@@ -56,6 +64,9 @@ def message(turn: Any, place: str) -> dict[str, Any]:
             f"{place} is {shown(turn)}: write an object with the strings role and content (content may be a list of "
             f"text parts, or null beside tool_calls)."
         )
+    if calls and kept["role"] == "assistant" and isinstance(kept.get("function_call"), dict):
+        function = kept.pop("function_call")
+        kept.setdefault("tool_calls", [{"type": "function", "function": function}])
     return kept | {"content": text_of(content, place) if isinstance(content, list) else content}
 
 
@@ -90,12 +101,15 @@ def sharegpt(turn: Any, place: str, *, calls: bool = True) -> dict[str, Any]:
     Raises:
         DataError: it is no such turn; begins with ``place``.
     """
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str | list):
+    if isinstance(turn, dict) and "from" not in turn and "role" in turn:  # a turn of the other layout
+        return message(turn, place, calls=calls)
+    is_lost = isinstance(turn, dict) and turn.get("value") is None and turn.get("from") in _ANSWERS
+    if not isinstance(turn, dict) or not (is_lost or isinstance(turn.get("value"), str | list)):
         raise DataError(f"{place} is {shown(turn)}: write an object with the strings from and value.")
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise DataError(f"{place} is from {speaker!r}: use one of {', '.join(SHAREGPT_ROLES)}.")
-    value = turn["value"]
+    value = "" if is_lost else turn["value"]
     content = text_of(value, place) if isinstance(value, list) else value
     # Without role and content: they are said by from and value.
     left_out = ("from", "value", "role", "content", *MARKS)
