@@ -1,4 +1,4 @@
-"""Turns rows of any accepted form into one of four kinds of example."""
+"""Rows of any accepted layout -> one of four kinds of example."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Messages:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
-    """Schemas of the tools that the assistant may call, for the chat template."""
+    """Schemas of what the assistant may call, for the chat template."""
     silent: frozenset[int] = frozenset()
     """Turns that are not to be predicted although they are the assistant's."""
 
@@ -70,7 +70,7 @@ Turn = tuple[dict[str, Any], bool]
 
 
 def resolve_format(source: Source, first_row: Row, where: str) -> Format:
-    """Return the format of a source: as the recipe says, or, for ``auto``, by the columns of its first row.
+    """The format of a source: as the recipe says, or, for ``auto``, by the columns of its first row.
 
     Raises:
         DataError: ``columns`` names a column that does not exist, or the columns fit no format.
@@ -101,10 +101,10 @@ def resolve_format(source: Source, first_row: Row, where: str) -> Format:
 
 
 def to_example(row: Row, row_format: Format, columns: dict[str, str], where: str, *, calls: bool = True) -> Example:
-    """Turn one row into an example.
+    """One row as an example.
 
     Args:
-        calls: the chat template reads ``tool_calls``; otherwise a function call that is written as text stays text.
+        calls: the chat template reads ``tool_calls``; otherwise a function call stays as it is written.
 
     Raises:
         DataError: a column is missing, or a value is not of the expected type; begins with ``where``.
@@ -117,14 +117,16 @@ def to_example(row: Row, row_format: Format, columns: dict[str, str], where: str
     if row_format == "prompt_completion":
         if not _has_turns(row):
             return PromptCompletion(_text(row, "prompt", where), _answer(row, "completion", where) or "")
-        before, after = _side(row, "prompt", "user", where), _side(row, "completion", "assistant", where)
+        before, after = (
+            _side(row, column, role, where, calls) for column, role in (("prompt", "user"), ("completion", "assistant"))
+        )
         if not before + after:
             return PromptCompletion("", "")
         turns = [*((turn, False) for turn, _ in before), *after]
     elif row_format == "alpaca":
         turns = _alpaca(row, where)
     elif row_format == "messages":
-        turns = _read_turns(row, "messages", where)
+        turns = _read_turns(row, "messages", where, calls)
     else:
         turns = [
             (sharegpt(turn, f"{where} conversations[{i}]", calls=calls), is_learned(turn))
@@ -134,7 +136,7 @@ def to_example(row: Row, row_format: Format, columns: dict[str, str], where: str
 
 
 def without_targets(example: Example) -> str:
-    """Say why nothing of an example is to be predicted, in words for a count of such examples."""
+    """Why nothing of an example is to be predicted, in words for a count of such examples."""
     if isinstance(example, Tokens):
         return "every label is -100"
     if not isinstance(example, Messages):
@@ -146,15 +148,15 @@ def without_targets(example: Example) -> str:
 
 
 def columns_read(row: Row, row_format: Format) -> tuple[str, ...]:
-    """Return the columns, in our names, that :func:`to_example` reads of a row if they are there."""
+    """Names of the columns that :func:`to_example` reads of a row in our names, were they there."""
     optional = _OPTIONAL[row_format] if row_format != "prompt_completion" or _has_turns(row) else ()
     return (*COLUMNS[row_format], *optional)
 
 
 def in_our_names(row: Row, columns: dict[str, str]) -> Row:
-    """Rename the columns of a row to our names, as the recipe says."""
-    other_columns = {name: value for name, value in row.items() if name not in columns.values()}
-    return other_columns | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    """The row with the columns that the recipe renames under our names, and no longer under theirs."""
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
 def _alpaca(row: Row, where: str) -> list[Turn]:
@@ -167,7 +169,7 @@ def _alpaca(row: Row, where: str) -> list[Turn]:
 
 
 def _conversation(row: Row, turns: list[Turn], where: str) -> Messages:
-    """Complete the turns by the columns beside them."""
+    """The turns with what the columns beside them say."""
     system = row.get("system")
     system = text_of(system, f"{where} column 'system'") if isinstance(system, list) else system
     if system is not None and not isinstance(system, str):
@@ -184,18 +186,21 @@ def _has_turns(row: Row) -> bool:
     return isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list)
 
 
-def _side(row: Row, column: str, role: str, where: str) -> list[Turn]:
-    """Read half of a prompt and completion of which one is a list of turns; a text becomes a turn of ``role``."""
+def _side(row: Row, column: str, role: str, where: str, calls: bool) -> list[Turn]:
+    """One half of a prompt and completion of which at least one is a list of turns; a text is a turn of ``role``."""
     value = _value(row, column, where)
     if isinstance(value, list):
-        return _read_turns(row, column, where) if value else []
+        return _read_turns(row, column, where, calls) if value else []
+    if isinstance(value, dict):
+        raise DataError(f"{where} column {column!r} is {shown(value)}: write a list of turns, or a string.")
     text = _answer(row, column, where) if column == "completion" else _text(row, column, where)
     return [({"role": role, "content": text}, True)] if text else []
 
 
-def _read_turns(row: Row, column: str, where: str) -> list[Turn]:
+def _read_turns(row: Row, column: str, where: str, calls: bool) -> list[Turn]:
     return [
-        (message(turn, f"{where} {column}[{i}]"), is_learned(turn)) for i, turn in enumerate(_turns(row, column, where))
+        (message(turn, f"{where} {column}[{i}]", calls=calls), is_learned(turn))
+        for i, turn in enumerate(_turns(row, column, where))
     ]
 
 
@@ -217,7 +222,7 @@ def _text(row: Row, column: str, where: str) -> str:
 
 
 def _answer(row: Row, column: str, where: str) -> str | None:
-    """Read a text that may be null: an answer that got lost."""
+    """A text that may be null: an answer that got lost."""
     return None if _value(row, column, where) is None else _text(row, column, where)
 
 

@@ -1,15 +1,15 @@
-"""Turns the turns of a conversation, in the forms in which they come, into those that a chat template takes."""
+"""The turns of a conversation, in the layouts in which they come -> what a chat template takes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from raymem.errors import DataError
 
 MARKS = ("weight", "train", "training", "trainable", "loss")
-"""Keys of a turn that say whether it is learned; each form has its own, and all are read in all forms."""
+"""Keys of a turn that say whether it is learned; each layout has its own, and all are read in all layouts."""
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -24,11 +24,12 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 _CALLS = ("function_call", "tool_call")
+_ANSWERS = ("gpt", "assistant")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def mark(value: Any) -> bool | None:
-    """Say whether a mark calls its turn learned: True, False, or None where it says neither."""
+    """Whether a mark says that its turn is learned: True, False, or None where it says neither."""
     word = value.strip().lower() if isinstance(value, str) else value
     if word in (0, "0", "0.0", "false", "no"):  # False == 0
         return False
@@ -36,32 +37,41 @@ def mark(value: Any) -> bool | None:
 
 
 def is_learned(turn: dict[str, Any]) -> bool:
-    """Return False where a mark of the turn says that it is not learned."""
+    """False where a mark of the turn says so."""
     return all(mark(turn[key]) is not False for key in MARKS if turn.get(key) is not None)
 
 
-def message(turn: Any, where: str) -> dict[str, Any]:
-    """Read a turn with role and content, without marks and nulls; ``content`` is a string, or None beside tool calls.
+def message(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
+    """A turn with role and content, without marks and nulls; ``content`` is a string, or None beside tool calls.
+
+    Args:
+        calls: give a call in the layout of before tools, ``function_call``, as ``tool_calls``.
 
     Raises:
         DataError: it is no such turn, or its content is more than text; begins with ``where``.
     """
     # Parquet gives every message all the keys that any message has; the absent ones are None.
-    fields = {k: v for k, v in turn.items() if v is not None and k not in MARKS} if isinstance(turn, dict) else {}
-    content = fields.get("content")
-    if not isinstance(fields.get("role"), str) or not (
-        isinstance(content, str | list)
-        or (content is None and (fields.get("tool_calls") or fields.get("function_call")))
+    kept = {k: v for k, v in turn.items() if v is not None and k not in MARKS} if isinstance(turn, dict) else {}
+    if "role" not in kept and "from" in kept:  # a turn of the other layout
+        return sharegpt(turn, where, calls=calls)
+    content = kept.get("content")
+    if content is None and kept.get("role") == "assistant":
+        content = None if kept.get("tool_calls") or kept.get("function_call") else ""  # an answer that got lost
+    if not isinstance(kept.get("role"), str) or not (
+        isinstance(content, str | list) or (content is None and (kept.get("tool_calls") or kept.get("function_call")))
     ):
         raise DataError(
             f"{where} is {shown(turn)}: write an object with the strings role and content (content may be a list of "
             f"text parts, or null beside tool_calls)."
         )
-    return fields | {"content": text_of(content, where) if isinstance(content, list) else content}
+    if calls and kept["role"] == "assistant" and isinstance(kept.get("function_call"), dict):
+        function = kept.pop("function_call")
+        kept.setdefault("tool_calls", [{"type": "function", "function": function}])
+    return kept | {"content": text_of(content, where) if isinstance(content, list) else content}
 
 
 def text_of(parts: list[Any], where: str) -> str:
-    """Join the text of a list of parts.
+    """The text of a list of parts, one after the other.
 
     Raises:
         DataError: a part is no text; begins with ``where``.
@@ -83,7 +93,7 @@ def text_of(parts: list[Any], where: str) -> str:
 
 
 def sharegpt(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
-    """Turn a turn with from and value into the form of :func:`message`.
+    """A turn with from and value as :func:`message` has it.
 
     Args:
         calls: give a function call as ``tool_calls``; otherwise as the text that it is written in.
@@ -91,24 +101,27 @@ def sharegpt(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
     Raises:
         DataError: it is no such turn; begins with ``where``.
     """
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str | list):
+    if isinstance(turn, dict) and "from" not in turn and "role" in turn:  # a turn of the other layout
+        return message(turn, where, calls=calls)
+    is_lost = isinstance(turn, dict) and turn.get("value") is None and turn.get("from") in _ANSWERS
+    if not isinstance(turn, dict) or not (is_lost or isinstance(turn.get("value"), str | list)):
         raise DataError(f"{where} is {shown(turn)}: write an object with the strings from and value.")
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise DataError(f"{where} is from {speaker!r}: use one of {', '.join(SHAREGPT_ROLES)}.")
-    value = turn["value"]
+    value = "" if is_lost else turn["value"]
     content = text_of(value, where) if isinstance(value, list) else value
     # Without role and content: they are said by from and value.
     left_out = ("from", "value", "role", "content", *MARKS)
     said: dict[str, Any] = {"role": SHAREGPT_ROLES[speaker], "content": content}
     said |= {k: v for k, v in turn.items() if v is not None and k not in left_out}
-    if speaker in _CALLS and calls and (tool_calls := _calls(content)):
-        said |= {"content": None, "tool_calls": tool_calls}
+    if speaker in _CALLS and calls and (found := _calls(content)):
+        said |= {"content": None, "tool_calls": found}
     return said
 
 
 def _calls(text: str) -> list[dict[str, Any]]:
-    """Read the calls in a text of JSON, as a chat template takes them; none where it says something else."""
+    """The calls that a text of JSON says, as a chat template takes them; none where it says something else."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -121,7 +134,7 @@ def _calls(text: str) -> list[dict[str, Any]]:
 
 
 def with_arguments(messages: list[dict[str, Any]], *, as_text: bool) -> list[dict[str, Any]]:
-    """Return the messages with the arguments of their tool calls as JSON text, or as parsed JSON."""
+    """The messages with the arguments of their tool calls as JSON text, or as what such a text says."""
 
     def changed(call: Any) -> Any:
         function: Any = call.get("function") if isinstance(call, dict) else None
@@ -137,8 +150,23 @@ def with_arguments(messages: list[dict[str, Any]], *, as_text: bool) -> list[dic
     ]
 
 
+def miswritten_arguments(messages: Sequence[dict[str, Any]], text: str) -> Literal["text", "object"] | None:
+    """The form in which calls have arguments that ``text``, a rendering, holds quoted once more or as Python does."""
+    for said in messages:
+        for call in calls if isinstance(calls := said.get("tool_calls"), list) else []:
+            function: Any = call.get("function") if isinstance(call, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(arguments, str):
+                escaped = json.dumps(arguments, ensure_ascii=False)
+                if escaped[1:-1] != arguments and escaped in text:
+                    return "text"
+            elif arguments and str(arguments) != json.dumps(arguments, ensure_ascii=False) and str(arguments) in text:
+                return "object"
+    return None
+
+
 def schemas(value: Any, where: str) -> list[dict[str, Any]] | None:
-    """Read a ``tools`` column: a list of schemas, the JSON text of one, or a list of such texts; None if it is empty.
+    """A ``tools`` column: a list of schemas, the JSON text of one, or a list of such texts; None where it is empty.
 
     Raises:
         DataError: it is none of these; begins with ``where``.
@@ -156,7 +184,7 @@ def schemas(value: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def history(value: Any, where: str) -> list[dict[str, Any]]:
-    """Read a ``history`` column, pairs of earlier texts of the user and the assistant, as turns.
+    """A ``history`` column, pairs of what the user and the assistant said before, as turns.
 
     Raises:
         DataError: it is something else; begins with ``where``.
@@ -179,18 +207,18 @@ def history(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def roles_of(messages: Sequence[dict[str, Any]]) -> str:
-    """List the roles of messages for an error message."""
+    """The roles of messages for an error message."""
     roles = [str(message["role"]) for message in messages]
     return ", ".join(roles if len(roles) <= 8 else [*roles[:6], "...", roles[-1]]) or "none"
 
 
 def shown(value: Any) -> str:
-    """Shorten a value of any type for an error message."""
+    """A value of any type for an error message."""
     return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 def _parsed(value: Any) -> Any:
-    """Parse JSON text; return anything else as it is."""
+    """JSON text as what it says; anything else as it is."""
     if not isinstance(value, str):
         return value
     try:

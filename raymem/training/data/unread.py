@@ -64,6 +64,8 @@ def _unread_keys(turn: dict[str, Any], prefix: str, in_template: Callable[[str],
                 yield f"{prefix}{key} that says neither yes nor no"
             elif says and role != "assistant":
                 yield f"{prefix}{key} of a turn that is not the assistant's"
+        elif key == "function_call" and in_template("tool_calls"):
+            continue  # it is read as one of these
         elif not _says_nothing(key, value) and not in_template(key):
             yield f"{prefix}{key}"
 

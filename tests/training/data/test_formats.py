@@ -92,6 +92,11 @@ def test_message_keys_for_the_template_stay_and_parquet_s_nulls_go() -> None:
         ({"text": None}, {}, r"^x\.jsonl:17 column 'text' is NoneType"),
         ({"prompt": None, "completion": "c"}, {}, r"^x\.jsonl:17 column 'prompt' is NoneType"),
         ({"prompt": "p", "completion": 5}, {}, r"^x\.jsonl:17 column 'completion' is int '5', not a string"),
+        (
+            {"prompt": [], "completion": TURNS[0]},
+            {},
+            r"^x\.jsonl:17 column 'completion' is dict .*: write a list of t",
+        ),
         ({"prompt": [], "completion": "c", "system": 5}, {}, r"^x\.jsonl:17 column 'system' is int '5', not a string"),
         ({"prompt": ["p"], "completion": "c"}, {}, r"^x\.jsonl:17 prompt\[0\] is str 'p': write an object"),
         ({"messages": TURNS, "tools": "look up"}, {}, r"^x\.jsonl:17 column 'tools' is str 'look up', not a list of t"),
@@ -106,8 +111,8 @@ def test_message_keys_for_the_template_stay_and_parquet_s_nulls_go() -> None:
         ({"messages": []}, {}, r"^x\.jsonl:17 column 'messages' is list '\[\]', not a list of turns"),
         ({"messages": "hi"}, {}, r"column 'messages' is str 'hi', not a list of turns"),
         ({"messages": ["hi"]}, {}, r"^x\.jsonl:17 messages\[0\] is str 'hi': write an object with .* role and content"),
-        ({"messages": [TURNS[0], {"role": "assistant"}]}, {}, r"^x\.jsonl:17 messages\[1\] is dict"),
-        ({"conversations": [{"from": "gpt"}]}, {}, r"conversations\[0\] is dict .* the strings from and value"),
+        ({"messages": [TURNS[0], {"role": "tool"}]}, {}, r"^x\.jsonl:17 messages\[1\] is dict"),
+        ({"conversations": [{"from": "human"}]}, {}, r"conversations\[0\] is dict .* the strings from and value"),
         ({"conversations": [{"from": "bing", "value": "v"}]}, {}, r"is from 'bing': use one of human, user, gpt"),
     ],
 )

@@ -109,6 +109,29 @@ def test_what_is_lost_of_an_answer_is_not_learned() -> None:
     assert convert({"prompt": "", "completion": []}) == PromptCompletion("", "")
 
 
+def test_turns_may_be_written_as_in_the_other_layout() -> None:
+    shares = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "good", "weight": 0}]
+    told = Messages([USER, GOOD], None, frozenset({1}))
+    assert convert({"messages": shares}) == told == convert({"conversations": [USER, GOOD | {"weight": 0}]})
+    assert beside({"messages": shares}) == beside({"conversations": [USER, GOOD]}) == []
+
+
+def test_an_answer_of_null_is_an_empty_one() -> None:
+    empty = Messages([USER, {"role": "assistant", "content": ""}])
+    assert convert({"messages": [USER, {"role": "assistant", "content": None}]}) == empty
+    assert convert({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": None}]}) == empty
+
+
+def test_a_call_of_before_tools_is_one_of_today() -> None:
+    call = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    row = {"messages": [USER, call, {"role": "function", "name": "look_up", "content": "blue"}, GOOD]}
+    said = convert(row).messages
+    assert said[1] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert convert(row, calls=False).messages == row["messages"]
+    assert beside(row, "tool_calls name") == []
+    assert beside(row, "name") == ["messages[].function_call"]
+
+
 def test_prompt_and_completion_may_be_turns() -> None:
     turns = {"prompt": [SYSTEM, USER, BAD, USER], "completion": [GOOD], "tools": [TOOL]}
     assert convert(turns) == Messages([SYSTEM, USER, BAD, USER, GOOD], [TOOL], frozenset({2}))

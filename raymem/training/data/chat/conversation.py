@@ -1,4 +1,4 @@
-"""Cuts conversations into pieces of text, each a target or not, as inference will see every turn.
+"""Conversations -> pieces of text, each a target or not, as inference will see every turn.
 
 For an assistant turn, the *prompt* is the template's rendering of the turns before it with the generation prompt, and
 what the model is to say is what the template writes behind it once the turn is there. Templates differ in what they
@@ -23,8 +23,9 @@ from typing import Any, Literal
 
 from raymem.errors import DataError, ModelError
 from raymem.training.data.chat.template import Span, Template, Turn
-from raymem.training.data.chat.thoughts import follow, is_doubled, reasoning_of, split_off
+from raymem.training.data.chat.thoughts import follow, is_doubled, reasoning_of, split_off, written_thought
 from raymem.training.data.formats import Messages
+from raymem.training.data.turns import miswritten_arguments
 
 Piece = tuple[str, bool]
 """A text, and whether its tokens are to be predicted."""
@@ -36,9 +37,20 @@ UNSAID = (
     "{count} of {turns} assistant turns bring reasoning that the chat template does not write there, so it is not "
     "trained: use a template that does"
 )
+EMPTY = "{count} turns of the assistant say nothing, so they are not trained; {turns} are"
+MISWRITTEN = {
+    "text": (
+        "in {count} conversations the chat template writes the arguments of calls, which are JSON text, as an escaped "
+        "string: give them as objects"
+    ),
+    "object": (
+        "in {count} conversations the chat template writes the arguments of calls, which are objects, as Python and "
+        "not as JSON: give them as JSON text"
+    ),
+}
 
 _FEW = 4
-"""Number of turns up to which rendering each with all before it costs no more than looking for a shorter way."""
+"""Up to so many turns, rendering each with all that precedes it costs no more than looking for a shorter way."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +76,12 @@ class Chat:
         self._template = template
         self._only_last = turns == "last"
         self.noted: Counter[str] = Counter()
-        """Counts of events that are worth a warning: :data:`UNSTOPPED`, :data:`UNSAID`."""
+        """How often something happened that is worth a warning: such as :data:`UNSTOPPED`."""
         self.num_turns = 0
-        """The number of assistant turns that became targets."""
+        """Assistant turns that became targets."""
 
     def pieces(self, example: Messages, where: str) -> list[list[Piece]]:
-        """Return a conversation's examples, each in pieces of text; at least one, perhaps without a target.
+        """The examples that a conversation gives, each in pieces of text; at least one, perhaps without a target.
 
         Raises:
             DataError: the template does not render this conversation; begins with ``where``.
@@ -87,29 +99,39 @@ class Chat:
         if template.has_marks:
             text, spans = template.marked(messages, tools, where)
             if spans:
+                self._note_arguments(messages, text)
                 spans = self._of_learned(spans, messages, learned, tools, where)
                 marked = "".join(text[begin:end] for begin, end in spans)
                 if lacking := sum(self._lacks_reasoning(messages[i], marked) for i in learned):
                     self.noted[UNSAID] += lacking
                 return [self._between(text, spans)]
         full = template.whole(messages, tools, where)
+        self._note_arguments(messages, full)
         turns = self._turns(messages, learned, full, tools, where)
         return self._joined(turns, full, lambda end: self._template.whole(messages[:end], tools, where), len(messages))
 
     def _learned(self, example: Messages, messages: Sequence[Turn]) -> list[int]:
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         answers = answers[-1:] if self._only_last else answers
-        return [i for i in answers if i not in example.silent and not self._is_lost(example.messages[i])]
+        answers = [index for index in answers if index not in example.silent]
+        learned = [index for index in answers if not self._is_lost(example.messages[index])]
+        if lost := len(answers) - len(learned):
+            self.noted[EMPTY] += lost
+        return learned
+
+    def _note_arguments(self, messages: Sequence[Turn], text: str) -> None:
+        if (form := miswritten_arguments(messages, text)) is not None:
+            self.noted[MISWRITTEN[form]] += 1
 
     def _is_lost(self, message: Turn) -> bool:
-        """Say whether a turn consists of calls only and the template does not write them, so that it would be empty."""
+        """Whether a turn says nothing: an answer that got lost, or calls alone that the template does not write."""
         calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
-        return bool(calls) and not message["content"] and not any(map(self._template.reads, calls))
+        return not (message["content"] or reasoning_of(message) or any(map(self._template.reads, calls)))
 
     # Finding the turns by their prompts
 
     def _turns(self, messages: list[Turn], learned: list[int], full: str, tools: Any, where: str) -> dict[int, _Said]:
-        """Return the text of the learned turns; ``full`` is the whole conversation in text."""
+        """The learned turns; ``full`` is the whole conversation in text."""
         if len(learned) > _FEW and (turns := self._turns_by_exchange(messages, learned, full, tools)) is not None:
             return turns
         render = self._template.render
@@ -126,13 +148,20 @@ class Chat:
         return _Said(prompt, text[:end], end is not None)
 
     def _said(self, messages: list[Turn], index: int, prompt: str, turn: str, tools: Any, where: str) -> str:
-        """Return the text behind the prompt of a turn that is rendered as ``turn``."""
+        """The text behind the prompt of a turn that is rendered as ``turn``."""
         message = messages[index]
         if is_doubled(prompt, turn, message):
             message = split_off(prompt, message)
             (turn,) = self._template.render([[*messages[:index], message]], tools, where)
         text = follow(prompt, turn, message, self._template.source)
         subject = f"{where} messages[{index}]: the chat template of tokenizer {self._template.name}"
+        if text is None and not index:
+            raise DataError(
+                f"{subject} prompts for a turn at the very beginning with {prompt[-40:]!r}, which the finished "
+                f"conversation does not begin with: put a user's turn before it, or mark it with weight: 0."
+            )
+        if text is None:
+            text = self._behind_header(messages[:index], prompt, turn, message, tools, where)
         if text is None:
             raise DataError(
                 f"{subject} ends its generation prompt with {prompt[-40:]!r}, which it does not write once the turn is "
@@ -149,14 +178,27 @@ class Chat:
             self.noted[UNSAID] += 1
         return text
 
+    def _behind_header(
+        self, before: list[Turn], prompt: str, turn: str, message: Turn, tools: Any, where: str
+    ) -> str | None:
+        """The text behind what the generation prompt adds, where ``before`` is written otherwise once more follows."""
+        (text,) = self._template.render([before], tools, where)
+        text = self._template.cut(text)
+        header = prompt[len(text) :] if prompt.startswith(text) else ""
+        begin = self._template.leading_token(header)
+        if not begin or turn.count(begin) != prompt.count(begin):
+            return None
+        return follow(header, turn[turn.rindex(begin) :], message, self._template.source)
+
     def _lacks_reasoning(self, message: Turn, text: str) -> bool:
         # Keys that the template does not even speak of are named in the warning about what is not read.
-        return reasoning_of(message).strip() not in text and self._template.reads("reasoning")
+        in_key = reasoning_of(message).strip() if self._template.reads("reasoning") else ""
+        return in_key not in text or written_thought(message) not in text
 
     def _turns_by_exchange(
         self, messages: list[Turn], learned: list[int], full: str, tools: Any
     ) -> dict[int, _Said] | None:
-        """Find the text of the learned turns in a time linear in their number; None where that fails.
+        """The learned turns in a time linear in their number; None where that fails.
 
         An exchange is a user's turns and all that follows up to the next user's turn. Each is rendered behind the first
         one alone. If ``full`` is these renderings one after the other, and the last turn has also in full the prompt
@@ -217,7 +259,7 @@ class Chat:
     def _joined(
         self, turns: dict[int, _Said], full: str, begin: Callable[[int], str], length: int
     ) -> list[list[Piece]]:
-        """Build the examples of turns that continue one another.
+        """Examples of turns that continue one another.
 
         Args:
             full: the whole conversation of ``length`` turns.
@@ -246,7 +288,7 @@ class Chat:
         return [_merged(pieces) for pieces in examples]
 
     def _following(self, text: str, full: str, begin: Callable[[int], str], last: int) -> str:
-        """Return the text that follows ``text``, which ends with turn ``last``; at least its first token."""
+        """The text that follows ``text``, which ends with turn ``last``; at least its first token."""
         whole = full if full.startswith(text) else begin(last + 2)
         return whole[len(text) :] if whole.startswith(text) else self._template.user_marker or ""
 
@@ -263,7 +305,7 @@ class Chat:
     def _of_learned(
         self, spans: list[Span], messages: list[Turn], learned: list[int], tools: Any, where: str
     ) -> list[Span]:
-        """Drop the marks of turns that are not learned: the marks that appear with a turn belong to it."""
+        """The marks without those of turns that are not learned: a turn has those that come with it."""
         left_out: set[int] = set()
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and index not in learned:
@@ -275,7 +317,7 @@ class Chat:
         return [span for number, span in enumerate(spans) if number not in left_out]
 
     def _between(self, text: str, spans: list[Span]) -> list[Piece]:
-        """Cut the text into pieces; where a mark ends before the token that stops generation, that is a target too."""
+        """The text in pieces; where a mark ends before the token that stops generation, that is a target too."""
         template = self._template
         pieces: list[Piece] = []
         at = 0
@@ -296,7 +338,7 @@ class Chat:
 
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
-    """Drop empty pieces, and joins neighbours of one kind."""
+    """Pieces without empty ones, neighbours of one kind joined."""
     merged: list[Piece] = []
     for text, is_target in pieces:
         if text and merged and merged[-1][1] == is_target:

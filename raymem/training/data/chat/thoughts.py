@@ -14,6 +14,9 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 _TAG = re.compile(r"([<\[]\|?)(/?)([^\s<>\[\]/|]+)(\|?[>\]])\s*\Z")
 _LONGEST_TAG = 80
+_BLOCK = re.compile(
+    r"\s*[<\[]\|?(\w*think\w*|\w*reason\w*|thought)\|?[>\]](.*?)[<\[]\|?/\1\|?[>\]]", re.DOTALL | re.IGNORECASE
+)
 
 
 def _last_tag(prompt: str) -> re.Match[str] | None:
@@ -23,6 +26,13 @@ def _last_tag(prompt: str) -> re.Match[str] | None:
 def reasoning_of(message: dict[str, Any]) -> str:
     """Return the reasoning that a turn has in a key of its own, or ""."""
     return next((message[key] for key in REASONING if isinstance(message.get(key), str)), "")
+
+
+def written_thought(message: dict[str, Any]) -> str:
+    """The reasoning in a block at the beginning of a turn's text, or ""."""
+    content = message["content"]
+    block = _BLOCK.match(content) if isinstance(content, str) else None
+    return block[2].strip() if block else ""
 
 
 def opens_thought(prompt: str, template: str) -> bool:

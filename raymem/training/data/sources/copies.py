@@ -119,7 +119,9 @@ def _unpacked(packed: Path, name: str) -> Iterator[bytes]:
         if error.errno is not None:
             raise DataError(f"{name} cannot be read ({error}): check that this process may read it.") from error
         if read_bytes == 0:
-            raise DataError(f"{name} is no {codec(name)} file ({error}): compress it again, or rename it.") from error
+            raise DataError(
+                f"{name} is damaged, or no {codec(name)} file ({error}): compress it again, or rename it."
+            ) from error
         raise DataError(
             f"{name} is damaged or cut off after line {lines} ({read_bytes} bytes of text could be read; {error}): "
             f"copy or compress it again. Nothing of it was used."

@@ -183,6 +183,64 @@ def test_a_prompt_that_the_turn_does_not_continue_is_refused() -> None:
         encode(tokenizer_for(template, "</s>"), [turn("user", "one"), turn("assistant", "two")])
 
 
+def test_a_turn_before_another_answer_may_be_rewritten() -> None:
+    """Qwen3 writes an empty thought in the last turn only, so the prompt for a second answer is no part of the end."""
+    shape = SHAPES["last thought"]
+    tokenizer = tokenizer_for(shape.template, shape.eos)
+    for thought in ({}, {"reasoning_content": "thought"}):
+        talk = [turn("user", "one"), turn("assistant", "two") | thought, turn("assistant", "three") | thought]
+        examples = encode(tokenizer, talk)
+        for index in (1, 2):
+            text = tokenizer.decode(said_after(tokenizer, examples, talk[:index]))
+            assert text.endswith(f"</think>\n\n{talk[index]['content']}<|im_end|>")
+            assert ("thought" in text) == bool(thought)
+
+
+def test_a_first_turn_of_the_assistant_that_is_not_prompted_for_is_refused() -> None:
+    template = "{% if messages and messages[0].role != 'system' %}<|im_start|>system\nyou<|im_end|>\n{% endif %}"
+    talk = [turn("assistant", "one"), turn("user", "two"), turn("assistant", "three")]
+    tokenizer = tokenizer_for(template + templates.CHATML, "<|im_end|>")
+    with pytest.raises(DataError, match=r"messages\[0\]: .* at the very beginning .* mark it with weight: 0"):
+        encode(tokenizer, talk)
+    (example,) = encode(tokenizer, talk, silent=frozenset({0}))
+    assert tokenizer.decode(example.input_ids[example.targets]) == "three<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["chatml", "last thought"])
+def test_an_empty_turn_is_not_trained_and_counted(name: str) -> None:
+    shape = SHAPES[name]
+    encoder = Encoder(tokenizer_for(shape.template, shape.eos), "t")
+    talk = [turn("user", "one"), turn("assistant", ""), turn("user", "two"), turn("assistant", "three")]
+    (examples,) = encoder.encode([Messages(talk)], ["x"])
+    assert [len(runs(example)) for example in examples] == [1]
+    assert dict(encoder.noted) == {chat.EMPTY: 1}
+
+
+def test_a_thought_in_the_text_that_the_template_leaves_out_is_counted() -> None:
+    template = templates.CHATML.replace("{{ m.content or '' }}", "{{ (m.content or '').split('</think>')[-1] }}")
+    encoder = Encoder(tokenizer_for(template, "<|im_end|>"), "t")
+    encoder.encode([Messages([turn("user", "one"), turn("assistant", "<think>thought</think>two")])], ["x"])
+    assert dict(encoder.noted) == {chat.UNSAID: 1}
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments", "form"),
+    [
+        ("c.function | tojson", {"word": "sky"}, None),
+        ("c.function | tojson", '{"word": "sky"}', "text"),
+        ("c.function.arguments", {"word": "sky"}, "object"),
+        ("c.function.arguments", '{"word": "sky"}', None),
+        ("c.function.name + c.function.arguments", {"word": "sky"}, None),
+    ],
+)
+def test_arguments_that_are_not_written_as_json_are_named(written: str, arguments: Any, form: str | None) -> None:
+    tokenizer = tokenizer_for(templates.CHATML.replace("c.function | tojson", written), "<|im_end|>")
+    call = {"type": "function", "function": {"name": "look_up", "arguments": arguments}}
+    encoder = Encoder(tokenizer, "t")
+    encoder.encode([Messages([turn("user", "one"), turn("assistant", "") | {"tool_calls": [call]}])], ["x"])
+    assert dict(encoder.noted) == ({chat.MISWRITTEN[form]: 1} if form else {})
+
+
 # What stops generation
 
 

@@ -93,7 +93,7 @@ def test_a_damaged_file_is_named_with_how_far_it_could_be_read(tmp_path: Path, p
 def test_what_is_not_compressed_at_all_is_named(tmp_path: Path, packed: str) -> None:
     path = tmp_path / f"x.jsonl.{packed}"
     path.write_bytes(PLAIN["jsonl"])
-    with pytest.raises(DataError, match=rf"^{path} is no (gzip|zstd) file \(.*: compress it again, or rename it"):
+    with pytest.raises(DataError, match=rf"^{path} is damaged, or no (gzip|zstd) file \(.*: compress it again"):
         opened(path, tmp_path / "cache")
 
 
