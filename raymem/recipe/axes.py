@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pydantic import PydanticUserError, TypeAdapter
+
 from raymem.errors import RecipeError
 from raymem.kinds import ActivationsKind, AdapterKind, BaseKind, Kind, LossKind, OptimizerKind, TrackerKind
 
@@ -46,6 +48,7 @@ class Axis(Generic[KindT]):
         self.builtin = dict(builtin)
         self._outside: dict[str, str] = {}
         self._kinds: dict[str, KindT] = {}
+        self._unusable: dict[str, str] = {}
         self._entry_points_read = False
 
     def __iter__(self) -> Iterator[str]:
@@ -60,17 +63,39 @@ class Axis(Generic[KindT]):
         """The kind of that name.
 
         Raises:
-            RecipeError: there is none, or a registered one cannot be imported.
+            RecipeError: there is none, or one of others cannot be imported, is none, or has another name.
         """
         if name not in self._kinds:
             if name not in self:
                 raise RecipeError(f"{self.name}.kind: {name!r} is not registered; known are {', '.join(self)}")
-            self._kinds[name] = self._load({**self.builtin, **self._outside}[name])
+            if name not in self.builtin and name in self._unusable:
+                raise RecipeError(self._unusable[name])
+            kind = self._load({**self.builtin, **self._outside}[name])
+            if kind.name != name:
+                raise RecipeError(
+                    f"{self.name}: {self._outside[name]} is registered as {name!r}, but its options call it "
+                    f"{kind.name!r}; let its author give both the same name"
+                )
+            self._kinds[name] = kind
         return self._kinds[name]
 
     def kinds(self) -> list[KindT]:
-        """All of them; imports their rooms."""
-        return [self[name] for name in self]
+        """All that can be used; imports their rooms. What is wrong with others, :meth:`problems` says."""
+        usable = []
+        for name in self:
+            with contextlib.suppress(RecipeError):
+                usable.append(self[name])
+        return usable
+
+    def problems(self) -> list[str]:
+        """A sentence for each kind of others that cannot be used; recipes that do not name it are not concerned."""
+        sentences = {}
+        for name in self:
+            try:
+                self[name]
+            except RecipeError as error:
+                sentences[name] = str(error)
+        return list({**sentences, **self._unusable}.values())
 
     def of(self, recipe: Any) -> KindT:
         """The kind that a recipe has chosen."""
@@ -97,6 +122,7 @@ class Axis(Generic[KindT]):
         Raises:
             RecipeError: no such class, the name of another kind, or a class that workers could not import.
         """
+        self._read_entry_points()
         place = kind if isinstance(kind, str) else f"{kind.__module__}:{kind.__qualname__}"
         module, _, attribute = place.partition(":")
         if module == "__main__" or "<" in attribute:
@@ -116,24 +142,42 @@ class Axis(Generic[KindT]):
     def unregister(self, name: str) -> None:
         """Forget a kind that :meth:`register` added."""
         del self._outside[name]
-        del self._kinds[name]
+        self._kinds.pop(name, None)
 
-    def outside(self) -> list[str]:
-        """``module:class`` of every kind that is not raymem's own."""
+    def outside(self) -> dict[str, str]:
+        """Name -> ``module:class`` of every kind that is not raymem's own."""
         self._read_entry_points()
-        return list(self._outside.values())
+        return dict(self._outside)
+
+    def take_over(self, outside: Mapping[str, str]) -> None:
+        """Know the kinds that :meth:`outside` gave in another process; each is imported when a recipe names it."""
+        self._read_entry_points()
+        for name, place in outside.items():
+            if self._outside.get(name) != place:
+                self._kinds.pop(name, None)
+            self._outside[name] = place
 
     def _read_entry_points(self) -> None:
         if self._entry_points_read:
             return
         self._entry_points_read = True
+        by_name: dict[str, dict[str, importlib.metadata.EntryPoint]] = {}
         for point in importlib.metadata.entry_points(group=self.group):
-            if point.name in self.builtin:
-                raise RecipeError(
-                    f"{self.name}: the entry point {point.name} = {point.value} of {_distribution(point)} has the name "
-                    "of a kind of raymem; uninstall that package, or let its author rename it"
+            by_name.setdefault(point.name, {}).setdefault(point.value, point)
+        for name, points in by_name.items():
+            first, *others = points.values()
+            if name in self.builtin:
+                self._unusable[name] = (
+                    f"{self.name}: the entry point {name} = {first.value} of {_distribution(first)} has the name of a "
+                    "kind of raymem, which is used instead; uninstall that package, or let its author rename it"
                 )
-            self._outside.setdefault(point.name, point.value)
+                continue
+            if others:
+                self._unusable[name] = (
+                    f"{self.name}: {_distribution(first)} and {_distribution(others[0])} both bring a kind named "
+                    f"{name!r}; uninstall one of them, or let its author rename it"
+                )
+            self._outside[name] = first.value
 
     def _load(self, place: str) -> KindT:
         module, _, attribute = place.partition(":")
@@ -157,7 +201,20 @@ def _check_options(kind: Kind[Any], place: str) -> None:
     rule = "a frozen dataclass with a default for every field, and a field `kind: Literal['name'] = 'name'`"
     if not (isinstance(options, type) and dataclasses.is_dataclass(options) and "kind" in options.__dataclass_fields__):
         raise RecipeError(f"{place}: its `options` must be {rule}")
-    names = typing.get_args(typing.get_type_hints(options)["kind"])
+    made = (dataclasses.MISSING, dataclasses.MISSING)
+    without = [f.name for f in dataclasses.fields(options) if (f.default, f.default_factory) == made]
+    if without or not options.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        problem = f"{without[0]} has no default" if without else "it is not frozen"
+        raise RecipeError(f"{place}: its `options` must be {rule}; {problem}")
+    try:
+        names = typing.get_args(typing.get_type_hints(options)["kind"])
+    except (NameError, TypeError) as error:
+        raise RecipeError(f"{place}: the annotations of its options cannot be read: {error}") from None
+    try:
+        TypeAdapter(options).json_schema()
+    except PydanticUserError as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise RecipeError(f"{place}: its options have a type that no recipe can hold: {reason}") from None
     if len(names) != 1 or options.__dataclass_fields__["kind"].default != names[0]:
         raise RecipeError(f"{place}: its options' field kind must be `kind: Literal['name'] = 'name'`")
 
@@ -224,7 +281,7 @@ def chosen(recipe: Any) -> list[Kind[Any]]:
 
 
 def all_kinds() -> Iterable[Kind[Any]]:
-    """Every kind of every axis."""
+    """Every kind of every axis that can be used."""
     for axis in AXES.values():
         yield from axis.kinds()
 
@@ -253,26 +310,36 @@ def no_adapter() -> Any:
     return ADAPTERS["none"].options()
 
 
-def registered() -> dict[str, list[str]]:
-    """Axis -> ``module:class`` of others' kinds, for :func:`register_again` in another process."""
+def registered() -> dict[str, dict[str, str]]:
+    """Axis -> name -> ``module:class`` of others' kinds, for :func:`register_again` in another process."""
     return {name: axis.outside() for name, axis in AXES.items() if axis.outside()}
 
 
-def register_again(kinds: Mapping[str, Iterable[str]]) -> None:
-    """Register what :func:`registered` named in the process that sent it."""
-    for name, places in kinds.items():
-        for place in places:
-            AXES[name].register(place)
+def register_again(kinds: Mapping[str, Mapping[str, str]]) -> None:
+    """Know what :func:`registered` named in the process that sent it."""
+    for name, outside in kinds.items():
+        AXES[name].take_over(outside)
+
+
+def problems() -> list[str]:
+    """A sentence for each kind of others, of whichever axis, that cannot be used."""
+    return [sentence for axis in AXES.values() for sentence in axis.problems()]
 
 
 def outside_code(recipe: Any) -> str | None:
-    """Digest of the modules of a recipe's kinds, not raymem's own, that decide its memory; None if there are none."""
+    """Digest of the code of a recipe's kinds, not raymem's own, that decide its memory; None if there are none.
+
+    A module at the top counts alone; one of a package with all that lies beside and below it.
+    """
     digest, any_outside = hashlib.sha256(), False
     for kind in (axis.of(recipe) for axis in MEMORY_AXES.values()):
         module = sys.modules[type(kind).__module__]
-        if module.__name__.partition(".")[0] != "raymem":
-            any_outside = True
-            digest.update(Path(inspect.getfile(module)).read_bytes())
+        if module.__name__.partition(".")[0] == "raymem":
+            continue
+        any_outside = True
+        file = Path(inspect.getfile(module))
+        for source in sorted(file.parent.rglob("*.py")) if module.__package__ else [file]:
+            digest.update(source.read_bytes())
     return digest.hexdigest() if any_outside else None
 
 
