@@ -231,8 +231,11 @@ def demo_data(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors and validators."""
+    from raymem.recipe.axes import problems
     from raymem.recipe.load import recipe_schema
 
+    for problem in problems():
+        console.err.print(f"left out: {problem}", markup=False)
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -34,8 +34,8 @@ def ray_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[R
         raise
 
 
-def function_of(function: Callable[[Item], Result], item: Item, kinds: dict[str, list[str]]) -> Result:
-    """Make one call, as a named function: Ray cannot make a task of a ``functools.partial``.
+def function_of(function: Callable[[Item], Result], item: Item, kinds: Mapping[str, Mapping[str, str]]) -> Result:
+    """One call, under a name: Ray cannot make a task of a ``functools.partial``.
 
     Args:
         kinds: what the driver has registered.
@@ -68,7 +68,10 @@ def call_as_worker(
 
 
 def _with_threads(
-    function: Callable[[dict[str, Any]], Result], config: dict[str, Any], threads: int, kinds: dict[str, list[str]]
+    function: Callable[[dict[str, Any]], Result],
+    config: dict[str, Any],
+    threads: int,
+    kinds: Mapping[str, Mapping[str, str]],
 ) -> Result:
     torch.set_num_threads(threads)
     register_again(kinds)

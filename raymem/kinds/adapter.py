@@ -44,15 +44,19 @@ class AdapterKind(Kind[OptionsT]):
         """Teach libraries to read its files, before one of them is loaded."""
 
     def initial_value(self, name: str, shape: Sequence[int], seed: int) -> Any:
-        """Return the fp32 start of a trained tensor that no checkpoint of the base holds, the same on every rank.
+        """Start of a tensor that :meth:`attach` added, the same on every rank; of its own dtype, or fp32.
+
+        It is asked of every parameter, trained or not, and of every buffer, since models are built on the meta device,
+        where what a module's constructor wrote is lost.
 
         Raises:
             AssertionError: the name is none of its tensors.
         """
-        raise AssertionError(f"no initial value is known for adapter tensor {name}")
+        raise AssertionError(f"{type(self).__name__}.initial_value knows no start of {name}, which attach added")
 
     def buffers(self, model: Any) -> dict[str, Any]:
-        """Return buffers of the attached model that a checkpoint and the saved adapter hold besides trained tensors."""
+        """Buffers of the attached model that a checkpoint and the saved adapter must hold beside what is trained: all
+        whose values :meth:`initial_value` does not give again."""
         return {}
 
     def save(self, model: Any, directory: Path, tensors: Mapping[str, Any], options: OptionsT) -> None:

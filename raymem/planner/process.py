@@ -164,8 +164,7 @@ def _job(recipe: Recipe, gpu: str | None) -> dict[str, Any]:
     """Build the question to the process."""
     plannable = _plannable(recipe, gpu)
     job = {"recipe": plannable.to_dict(), "gpu": gpu, "problem": None}
-    outside = outside_code(plannable)
-    return job if outside is None else {**job, "kinds": registered(), "code": outside}
+    return {**job, "kinds": registered(), "code": outside_code(plannable)}
 
 
 def _file(job: dict[str, Any]) -> Path:

@@ -1,6 +1,6 @@
 """The axes of a recipe as registries: which kinds there are, and the object that stands for each.
 
-Built-in kinds are listed here as ``module:class`` and imported on use, so that reading a recipe loads no
+Built-in kinds are listed here by the place of their class and imported on use, so that reading a recipe loads no
 method that it does not name. Others come from outside, by :func:`register_adapter` and its like or as entry points of
 the group ``raymem.<axis>`` (``raymem.adapters``, ...), and are used in the same way everywhere.
 """
@@ -19,6 +19,8 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from pydantic import PydanticUserError, TypeAdapter
 
 from raymem.errors import RecipeError
 from raymem.kinds import ActivationsKind, AdapterKind, BaseKind, Kind, LossKind, OptimizerKind, TrackerKind
@@ -46,10 +48,11 @@ class Axis(Generic[KindT]):
         self.builtin = dict(builtin)
         self._outside: dict[str, str] = {}
         self._kinds: dict[str, KindT] = {}
+        self._unusable: dict[str, str] = {}
         self._entry_points_read = False
 
     def __iter__(self) -> Iterator[str]:
-        """List the names of all kinds, raymem's own first."""
+        """Names of all kinds, raymem's own first."""
         self._read_entry_points()
         return iter([*self.builtin, *self._outside])
 
@@ -60,28 +63,50 @@ class Axis(Generic[KindT]):
         """The kind of that name.
 
         Raises:
-            RecipeError: there is none, or a registered one cannot be imported.
+            RecipeError: there is none, or one of others cannot be imported, is none, or has another name.
         """
         if name not in self._kinds:
             if name not in self:
                 raise RecipeError(f"{self.name}.kind: {name!r} is not registered; known are {', '.join(self)}")
-            self._kinds[name] = self._load({**self.builtin, **self._outside}[name])
+            if name not in self.builtin and name in self._unusable:
+                raise RecipeError(self._unusable[name])
+            kind = self._load({**self.builtin, **self._outside}[name])
+            if kind.name != name:
+                raise RecipeError(
+                    f"{self.name}: {self._outside[name]} is registered as {name!r}, but its options call it "
+                    f"{kind.name!r}; let its author give both the same name"
+                )
+            self._kinds[name] = kind
         return self._kinds[name]
 
     def kinds(self) -> list[KindT]:
-        """Return every kind of the axis, and imports their rooms for it."""
-        return [self[name] for name in self]
+        """All that can be used; imports their rooms. What is wrong with others, :meth:`problems` says."""
+        usable = []
+        for name in self:
+            with contextlib.suppress(RecipeError):
+                usable.append(self[name])
+        return usable
+
+    def problems(self) -> list[str]:
+        """A sentence for each kind of others that cannot be used; recipes that do not name it are not concerned."""
+        sentences = {}
+        for name in self:
+            try:
+                self[name]
+            except RecipeError as error:
+                sentences[name] = str(error)
+        return list({**sentences, **self._unusable}.values())
 
     def of(self, recipe: Any) -> KindT:
-        """Return the kind that a recipe has chosen."""
+        """The kind that a recipe has chosen."""
         return self[getattr(recipe, self.name).kind]
 
     def initial_options(self) -> Any:
-        """Return the options that a recipe has if it says nothing of the axis."""
+        """Options of a recipe that says nothing of the axis."""
         return self[self.initial].options()
 
     def spelled_out(self, value: Any) -> Any:
-        """Turn a kind's name alone, options without a kind, or an options object into a mapping with its kind."""
+        """A kind's bare name, options without a kind, or an options object as a mapping with its kind."""
         if isinstance(value, str):
             return {"kind": value}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -89,7 +114,7 @@ class Axis(Generic[KindT]):
         return {"kind": self.default, **value} if isinstance(value, Mapping) else value
 
     def register(self, kind: type[KindT] | str) -> None:
-        """Add a kind from outside raymem.
+        """Add a kind of others.
 
         Args:
             kind: its class, at the top of an importable module, or ``module:class``.
@@ -97,69 +122,101 @@ class Axis(Generic[KindT]):
         Raises:
             RecipeError: no such class, the name of another kind, or a class that workers could not import.
         """
-        class_path = kind if isinstance(kind, str) else f"{kind.__module__}:{kind.__qualname__}"
-        module, _, attribute = class_path.partition(":")
+        self._read_entry_points()
+        place = kind if isinstance(kind, str) else f"{kind.__module__}:{kind.__qualname__}"
+        module, _, attribute = place.partition(":")
         if module == "__main__" or "<" in attribute:
             raise RecipeError(
                 f"{self.name}: {attribute} is defined where other processes cannot import it; put it at the top of a "
                 "module that is installed or on PYTHONPATH"
             )
-        loaded = self._load(class_path)
-        if self._outside.get(loaded.name, class_path) != class_path or loaded.name in self.builtin:
+        loaded = self._load(place)
+        if self._outside.get(loaded.name, place) != place or loaded.name in self.builtin:
             raise RecipeError(
-                f"{self.name}: {class_path} is to be named {loaded.name!r}, which is another kind already; choose "
-                "another name for its options' field kind"
+                f"{self.name}: {place} is to be named {loaded.name!r}, which is another kind already; choose another "
+                "name for its options' field kind"
             )
-        self._outside[loaded.name] = class_path
+        self._outside[loaded.name] = place
         self._kinds[loaded.name] = loaded
 
     def unregister(self, name: str) -> None:
         """Forget a kind that :meth:`register` added."""
         del self._outside[name]
-        del self._kinds[name]
+        self._kinds.pop(name, None)
 
-    def outside(self) -> list[str]:
-        """Name every kind that is not raymem's own as ``module:class``."""
+    def outside(self) -> dict[str, str]:
+        """Name -> ``module:class`` of every kind that is not raymem's own."""
         self._read_entry_points()
-        return list(self._outside.values())
+        return dict(self._outside)
+
+    def take_over(self, outside: Mapping[str, str]) -> None:
+        """Know the kinds that :meth:`outside` gave in another process; each is imported when a recipe names it."""
+        self._read_entry_points()
+        for name, place in outside.items():
+            if self._outside.get(name) != place:
+                self._kinds.pop(name, None)
+            self._outside[name] = place
 
     def _read_entry_points(self) -> None:
         if self._entry_points_read:
             return
         self._entry_points_read = True
+        by_name: dict[str, dict[str, importlib.metadata.EntryPoint]] = {}
         for point in importlib.metadata.entry_points(group=self.group):
-            if point.name in self.builtin:
-                raise RecipeError(
-                    f"{self.name}: the entry point {point.name} = {point.value} of {_distribution(point)} has the name "
-                    "of a kind of raymem; uninstall that package, or let its author rename it"
+            by_name.setdefault(point.name, {}).setdefault(point.value, point)
+        for name, points in by_name.items():
+            first, *others = points.values()
+            if name in self.builtin:
+                self._unusable[name] = (
+                    f"{self.name}: the entry point {name} = {first.value} of {_distribution(first)} has the name of a "
+                    "kind of raymem, which is used instead; uninstall that package, or let its author rename it"
                 )
-            self._outside.setdefault(point.name, point.value)
+                continue
+            if others:
+                self._unusable[name] = (
+                    f"{self.name}: {_distribution(first)} and {_distribution(others[0])} both bring a kind named "
+                    f"{name!r}; uninstall one of them, or let its author rename it"
+                )
+            self._outside[name] = first.value
 
-    def _load(self, class_path: str) -> KindT:
-        module, _, attribute = class_path.partition(":")
+    def _load(self, place: str) -> KindT:
+        module, _, attribute = place.partition(":")
         try:
-            loaded_object: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-            kind: Any = loaded_object() if isinstance(loaded_object, type) else loaded_object
+            found: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+            kind: Any = found() if isinstance(found, type) else found
         except Exception as error:  # others' code may raise anything
             raise RecipeError(
-                f"{self.name}: the kind {class_path} cannot be imported: {type(error).__name__}: {error}"
+                f"{self.name}: the kind {place} cannot be imported: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(kind, self._base):
             raise RecipeError(
-                f"{self.name}: {class_path} is no {self._base.__name__}; extend raymem.kinds.{self._base.__name__}"
+                f"{self.name}: {place} is no {self._base.__name__}; extend raymem.kinds.{self._base.__name__}"
             )
-        _check_options(typing.cast(KindT, kind), f"{self.name}: {class_path}")
+        _check_options(typing.cast(KindT, kind), f"{self.name}: {place}")
         return typing.cast(KindT, kind)
 
 
-def _check_options(kind: Kind[Any], where: str) -> None:
+def _check_options(kind: Kind[Any], place: str) -> None:
     options = getattr(kind, "options", None)
     rule = "a frozen dataclass with a default for every field, and a field `kind: Literal['name'] = 'name'`"
     if not (isinstance(options, type) and dataclasses.is_dataclass(options) and "kind" in options.__dataclass_fields__):
-        raise RecipeError(f"{where}: its `options` must be {rule}")
-    names = typing.get_args(typing.get_type_hints(options)["kind"])
+        raise RecipeError(f"{place}: its `options` must be {rule}")
+    made = (dataclasses.MISSING, dataclasses.MISSING)
+    without = [f.name for f in dataclasses.fields(options) if (f.default, f.default_factory) == made]
+    if without or not options.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        problem = f"{without[0]} has no default" if without else "it is not frozen"
+        raise RecipeError(f"{place}: its `options` must be {rule}; {problem}")
+    try:
+        names = typing.get_args(typing.get_type_hints(options)["kind"])
+    except (NameError, TypeError) as error:
+        raise RecipeError(f"{place}: the annotations of its options cannot be read: {error}") from None
+    try:
+        TypeAdapter(options).json_schema()
+    except PydanticUserError as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise RecipeError(f"{place}: its options have a type that no recipe can hold: {reason}") from None
     if len(names) != 1 or options.__dataclass_fields__["kind"].default != names[0]:
-        raise RecipeError(f"{where}: its options' field kind must be `kind: Literal['name'] = 'name'`")
+        raise RecipeError(f"{place}: its options' field kind must be `kind: Literal['name'] = 'name'`")
 
 
 def _distribution(point: importlib.metadata.EntryPoint) -> str:
@@ -213,25 +270,25 @@ TRACKERS: Axis[TrackerKind[Any]] = Axis(
 )  # fmt: skip
 
 MEMORY_AXES: dict[str, Axis[Any]] = {axis.name: axis for axis in (BASES, ADAPTERS, ACTIVATIONS, LOSSES, OPTIMIZERS)}
-"""Maps each section of the recipe that attacks a memory term to its registry."""
+"""Section of the recipe that attacks a memory term -> its registry."""
 AXES: dict[str, Axis[Any]] = {**MEMORY_AXES, TRACKERS.name: TRACKERS}
-"""Maps each section of the recipe that is an axis to its registry."""
+"""Section of the recipe -> its registry."""
 
 
 def chosen(recipe: Any) -> list[Kind[Any]]:
-    """Return the kinds that a recipe has chosen, axis by axis."""
+    """The kinds that a recipe has chosen, axis by axis."""
     return [axis.of(recipe) for axis in AXES.values()]
 
 
 def all_kinds() -> Iterable[Kind[Any]]:
-    """Yield every kind of every axis."""
+    """Every kind of every axis that can be used."""
     for axis in AXES.values():
         yield from axis.kinds()
 
 
 @contextlib.contextmanager
 def building(config: Any) -> Iterator[None]:
-    """Let transformers build models of ``config`` in the block, whichever kind of base has changed their layers."""
+    """Inside, transformers builds models of ``config``, whichever kind of base has changed their layers."""
     with contextlib.ExitStack() as stack:
         for kind in BASES.kinds():
             stack.enter_context(kind.building(config))
@@ -239,40 +296,50 @@ def building(config: Any) -> Iterator[None]:
 
 
 def why_not_of_model(directory: Path) -> str | None:
-    """Say why an adapter does not go with the model that it names, and what to do; return None if it does."""
+    """Why an adapter does not go with the model that it names, and what to do; None if it does."""
     return next((why for kind in BASES.kinds() if (why := kind.why_not_of_model(directory)) is not None), None)
 
 
 def full_base() -> Any:
-    """Return the options of the base that is the recipe's own model, whole and unquantised."""
+    """Options of the base that is the recipe's own model, whole and unquantised."""
     return BASES["full"].options()
 
 
 def no_adapter() -> Any:
-    """Return the options of the adapter axis for a whole model."""
+    """Options of the adapter axis for a whole model."""
     return ADAPTERS["none"].options()
 
 
-def registered() -> dict[str, list[str]]:
-    """Map each axis to ``module:class`` of others' kinds, for :func:`register_again` in another process."""
+def registered() -> dict[str, dict[str, str]]:
+    """Axis -> name -> ``module:class`` of others' kinds, for :func:`register_again` in another process."""
     return {name: axis.outside() for name, axis in AXES.items() if axis.outside()}
 
 
-def register_again(kinds: Mapping[str, Iterable[str]]) -> None:
-    """Register what :func:`registered` named in the process that sent it."""
-    for name, class_paths in kinds.items():
-        for class_path in class_paths:
-            AXES[name].register(class_path)
+def register_again(kinds: Mapping[str, Mapping[str, str]]) -> None:
+    """Know what :func:`registered` named in the process that sent it."""
+    for name, outside in kinds.items():
+        AXES[name].take_over(outside)
+
+
+def problems() -> list[str]:
+    """A sentence for each kind of others, of whichever axis, that cannot be used."""
+    return [sentence for axis in AXES.values() for sentence in axis.problems()]
 
 
 def outside_code(recipe: Any) -> str | None:
-    """Digest the modules of a recipe's kinds from outside raymem that decide its memory; None if there are none."""
+    """Digest of the code of a recipe's kinds, not raymem's own, that decide its memory; None if there are none.
+
+    A module at the top counts alone; one of a package with all that lies beside and below it.
+    """
     digest, any_outside = hashlib.sha256(), False
     for kind in (axis.of(recipe) for axis in MEMORY_AXES.values()):
         module = sys.modules[type(kind).__module__]
-        if module.__name__.partition(".")[0] != "raymem":
-            any_outside = True
-            digest.update(Path(inspect.getfile(module)).read_bytes())
+        if module.__name__.partition(".")[0] == "raymem":
+            continue
+        any_outside = True
+        file = Path(inspect.getfile(module))
+        for source in sorted(file.parent.rglob("*.py")) if module.__package__ else [file]:
+            digest.update(source.read_bytes())
     return digest.hexdigest() if any_outside else None
 
 

@@ -169,9 +169,12 @@ def recipe_schema() -> dict[str, Any]:
             definitions |= section.pop("$defs", {})
             if kind.name != axis.default:  # options without a kind are the default kind's
                 section.setdefault("required", []).append("kind")
-            definitions[kind.options.__name__] = section
-            refs.append({"$ref": f"#/$defs/{kind.options.__name__}"})
-        definitions[title] = {"anyOf": [*refs, {"enum": list(axis)}]}
+            key = kind.options.__name__
+            if key in definitions:  # others may call their class as raymem calls one of its own
+                key = f"{title}-{kind.name}"
+            definitions[key] = section
+            refs.append({"$ref": f"#/$defs/{key}"})
+        definitions[title] = {"anyOf": [*refs, {"enum": [kind.name for kind in axis.kinds()]}]}
         described = schema["properties"][name].get("description", "")
         default = {"kind": axis.initial}
         schema["properties"][name] = {"$ref": f"#/$defs/{title}", "default": default, "description": described}

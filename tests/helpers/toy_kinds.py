@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -113,6 +113,52 @@ class Scaled(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.base(x) * self.scale
         return result
+
+
+@dataclass(frozen=True)
+class ShiftOptions:
+    """Every output of the MLPs gets a trained vector, times a fixed one."""
+
+    kind: Literal["toy_shift"] = "toy_shift"
+    init_from: str | None = None
+
+
+class Shifted(torch.nn.Module):
+    """A layer with one tensor of each sort; what its constructor writes is lost on the meta device."""
+
+    def __init__(self, base: Any, size: int, like: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base = base
+        self.shift = torch.nn.Parameter(torch.zeros(size, dtype=dtype, device=like.device))
+        self.fixed = torch.nn.Parameter(torch.ones(size, dtype=dtype, device=like.device), requires_grad=False)
+        self.register_buffer("kept", torch.ones(size, dtype=dtype, device=like.device))
+        self.register_buffer("passing", torch.ones(size, dtype=dtype, device=like.device), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept, passing = self.get_buffer("kept"), self.get_buffer("passing")
+        result: torch.Tensor = self.base(x) + self.shift * self.fixed * kept * passing
+        return result
+
+
+class ShiftKind(AdapterKind[ShiftOptions]):
+    """An adapter with buffers and a frozen parameter of its own."""
+
+    options = ShiftOptions
+    paths = ("init_from",)
+    starts: ClassVar[dict[str, float]] = {"shift": 0.0, "fixed": 2.0, "kept": 3.0, "passing": 0.5}
+
+    def attach(self, model: Any, options: ShiftOptions, context: AttachContext) -> Any:
+        model.requires_grad_(False)
+        for layer in model.model.layers:
+            size, like = model.config.hidden_size, next(layer.mlp.parameters())
+            layer.mlp = Shifted(layer.mlp, size, like, context.dtype)
+        return model
+
+    def initial_value(self, name: str, shape: Sequence[int], seed: int) -> Any:
+        return torch.full(tuple(shape), self.starts[name.rpartition(".")[2]])
+
+    def buffers(self, model: Any) -> dict[str, Any]:
+        return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".kept")}
 
 
 class ScaleKind(AdapterKind[ScaleOptions]):

@@ -103,7 +103,7 @@ def test_they_train_and_their_plan_is_what_is_measured(llama: Path) -> None:
 @pytest.mark.usefixtures("toys")
 def test_another_process_can_be_told_of_them() -> None:
     sent = registered()
-    assert sent["optimizer"] == ["tests.helpers.toy_kinds:SignKind"]
+    assert sent["optimizer"] == {"toy_sign": "tests.helpers.toy_kinds:SignKind"}
     OPTIMIZERS.unregister("toy_sign")
     register_again(sent)
     assert isinstance(OPTIMIZERS["toy_sign"], toy_kinds.SignKind)

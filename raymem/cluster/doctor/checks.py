@@ -15,6 +15,7 @@ from raymem.cluster.doctor.local import (
     check_auth,
     check_devices,
     check_home,
+    check_kinds,
     check_model,
     check_storage_here,
     check_versions,
@@ -41,7 +42,8 @@ def run_doctor(recipe: Recipe | None = None, *, address: str | None = None) -> l
         address: ``host:port`` of a running cluster (checked from one of its nodes) or its dashboard, ``http://...``;
             by default RAY_ADDRESS and RAY_API_SERVER_ADDRESS.
     """
-    checks = [*check_versions(), *check_devices(recipe is not None and recipe.scaling.use_gpu), check_home()]
+    wants_gpu = recipe is not None and recipe.scaling.use_gpu
+    checks = [*check_versions(), *check_kinds(), *check_devices(wants_gpu), check_home()]
     storage_path = recipe.storage.path if recipe else None
     if storage_path:
         checks += check_storage_here(storage_path)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raymem.errors import ModelError, RaymemError, StorageError
+from raymem.recipe.axes import AXES, problems
 from raymem.recipe.load import MODELS
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
@@ -61,6 +62,18 @@ def check_versions() -> list[Check]:
 
 def _version(name: str, installed: str, fits: bool, required: str, cure: str) -> Check:
     return Check(name, True, installed) if fits else Check(name, False, f"{installed} is outside of {required}", cure)
+
+
+def check_kinds() -> list[Check]:
+    """Kinds from outside: those that can be used, and a line for each that cannot."""
+    usable = [
+        f"{name}: {', '.join(others)}"
+        for name, axis in AXES.items()
+        if (others := [kind.name for kind in axis.kinds() if kind.name not in axis.builtin])
+    ]
+    checks = [Check("kinds", True, f"from outside: {'; '.join(usable)}")] if usable else []
+    unconcerned = "recipes that do not name it are not concerned"
+    return [*checks, *(Check("kinds", None, problem, unconcerned) for problem in problems())]
 
 
 def check_model(recipe: Recipe) -> list[Check]:

@@ -59,7 +59,7 @@ class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
         tracking: kind of the tracker, the plain data that rebuild it, and kinds that are not raymem's own.
     """
 
-    def __init__(self, tracking: tuple[str, Mapping[str, Any], Mapping[str, list[str]]], mailbox: Any) -> None:
+    def __init__(self, tracking: tuple[str, Mapping[str, Any], Mapping[str, Mapping[str, str]]], mailbox: Any) -> None:
         self._tracking = tracking
         self._mailbox = mailbox
         self._tracker: Tracker | None = None

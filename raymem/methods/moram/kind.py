@@ -47,6 +47,16 @@ class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
             task_type="CAUSAL_LM",
         )
 
+    def initial_value(self, name: str, shape: Sequence[int], seed: int) -> Any:
+        """As PEFT starts factors; connections are not chosen yet."""
+        import torch
+
+        if ".moram_index." in name:
+            return torch.full(tuple(shape), -1, dtype=torch.int32)
+        if ".moram_base." in name:
+            return torch.zeros(*shape, dtype=torch.int64)
+        return super().initial_value(name, shape, seed)
+
     def register(self) -> None:
         from raymem.methods import moram
 

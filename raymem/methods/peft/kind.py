@@ -154,7 +154,7 @@ def stored_buffers(model: Any) -> dict[str, Any]:
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    buffers = {}
+    buffers: dict[str, Any] = {}
     for prefix, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             own = {f"{prefix}.{name}": buffer for name, buffer in layer.named_buffers()}

@@ -12,11 +12,16 @@ from safetensors import SafetensorError
 
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, StorageError
+from raymem.kinds import AttachContext
 from raymem.methods.peft.files import load_adapter
 from raymem.methods.peft.importing import without_bitsandbytes
 from raymem.recipe.axes import ADAPTERS, building, why_not_of_model
+from raymem.recipe.schema import Recipe
+from raymem.training.artifacts.export import FACTS
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
 from raymem.training.dist_env import DistEnv
+from raymem.training.model.adapter import continuing, is_of_own_kind, tensors_of
+from raymem.training.model.base_name import base_name
 from raymem.training.model.build import fetch
 from raymem.training.model.companions import GENERATION, copy_companions
 from raymem.training.model.revision import trained_from
@@ -24,10 +29,11 @@ from raymem.training.model.weights import check_checkpoint
 
 
 def load_artifact(directory: str | Path) -> tuple[Any, Any]:
-    """Load model (in its stored dtype, evaluation mode) and tokenizer of a PEFT or model directory.
+    """Load model (in its stored dtype, evaluation mode) and tokenizer of an adapter or model directory.
 
     Raises:
-        ModelError: it is neither, or the base that the adapter names cannot be loaded or is quantised.
+        ModelError: it is neither, or the base that the adapter names cannot be loaded or is quantised, or its kind is
+            not installed here or does not load what it saved.
     """
     with without_bitsandbytes():
         from peft import PeftConfig
@@ -41,17 +47,48 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
             "for example raymem-runs/quickstart/adapter"
         )
     try:
-        if (path / "adapter_config.json").is_file():
+        if is_of_own_kind(path):
+            model = _with_own_kind(path)
+        elif (path / "adapter_config.json").is_file():
             base = _load(*_base(path, PeftConfig.from_pretrained(str(path))))
             model = load_adapter(base, path, "cpu")
         else:
             model = _load(str(path), None)
     except ModelError as error:  # what training would say of the model
-        raise ModelError(f"{path} cannot be loaded: {str(error).removeprefix('model.name: ')}") from None
+        raise ModelError(
+            f"{path} cannot be loaded: {str(error).removeprefix('model.name: ').removeprefix('adapter.init_from: ')}"
+        ) from None
     except Exception as error:  # model code may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} cannot be loaded: {reason}; check the base model that it names") from None
     return model.eval(), load_tokenizer(str(path))
+
+
+def _with_own_kind(directory: Path) -> Any:
+    """The model of an adapter that PEFT does not know, attached and filled by its kind, in the base's stored dtype."""
+    options = continuing(directory)
+    if not (directory / FACTS).is_file():
+        raise ModelError(f"it holds no {FACTS}, which names its base; take the whole directory of the run")
+    recipe = Recipe.model_validate(json.loads((directory / FACTS).read_text())["recipe"])
+    name, revision = base_name(recipe)
+    if name is None:
+        raise ModelError(
+            "it was trained on the random weights of model.config, which lie nowhere; save them as a model directory, "
+            "and train on that as model.name"
+        )
+    base, kind = _load(name, revision), ADAPTERS[options.kind]
+    of_base = {id(tensor) for tensor in tensors_of(base).values()}
+    model = kind.attach(base, options, AttachContext(base.dtype, name, revision))
+    held = tensors_of(model)
+    given = kind.read(str(directory), model)
+    with torch.no_grad():
+        for place, tensor in held.items():
+            if place in given:
+                tensor.copy_(given[place])
+            elif id(tensor) not in of_base:
+                tensor.copy_(kind.initial_value(place, tensor.shape, recipe.seed))
+    kind.loaded(model, options, recipe.seed)
+    return model
 
 
 def _base(adapter: Path, config: Any) -> tuple[str, str | None]:
@@ -144,6 +181,11 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     source, target = Path(adapter), Path(output)
     if not (source / "adapter_config.json").is_file():
         raise ModelError(f"{source} holds no adapter_config.json; only adapters are merged")
+    if is_of_own_kind(source):
+        raise ModelError(
+            f"{source} is an adapter of kind {continuing(source).kind}, which cannot be folded into its base; "
+            "raymem.load and raymem generate take it as it is"
+        )
     if (why := why_not_of_model(source)) is not None:
         raise ModelError(f"{source} cannot be merged into the model that it names: {why}")
     if target.exists():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from raymem.errors import ModelError
 from raymem.kinds import AdapterKind, AttachContext
 from raymem.methods.peft.kind import merged_instead, read_config
 from raymem.recipe.axes import ADAPTERS, BASES
 from raymem.recipe.schema import Recipe
+from raymem.training.dist_env import DistEnv
+from raymem.training.model import weights
 from raymem.training.model.base_name import base_name
 
 
@@ -29,7 +33,43 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     return ADAPTERS.of(recipe).attach(model, recipe.adapter, AttachContext(dtype, name, revision))
 
 
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by its name, each once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@torch.no_grad()
+def fill(model: nn.Module, added: Sequence[str], recipe: Recipe, dist_env: DistEnv) -> None:
+    """Give what an adapter has added to its base its start, or the values of ``adapter.init_from``.
+
+    Args:
+        added: names of its parameters, trained or not, and of its buffers.
+    """
+    kind = ADAPTERS.of(recipe)
+    if kind.trains_base:
+        return
+    source = kind.source(recipe.adapter)
+    given = {} if source is None else read_adapter(source, model, recipe)
+    tensors, places = tensors_of(model), weights.slots(model)
+    for name in added:
+        tensor = tensors[name]
+        full = given.get(name)
+        if full is None:
+            full = kind.initial_value(name, tensor.shape, recipe.seed)
+        if isinstance(tensor, nn.Parameter):
+            weights.put(*places[name], lambda rows, full=full: full if rows is None else full[rows], dist_env, name)  # type: ignore[misc]
+        else:
+            tensor.copy_(full)
+
+
 def _kind_of(config: dict[str, Any], directory: str) -> AdapterKind[Any]:
+    if (own := config.get("raymem_kind")) is not None:
+        if own not in ADAPTERS:
+            raise ModelError(
+                f"adapter.init_from: {directory} is an adapter of kind {own}, which is not known here; install the "
+                "package that brings it, or register it"
+            )
+        return ADAPTERS[own]
     for kind in ADAPTERS.kinds():
         if kind.continues(config):
             return kind
@@ -45,9 +85,13 @@ def _type(config: dict[str, Any]) -> str:
 
 
 def is_peft(directory: str | Path) -> bool:
-    """Say whether a directory holds an adapter of PEFT, rather than a whole model or an adapter in another form."""
-    path = Path(directory) / "adapter_config.json"
-    return path.is_file() and "raymem_kind" not in read_config(directory)
+    """Whether a directory holds an adapter of PEFT, rather than a whole model or an adapter of a kind of its own."""
+    return (Path(directory) / "adapter_config.json").is_file() and not is_of_own_kind(directory)
+
+
+def is_of_own_kind(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter whose kind has a file format of its own."""
+    return (Path(directory) / "adapter_config.json").is_file() and "raymem_kind" in read_config(directory)
 
 
 def continuing(directory: str | Path) -> Any:

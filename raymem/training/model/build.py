@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,11 @@ def build_model(
     activations = ACTIVATIONS.of(recipe)
     activations.prepare(base_model, recipe.activations)
     model: nn.Module = base_model
+    added: list[str] = []
     if adapter_at is None:
+        of_base = {id(tensor) for tensor in adapter.tensors_of(base_model).values()}
         model = adapter.attach(base_model, recipe, trainable_dtype(recipe))
+        added = [name for name, tensor in adapter.tensors_of(model).items() if id(tensor) not in of_base]
         _prepare(model, recipe)
     if dist_env.sharded:
         shard(model, blocks, dist_env)
@@ -84,9 +88,11 @@ def build_model(
         weights.materialise(model, dist_env)
         weights.fill(places, source, dist_env, tied)
         if adapter_at is None:
-            _fill_adapter(model, recipe, dist_env)
+            adapter.fill(model, added, recipe, dist_env)
             ADAPTERS.of(recipe).loaded(model, recipe.adapter, recipe.seed)
-        _restore_computed_buffers(base_model)
+        _restore_computed_buffers(
+            base_model, [tensor for name, tensor in adapter.tensors_of(model).items() if name in added]
+        )
     if adapter_at is not None:
         for kind in ADAPTERS.kinds():
             kind.register()
@@ -308,33 +314,15 @@ def _stand_in_nf4_linears(base_model: Any, dtype: torch.dtype) -> None:
             base_model.set_submodule(name, nf4.Linear4bit(inputs, outputs, module.bias is not None, dtype))
 
 
-@torch.no_grad()
-def _fill_adapter(model: nn.Module, recipe: Recipe, dist_env: DistEnv) -> None:
-    """Give the adapter's weights their start, or those of ``adapter.init_from``."""
-    kind = ADAPTERS.of(recipe)
-    if kind.trains_base:
-        return
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    source = kind.source(recipe.adapter)
-    saved = {} if source is None else adapter.read_adapter(source, model, recipe)
-    for name, buffer in kind.buffers(model).items():
-        if name in saved:
-            buffer.copy_(saved[name])
-    places = weights.slots(model)
-    for name, parameter in trainable.items():
-        full = saved.get(name)
-        if full is None:
-            full = kind.initial_value(name, parameter.shape, recipe.seed)
-        weights.put(*places[name], lambda rows, full=full: full if rows is None else full[rows], dist_env, name)  # type: ignore[misc]
-
-
-@torch.no_grad()
-def _restore_computed_buffers(base_model: Any) -> None:
+def _restore_computed_buffers(base_model: Any, filled: Sequence[torch.Tensor]) -> None:
     """Recompute buffers that no checkpoint holds (rotary frequencies, embedding scales) through transformers' own rule.
 
     transformers initialises what is not flagged; so everything that was just loaded is flagged, and of the modules
     only those that own such buffers are visited. A buffer that its own module leaves alone is that of a module around
     it to fill.
+
+    Args:
+        filled: tensors of an adapter, which have their values.
 
     Raises:
         ModelError: nothing fills one of them.
@@ -345,7 +333,7 @@ def _restore_computed_buffers(base_model: Any) -> None:
         f"{prefix}.{name}" if prefix else name: module
         for prefix, module in base_model.named_modules()
         for name in module._non_persistent_buffers_set
-        if getattr(module, name) is not None
+        if getattr(module, name) is not None and not any(getattr(module, name) is tensor for tensor in filled)
     }
     visited = {name.rpartition(".")[0] for name in computed}
     for name in computed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from raymem.errors import ModelError, StorageError
+from raymem.recipe.axes import ADAPTERS
 from raymem.training.artifacts.load import generate, load_artifact, merge
+from tests.helpers import toy_kinds
 from tests.helpers.support import make_recipe, random_batch, run_fragment, save_model, train
 
 
@@ -124,3 +127,31 @@ def test_a_truncated_result_is_refused(results: dict[str, Path], tmp_path: Path,
     path.write_bytes(path.read_bytes()[:-16])
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_artifact(tmp_path / kind)
+
+
+@pytest.fixture(scope="module")
+def shifted(llama: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An adapter of a kind that PEFT does not know."""
+    ADAPTERS.register(toy_kinds.ShiftKind)
+    place = tmp_path_factory.mktemp("shifted")
+    outcome, _ = train(make_recipe(run_fragment(examples, place), {"adapter": {"kind": "toy_shift"}}, model=llama))
+    assert outcome is not None
+    yield Path(outcome.artifact)
+    ADAPTERS.unregister("toy_shift")
+
+
+def test_an_adapter_of_a_kind_of_its_own_continues_a_text_but_is_not_merged(shifted: Path, tmp_path: Path) -> None:
+    assert generate(shifted, "w1 w3 w9", max_new_tokens=6, temperature=0.0, seed=0)
+    with pytest.raises(ModelError, match="is an adapter of kind toy_shift, which cannot be folded into its base"):
+        merge(shifted, tmp_path / "merged")
+
+
+def test_what_is_missing_for_an_adapter_of_a_kind_of_its_own(shifted: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shifted, tmp_path / "copy"))
+    (copy / "raymem.json").unlink()
+    with pytest.raises(ModelError, match=r"copy cannot be loaded: it holds no raymem\.json, which names its base"):
+        load_artifact(copy)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, "raymem_kind": "nobodys"}))
+    with pytest.raises(ModelError, match=r"copy is an adapter of kind nobodys, which is not known here; install"):
+        load_artifact(copy)
