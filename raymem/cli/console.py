@@ -1,4 +1,4 @@
-"""The display while a command runs: a rich progress bar on a terminal, plain lines anywhere else."""
+"""Displays progress while a command runs: a rich progress bar on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raymem.memory.budget import bytes_text
 from raymem.training.reporter import Row
 
 LINE_EVERY_S = 10.0
-"""Least time between two plain lines; evaluations and the first and last step are always shown."""
+"""The least time between two plain lines; evaluations and the first and last step are always shown."""
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -76,11 +76,11 @@ class TrainingDisplay:
             self._progress.stop()
 
     def status(self, text: str) -> None:
-        """A line about what goes on before training."""
+        """Show a line about the work before training."""
         out.print(text, style="dim" if out.is_terminal else None, markup=False)
 
     def show(self, rows: Sequence[Row]) -> None:
-        """New metric rows, oldest first."""
+        """Show new metric rows, oldest first."""
         for row in rows:
             self._peak_bytes = max(self._peak_bytes, row.get("peak_bytes", 0.0))
             if "eval_loss" in row:
@@ -109,7 +109,7 @@ class TrainingDisplay:
 
 
 def plan_table(terms: Mapping[str, int], phases: Mapping[str, Mapping[str, int]]) -> Table:
-    """``raymem plan``: one row per memory term; its bytes at the peak, and at the peak of every phase."""
+    """Return the table of ``raymem plan``: for each term its bytes at the peak and at that of each phase."""
     table = Table(box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in ("at the peak", *phases):
@@ -132,7 +132,7 @@ def print_whole(table: Table) -> None:
 
 
 def holders_table(rows: Sequence[tuple[str, str, str, int, int]]) -> Table:
-    """The largest holders at the peak: name, category, operation, bytes, how many tensors."""
+    """Return the table of the largest holders at the peak: name, category, operation, bytes, how many tensors."""
     table = Table(box=None, pad_edge=False)
     for name, justify in (("held at the peak", "left"), ("term", "left"), ("by", "left"), ("tensors", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -143,7 +143,7 @@ def holders_table(rows: Sequence[tuple[str, str, str, int, int]]) -> Table:
 
 
 def checks_table(rows: Sequence[tuple[str, bool | None, str, str]]) -> Table:
-    """``raymem doctor``'s report: name, ok (None is a warning), detail, cure."""
+    """Return the table of ``raymem doctor``: name, ok (None is a warning), detail, cure."""
     table = Table(box=None, pad_edge=False, show_header=False)
     words = {True: "[green]ok[/green]", False: "[red]FAIL[/red]", None: "[yellow]note[/yellow]"}
     for name, ok, detail, cure in rows:

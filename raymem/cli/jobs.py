@@ -1,4 +1,4 @@
-"""Which command a job runs with which arguments: what ``raymem submit`` and ``raymem k8s render`` share."""
+"""Checks the command of a job and its arguments, for ``raymem submit`` and ``raymem k8s render``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Arguments = Annotated[
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides among the arguments of a command, and the other arguments."""
+    """Split the arguments of a command into overrides and others."""
     overrides: list[str] = []
     others: list[str] = []
     rest = list(arguments)
@@ -36,7 +36,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse_command(context: typer.Context, command: str, recipe: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """The parameters of a command, parsed as the job will: a wrong option is wrong usage here already."""
+    """Parse the parameters of a command as the job will: a wrong option is wrong usage here already."""
     parser: Any = context.find_root().command
     for word in command.split():
         parser = parser.commands[word]

@@ -83,7 +83,7 @@ def plan(
 def as_dict(
     prediction: Plan, verdict: Verdict | None, limit: int | None, advice: Sequence[Advice] | None = None
 ) -> dict[str, Any]:
-    """The JSON answer: ``<term>_bytes`` at the peak, totals, and the verdict."""
+    """Return the JSON answer: ``<term>_bytes`` at the peak, totals, and the verdict."""
     facts = prediction.to_dict()
     terms = facts.pop("terms")
     result = {f"{name}_bytes": size for name, size in terms.items()} | facts | {"budget_bytes": limit}
@@ -147,7 +147,7 @@ def _print(
 
 
 def verdict_text(verdict: Verdict, limit: int) -> str:
-    """The verdict as a sentence."""
+    """Return the verdict as a sentence."""
     from raymem.memory.budget import Exceeds, bytes_text
 
     if isinstance(verdict, Exceeds):

@@ -100,7 +100,7 @@ def sweep(
 def options_of(
     recipe: Recipe, *, objective: str, also: str, **options: Any
 ) -> tuple[Recipe, Space, SweepOptions]:  # fmt: skip
-    """The recipe of the sweep, its space and how it is searched, from the options of the command.
+    """Return the recipe of the sweep, its space and the options of the search, from the options of the command.
 
     Raises:
         RaymemError: an option that no sweep can work with.
@@ -112,7 +112,7 @@ def options_of(
 
 
 class SweepDisplay:
-    """The last trials as a table that renews itself on a terminal, one line per trial elsewhere."""
+    """Shows the last trials as a table that renews itself on a terminal, one line per trial elsewhere."""
 
     def __init__(self, metric: str, samples: int) -> None:
         self._metric, self._samples = metric, samples
@@ -132,11 +132,11 @@ class SweepDisplay:
             self._live.stop()
 
     def status(self, text: str) -> None:
-        """A line about what goes on before the first trial."""
+        """Show a line about the work before the first trial."""
         console.out.print(f"[dim]{text}[/dim]" if console.out.is_terminal else text)
 
     def show(self, rows: list[SweepRow]) -> None:
-        """All rows, as they are now."""
+        """Show all rows, as they are now."""
         if self._live is not None:
             self._live.update(self._table(rows))
             return

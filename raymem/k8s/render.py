@@ -1,4 +1,4 @@
-"""From a recipe to Kubernetes manifests: an overlay of ``k8s/`` with image, resources, entrypoint and labels filled in.
+"""Renders a recipe as Kubernetes manifests: an overlay of ``k8s/`` with image, resources, entrypoint and labels.
 
 Nothing is applied, and no cluster is asked: the manifests are made by ``kubectl kustomize`` from the files that ship
 with raymem and from patches that are written here, so that the result is what editing the overlay would give.
@@ -31,7 +31,7 @@ MAX_NAME = 47
 """KubeRay's limit for the name of a RayJob: it appends 6 characters for the cluster and 10 for that cluster's service,
 and Kubernetes allows 63 for the name of a service."""
 MOUNT = "/shared"
-"""Where the shared volume is in every Pod."""
+"""The path of the shared volume in every Pod."""
 RECIPE_FILE = "/etc/raymem/recipe.yaml"
 MARGIN = 1.1
 """The request is the figure of one worker times this, for the allocator's fragmentation ..."""
@@ -57,8 +57,8 @@ GPU_PRODUCTS = {
     "H100-80GB": "NVIDIA-H100-80GB-HBM3",
     "H200": "NVIDIA-H200",
 }
-"""Name in :data:`raymem.memory.devices.GPUS` -> value of the node label ``nvidia.com/gpu.product``, which NVIDIA's
-feature discovery sets."""
+"""Maps a name in :data:`raymem.memory.devices.GPUS` to the value of the node label ``nvidia.com/gpu.product``, which
+NVIDIA's feature discovery sets."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ OVERLAYS = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """Manifests, and what was decided on the way."""
+    """Manifests, and the decisions behind them."""
 
     manifests: str
     name: str
     figure_bytes: int
-    """Memory of one worker, before the margin."""
+    """The memory of one worker, before the margin."""
     request_bytes: int
-    """Memory that each worker's Pod asks for."""
+    """The memory that each worker's Pod asks for."""
 
 
 def render(
@@ -105,7 +105,7 @@ def render(
     node_memory: str | None = None,
     only_job: bool = False,
 ) -> Rendered:
-    """Manifests that train a recipe with one of the overlays.
+    """Render manifests that train a recipe with one of the overlays.
 
     Args:
         overlay: A key of :data:`OVERLAYS`.
@@ -169,7 +169,7 @@ def render(
 
 
 def worker_memory_bytes(recipe: Recipe, gpu: str | None) -> int:
-    """Memory that one worker's device must have, by the planner.
+    """Return the memory that one worker's device must have, by the planner.
 
     Raises:
         ClusterError: it cannot be planned on this machine.
@@ -183,12 +183,12 @@ def worker_memory_bytes(recipe: Recipe, gpu: str | None) -> int:
 
 
 def memory_request_bytes(figure_bytes: int) -> int:
-    """Memory request of a worker's Pod: the figure with its margin, in whole GiB."""
+    """Return the memory request of a worker's Pod: the figure with its margin, in whole GiB."""
     return math.ceil((figure_bytes * MARGIN + RUNTIME_BYTES) / _GIB) * _GIB
 
 
 def manifests_dir() -> Path:
-    """The folder ``k8s`` of this installation."""
+    """Return the folder ``k8s`` of this installation."""
     installed = Path(str(resources.files("raymem"))) / "manifests"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "k8s"
 
@@ -217,7 +217,7 @@ def _scaled(
     path: str | Path, overrides: Sequence[str], workers: str | None, shape: Overlay, overlay: str, cpus: int | None,
     *, is_sweep: bool,
 ) -> tuple[Recipe, tuple[int, int]]:  # fmt: skip
-    """The recipe as it will run in the cluster, and the smallest and largest number of Pods for its workers."""
+    """Return the recipe as it will run in the cluster, and the smallest and largest number of Pods for its workers."""
     recipe = load_recipe(path, overrides)
     own = recipe.scaling.num_workers
     if workers is None:
@@ -264,7 +264,7 @@ def _job_name(name: str | None, recipe: Recipe) -> str:
 
 
 def _check_paths(recipe: Recipe) -> None:
-    """Refuse what only this machine sees: the driver and each worker are Pods of their own, on any node."""
+    """Refuse paths that only this machine sees: the driver and each worker are Pods of their own, on any node."""
     raw = recipe.to_dict()
     storage = raw["storage"]["path"]
     if not _visible(storage):
@@ -304,7 +304,7 @@ def _check_room(needed: int, available: int, what: str, option: str) -> None:
 
 
 def _quantity(text: str, option: str) -> int:
-    """Bytes of a Kubernetes quantity such as ``64Gi``."""
+    """Parse a Kubernetes quantity such as ``64Gi`` into bytes."""
     amount = re.fullmatch(r"(\d+(?:\.\d+)?)(Mi|Gi|Ti|M|G|T)", text)
     if not amount:
         raise ClusterError(f"{option} {text}: is no amount of memory; write for example 64Gi")
@@ -321,7 +321,7 @@ def _patch(
     cpus: int | None,
     request_bytes: int,
 ) -> list[dict[str, Any]]:
-    """JSON patch that makes the overlay's RayJob that of the recipe."""
+    """Return the JSON patch that makes the overlay's RayJob that of the recipe."""
     share = recipe.scaling.resources_per_worker or {}
     cores = cpus or max(math.ceil(share["CPU"]), 1 if kind is None else 4)
     amounts = {"cpu": str(cores), "memory": f"{request_bytes // _GIB}Gi"}
@@ -350,7 +350,7 @@ def _patch(
 
 
 def _placeholder(overlay: str) -> str:
-    """Name of the image that the overlay itself puts in."""
+    """Return the name of the image that the overlay itself puts in."""
     raw = yaml.safe_load((manifests_dir() / "overlays" / overlay / "kustomization.yaml").read_text())
     return str(raw["images"][0]["newName"])
 

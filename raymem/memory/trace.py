@@ -341,13 +341,13 @@ class PeakOf:
     """The index of the change that reaches it."""
 
 
-def peak_of(changes: Iterable[Change], *, counts: Callable[[Change], bool]) -> PeakOf:
-    """Return the peak over the changes for which ``counts`` is true; the others only change what is alive."""
+def peak_of(changes: Iterable[Change], *, wanted: Callable[[Change], bool]) -> PeakOf:
+    """Return the peak over the changes for which ``wanted`` is true; the others only change what is alive."""
     changes = list(changes)
     total, highest, at = 0, 0, -1
     for index, change in enumerate(changes):
         total += change.num_bytes
-        if total > highest and counts(change):
+        if total > highest and wanted(change):
             highest, at = total, index
     sums: Counter[Category] = Counter()
     for change in changes[: at + 1]:

@@ -18,11 +18,11 @@ def make_plan(session: StepTrace, target: Target, gpu: str | None) -> Plan:
     """Evaluate a recorded session."""
     changes = session.changes
     relevant = {id(change) for change in changes if change.step != 1}
-    peak = peak_of(changes, counts=lambda change: id(change) in relevant)
-    steps = peak_of(changes, counts=lambda c: c.step == MEASURED and c.phase in ("forward", "backward", "step"))
+    peak = peak_of(changes, wanted=lambda change: id(change) in relevant)
+    steps = peak_of(changes, wanted=lambda c: c.step == MEASURED and c.phase in ("forward", "backward", "step"))
     phases: dict[str, dict[str, int]] = {}
     for phase in PHASES:
-        phase_peak = peak_of(changes, counts=lambda c, phase=phase: c.phase == phase and id(c) in relevant)  # type: ignore[misc]
+        phase_peak = peak_of(changes, wanted=lambda c, phase=phase: c.phase == phase and id(c) in relevant)  # type: ignore[misc]
         if phase_peak.num_bytes:
             phases[phase] = {**_complete(phase_peak.by_category), "peak_bytes": phase_peak.num_bytes}
     held = _device_needs(session, target, gpu, peak.num_bytes)

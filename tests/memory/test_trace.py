@@ -34,7 +34,7 @@ def test_the_peak_of_a_known_sequence() -> None:
         second = torch.empty(16 * FLOATS)
         del first
         third = torch.empty(4 * FLOATS)
-    found = peak_of(tracer.changes, counts=lambda change: True)
+    found = peak_of(tracer.changes, wanted=lambda change: True)
     assert found.num_bytes == 24 * KIB
     assert [change.num_bytes // KIB for change in tracer.changes] == [8, 16, -8, 4]
     del second, third
@@ -131,7 +131,7 @@ def test_memory_inside_a_kernel_counts_while_its_result_is_there() -> None:
     with Tracer(lambda func, args, result: 5 * KIB if func._schema.name == "aten::neg" else 0) as tracer:
         x = torch.zeros(FLOATS)
         y = x.neg()
-    assert peak_of(tracer.changes, counts=lambda change: True).num_bytes == (1 + 1 + 5) * KIB
+    assert peak_of(tracer.changes, wanted=lambda change: True).num_bytes == (1 + 1 + 5) * KIB
     del x, y
 
 

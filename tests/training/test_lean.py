@@ -231,7 +231,7 @@ def test_a_large_weight_is_never_there_whole(packed: Any) -> None:
     ):
         with torch.no_grad(), Tracer() as tracer:
             work()
-        peak = peak_of(tracer.changes, counts=lambda _: True).num_bytes
+        peak = peak_of(tracer.changes, wanted=lambda _: True).num_bytes
         # Beside a block: its packed form, the scales in fp32 twice, and the packed weight, which counts as seen anew.
         beside = nf4.BLOCK_BYTES // 4 + 2 * 4 * (192 * 320 // 64) + whole // 4
         assert peak <= result_bytes + nf4.BLOCK_BYTES + beside < whole + result_bytes
@@ -264,7 +264,7 @@ def backward_bytes(module: nn.Module, x: torch.Tensor) -> int:
     with Tracer() as tracer:
         tracer.phase = "forward"
         module(x).backward(slope)
-    return peak_of(tracer.changes, counts=lambda _: True).num_bytes
+    return peak_of(tracer.changes, wanted=lambda _: True).num_bytes
 
 
 def parts(dropout: float) -> tuple[list[nn.Module], list[nn.Module], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The chunked loss of a transformers causal language model, through the model's own code.
+"""Takes the chunked loss of a transformers causal language model, through the model's own code.
 
 A forward pass is run with a stand-in for the output head, which keeps what it is given and returns next to nothing; so
 everything up to the head, with whatever wraps it, is the model's own. Then one of two ways:
@@ -35,7 +35,7 @@ _REPLAY_BYTES_PER_LOGIT = 16
 
 
 def is_plain_product(head: Any) -> bool:
-    """Whether a head does nothing but multiply by its weight, here and now."""
+    """Say whether a head does nothing but multiply by its weight, here and now."""
     return (
         type(head) is nn.Linear
         and head.bias is None
@@ -47,7 +47,7 @@ def is_plain_product(head: Any) -> bool:
 def chunked_loss_sum(
     model: Any, inputs: dict[str, Any], targets_N: torch.Tensor, positions_T: torch.Tensor, *, replay: bool = False
 ) -> torch.Tensor:
-    """Summed cross-entropy of one micro-batch, in nats; 0-dim fp32.
+    """Compute the summed cross-entropy of one micro-batch, in nats; 0-dim fp32.
 
     Args:
         model: a causal language model of transformers, the bare one (not what wraps it).
@@ -70,7 +70,7 @@ def chunked_loss_sum(
 
 
 def head_input(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states that the model's forward pass gives to its output head [B, S, H].
+    """Return the hidden states that the model's forward pass gives to its output head [B, S, H].
 
     Raises:
         RuntimeError: it does not call the head exactly once.
@@ -118,7 +118,7 @@ def _by_replay(
 
 
 def _run_backbone(model: Any, inputs: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """All that comes before the head, and its output, of which the hidden states are the first part.
+    """Return the module before the head, and its output, of which the hidden states are the first part.
 
     Raises:
         RuntimeError: the model's forward pass calls none of the modules that transformers names for it.
@@ -146,7 +146,7 @@ def _run_backbone(model: Any, inputs: dict[str, Any]) -> tuple[nn.Module, Any]:
 
 @contextlib.contextmanager
 def _stand_in_head(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Inside, the head keeps its input in the list and returns one column of it in the place of logits."""
+    """Let the head in the block keep its input in the list and return one column of it instead of logits."""
     head_inputs: list[torch.Tensor] = []
 
     def keep(hidden: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""LoRAct in a run of a recipe: every step is named to it, and ``rank: auto`` is settled before the first one."""
+"""Serves LoRAct in a run of a recipe: names every step to it, and settles ``rank: auto`` before the first one."""
 
 from __future__ import annotations
 

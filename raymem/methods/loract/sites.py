@@ -1,4 +1,4 @@
-"""Where activations are compressed: the transformer layers of a model, and the modules inside that take part."""
+"""Finds the transformer layers of a model, and the modules inside, whose activations are compressed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def find_layers(model: nn.Module, layers: str | nn.ModuleList | None) -> dict[st
 
 
 def first_of_each_stack(layers: dict[str, nn.Module]) -> set[str]:
-    """Names of the layers that see embeddings: the first one below each parent module."""
+    """Return the names of the layers that see embeddings: the first one below each parent module."""
     firsts: dict[str, str] = {}
     for name in layers:
         firsts.setdefault(name.rpartition(".")[0], name)
@@ -93,12 +93,12 @@ def sublayers(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def has_matrices(module: nn.Module) -> bool:
-    """Whether recomputing this module spares more than it costs to hold its input."""
+    """Say whether recomputing this module spares more than it costs to hold its input."""
     return any(parameter.ndim >= 2 for parameter in module.parameters())
 
 
 def routes_tokens(module: nn.Module) -> bool:
-    """Whether this is, or contains, a mixture of experts (in transformers it has a member ``experts``)."""
+    """Say whether this is, or contains, a mixture of experts (in transformers it has a member ``experts``)."""
     return any("experts" in inner._modules or "Experts" in type(inner).__name__ for inner in module.modules())
 
 

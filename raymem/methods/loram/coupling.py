@@ -1,4 +1,4 @@
-"""Which rows and columns of which linear layers belong to one prunable unit, family by family.
+"""Declares the rows and columns of linear layers that belong to one prunable unit, family by family.
 
 A *unit* is a KV group (its key and value head with the query heads that read it) or an MLP neuron. Removing one removes
 rows ("out", with their biases) of some linear layers of a decoder layer and columns ("in") of others; those are the

@@ -1,4 +1,4 @@
-"""From the adapter of a pruned model to the adapter of the full one: a scatter into zeros, on the adapter's file alone.
+"""Recovers the adapter of the full model from that of a pruned one: a scatter into zeros, on the adapter's file alone.
 
 ``delta = B A`` of the pruned layer lies in the rows and columns of the full layer that were kept, and is zero elsewhere
 (LoRAM, arXiv 2502.13533: the recovery R(.) of section 3). In PEFT's terms ``lora_B`` [out, r] gets its rows and
@@ -267,12 +267,12 @@ def _facts(adapter: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def is_recovery_of(directory: str | Path, adapter: str | Path, manifest: Manifest) -> bool:
-    """Whether a directory holds what :func:`recover_adapter` makes of an adapter."""
+    """Say whether a directory holds the recovery of this adapter by :func:`recover_adapter`."""
     return bool(_loram_facts(Path(directory)) == _facts(Path(adapter), manifest))
 
 
 def is_recovered(directory: str | Path) -> bool:
-    """Whether an adapter is of the full model, made by :func:`recover_adapter`."""
+    """Say whether an adapter is of the full model, made by :func:`recover_adapter`."""
     return _loram_facts(Path(directory)) is not None
 
 

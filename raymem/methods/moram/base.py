@@ -1,4 +1,4 @@
-"""The frozen weight under a MoRAM layer: read by rows, patched at the selected places, and identified.
+"""Reads the frozen weight under a MoRAM layer by rows, patches it at the selected places, and identifies it.
 
 A weight is used directly where its layer computes exactly ``x W^T + b``: ``nn.Linear``, GPT-2's ``Conv1D`` (which
 stores W transposed) and bitsandbytes' 4-bit layers, of which a range of rows is dequantised at a time. Any other layer
@@ -25,7 +25,7 @@ from raymem.memory import nf4
 
 @dataclass(frozen=True)
 class BaseWeight:
-    """How a layer holds its weight."""
+    """The form in which a layer holds its weight."""
 
     weight: torch.Tensor | None
     """As stored; None where the layer computes its own part."""

@@ -1,4 +1,4 @@
-"""MoRAM in a run of a recipe: connections are chosen before the first step, and again where that is asked.
+"""Chooses MoRAM's connections in a run of a recipe: before the first step, and again where that is asked.
 
 The choice is a function of the recipe and the data. It lies in buffers that every checkpoint holds, and is the same for
 any number of workers up to the rounding of a sum over them.
