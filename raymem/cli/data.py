@@ -53,7 +53,7 @@ def _print(example: Sequence[Part]) -> None:
 
     from raymem.training.data.summary import plain
 
-    if not console.out.is_terminal or os.environ.get("NO_COLOR"):
+    if not console.out.is_terminal or console.out.color_system is None or os.environ.get("NO_COLOR"):
         console.out.print(plain(example), markup=False)
     else:
         console.out.print(Text.assemble(*((part.text, "green" if part.is_target else "dim") for part in example)))

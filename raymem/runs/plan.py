@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from raymem.errors import BudgetError
 from raymem.memory.budget import parse_bytes
@@ -31,6 +32,10 @@ def plan_run(
         from raymem.runs.resolve import resolve_micro_batch  # loads torch, which plans of known models do without
 
         recipe = resolve_micro_batch(recipe, budget_bytes=budget_bytes, gpu=gpu, status=status)
+    if recipe.model.name is not None and Path(recipe.model.name).is_dir():
+        from raymem.training.model.check import check_weights_here
+
+        check_weights_here(recipe)
     return recipe, plan_recipe(recipe, gpu=gpu)
 
 

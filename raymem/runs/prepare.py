@@ -17,6 +17,7 @@ from raymem.training.data.summary import overview
 from raymem.training.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_key
 from raymem.training.job import PreparedRun
 from raymem.training.model.build import build_model, check_fit
+from raymem.training.model.check import check_weights_here
 from raymem.training.model.summary import what_is_trained
 
 Split = Literal["train", "eval"]
@@ -29,12 +30,14 @@ def prepare(run: ResolvedRun, *, train_data: Prepared | None = None, status: Sta
         train_data: where the caller has prepared it already.
 
     Raises:
-        ModelError: the base has to be pruned first, or model and tokenizer do not belong together.
+        ModelError: the base has to be pruned first, its weights are of no use, or model and tokenizer do not belong
+            together.
         RecipeError: rows that the model cannot take.
         DataError, StorageError: see :func:`prepare_data`.
     """
     run.require_base()
     status("checking the model")
+    check_weights_here(run.recipe)
     model = build_model(run.recipe, meta=True)
     check_fit(model, load_tokenizer(run.tokenizer), run.recipe)
     for line in what_is_trained(model, run.recipe):

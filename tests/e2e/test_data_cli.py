@@ -61,6 +61,10 @@ def test_colour_where_there_is_a_terminal(
     monkeypatch.setenv("NO_COLOR", "1")
     assert run_app("data", recipe) == 0
     assert "[[" in capsys.readouterr().out
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr(console.out, "_color_system", None)  # a terminal that knows no colours
+    assert run_app("data", recipe) == 0
+    assert "[[" in capsys.readouterr().out
 
 
 def test_training_says_the_same_and_uses_what_was_prepared(

@@ -79,7 +79,7 @@ def check_kinds() -> list[Check]:
 def check_model(recipe: Recipe) -> list[Check]:
     """Check the recipe's model: its config, and the tensors of a directory here; demo models are made on the spot."""
     from raymem.planner.shapes import located
-    from raymem.training.model.build import check_model as described
+    from raymem.training.model.check import check_model as described
 
     if recipe.model.name in MODELS:
         return []

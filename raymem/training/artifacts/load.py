@@ -15,6 +15,7 @@ from raymem.errors import ModelError, StorageError
 from raymem.kinds import AttachContext
 from raymem.methods.peft.files import load_adapter
 from raymem.methods.peft.importing import without_bitsandbytes
+from raymem.methods.sentences import as_sentence
 from raymem.recipe.axes import ADAPTERS, building, why_not_of_model
 from raymem.recipe.schema import Recipe
 from raymem.training.artifacts.export import FACTS
@@ -173,7 +174,7 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     """Write the base with the adapter folded in, in the base's own dtype, as a model directory.
 
     Raises:
-        ModelError: no adapter there, or its base cannot be loaded.
+        ModelError: no adapter there, one that PEFT cannot merge, or its base cannot be loaded.
         StorageError: ``output`` exists or cannot be written; nothing half-written is left.
     """
     from transformers import GenerationConfig
@@ -196,7 +197,8 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     try:
         staging.mkdir(parents=True)
         _untie_adapted(model)
-        merged = model.merge_and_unload()
+        with as_sentence(ModelError, f"{source}: PEFT cannot merge this adapter", "use it beside its base"):
+            merged = model.merge_and_unload()
         if (base / GENERATION).is_file():
             merged.generation_config = GenerationConfig()  # the base's own follows, also one that would not be written
         merged.save_pretrained(staging)

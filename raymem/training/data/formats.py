@@ -140,7 +140,9 @@ def without_targets(example: Example) -> str:
     if isinstance(example, Tokens):
         return "every label is -100"
     if not isinstance(example, Messages):
-        return "the completion is empty" if isinstance(example, PromptCompletion) else "the text is empty"
+        name = "completion" if isinstance(example, PromptCompletion) else "text"
+        is_empty = not (example.completion if isinstance(example, PromptCompletion) else example.text)
+        return f"the {name} is empty" if is_empty else f"the tokenizer makes no token of the {name}"
     roles = dict.fromkeys(message["role"] for message in example.messages)
     if "assistant" not in roles:
         return f"no turn has the role assistant, only {', '.join(roles)}"

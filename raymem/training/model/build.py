@@ -64,11 +64,11 @@ def build_model(
     """
     dist_env = dist_env or DistEnv()
     config = load_config(recipe, dist_env)
-    base_model = _on_meta(config, recipe)
+    base_model = on_meta(config, recipe)
     packing.refuse_leaks(base_model, recipe)
     # Names are those of the bare model: quantising, wrapping and sharding change names or parameters, not the places.
     source = None if meta else _source(base_model, config, recipe, dist_env)
-    tied: dict[str, str] = dict(getattr(base_model, "all_tied_weights_keys", None) or {})
+    tied = weights.tied_names(base_model)
     blocks = [m for m in base_model.modules() if type(m).__name__ in (base_model._no_split_modules or ())]
     if recipe.base.quantize == "nf4":
         (_stand_in_nf4_linears if planned else _use_nf4_linears)(base_model, base_dtype(recipe))
@@ -191,27 +191,6 @@ def not_to_be_had(name: str, error: Exception) -> str:
     )
 
 
-def check_model(recipe: Recipe) -> str:
-    """Refuse what loading would refuse of the recipe's model: its config, and the tensors of one that lies here.
-
-    Returns:
-        What it is, in a few words.
-
-    Raises:
-        ModelError, RecipeError: see :func:`build_model`.
-    """
-    config = load_config(recipe)
-    planned = BASES.of(recipe).is_planned(recipe.base)
-    name = recipe.model.name if planned else base_name(recipe)[0]
-    base_model = _on_meta(config, recipe)
-    packing.refuse_leaks(base_model, recipe)
-    kind = f"{name or 'random weights'} ({config.model_type})"
-    if name is None or planned or not Path(name).is_dir():
-        return kind
-    weights.check_checkpoint(base_model, Path(name))
-    return f"{kind}, every tensor accounted for"
-
-
 def check_fit(model: Any, tokenizer: Any, recipe: Recipe) -> None:
     """Refuse rows and tokens that would fail with an index error in the middle of a step.
 
@@ -250,7 +229,12 @@ def tokenizer_path(recipe: Recipe, dist_env: DistEnv | None = None) -> str:
     return str(fetch(name or "", revision, dist_env or DistEnv(), weights_too=False))
 
 
-def _on_meta(config: Any, recipe: Recipe) -> Any:
+def on_meta(config: Any, recipe: Recipe) -> Any:
+    """The bare model without weights, tied ones joined.
+
+    Raises:
+        ModelError: it cannot be built.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 

@@ -161,7 +161,15 @@ def check_checkpoint(model: Any, directory: Path) -> None:
     Raises:
         ModelError: see :func:`checkpoint_source`.
     """
-    _open(model, directory)
+    files, converted = _open(model, directory)
+    if converted:  # what becomes of these, transformers says when it loads them
+        return
+    shapes = {name: header.shape for name, header in files.headers.values()}
+    places = model.state_dict()
+    if missing := _without_value(set(places), places.keys() & shapes.keys(), tied_names(model)):
+        raise ModelError(_missing(missing))
+    for name in places.keys() & shapes.keys():
+        _same_shape(name, places[name], torch.empty(shapes[name], device="meta"))
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:
@@ -219,7 +227,7 @@ def fill(places: Mapping[str, Slot], source: TensorSource, dist_env: DistEnv, ti
     Raises:
         ModelError: a tensor is missing or has another shape.
     """
-    missing = set(places)
+    held: set[str] = set()
     for name in source.names():
         if name not in places:
             continue  # of a complete state dict: what another class of the same family has
@@ -228,12 +236,20 @@ def fill(places: Mapping[str, Slot], source: TensorSource, dist_env: DistEnv, ti
         if target is None:
             continue
         put(module, attribute, lambda rows, name=name: source.read(name, rows), dist_env, name)  # type: ignore[misc]
-        missing.discard(name)
-    held = set(places) - missing
-    held |= {origin for target, origin in tied.items() if target in held}
-    missing -= held | {target for target, origin in tied.items() if origin in held}
-    if missing:
+        held.add(name)
+    if missing := _without_value(set(places), held, tied):
         raise ModelError(_missing(missing))
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """Name -> another name of the same tensor, of a bare transformers model."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _without_value(names: set[str], held: set[str], tied: Mapping[str, str]) -> set[str]:
+    """Names of tensors that are held under no name."""
+    held = held | {origin for target, origin in tied.items() if target in held}
+    return names - held - {target for target, origin in tied.items() if origin in held}
 
 
 def _missing(names: set[str]) -> str:

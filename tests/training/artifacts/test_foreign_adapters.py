@@ -31,6 +31,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("llama", {"target_modules": LINEAR, "use_dora": True}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "bias": ("gpt_neox", {"target_modules": ["query_key_value"], "bias": "all"}),
+    "bias of its own": ("gpt_neox", {"target_modules": ["dense"], "lora_bias": True}),
     "experts": ("qwen3_moe", {"target_modules": "all-linear"}),  # PEFT adds a rank_pattern and target_parameters
     "experts by name": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
 }
@@ -100,3 +101,22 @@ def test_an_adapter_of_another_base_is_one_sentence(examples: Path, tmp_path: Pa
     wider = save_model(tmp_path / "wider", "llama", hidden_size=64)
     with pytest.raises(ModelError, match=r"PEFT cannot put this adapter on LlamaForCausalLM: RuntimeError: .*; give"):
         evaluate_recipe(recipe_of(wider, examples, tmp_path / "runs"), str(adapter))
+
+
+@pytest.mark.parametrize("kind", ["bias without a place", "prompt"])
+def test_what_peft_cannot_merge_is_one_sentence_and_still_used(kind: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = save_model(tmp_path / "base")
+    config: Any = (
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        if kind == "prompt"
+        else LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    save_tokenizer(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"adapter: PEFT cannot merge this adapter: \w+: .*; use it beside its base"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    assert generate(tmp_path / "adapter", "w1 w2", max_new_tokens=2, temperature=0.0, seed=0)

@@ -6,7 +6,7 @@ import pytest
 
 from raymem.errors import DataError
 from raymem.recipe.data import Source
-from raymem.training.data.formats import Messages, PromptCompletion, Text, resolve_format, to_example
+from raymem.training.data.formats import Messages, PromptCompletion, Text, resolve_format, to_example, without_targets
 
 PLACE = "data.train[0]"
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -119,3 +119,9 @@ def test_message_keys_for_the_template_stay_and_parquet_s_nulls_go() -> None:
 def test_errors_name_place_value_and_cure(row: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         convert(row, **options)
+
+
+def test_a_text_of_which_the_tokenizer_makes_nothing_is_not_called_empty() -> None:
+    assert without_targets(Text("")) == "the text is empty"
+    assert without_targets(Text("sky")) == "the tokenizer makes no token of the text"
+    assert without_targets(PromptCompletion("p", "c")) == "the tokenizer makes no token of the completion"

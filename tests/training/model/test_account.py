@@ -137,6 +137,39 @@ def test_every_command_refuses_a_quantised_model(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "cache" / "data").exists(), "and no data were prepared for it"
 
 
+UNFIT: dict[str, tuple[Callable[[Tensors], Any], str]] = {
+    "scales alone": (lambda t: t.update({f"{Q}.weight_scale": torch.ones(1)}), "fewer bits than their value has"),
+    "one more": (lambda t: t.update({"model.layers.0.extra.weight": torch.ones(2)}), "has no place"),
+    "one less": (lambda t: t.pop(f"{Q}.weight"), f"1 tensors are missing .* {Q}"),
+    "of another shape": (
+        lambda t: t.update({f"{Q}.weight": torch.ones(3, 3)}),
+        r"has shape \[3, 3\] in the c",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_weights_that_do_not_fit_are_refused_before_anything_starts(kind: str, tmp_path: Path) -> None:
+    """Of their headers alone, also by a plan, which needs no weights."""
+    import raymem
+
+    change, message = UNFIT[kind]
+    directory = changed(save_model(tmp_path / "model"), change)
+    write_examples(tmp_path / "rows.jsonl", 40, 0)
+    recipe = {
+        "model": {"name": str(directory)},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "sequence_length": 32},
+        "train": {"steps": 1, "micro_batch": 1},
+        "storage": {"path": str(tmp_path / "runs")},
+        "scaling": {"num_workers": 0},
+        "tracking": "none",
+    }
+    for use in (raymem.plan, raymem.train):
+        with pytest.raises(ModelError, match=message):
+            use(recipe)
+    assert not (tmp_path / "runs" / "cache" / "data").exists()
+
+
 def test_an_adapter_of_a_quantised_base_is_refused_by_the_name_of_the_base(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     model: Any = build_model(make_recipe(model=base))
