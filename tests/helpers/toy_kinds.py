@@ -135,7 +135,9 @@ class Shifted(torch.nn.Module):
         self.register_buffer("passing", torch.ones(size, dtype=dtype, device=like.device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.base(x) + self.shift * self.fixed * self.kept * self.passing
+        result: torch.Tensor = self.base(x) + self.shift * self.fixed * self.get_buffer("kept") * self.get_buffer(
+            "passing"
+        )
         return result
 
 
