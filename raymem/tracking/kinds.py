@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from raymem.recipe.axes import TRACKERS
+from raymem.tracking.guard import GuardedTracker, failures_said
 from raymem.tracking.tracker import RunStart, Tracker
 
 
@@ -15,14 +16,22 @@ def start_tracking(start: RunStart) -> Tracker:
     Raises:
         TrackingError: it cannot be used as the recipe says.
     """
-    tracker: Tracker = TRACKERS[start.recipe["tracking"]["kind"]].load().start(start)
-    return tracker
+    kind = start.recipe["tracking"]["kind"]
+    with failures_said(kind):
+        tracker: Tracker = TRACKERS[kind].load().start(start)
+    return _guarded(tracker, kind)
 
 
 def attach_tracker(kind: str, spec: Mapping[str, Any]) -> Tracker:
     """Return the tracker of a run that was started in another process; nothing is contacted yet."""
-    tracker: Tracker = TRACKERS[kind].load().attach(spec)
-    return tracker
+    with failures_said(kind):
+        tracker: Tracker = TRACKERS[kind].load().attach(spec)
+    return _guarded(tracker, kind)
+
+
+def _guarded(tracker: Tracker, kind: str) -> Tracker:
+    """Return a tracker whose failures cost no run; raymem's own need no guard."""
+    return tracker if kind in TRACKERS.builtin else cast(Tracker, GuardedTracker(tracker, kind))
 
 
 def check_tracking(options: Mapping[str, Any], storage_path: str) -> str:
@@ -31,5 +40,6 @@ def check_tracking(options: Mapping[str, Any], storage_path: str) -> str:
     Raises:
         TrackingError: as :func:`start_tracking`.
     """
-    report: str = TRACKERS[options["kind"]].load().check(options, storage_path)
+    with failures_said(options["kind"]):
+        report: str = TRACKERS[options["kind"]].load().check(options, storage_path)
     return report

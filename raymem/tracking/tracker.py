@@ -80,7 +80,7 @@ class Tracker(Protocol):
         """Plain data for :meth:`attach`."""
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log rows ``{"step": 12, "loss": ..}``; values that are no numbers are left out.
+        """Log rows ``{"step": 12.0, "loss": ..}``; values that are no numbers are left out.
 
         A step that the run already has is never logged again, so that replays after a crash are harmless, and so is
         passing a whole history once more at the end (which mends what an outage swallowed).

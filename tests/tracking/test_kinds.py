@@ -6,13 +6,17 @@ import inspect
 import subprocess
 import sys
 import typing
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raymem.errors import TrackingError
 from raymem.recipe.axes import TRACKERS
-from raymem.tracking import Tracker
+from raymem.tracking import RunStart, Tracker, attach_tracker, start_tracking
 from raymem.tracking.tracker import TrackingResult
+from tests.helpers import toy_kinds
 
 
 def methods(cls: Any) -> dict[str, list[str]]:
@@ -39,3 +43,43 @@ def test_reading_a_recipe_imports_no_tracker() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def lines() -> Iterator[None]:
+    """A tracker from outside, which writes lines into a file."""
+    TRACKERS.register(toy_kinds.LinesKind)
+    yield
+    TRACKERS.unregister("toy_lines")
+
+
+def started(path: Path) -> RunStart:
+    return RunStart({"name": "r", "tracking": {"kind": "toy_lines", "file": str(path)}}, "/x", resume=False)
+
+
+@pytest.mark.usefixtures("lines")
+def test_a_tracker_from_outside_that_fails_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = start_tracking(started(tmp_path / "lines.jsonl"))
+    for either in (tracker, attach_tracker("toy_lines", tracker.spec())):
+        either.log([{"step": 1.0, "loss": 2.0}])
+        with monkeypatch.context() as patch:
+            patch.setattr(toy_kinds.LinesTracker, "log", lambda self, rows: 1 / 0)
+            caplog.clear()
+            either.log([{"step": 2.0, "loss": 2.0}])
+            either.log([{"step": 3.0, "loss": 2.0}])
+            assert len(caplog.messages) == 1, "said once"
+        result = either.finish("FINISHED")
+        assert result.run_id == tracker.run_id
+        assert result.problem == caplog.messages[0]
+        assert result.problem.startswith("tracking: toy_lines failed: ZeroDivisionError: division by zero")
+
+
+@pytest.mark.usefixtures("lines")
+def test_a_tracker_from_outside_that_cannot_start_is_an_error_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy_kinds.LinesTracker, "start", lambda start: 1 / 0)
+    with pytest.raises(TrackingError, match="toy_lines cannot be used: ZeroDivisionError: division by zero; mend it"):
+        start_tracking(started(tmp_path / "lines.jsonl"))

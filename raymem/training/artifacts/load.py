@@ -55,10 +55,9 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
             model = load_adapter(base, path, "cpu")
         else:
             model = _load(str(path), None)
-    except ModelError as error:  # what training would say of the model
-        raise ModelError(
-            f"{path} cannot be loaded: {str(error).removeprefix('model.name: ').removeprefix('adapter.init_from: ')}"
-        ) from None
+    except ModelError as error:  # what training would say of the model or its adapter
+        reason = str(error).removeprefix("model.name: ").removeprefix("adapter.init_from: ")
+        raise ModelError(f"{path} cannot be loaded: {reason}") from None
     except Exception as error:  # model code may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} cannot be loaded: {reason}; check the base model that it names") from None

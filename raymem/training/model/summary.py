@@ -38,11 +38,11 @@ def what_is_trained(model: Any, recipe: Recipe) -> list[Line]:
         model: as :func:`raymem.training.model.build.build_model` gives it, on any device.
     """
     base_model = model.get_base_model() if hasattr(model, "peft_config") else model
-    lines = _adapted(base_model, recipe) if recipe.trains_adapter else _trained(base_model)
+    lines = _adapted(base_model, recipe) if recipe.trains_adapter else _trained(base_model, recipe)
     return lines + (_quantised(base_model) if recipe.base.quantize == "nf4" else [])
 
 
-def _trained(model: Any) -> list[Line]:
+def _trained(model: Any, recipe: Recipe) -> list[Line]:
     """Return the lines of full fine-tuning."""
     verdict = text_pass(model)
     parameters = dict(model.named_parameters())
@@ -52,7 +52,7 @@ def _trained(model: Any) -> list[Line]:
     return [
         Line("trained", ("all weights" if not unused and not named else "all other weights",), len(trained)),
         *_unused("frozen", unused, list(parameters)),
-        *_lines("frozen", dict.fromkeys(named, "adapter.freeze"), depth=2),
+        *_lines("frozen", dict.fromkeys(named, _setting(recipe, "freeze")), depth=2),
     ]
 
 
@@ -60,6 +60,9 @@ def _adapted(model: Any, recipe: Recipe) -> list[Line]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     wrapped = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not wrapped:  # an adapter that PEFT does not know
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return list(_lines(f"trained ({recipe.adapter.kind})", dict.fromkeys(trained, ""), depth=2))
     verdict = text_pass(model)
     # Layers lie one deeper where PEFT wraps them; experts have one wrapper in the other for every parameter.
     layers = {name.removesuffix(".base_layer"): name for name in linear_layers(model) if ".lora_" not in name}
@@ -77,7 +80,9 @@ def _adapted(model: Any, recipe: Recipe) -> list[Line]:
             touched[plain] = ""
         else:
             experts[plain] = "routed experts are no linear layers; adapter.targets may name them"
-    alone = {name: verdict.why_left_alone(name) or "adapter.targets" for name in layers if name not in adapted}
+    alone = {
+        name: verdict.why_left_alone(name) or _setting(recipe, "targets") for name in layers if name not in adapted
+    }
     unused = [name for name, reason in alone.items() if reason == UNUSED]
     alone = {name: reason for name, reason in alone.items() if reason != UNUSED}
     return [
@@ -86,6 +91,11 @@ def _adapted(model: Any, recipe: Recipe) -> list[Line]:
         *_lines("left alone", alone, depth=2),
         *_lines("left alone", experts, depth=2),
     ]
+
+
+def _setting(recipe: Recipe, option: str) -> str:
+    """The setting that leaves modules out: an option of the adapter, if its kind has that one."""
+    return f"adapter.{option}" if hasattr(recipe.adapter, option) else f"adapter.kind: {recipe.adapter.kind}"
 
 
 def _quantised(model: Any) -> list[Line]:
