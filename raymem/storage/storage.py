@@ -278,7 +278,9 @@ def _clean(name: str) -> str:
 def _copy(source: pafs.FileSystem, path: str, target: pafs.FileSystem, to: str) -> dict[str, Any]:
     """Copy one file in chunks; return size and digest of the copy as ``{bytes, sha256}``."""
     digest, size = hashlib.sha256(), 0
-    with source.open_input_stream(path) as reader, target.open_output_stream(to) as writer:
+    # By default pyarrow unpacks and packs a file whose name ends as an archive's does.
+    reader, writer = source.open_input_stream(path, compression=None), target.open_output_stream(to, compression=None)
+    with reader, writer:
         while chunk := reader.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import pickle
@@ -78,6 +79,17 @@ def test_upload_download_delete(storage: Storage, tmp_path: Path) -> None:
     storage.delete_dir("run/ckpt_3")
     assert storage.list_dirs("run") == []
     storage.delete_dir("run/ckpt_3")
+
+
+def test_archives_are_copied_as_they_are(storage: Storage, tmp_path: Path) -> None:
+    packed, called_so = gzip.compress(b"rows"), b"no archive"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/data.jsonl.gz").write_bytes(packed)
+    (tmp_path / "in/odd.gz").write_bytes(called_so)
+    storage.upload_dir(tmp_path / "in", "sent", last=None)
+    storage.download_dir("sent", tmp_path / "out", last=None)
+    assert (tmp_path / "out/data.jsonl.gz").read_bytes() == packed
+    assert (tmp_path / "out/odd.gz").read_bytes() == called_so
 
 
 def test_upload_replaces_and_merges(storage: Storage, tmp_path: Path) -> None:
