@@ -89,7 +89,7 @@ def share_tokenizer(source: str, storage: Storage) -> str:
         ModelError: it cannot be loaded.
     """
     tokenizer = load_tokenizer(source)
-    directory = cache_dir(storage) / "tokenizers" / digest([tokenizer_key(tokenizer), tokenizer.stop_ids])
+    directory = cache_dir(storage) / "tokenizers" / digest([tokenizer_key(tokenizer), tokenizer.stop_ids, source])
 
     def save(target: Path) -> dict[str, Any]:
         save_tokenizer(tokenizer, target)

@@ -83,3 +83,12 @@ def test_training_says_the_same_and_uses_what_was_prepared(
     assert [path.name for path in (tmp_path / "50%?").iterdir()] == ["runs"]
     assert {path.name for path in tmp_path.iterdir()} == {"50%?", "tiny.yaml", "train.jsonl", "eval.jsonl"}
     assert (storage / "mlflow.db").is_file() and (storage / "mlartifacts").is_dir()
+
+
+def test_an_error_about_the_tokenizer_names_the_path_that_was_given(
+    recipe: Path, tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    assert run_app("data", recipe) == 1
+    assert f"tokenizer {llama} has no chat template" in capsys.readouterr().err

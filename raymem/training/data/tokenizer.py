@@ -11,13 +11,14 @@ from raymem.errors import ModelError
 from raymem.storage.publish import digest
 
 _GENERATION_CONFIG = "generation_config.json"
+_ORIGIN = "origin.txt"
 
 
 def load_tokenizer(path: str) -> Any:
     """Load the fast tokenizer of a local directory or Hugging Face id.
 
     Its attribute ``stop_ids`` has what stops generation by the ``generation_config.json`` beside it, other than its own
-    end token.
+    end token; ``origin`` has the path that a person gave it under.
 
     Raises:
         ModelError: it cannot be loaded, or has no ``tokenizer.json`` form.
@@ -40,12 +41,15 @@ def load_tokenizer(path: str) -> Any:
     tokenizer.stop_ids = [
         token for token in _stop_ids(path) if token < len(tokenizer) and token != tokenizer.eos_token_id
     ]
+    origin = Path(path) / _ORIGIN
+    tokenizer.origin = origin.read_text(encoding="utf-8") if origin.is_file() else path
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Write the files that :func:`load_tokenizer` reads, ``stop_ids`` included."""
     tokenizer.save_pretrained(directory)
+    (directory / _ORIGIN).write_text(tokenizer.origin, encoding="utf-8")
     if tokenizer.stop_ids:
         content = json.dumps({"eos_token_id": tokenizer.stop_ids})
         (directory / _GENERATION_CONFIG).write_text(content, encoding="ascii")

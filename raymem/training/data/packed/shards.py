@@ -273,7 +273,7 @@ def write_shard(recipe: EncodeSpec, directory: str, task: Task) -> Counts:
         dropped.
     """
     tokenizer = cached_tokenizer(recipe.tokenizer_path, recipe.tokenizer_key)
-    encoder = Encoder(tokenizer, recipe.tokenizer_path, recipe.turns)
+    encoder = Encoder(tokenizer, tokenizer.origin, recipe.turns)
     calls = encoder.in_template("tool_calls")
     read: list[Example] = []
     places: list[str] = []
