@@ -32,12 +32,15 @@ def shims(*, one_segment_per_row: bool) -> Iterator[None]:
     Raises:
         PlanError: another release of a library, without what is patched.
     """
+    import torch._meta_registrations as shapes
     import torch.distributed.tensor._sharding_prop as propagation
     from transformers import masking_utils
 
     patches: list[tuple[Any, str, Any]] = [
         # Otherwise the shape arithmetic of distributed tensors takes place in our mode, with tensors of global shape.
         (propagation, "detect_fake_mode", lambda *args, **kwargs: None),
+        # The products of experts exist in every dtype, but torch knows their shape in bfloat16 alone.
+        (shapes, "_meta_grouped_mm_common", _grouped_mm),
     ]
     if one_segment_per_row:
         patches.append((masking_utils, "find_packed_sequence_indices", lambda *args, **kwargs: None))
@@ -45,6 +48,23 @@ def shims(*, one_segment_per_row: bool) -> Iterator[None]:
         for owner, name, replacement in patches:
             stack.enter_context(_replaced(owner, name, replacement))
         yield
+
+
+def _grouped_mm(
+    mat_a: torch.Tensor, mat_b: torch.Tensor, *, offs: torch.Tensor | None = None, **_: Any
+) -> torch.Tensor:
+    """Return an empty result of ``torch._grouped_mm``, whose groups lie along the rows of ``mat_a`` or along the sum.
+
+    Args:
+        mat_a: [tokens, k] or [groups, tokens, k].
+        mat_b: [groups, k, n] or [k, n]; with ``mat_a`` of two dimensions the latter is cut along ``k``.
+        offs: where each group ends, [groups].
+    """
+    rows, columns = mat_a.shape[-2], mat_b.shape[-1]
+    if mat_a.dim() != mat_b.dim():
+        return mat_a.new_empty(rows, columns)
+    groups = mat_a.shape[0] if offs is None else offs.shape[0]
+    return mat_a.new_empty(groups, rows, columns)
 
 
 @contextlib.contextmanager
