@@ -1,4 +1,4 @@
-"""What a forward pass keeps, and the peak of the whole step, with LoRAct at rank 1/8 against LoRA and checkpointing.
+"""Measures what a forward pass keeps, and the peak of the step, with LoRAct at rank 1/8 against LoRA and checkpointing.
 
 Saved bytes are the allocator's in-use delta around the forward pass of the decoder stack; they are not the peak, so the
 peak of a step with head and loss (the meter) stands beside them, and the bytes of the fp32 logits that are part of it.

@@ -1,4 +1,4 @@
-"""What the LoRAct benchmarks share: a Llama stack with LoRA, and the ways of keeping its activations.
+"""Shared parts of the LoRAct benchmarks: a Llama stack with LoRA, and the ways of keeping its activations.
 
 No benchmark of its own.
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks of MoRAM on the demo task share: the base, the data, and one run of any PEFT method."""
+"""Shared parts of MoRAM's benchmarks on the demo task: the base, the data, and one run of any PEFT method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the peak of four fine-tunings on one GPU consists of, with logits held whole and in chunks: a table and a plot.
+"""Shows the terms of the peak of four fine-tunings on one GPU, logits whole and in chunks: a table and a plot.
 
 Nothing is downloaded: only the models' configs are needed, and they stand here. Llama-3.1-8B in 4 bits with LoRA
 (rank 16) on 2 rows of 4096 tokens, checkpointed, with LoRAct, and pruned to 35 % as well; and the 70B recipe of
@@ -99,7 +99,7 @@ def recipe_of(case: str, loss: str, folder: Path) -> Any:
 
 
 def row_of(case: str, loss: str, recipe: Any, plan: Any) -> dict[str, Any]:
-    """What is kept of a plan."""
+    """Return the part of a plan that is kept."""
     return {
         "case": case,
         "loss": loss,

@@ -58,7 +58,7 @@ def recipe_of(name: str, family: str, layers: int, *, gpu: bool) -> Any:
 
 
 def compare(case: tuple[str, str, int], recipe: Any, plan: Any, *, gpu: bool) -> dict[str, Any]:
-    """What was predicted, and what the step then took."""
+    """Return the predicted peak, and the one that the step then took."""
     import torch
 
     from raymem.testing import measure_step

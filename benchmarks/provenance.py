@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, single runs that are kept, and result files that say where they came from."""
+"""Shared parts of the benchmarks: arguments, runs that are kept, result files that say where they came from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 def parser(
     doc: str | None, *, base: str | None = None, steps: int | None = None, shared: bool = False
 ) -> argparse.ArgumentParser:
-    """Of a benchmark's command line; with ``base`` it has the options of those that train a demo model.
+    """Return a benchmark's parser; with ``base`` it has the options of those that train a demo model.
 
     Args:
         base: demo model that is fine-tuned unless told otherwise.
@@ -48,7 +48,7 @@ def _slice(part: str) -> slice:
 
 
 def kept(key: str, work: Callable[[], Found]) -> Found:
-    """What ``work`` gives, as JSON keeps it: read from ``results/parts/`` if it was done before, and kept there.
+    """Return the result of ``work`` as JSON keeps it: once done it is read from ``results/parts/``.
 
     Args:
         key: all that the result depends on.

@@ -49,7 +49,7 @@ def recipe_for(storage: Path, name: str, seed: int, steps: int) -> Recipe:
 
 
 def median_need(recipe: Recipe, space: Space, points: int) -> int:
-    """Of random points, what a worker needs."""
+    """Return the median of what a worker needs at random points, in bytes."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = []
     with Planner() as planner:
