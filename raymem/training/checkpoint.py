@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from raymem.errors import CheckpointError, RaymemError, StorageError
-from raymem.storage.publish import file_sha256
+from raymem.storage.publish import file_sha256, seal
 from raymem.storage.storage import Storage, sync
 from raymem.training.dist_env import DistEnv
-from raymem.training.manifest import MANIFEST, Damaged, Manifest, parse, seal
+from raymem.training.manifest import MANIFEST, Damaged, Manifest, parse
 
 log = logging.getLogger(__name__)
 

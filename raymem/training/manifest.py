@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from raymem import __version__
 from raymem.errors import CheckpointError
+from raymem.storage.publish import seal
 from raymem.training.reporter import Row
 
 MANIFEST = "manifest.json"
@@ -67,13 +67,6 @@ class Manifest:
 
 class Damaged(Exception):
     """A checkpoint that is not as it was written: the file and what is wrong with it."""
-
-
-def seal(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return a manifest with the SHA-256 of all its other values, which every later schema writes in the same way."""
-    values = json.loads(json.dumps({key: value for key, value in raw.items() if key != "sha256"}))
-    text = json.dumps(values, sort_keys=True)
-    return {**values, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def parse(data: bytes, step: int, where: str) -> Manifest:

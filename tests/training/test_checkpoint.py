@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from raymem.errors import CheckpointError, StorageError
+from raymem.storage.publish import seal
 from raymem.storage.storage import Storage
 from raymem.training.checkpoint import Checkpoints, latest_manifest, latest_recipe
 from raymem.training.dist_env import DistEnv
-from raymem.training.manifest import SCHEMA_VERSION, Manifest, seal
+from raymem.training.manifest import SCHEMA_VERSION, Manifest
 from tests.helpers.small_disk import mount_small_disk
 from tests.helpers.support import assert_same, in_processes, make_recipe
 
