@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
+from raymem.errors import StorageError
 from raymem.recipe.data import DataSection
 from raymem.runs.backend import Backend, Status
 from raymem.runs.resolved import ResolvedRun
@@ -19,6 +21,8 @@ from raymem.training.job import PreparedRun
 from raymem.training.model.build import build_model, check_fit
 from raymem.training.model.check import check_weights_here
 from raymem.training.model.summary import what_is_trained
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
 
@@ -70,12 +74,18 @@ def prepare_data(section: DataSection, split: Split, tokenizer: str, storage: St
     cache = cache_dir(storage)
     if storage.is_local:
         return shards.prepare(section, split, tokenizer, cache, backend.map)
+    damaged: set[str] = set()
     for key in source_keys(section, split, tokenizer, cache):
-        download_source(key, storage)
+        try:
+            download_source(key, storage)
+        except StorageError as error:  # an outage, too, only costs the work: what is uploaded below is the same
+            log.warning("%s; the data are made again", error)
+            damaged.add(key)
     prepared = shards.prepare(section, split, tokenizer, cache)
     for source in prepared.sources:
-        if not storage.exists(f"{CACHE}/data/{source.directory.name}/manifest.json"):
-            storage.upload_dir(source.directory, f"{CACHE}/data/{source.directory.name}")
+        key = source.directory.name
+        if key in damaged or not storage.exists(f"{CACHE}/data/{key}/manifest.json"):
+            storage.upload_dir(source.directory, f"{CACHE}/data/{key}")
     return prepared
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
 import time
 import uuid
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError, StorageError
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".writing-"
@@ -36,16 +39,27 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seal(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the SHA-256 of all its other values, which every later schema writes in the same way."""
+    values = json.loads(json.dumps({key: value for key, value in raw.items() if key != "sha256"}))
+    text = json.dumps(values, sort_keys=True)
+    return {**values, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a finished directory, or None where nothing finished is there.
 
     Finished means that the manifest exists and every file has the size it names, which also notices a download or a
-    copy that stopped half-way. Contents are checked by :func:`verify`.
+    copy that stopped half-way. Contents are checked by :func:`publish` and :func:`verify`.
     """
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
         whole = all((directory / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        if "sha256" in manifest and seal(manifest) != manifest:  # those of earlier versions have none
+            return None
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    except (KeyError, TypeError, AttributeError):  # JSON, but no manifest
         return None
     return manifest if whole else None
 
@@ -60,14 +74,45 @@ def verify(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
     if manifest is None:
         raise DataError(f"{directory} is no finished data directory (manifest missing or file sizes differ): {cure}.")
-    for name, entry in manifest["files"].items():
-        if (actual := file_sha256(directory / name)) != entry["sha256"]:
-            raise DataError(f"{directory / name} has SHA-256 {actual}, its manifest says {entry['sha256']}: {cure}.")
+    if (difference := _difference(directory, manifest)) is not None:
+        raise DataError(f"{directory / difference}: {cure}.")
     return manifest
 
 
+def _difference(directory: Path, manifest: dict[str, Any]) -> str | None:
+    """Say which file has other bytes than the manifest says."""
+    for name, entry in manifest["files"].items():
+        if (actual := file_sha256(directory / name)) != entry["sha256"]:
+            return f"{name} has SHA-256 {actual}, its manifest says {entry['sha256']}"
+    return None
+
+
+_good: set[tuple[Any, ...]] = set()
+"""Directories whose bytes this process has checked, as they were then: reading them once is enough."""
+
+
+def _damage(directory: Path) -> str | None:
+    """Say what is wrong with a directory that is there; every byte is read, once per process."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return f"{MANIFEST} or a file's size is not as it was written"
+    stats = [(directory / name).stat() for name in manifest["files"]]
+    state = (str(directory), manifest.get("sha256"), *((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
+    if state in _good:
+        return None
+    try:
+        difference = _difference(directory, manifest)
+    except (KeyError, TypeError):
+        difference = f"{MANIFEST} lists a file without its SHA-256"
+    if difference is None:
+        _good.add(state)
+    return difference
+
+
 def publish(directory: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Build ``directory`` unless it is already finished, and return its manifest.
+    """Build ``directory`` unless it is already there as it was written, and return its manifest.
+
+    A finished directory is read once per process; one that is damaged is built again with a warning.
 
     Args:
         directory: final place; its name must be a key of the content.
@@ -76,13 +121,15 @@ def publish(directory: Path, write: Callable[[Path], dict[str, Any]]) -> dict[st
     Raises:
         StorageError: the file system refuses (permissions, space).
     """
-    if (manifest := read_manifest(directory)) is not None:
-        return manifest
+    if directory.exists():
+        if (damage := _damage(directory)) is None and (manifest := read_manifest(directory)) is not None:
+            return manifest
+        log.warning("%s is damaged and made again: %s", directory, damage)
     temporary = directory.parent / f"{_TEMPORARY}{directory.name}-{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
         _remove_abandoned(directory.parent)
-        manifest = {"facts": write(temporary), "files": _describe(temporary)}
+        manifest = seal({"facts": write(temporary), "files": _describe(temporary)})
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         _rename(temporary, directory)
     except OSError as error:
@@ -103,7 +150,7 @@ def _describe(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _rename(temporary: Path, directory: Path) -> None:
-    if directory.exists() and read_manifest(directory) is None:
+    if directory.exists() and _damage(directory) is not None:
         # A damaged copy holds the name (raymem never renames one there). Move it aside in one step, then remove it.
         doomed = directory.parent / f"{_TEMPORARY}{directory.name}-{uuid.uuid4().hex}"
         directory.rename(doomed)

@@ -115,12 +115,23 @@ class Storage:
             infos = self.filesystem.get_file_info(pafs.FileSelector(self._at(name), allow_not_found=True))
         return {info.base_name: info.size for info in sorted(infos, key=lambda i: i.path) if info.is_file}
 
+    def read_bytes(self, name: str) -> bytes:
+        """Read a small file whole. Raises StorageError if it is missing or unreadable."""
+        with self._explained("read", name), self.filesystem.open_input_stream(self._at(name), None) as stream:
+            return bytes(stream.read())
+
+    def sha256(self, name: str) -> str:
+        """Return the hex SHA-256 of a file's bytes. Raises StorageError if it is missing or unreadable."""
+        digest = hashlib.sha256()
+        with self._explained("read", name), self.filesystem.open_input_stream(self._at(name), None) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
     def read_json(self, name: str) -> Any:
         """Parse a JSON file. Raises StorageError if it is missing, unreadable or not JSON."""
-        with self._explained("read", name), self.filesystem.open_input_stream(self._at(name)) as stream:
-            text = stream.read()
         try:
-            return json.loads(text)
+            return json.loads(self.read_bytes(name))
         except ValueError as error:
             raise StorageError(
                 f"{self.join(name)} is not JSON ({error}); the file is damaged: delete it, or restore it from a copy"
@@ -210,6 +221,22 @@ class Storage:
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     getattr(self.filesystem, delete)(self._at(path))
+
+    def rename_dir(self, name: str, new: str) -> None:
+        """Give a directory another name, which must be free; an object store copies its files, as it cannot rename.
+
+        Raises:
+            StorageError: the system refuses. The old name may be gone only when the new one is whole.
+        """
+        with self._explained("rename", name):
+            if self.is_local:
+                os.rename(self._at(name), self._at(new))
+                return
+            base = self._at(name)
+            for info in self.filesystem.get_file_info(pafs.FileSelector(base, recursive=True)):
+                if info.is_file:
+                    _copy(self.filesystem, info.path, self.filesystem, self._at(new) + info.path[len(base) :])
+        self.delete_dir(name)
 
     def check_writable(self) -> None:
         """Write, read back and delete a probe file, creating a local root that is missing.

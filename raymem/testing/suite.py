@@ -37,7 +37,7 @@ from raymem.testing.tensors import assert_same, frozen, snapshot
 from raymem.testing.tiny import TINY_LLAMA, num_targets, random_batch, save_tiny_model, write_examples
 from raymem.training import loss
 from raymem.training.artifacts.load import load_artifact
-from raymem.training.checkpoint import Checkpoints, Manifest, latest_manifest
+from raymem.training.checkpoint import Checkpoints, latest_manifest
 from raymem.training.data.batches import Batch
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.shards import Prepared, prepare
@@ -45,6 +45,7 @@ from raymem.training.dist_env import DistEnv, replicate
 from raymem.training.evaluate import evaluate
 from raymem.training.hooks import hooks_of, resume_hooks, states_of, view_of
 from raymem.training.loop import Outcome, run
+from raymem.training.manifest import Manifest
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater
 from raymem.training.reporter import LocalReporter, Row

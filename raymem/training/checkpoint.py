@@ -7,11 +7,14 @@ named, not copied. Local and Ray runs share this form, so a run goes on under ei
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import math
+import re
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +25,16 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from raymem import __version__
 from raymem.errors import CheckpointError, RaymemError, StorageError
+from raymem.storage.publish import file_sha256, seal
 from raymem.storage.storage import Storage, sync
 from raymem.training.dist_env import DistEnv
-from raymem.training.reporter import Row
+from raymem.training.manifest import MANIFEST, Damaged, Manifest, parse
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
-"""Version of the manifest; version 1 had the state of a single hook, under a key of its own."""
 FOLDER = "checkpoints"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The description of a checkpoint that is stored with it."""
-
-    step: int
-    """Optimizer steps done. Sampler, schedule and every random stream are functions of (seed, step): with the recipe
-    this is their whole state."""
-    identity: dict[str, Any]
-    """Settings that the state depends on (:func:`raymem.training.resume_rules.identity_of`)."""
-    recipe: dict[str, Any]
-    """The resolved recipe."""
-    eval_loss: float | None
-    """The evaluation loss at this step, if there are evaluation data."""
-    rows: list[Row] = field(default_factory=list)
-    """Rows of metrics since the checkpoint before: a crash may lose a report, which a resumed run sends again."""
-    hooks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The state of each hook that has one, by name (:mod:`raymem.hooks`)."""
-    peak_bytes: int | None = None
-    """The highest peak that was measured so far; a session that is resumed near its end measures none."""
-    elapsed_s: float = 0.0
-    """Seconds of all sessions so far."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA_VERSION,
-            "raymem": __version__,
-            "step": self.step,
-            "identity": self.identity,
-            "recipe": self.recipe,
-            "eval_loss": self.eval_loss,
-            "rows": self.rows,
-            "hooks": self.hooks,
-            "peak_bytes": self.peak_bytes,
-            "elapsed_s": self.elapsed_s,
-        }
+_DAMAGED = "damaged-"
 
 
 class Checkpoints:
@@ -85,21 +50,29 @@ class Checkpoints:
         self._dist_env = dist_env
 
     def latest(self) -> Manifest | None:
-        """Return the newest complete checkpoint, or None.
+        """Return the newest good checkpoint, every byte of which is checked, or None if there never was one.
+
+        What is damaged is set aside with a warning, on all ranks alike.
 
         Raises:
-            CheckpointError: it was written by a newer schema or is damaged.
+            CheckpointError: it was written by a newer schema, or none of several is good.
         """
-        return self._dist_env.on_main(lambda: latest_manifest(self._run))
+        return self._first_good("last")
 
     def best(self) -> Manifest | None:
-        """Return the complete checkpoint of lowest evaluation loss (the newest if none has one), or None."""
+        """Return the good checkpoint of lowest evaluation loss (the newest if none has one); else like latest()."""
+        return self._first_good("best")
 
-        def find() -> Manifest | None:
-            ranked = _ranked(self._run, "best")
-            return _read_manifest(self._run, ranked[0]) if ranked else None
-
-        return self._dist_env.on_main(find)
+    def _first_good(self, keep: str) -> Manifest | None:
+        while (manifest := self._dist_env.on_main(lambda: _first(self._run, keep))) is not None:
+            step, files = manifest.step, sorted(manifest.files.items())
+            mine = dict(files[self._dist_env.rank :: self._dist_env.world_size])  # each rank reads its share
+            found = self._dist_env.on_all(partial(_difference, self._run, step, mine))
+            reason = next((reason for reason in found if reason is not None), None)
+            if reason is None:
+                return manifest
+            self._dist_env.on_main(partial(_set_aside, self._run, step, reason))
+        return None
 
     def save(self, manifest: Manifest, tensors: dict[str, torch.Tensor], keep: str, num_to_keep: int) -> None:
         """Write a checkpoint, then delete those that the retention rule lets go.
@@ -113,10 +86,9 @@ class Checkpoints:
             staging = Path(tempfile.mkdtemp(prefix="raymem-checkpoint-"))
         try:
             _write_shards(tensors, staging)
-            if not self._run.is_local:
-                self._run.upload_dir(staging, f"{FOLDER}/{name}", last=None)
-            self._dist_env.barrier()
-            self._dist_env.on_main(lambda: self._commit(staging, name, manifest))
+            written = self._dist_env.on_all(lambda: self._finish(staging, name))
+            files = {file: facts for of_rank in written for file, facts in of_rank.items()}
+            self._dist_env.on_main(lambda: self._commit(staging, name, dataclasses.replace(manifest, files=files)))
         except RaymemError:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -136,8 +108,9 @@ class Checkpoints:
         else:
             temporary = tempfile.TemporaryDirectory(prefix="raymem-checkpoint-")
             directory = Path(temporary.name) / "files"
-            self._run.download_dir(path, directory)
         try:
+            if temporary is not None:
+                self._dist_env.on_all(lambda: self._run.download_dir(path, directory))
             _read_shards(tensors, directory)
         finally:
             if temporary is not None:
@@ -158,14 +131,35 @@ class Checkpoints:
             raise StorageError(f"{staging}: cannot be created: {error.strerror}; check storage.path") from None
         return staging
 
+    def _finish(self, staging: Path, name: str) -> dict[str, dict[str, Any]]:
+        """Describe the files that this rank wrote, for the manifest, and bring them where they belong."""
+        # On a file system that all ranks share, the others' shards lie beside; the writer numbers them from 1.
+        pattern = f"shard-{self._dist_env.rank + 1:05d}-*" if self._run.is_local else "*"
+        try:
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in staging.glob(pattern)
+            }
+        except OSError as error:
+            raise StorageError(
+                f"{staging}: what was just written cannot be read back: {error}; check the disk"
+            ) from None
+        if not self._run.is_local:
+            self._run.upload_dir(staging, f"{FOLDER}/{name}", last=None)
+        return files
+
     def _commit(self, staging: Path, name: str, manifest: Manifest) -> None:
         folder = self._run.child(FOLDER)
         path = staging.name if self._run.is_local else name
-        files = {file: {"bytes": size} for file, size in folder.sizes(path).items()}
+        sizes = {file: facts["bytes"] for file, facts in manifest.files.items()}
+        if (there := folder.sizes(path)) != sizes:
+            raise StorageError(
+                f"{folder.join(path)}: workers wrote {sizes} but {there} are there; set storage.path to a directory "
+                "that all nodes share"
+            )
         if self._run.is_local:
-            for file in files:  # the manifest must not survive a power cut that its files do not
+            for file in sizes:  # the manifest must not survive a power cut that its files do not
                 sync(staging / file)
-        folder.write_json(f"{path}/manifest.json", {**manifest.to_dict(), "files": files})
+        folder.write_json(f"{path}/{MANIFEST}", seal(manifest.to_dict()))
         if not self._run.is_local:
             return
         folder.delete_dir(name)  # a replayed step replaces its older self
@@ -173,42 +167,79 @@ class Checkpoints:
 
 
 def latest_manifest(run: Storage) -> Manifest | None:
-    """Return the newest complete checkpoint of a run directory, or None (no collective; for drivers and tools)."""
-    steps = _complete_steps(run)
-    return _read_manifest(run, steps[-1]) if steps else None
+    """Return the newest checkpoint of a run directory, or None (no collective; for drivers and tools).
+
+    Manifest and sizes are checked; :meth:`Checkpoints.latest` also reads the files. What is damaged is set aside.
+
+    Raises:
+        CheckpointError: see there.
+    """
+    return _first(run, "last")
 
 
 def latest_recipe(run: Storage) -> dict[str, Any] | None:
-    """Return the recipe of the newest checkpoint, even if its other files are damaged; None if there is no checkpoint.
+    """Return the recipe of the newest checkpoint whose manifest is good, whatever its files are; None without one.
 
     Raises:
-        StorageError: the manifest cannot be read.
+        StorageError: a manifest cannot be read.
+        CheckpointError: it was written by a newer schema.
     """
-    steps = _complete_steps(run)
-    return dict(run.read_json(f"{FOLDER}/{_name(steps[-1])}/manifest.json")["recipe"]) if steps else None
+    for step in reversed(_complete_steps(run)):
+        with contextlib.suppress(Damaged):
+            return _read_manifest(run, step).recipe
+    return None
+
+
+def _first(run: Storage, keep: str) -> Manifest | None:
+    """Return the checkpoint that a retention rule prefers, setting aside what is damaged by manifest or sizes."""
+    good = _good_manifests(run, keep)
+    if not good and (damaged := [name for name in run.list_dirs(FOLDER) if name.startswith(_DAMAGED)]):
+        raise CheckpointError(
+            f"{run.join(FOLDER, damaged[-1])}: damaged, and there is no good checkpoint to go on from; put a good copy "
+            f"back as {damaged[-1].removeprefix(_DAMAGED)[:13]}, choose another name, or start over with --fresh"
+        )
+    return good[0] if good else None
 
 
 def prune(run: Storage, keep: str, num_to_keep: int) -> None:
     """Delete all but ``num_to_keep`` checkpoints: the newest, or those of lowest evaluation loss and the newest."""
-    ranked = _ranked(run, keep)
+    ranked = [manifest.step for manifest in _good_manifests(run, keep)]
     keep_steps = {*ranked[:num_to_keep], max(ranked, default=0)}
     for step in ranked:
         if step not in keep_steps:
             run.delete_dir(f"{FOLDER}/{_name(step)}")
 
 
-def _ranked(run: Storage, keep: str) -> list[int]:
-    """List the steps of all complete checkpoints, the best first; of equal losses the newer one."""
-    newest_first = list(reversed(_complete_steps(run)))
-    if keep == "last":
-        return newest_first
-    losses = {step: _read_manifest(run, step).eval_loss for step in newest_first}
+def _good_manifests(run: Storage, keep: str) -> list[Manifest]:
+    """Read all manifests, the preferred first (of equal losses the newer one), setting aside what is damaged."""
+    good: list[Manifest] = []
+    for step in reversed(_complete_steps(run)):
+        try:
+            manifest = _read_manifest(run, step)
+            _check_sizes(run, manifest)
+        except Damaged as damage:
+            _set_aside(run, step, str(damage))
+        else:
+            good.append(manifest)
 
-    def rank(step: int) -> float:
-        loss = losses[step]
+    def rank(manifest: Manifest) -> float:
+        loss = manifest.eval_loss
         return math.inf if loss is None or math.isnan(loss) else loss
 
-    return sorted(newest_first, key=rank)
+    return good if keep == "last" else sorted(good, key=rank)
+
+
+def _set_aside(run: Storage, step: int, reason: str) -> None:
+    """Rename a damaged checkpoint, so that it is neither read nor replaced nor deleted."""
+    name = new = f"{_DAMAGED}{_name(step)}"
+    number = 2
+    while run.exists(f"{FOLDER}/{new}"):
+        new, number = f"{name}-{number}", number + 1
+    run.rename_dir(f"{FOLDER}/{_name(step)}", f"{FOLDER}/{new}")
+    log.warning(
+        "%s: %s; the damaged checkpoint is set aside as %s, and an older one is looked for",
+        run.join(FOLDER, _name(step)), reason, new,
+    )  # fmt: skip
 
 
 def _name(step: int) -> str:
@@ -216,34 +247,31 @@ def _name(step: int) -> str:
 
 
 def _complete_steps(run: Storage) -> list[int]:
-    names = [name for name in run.list_dirs(FOLDER) if name.startswith("step_")]
-    return sorted(int(name[5:]) for name in names if run.exists(f"{FOLDER}/{name}/manifest.json"))
+    names = [name for name in run.list_dirs(FOLDER) if re.fullmatch(r"step_[0-9]{8,18}", name)]
+    steps = sorted(int(name[5:]) for name in names if run.exists(f"{FOLDER}/{name}/{MANIFEST}"))
+    return [step for step in steps if _name(step) in names]
 
 
 def _read_manifest(run: Storage, step: int) -> Manifest:
     path = f"{FOLDER}/{_name(step)}"
-    raw = run.read_json(f"{path}/manifest.json")
-    if raw.get("schema") not in (1, SCHEMA_VERSION):
-        raise CheckpointError(
-            f"{run.join(path)}: written with checkpoint schema {raw.get('schema')} by raymem {raw.get('raymem')}, "
-            f"this is raymem {__version__} with schema {SCHEMA_VERSION}; use that version, or start over with --fresh"
-        )
-    sizes = run.sizes(path)
-    for name, facts in raw["files"].items():
-        if sizes.get(name) != facts["bytes"]:
-            raise CheckpointError(
-                f"{run.join(path, name)}: missing or truncated; delete {run.join(path)} to resume from an older one"
+    return parse(run.read_bytes(f"{path}/{MANIFEST}"), step, run.join(path))
+
+
+def _check_sizes(run: Storage, manifest: Manifest) -> None:
+    sizes = run.sizes(f"{FOLDER}/{_name(manifest.step)}")
+    for name, facts in manifest.files.items():
+        if (size := sizes.get(name)) != facts["bytes"]:
+            raise Damaged(
+                f"{name} is missing" if size is None else f"{name} has {size} bytes instead of {facts['bytes']}"
             )
-    return Manifest(
-        raw["step"], raw["identity"], raw["recipe"], raw["eval_loss"], raw["rows"], _hook_states(raw),
-        raw.get("peak_bytes"), raw.get("elapsed_s", 0.0),
-    )  # fmt: skip
 
 
-def _hook_states(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    if raw["schema"] == 1:
-        return {"loract": {"ranks": raw["ranks"]}} if raw["ranks"] else {}
-    return dict(raw["hooks"])
+def _difference(run: Storage, step: int, files: dict[str, dict[str, Any]]) -> str | None:
+    """Say which file has other bytes than were written; checkpoints of earlier versions name no digests."""
+    for name, facts in files.items():
+        if "sha256" in facts and run.sha256(f"{FOLDER}/{_name(step)}/{name}") != facts["sha256"]:
+            return f"{name} has other bytes than were written (SHA-256)"
+    return None
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:

@@ -85,6 +85,25 @@ class DistEnv:
             raise outcome[1]
         return outcome[0]  # type: ignore[no-any-return]
 
+    def on_all(self, action: Callable[[], T]) -> list[T]:
+        """Run ``action`` on every rank; each gets all results in the order of ranks, or raises the first rank's error.
+
+        As with :meth:`on_main`, the action must take no part in collectives.
+        """
+        if self.world_size == 1:
+            return [action()]
+        outcome: tuple[T | None, Exception | None]
+        try:
+            outcome = action(), None
+        except Exception as error:  # whatever it is, the others must not wait for it
+            outcome = None, error if isinstance(error, RaymemError) else RuntimeError(f"rank {self.rank}: {error!r}")
+        outcomes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(outcomes, outcome)
+        for _, raised in outcomes:
+            if raised is not None:
+                raise raised
+        return [result for result, _ in outcomes]
+
 
 def shard(model: nn.Module, blocks: list[nn.Module], dist_env: DistEnv) -> None:
     """Shards the model by FSDP2: every transformer block is a unit; the rest (embeddings, head) belongs to the root.

@@ -19,7 +19,7 @@ from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import export_final
-from raymem.training.checkpoint import FOLDER, Checkpoints, Manifest
+from raymem.training.checkpoint import FOLDER, Checkpoints
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.sampler import Sampler
@@ -27,6 +27,7 @@ from raymem.training.data.packed.shards import Prepared
 from raymem.training.dist_env import DistEnv, bucket_bytes, replicate
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.hooks import hooks_of, metrics_of, resume_hooks, states_of, view_of
+from raymem.training.manifest import Manifest
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater, lr_factor
 from raymem.training.reporter import Reporter, Row

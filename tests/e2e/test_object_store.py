@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from raymem.errors import StorageError
 from raymem.recipe.schema import Recipe
 from raymem.runs.evaluate import evaluate_recipe
 from raymem.runs.train import launch
@@ -55,8 +54,13 @@ def test_run_on_s3_equals_a_run_on_disk(
     assert evaluated.result.loss == pytest.approx(finished.outcome.eval_loss, abs=1e-6)
 
 
-def test_damaged_shards_are_noticed(
-    s3_uri: str, llama: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_damaged_data_are_made_again(
+    s3_uri: str,
+    llama: Path,
+    examples: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     remote = Storage.open(s3_uri).child(tmp_path.name)
     another_machine(monkeypatch, tmp_path / "first")
@@ -67,5 +71,27 @@ def test_damaged_shards_are_noticed(
         with remote.filesystem.open_output_stream(f"{remote.root}/cache/data/{key}/{name}") as stream:
             stream.write(b"x" * manifest["files"][name]["bytes"])
     another_machine(monkeypatch, tmp_path / "second")
-    with pytest.raises(StorageError, match="sha256"):
-        launch(recipe_on(remote.path, llama, examples, steps=2))
+    launch(recipe_on(remote.path, llama, examples, steps=2))
+    assert "is damaged: it has sha256" in caplog.text and "the data are made again" in caplog.text
+    for key in remote.list_dirs("cache/data"):
+        remote.download_dir(f"cache/data/{key}", tmp_path / "third" / key)
+
+
+def test_a_damaged_checkpoint_gives_way_to_an_older_one(
+    s3_uri: str, llama: Path, examples: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote = Storage.open(s3_uri).child(tmp_path.name)
+    launch(recipe_on(remote.path, llama, examples, steps=4))
+    newest = "remote/checkpoints/step_00000004"
+    (name,) = (name for name in remote.sizes(newest) if name != "manifest.json")
+    content = bytearray(remote.read_bytes(f"{newest}/{name}"))
+    content[-1] ^= 1
+    with remote.filesystem.open_output_stream(f"{remote.root}/{newest}/{name}") as stream:
+        stream.write(bytes(content))
+    finished = launch(recipe_on(remote.path, llama, examples, steps=8))
+    assert finished.outcome.started_at == 3
+    assert f"{name} has other bytes than were written" in caplog.text
+    assert remote.read_bytes(f"remote/checkpoints/damaged-step_00000004/{name}") == content
+    launch(recipe_on(str(tmp_path / "disk"), llama, examples, steps=8))
+    on_disk = (tmp_path / "disk" / "remote" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert adapter(remote, tmp_path / "fetched") == on_disk

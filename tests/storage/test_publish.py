@@ -77,6 +77,39 @@ def test_a_damaged_directory_is_built_again(tmp_path: Path, damage: str) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
+@pytest.mark.parametrize("name", ["a", "sub/b", MANIFEST])
+@pytest.mark.parametrize("at", range(0, 400, 19))
+def test_a_flipped_bit_is_noticed_and_mended(tmp_path: Path, name: str, at: int, caplog: Any) -> None:
+    publish(tmp_path / "key", write_two)
+    publish(tmp_path / "key", never)
+    whole = (tmp_path / "key" / name).read_bytes()
+    damaged = bytearray(whole)
+    damaged[at % len(whole)] ^= 1 << at % 8
+    (tmp_path / "key" / name).write_bytes(damaged)
+    publish(tmp_path / "key", write_two)
+    assert f"{tmp_path / 'key'} is damaged and made again" in caplog.text
+    verify(tmp_path / "key")
+    assert (tmp_path / "key" / name).read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "null", "[" * 9999, '{"files": 1}', '{"files": {"a": 3}}', '{"files": []}']
+)
+def test_a_manifest_that_is_none_is_made_again(tmp_path: Path, text: str) -> None:
+    publish(tmp_path / "key", write_two)
+    (tmp_path / "key" / MANIFEST).write_text(text)
+    assert read_manifest(tmp_path / "key") is None
+    assert publish(tmp_path / "key", write_two) == verify(tmp_path / "key")
+
+
+def test_files_are_read_once_per_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path / "key", write_two)
+    publish(tmp_path / "key", never)
+    monkeypatch.setattr("raymem.storage.publish.file_sha256", lambda _: pytest.fail("read again"))
+    publish(tmp_path / "key", never)
+
+
 def test_the_slower_of_two_writers_gives_way(tmp_path: Path) -> None:
     def slow(directory: Path) -> dict[str, Any]:
         publish(tmp_path / "key", write_two)

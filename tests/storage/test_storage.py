@@ -92,6 +92,16 @@ def test_archives_are_copied_as_they_are(storage: Storage, tmp_path: Path) -> No
     assert (tmp_path / "out/odd.gz").read_bytes() == called_so
 
 
+def test_a_directory_is_renamed_whole(storage: Storage, tmp_path: Path) -> None:
+    local = checkpoint(tmp_path / "local", a=b"alpha", b=b"")
+    storage.upload_dir(local, "runs/one")
+    storage.rename_dir("runs/one", "runs/two")
+    assert not storage.exists("runs/one") and storage.list_dirs("runs") == ["two"]
+    storage.download_dir("runs/two", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(local)
+    assert storage.sha256("runs/two/sub/a") == hashlib.sha256(b"alpha").hexdigest()
+
+
 def test_upload_replaces_and_merges(storage: Storage, tmp_path: Path) -> None:
     storage.upload_dir(checkpoint(tmp_path / "old", a=b"1", stale=b"2"), "c")
     new = checkpoint(tmp_path / "new", a=b"3")

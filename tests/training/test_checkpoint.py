@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from raymem.errors import CheckpointError, StorageError
+from raymem.storage.publish import seal
 from raymem.storage.storage import Storage
-from raymem.training.checkpoint import SCHEMA_VERSION, Checkpoints, Manifest, latest_manifest
+from raymem.training.checkpoint import Checkpoints, latest_manifest, latest_recipe
 from raymem.training.dist_env import DistEnv
+from raymem.training.manifest import SCHEMA_VERSION, Manifest
 from tests.helpers.small_disk import mount_small_disk
 from tests.helpers.support import assert_same, in_processes, make_recipe
 
@@ -71,10 +73,12 @@ def test_a_checkpoint_of_earlier_versions_is_read(run: Storage) -> None:
     assert before is not None and before.hooks == {}
     raw = run.read_json(path)
     assert not {"cursor", "rng", "schedule", "ranks"} & raw.keys()
-    del raw["hooks"]
+    del raw["hooks"], raw["sha256"]
+    raw["files"] = {name: {"bytes": facts["bytes"]} for name, facts in raw["files"].items()}
     old = {**raw, "schema": 1, "cursor": {"step": 3}, "rng": {"seed": 0, "step": 3}, "schedule": {"step": 3}}
     run.write_json(path, {**old, "ranks": {}})
-    assert latest_manifest(run) == before
+    before = dataclasses.replace(before, files=raw["files"])
+    assert latest_manifest(run) == before == Checkpoints(run, DistEnv()).latest()
     run.write_json(path, {**old, "ranks": {"layers.0": 5}})
     assert latest_manifest(run) == dataclasses.replace(before, hooks={"loract": {"ranks": {"layers.0": 5}}})
 
@@ -145,18 +149,150 @@ def shard(run: Storage, step: int) -> Path:
     return path
 
 
-def test_a_truncated_shard_is_named_with_the_cure(run: Storage) -> None:
+def good_step(run: Storage) -> int:
+    manifest = Checkpoints(run, DistEnv()).latest()
+    assert manifest is not None
+    found = zeros()
+    Checkpoints(run, DistEnv()).load(manifest, found)
+    assert_same(found, tensors(manifest.step))
+    return manifest.step
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_truncated_shard_is_named_and_set_aside(run: Storage, caplog: pytest.LogCaptureFixture) -> None:
     save(run, 1)
     save(run, 2)
     path = shard(run, 2)
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=rf"{path}: missing or truncated; delete {path.parent} to resume from"):
-        latest_manifest(run)
-    shutil.rmtree(path.parent)
-    assert latest_manifest(run).step == 1  # type: ignore[union-attr]
+    content = path.read_bytes()
+    path.write_bytes(content[:-8])
+    assert good_step(run) == 1
+    aside = path.parent.with_name("damaged-step_00000002")
+    assert f"{path.parent}: {path.name} has {len(content) - 8} bytes instead of {len(content)}" in caplog.text
+    assert (aside / path.name).read_bytes() == content[:-8], "set aside as it was"
     shard(run, 1).unlink()
-    with pytest.raises(CheckpointError, match="missing or truncated"):
-        latest_manifest(run)
+    for _ in range(2):  # and not from the start when the same command is given again
+        with pytest.raises(CheckpointError, match=r"damaged-step_0000000\d: damaged, .* no good checkpoint.*--fresh"):
+            latest_manifest(run)
+    aside.rename(path.parent)
+    (path.parent / path.name).write_bytes(content)  # the cure that the error names
+    assert good_step(run) == 2
+
+
+def test_any_flipped_bit_is_noticed(run: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    """In the header, in each tensor, in the manifest: weights, moments and the step's count alike."""
+    save(run, 1, loss=0.5)
+    save(run, 2, loss=0.25)
+    folder = shard(run, 2).parent
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(whole) == 2
+    flips = [(name, at) for name, content in whole.items() for at in range(0, len(content), len(content) // 60)]
+    for number, (name, at) in enumerate(flips):
+        flip(folder / name, at, number % 8)
+        caplog.clear()
+        assert good_step(run) == 1, (name, at)
+        assert f"{folder}: {name}" in caplog.text
+        aside = folder.with_name("damaged-step_00000002")
+        aside.rename(folder)
+        (folder / name).write_bytes(whole[name])
+    assert good_step(run) == 2
+
+
+def test_a_second_damage_of_a_step_is_kept_too(run: Storage) -> None:
+    save(run, 1)
+    for _ in range(2):
+        save(run, 2)
+        flip(shard(run, 2), -1)
+        assert good_step(run) == 1
+    names = {"step_00000001", "damaged-step_00000002", "damaged-step_00000002-2"}
+    assert set(run.list_dirs("checkpoints")) == names
+    save(run, 3, number=1)
+    assert set(run.list_dirs("checkpoints")) == {*names, "step_00000003"} - {"step_00000001"}, "retention spares them"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "null", "7", "\xff", "[" * 9999, '{"schema": 3}', '{"schema": 2}', '{"schema": 2, "files": []}',
+     '{"schema": true}', '{"schema": -1}', '{"schema": "3"}'],
+)  # fmt: skip
+def test_a_manifest_that_is_none_is_set_aside(run: Storage, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    save(run, 1)
+    save(run, 2)
+    (shard(run, 2).parent / "manifest.json").write_text(text, encoding="latin-1")
+    assert latest_recipe(run) == RECIPE
+    assert good_step(run) == 1
+    assert "step_00000002: manifest.json" in caplog.text
+    assert run.exists("checkpoints/damaged-step_00000002/manifest.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"files": {}}, {"files": None}, {"files": {"a": 1}}, {"step": 3}, {"step": None}, {"rows": None}, {"recipe": []},
+     {"eval_loss": "x"}, {"hooks": None}, {"identity": 1}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_manifest_with_an_odd_value_is_set_aside(run: Storage, change: dict[str, Any], keep: str) -> None:
+    save(run, 1, loss=0.5)
+    save(run, 2, loss=0.25)
+    path = "checkpoints/step_00000002/manifest.json"
+    run.write_json(path, seal({**run.read_json(path), **change}))
+    save(run, 3, keep=keep)
+    if keep == "best":
+        assert run.exists("checkpoints/damaged-step_00000002")
+        best = Checkpoints(run, DistEnv()).best()
+        assert best is not None and best.step == 1
+    flip(shard(run, 3), -1)
+    assert good_step(run) == 1
+
+
+def test_the_best_that_is_damaged_gives_way_to_the_next(run: Storage) -> None:
+    for step, loss in ((1, 0.3), (2, 0.1), (3, 0.2), (4, 0.9)):
+        save(run, step, loss=loss, keep="best", number=9)
+    flip(shard(run, 2), -1)
+    best = Checkpoints(run, DistEnv()).best()
+    assert best is not None and best.step == 3
+
+
+def test_directories_of_other_names_are_left_alone(run: Storage) -> None:
+    save(run, 1)
+    folder = shard(run, 1).parent
+    strays = ("step_abc", "step_", "step_2", "step_00000002.bak", "step_-0000001", "step_٠٠٠٠٠٠٠٩", "step_000000001")
+    for name in strays:
+        shutil.copytree(folder, folder.with_name(name))
+    assert good_step(run) == 1 and latest_recipe(run) == RECIPE
+    save(run, 2, number=1)
+    assert set(run.list_dirs("checkpoints")) == {"step_00000002", *strays}
+
+
+def damage_seen_by_one(where: Path) -> list[int]:
+    """What a rank of two falls back to when each shard in turn is damaged: only one rank reads it."""
+    dist_env = DistEnv.current(make_recipe())
+    run = Storage.open(str(where))
+    state = {f"weights.{i}": torch.full((64,), float(i)) for i in range(8)}
+    used: list[int] = []
+    for number in range(2):
+        for step in (1, 2):
+            Checkpoints(run, dist_env).save(Manifest(step, {}, RECIPE, None), state, "last", 9)
+
+        def damage(number: int = number) -> None:
+            shards = sorted(Path(run.join("checkpoints", "step_00000002")).glob("*.safetensors"))
+            assert len(shards) == 2
+            flip(shards[number], -1)
+
+        dist_env.on_main(damage)
+        manifest = Checkpoints(run, dist_env).latest()
+        assert manifest is not None
+        used.append(manifest.step)
+    return used
+
+
+def test_all_ranks_fall_back_alike(tmp_path: Path) -> None:
+    assert in_processes(damage_seen_by_one, 2, tmp_path, tmp_path / "run") == [[1, 1], [1, 1]]
 
 
 def test_a_damaged_header_is_an_error_of_the_checkpoint(run: Storage) -> None:
@@ -173,7 +309,7 @@ def test_a_newer_schema_is_refused_with_the_version_that_wrote_it(run: Storage) 
     save(run, 1)
     path = Path(run.join("checkpoints", "step_00000001", "manifest.json"))
     raw = json.loads(path.read_text())
-    path.write_text(json.dumps({**raw, "schema": SCHEMA_VERSION + 1, "raymem": "99.0"}))
+    path.write_text(json.dumps(seal({**raw, "schema": SCHEMA_VERSION + 1, "raymem": "99.0"})))
     with pytest.raises(CheckpointError, match=rf"schema {SCHEMA_VERSION + 1} by raymem 99\.0.*--fresh"):
         latest_manifest(run)
 

@@ -68,6 +68,21 @@ def test_a_stopped_and_resumed_run_is_the_straight_one(recipe_for: Any, fragment
     assert_same(weights(stopped), weights(straight))
 
 
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(recipe_for: Any) -> None:
+    straight, damaged = recipe_for("straight"), recipe_for("damaged", {"train": {"save_every": 1}})
+    train(straight)
+    train(damaged, stop_after=3)
+    newest = latest_manifest(run_storage(damaged))
+    assert newest is not None
+    (path,) = Path(run_storage(damaged).join("checkpoints", f"step_{newest.step:08d}")).glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    outcome, _ = train(damaged)
+    assert outcome is not None and outcome.started_at == newest.step - 1
+    assert_same(weights(damaged), weights(straight))
+
+
 def test_a_mix_of_formats_resumes_bit_for_bit_and_not_under_another_mix(
     recipe_for: Any, examples: Path, tmp_path: Path
 ) -> None:
