@@ -14,7 +14,7 @@ import typer
 
 from raymem import __version__
 from raymem.cli import console, data, k8s, loram, plan, submit, sweep
-from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
+from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
 
@@ -252,6 +252,7 @@ def run_app(*arguments: Any) -> int:
     # else (Ray itself, say) wants one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        refuse_secrets([str(a) for a in arguments] or sys.argv[1:])
         app(args=[str(a) for a in arguments] or None, standalone_mode=True)
     except RaymemError as error:
         for line in str(error).splitlines():

@@ -14,6 +14,7 @@ from raymem.errors import RecipeError
 from raymem.recipe.axes import Axis
 from raymem.recipe.base import fields_of
 from raymem.recipe.sentences import SENTENCE, nearest, sentence
+from raymem.recipe.text import shown
 
 
 class AxisField:
@@ -37,11 +38,12 @@ class AxisField:
         """
         raw = self.axis.spelled_out(value)
         if not isinstance(raw, Mapping):
-            raise _problem(f"{value!r}: expected keys with values (a YAML mapping)")
+            raise _problem(f"{shown(value)}: expected keys with values (a YAML mapping)")
         name = raw["kind"]
         if not isinstance(name, str) or name not in self.axis:
             known = list(self.axis)
-            raise self._error(raw, [("kind", f"{name!r} is not one of {', '.join(known)}{nearest(str(name), known)}")])
+            text = f"{shown(name)} is not one of {', '.join(known)}{nearest(str(name), known)}"
+            raise self._error(raw, [("kind", text)])
         try:
             options = self.axis[name].options
         except RecipeError as error:

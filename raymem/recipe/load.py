@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from raymem.errors import RecipeError
@@ -20,6 +19,9 @@ from raymem.recipe.data import Source
 from raymem.recipe.paths import absolute, is_local
 from raymem.recipe.schema import Recipe
 from raymem.recipe.sentences import nearest, problems
+from raymem.recipe.text import MESSAGE, cut, joined, shown
+from raymem.recipe.yaml_text import MAX_CHARACTERS, MAX_DEPTH, YamlTextError, parse
+from raymem.storage.uris import CURE, secret_in
 
 DEMO_PREFIX = "demo"
 MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
@@ -55,27 +57,6 @@ def recipe_of(
     return parse_recipe(changed, where=where, base_dir=Path.cwd() if resolve else None)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads safe YAML in which ``1e-3`` is a number (YAML 1.1 wants ``1.0e-3``) and a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file; it is not validated yet.
 
@@ -83,15 +64,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: missing file, not YAML, or no mapping.
     """
     try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:  # not the whole of an endless or very large one
+            content = file.read(4 * MAX_CHARACTERS + 1)
+        text = content.decode("utf-8") if len(content) <= 4 * MAX_CHARACTERS else " " * len(content)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file; `raymem init` writes one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
         raise RecipeError(f"{path}: cannot be read as text: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    try:
+        raw = parse(text)
+    except YamlTextError as error:
+        line = f":{error.line}" if error.line else ""
+        raise RecipeError(f"{path}{line}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a YAML mapping (model:, data:, train:, ...), got {type(raw).__name__}")
     return raw
@@ -104,10 +88,13 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe", base_dir: Path | No
         RecipeError: one line per problem, each naming the YAML path, the value, the rule and the nearest valid name.
     """
     recipe = validated(raw, where)
-    if base_dir is not None:
-        recipe = _absolute(recipe, base_dir)
-    compat.check(recipe, where)
-    return _with_alignment(recipe, where, base_dir)
+    try:
+        if base_dir is not None:
+            recipe = _absolute(recipe, base_dir)
+        compat.check(recipe, where)
+        return _with_alignment(recipe, where, base_dir)
+    except RecipeError as error:  # names of any length may be in it
+        raise RecipeError(cut(str(error), MESSAGE)) from None
 
 
 def validated(raw: dict[str, Any], where: str) -> Recipe:
@@ -116,10 +103,29 @@ def validated(raw: dict[str, Any], where: str) -> Recipe:
     Raises:
         RecipeError: as :func:`parse_recipe`.
     """
+    refuse_secrets(raw, where)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{where}: {problem}" for problem in problems(error, Recipe))) from None
+        raise RecipeError(joined([f"{where}: {problem}" for problem in problems(error, Recipe)])) from None
+
+
+def refuse_secrets(raw: Any, where: str, path: str = "") -> None:
+    """Go through a plain dict before anything of it is shown or stored.
+
+    Raises:
+        RecipeError: an address in it holds a password, user or token, which is not repeated.
+    """
+    if isinstance(raw, str) and (found := secret_in(raw)):
+        raise RecipeError(f"{where}: {path}: {found} would be stored with every checkpoint and run; {CURE}")
+    if isinstance(raw, Mapping):
+        for key, value in raw.items():
+            if isinstance(key, str):
+                refuse_secrets(key, where, f"a key in {path or 'it'}")
+            refuse_secrets(value, where, cut(f"{path}.{key}" if path else str(key), 200))
+    elif isinstance(raw, list | tuple):
+        for index, value in enumerate(raw):
+            refuse_secrets(value, where, f"{path}[{index}]")
 
 
 def alignment(recipe: Recipe, **changes: Any) -> Recipe | None:
@@ -209,13 +215,18 @@ def packaged_recipe(name: str) -> Path:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    if found := secret_in(override):
+        name = "" if secret_in(key) else f" {cut(key)}"
+        raise RecipeError(f"--set{name}: {found} would be stored with every checkpoint and run; {CURE}")
     if not separator or not key:
-        raise RecipeError(f"--set {override}: write it as path=value, for example --set train.steps=100")
+        raise RecipeError(f"--set {cut(override)}: write it as path=value, for example --set train.steps=100")
     try:
-        value = _parse_yaml(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: the value is not valid YAML") from None
+        value = parse(text)
+    except YamlTextError as error:
+        raise RecipeError(f"--set {cut(override)}: the value is not valid YAML: {error}") from None
     *parents, last = key.split(".")
+    if len(parents) > MAX_DEPTH:
+        raise RecipeError(f"--set {cut(key)}: names {len(parents)} sections; a recipe has at most {MAX_DEPTH}")
     node: Any = raw
     for depth, part in enumerate(parents):
         child = _child(node, part, override)
@@ -233,9 +244,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 def _child(node: Any, part: str, override: str) -> Any:
     if isinstance(node, dict):
         return node.get(part)
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+    if isinstance(node, list) and re.fullmatch("[0-9]{1,9}", part) and int(part) < len(node):
         return node[int(part)]
-    raise RecipeError(f"--set {override}: {part!r} cannot be looked up in {type(node).__name__} {node!r}")
+    raise RecipeError(
+        f"--set {cut(override)}: {shown(part)} cannot be looked up in {type(node).__name__} {shown(node)}"
+    )
 
 
 def _assign(node: Any, part: str, value: Any) -> None:

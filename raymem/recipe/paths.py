@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from raymem.errors import RecipeError
+from raymem.recipe.text import shown
+
 PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Maps the suffix of a compressed file to the name of its codec in Arrow."""
@@ -20,7 +23,7 @@ def is_local(path: str, base: str | Path = ".") -> bool:
     """Say whether a path is a file or directory of this machine, existing or not, rather than an id or a URI."""
     if "://" in path:
         return False
-    return path.startswith(("/", ".", "~")) or path.endswith(DATA_SUFFIXES) or _joined(path, base).exists()
+    return path.startswith(("/", ".", "~")) or path.endswith(DATA_SUFFIXES) or _exists(_joined(path, base))
 
 
 def absolute(path: str, base: str | Path = ".") -> str:
@@ -32,4 +35,16 @@ def absolute(path: str, base: str | Path = ".") -> str:
 
 
 def _joined(path: str, base: str | Path) -> Path:
-    return Path(base) / Path(path).expanduser()
+    if "\0" in path:
+        raise RecipeError(f"{shown(path)}: a path cannot hold the character NUL; leave it out")
+    try:
+        return Path(base) / Path(path).expanduser()
+    except RuntimeError:  # ~nosuchuser
+        raise RecipeError(f"{shown(path)}: no such user, or one without a home; write the whole path") from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long for a file
+        return False

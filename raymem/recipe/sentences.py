@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from typing_extensions import TypeAliasType
 
 from raymem.recipe.base import fields_of, is_recipe_model, kind_of
+from raymem.recipe.text import cut, shown
 
 SENTENCE = "raymem_sentence"
 """The type of an error whose message is the sentence itself, and whose location is the path in the YAML file."""
@@ -32,7 +34,7 @@ def problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
             path, text = _beside_kind(item, path) or _at_field(item, path, fields)
         # A union reports every arm that failed; one line per place is what a person can act on.
         texts[path] = f"{texts[path]}, or {text.partition(': ')[2]}" if path in texts else text
-    return [f"{path}: {text}" if path else text for path, text in texts.items()]
+    return [f"{cut(path, 200)}: {cut(text)}" if path else cut(text) for path, text in texts.items()]
 
 
 def sentence(item: Any, path: str, fields: Iterable[str]) -> str:
@@ -49,12 +51,23 @@ def sentence(item: Any, path: str, fields: Iterable[str]) -> str:
         return "is missing"
     if kind == "literal_error":
         expected = _names(item["ctx"]["expected"])
-        return f"{value!r} is not one of {', '.join(expected)}{nearest(str(value), expected)}"
+        return f"{shown(value)} is not one of {', '.join(expected)}{nearest(str(value), expected)}"
     if kind == "value_error":
         return str(message.removeprefix("Value error, "))
     if kind in ("model_type", "model_attributes_type", "dataclass_type"):
-        return f"{value!r}: expected keys with values (a YAML mapping)"
-    return f"{value!r}: {message[0].lower()}{message[1:]}"
+        return f"{shown(value)}: expected keys with values (a YAML mapping)"
+    return f"{shown(value)}: {message[0].lower()}{message[1:]}{_in_yaml(kind, value)}"
+
+
+def _in_yaml(kind: str, value: Any) -> str:
+    """End an error about a text that was meant as a number, or as true or false, in other versions of YAML."""
+    if not isinstance(value, str):
+        return ""
+    if kind.startswith("bool") and value.lower() in ("yes", "no", "on", "off", "y", "n"):
+        return "; write true or false"
+    if kind.startswith(("int", "float")) and re.fullmatch(r"[-+]?[0-9][0-9_:.]*", value) and len(value) < 50:
+        return "; write it as a plain number, without quotes, _ and :"
+    return ""
 
 
 def _beside_kind(item: Any, path: str) -> tuple[str, str] | None:
@@ -65,7 +78,7 @@ def _beside_kind(item: Any, path: str) -> tuple[str, str] | None:
     if item["type"] == "union_tag_invalid":
         value, expected = context["tag"], _names(context["expected_tags"])
         tag = context["discriminator"].strip("'")
-        return f"{path}.{tag}", f"{value!r} is not one of {', '.join(expected)}{nearest(str(value), expected)}"
+        return f"{path}.{tag}", f"{shown(value)} is not one of {', '.join(expected)}{nearest(str(value), expected)}"
     return None
 
 
@@ -138,6 +151,6 @@ def sections_in(annotation: Any) -> list[type]:
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """End an error about an unknown name: with the name that was probably meant, or with all valid names."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], list(candidates), n=1, cutoff=0.5)
     listed = sorted(candidates)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(listed)}"

@@ -22,6 +22,7 @@ from pyarrow import fs as pafs
 
 from raymem.errors import StorageError
 from raymem.storage.errors import explain
+from raymem.storage.uris import CURE, secret_in
 
 MARKER = "manifest.json"
 _CHUNK_BYTES = 8 << 20
@@ -60,11 +61,10 @@ class Storage:
             raise StorageError(
                 f"storage.path: scheme {parts.scheme}:// is not supported; give an absolute path, s3:// or gs://"
             )
-        if "@" in parts.netloc and parts.username != "anonymous":
+        if found := secret_in(path):
             raise StorageError(
-                f"storage.path: {parts.scheme}:// with a user or key before the @ would write credentials into logs "
-                "and checkpoints; take them out and use the environment (AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or the role of the machine"
+                f"storage.path: {parts.scheme}:// with {found} would write credentials into logs and checkpoints; "
+                f"{CURE}"
             )
         if not parts.hostname:
             raise StorageError(f"storage.path: {path!r} names no bucket; write {parts.scheme}://bucket/path")

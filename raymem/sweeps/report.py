@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from raymem.memory.budget import bytes_text
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import recipe_at
+from raymem.recipe.yaml_text import write
 from raymem.sweeps.options import METRICS, Objective
 from raymem.sweeps.search import started
 
@@ -113,7 +113,7 @@ def best_recipe(recipe: Recipe, best: SweepRow, metric: str, budget_bytes: int) 
     comment = f"# Trial {best.number} of sweep {recipe.name}: {metric} {_value_text(best, metric)}"
     if metric != "peak_bytes" and "peak_bytes" in best.metrics:
         comment += f", peak {_value_text(best, 'peak_bytes')}"
-    return f"{comment}\n" + yaml.safe_dump(chosen, sort_keys=False)
+    return f"{comment}\n" + write(chosen)
 
 
 def point_text(point: dict[str, Any]) -> str:

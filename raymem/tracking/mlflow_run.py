@@ -11,10 +11,9 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 import raymem
 from raymem.errors import TrackingError
+from raymem.recipe.yaml_text import write
 from raymem.tracking.mlflow_client import brief, connect, limits
 from raymem.tracking.mlflow_uri import TrackingAddress, database_file, resolve_tracking
 from raymem.tracking.tracker import RunStart
@@ -62,7 +61,7 @@ def start_run(start: RunStart) -> tuple[str, str]:
             # Parameters of a run are immutable: a resumed run only gains those that it lacks.
             missing = {key: value for key, value in flatten(recipe) if key not in run.data.params}
             _log(client, run.info.run_id, params=missing)
-            text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+            text = write(dict(recipe), allow_unicode=True)
             client.log_text(run.info.run_id, text, "recipe.yaml")
     except TrackingError:
         raise

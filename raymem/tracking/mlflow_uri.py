@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from raymem.errors import TrackingError
 from raymem.storage.storage import Storage
+from raymem.storage.uris import secret_in
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
@@ -51,10 +52,11 @@ def resolve_tracking(uri: str | None, storage_path: str) -> TrackingAddress:
             )
         return TrackingAddress(_sqlite_uri(storage.join("mlflow.db")), artifacts, embedded=True)
     parts = urlsplit(uri)
-    if parts.password:
+    if found := secret_in(uri):
         raise TrackingError(
-            f"{where}: a password in the address would be stored with every checkpoint and run; take it out and set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for a database: run `mlflow server` before it)"
+            f"{where}: {found} in the address would be stored with every checkpoint and run; take it out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN (for a database: run "
+            "`mlflow server` before it)"
         )
     scheme = parts.scheme.split("+")[0]
     if scheme == "sqlite" and not parts.path.startswith("//"):

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raymem.errors import ClusterError
+from raymem.storage.uris import secret_in
 
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _CONNECT_TIMEOUT_S = 5.0
@@ -100,6 +101,8 @@ def _cure(error: BaseException) -> str:
 
 def knock(address: str, source: str) -> None:
     """Open a TCP connection first: Ray's own requests have no time limit. Raises ClusterError."""
+    if found := secret_in(address if "://" in address else f"http://{address}"):
+        raise ClusterError(f"{source}: {found} would be logged; take it out of the address and set RAY_AUTH_TOKEN")
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -23,6 +23,7 @@ from raymem.errors import ClusterError
 from raymem.recipe.load import load_recipe
 from raymem.recipe.paths import is_local
 from raymem.recipe.schema import Recipe
+from raymem.storage.uris import secret_in
 
 RUN_METADATA = "raymem.run"
 COMMAND_METADATA = "raymem.command"
@@ -94,20 +95,20 @@ def submit(
     root = Path(working_dir).resolve()
     if not root.is_dir():
         raise ClusterError(f"working directory {root} does not exist; give the directory that holds the recipe")
+    for where, word in [
+        *((f"--set {override.partition('=')[0]}", override) for override in overrides),
+        *((f"argument {number} of {command}", word) for number, word in enumerate(arguments, 1)),
+    ]:
+        if found := secret_in(word):
+            raise ClusterError(
+                f"{where}: an address with {found} would be visible in the list of jobs; take it out, and "
+                "mount the secret on the cluster"
+            )
     recipe = load_recipe(recipe_path, overrides)
     recipe_name = _inside(root, Path(recipe_path), "recipe")
     needed = [recipe_name, *(_inside(root, root / name, "file") for name in files)]
     needed += _data_beside(load_recipe(recipe_path, overrides, resolve=False), root)
     _check_storage(recipe.storage.path, root)
-    for where, word in [
-        *((f"--set {override.partition('=')[0]}", override) for override in overrides),
-        *((f"argument {number} of {command}", word) for number, word in enumerate(arguments, 1)),
-    ]:
-        if re.search(r"://[^/@\s]*:[^/@\s]*@", word):
-            raise ClusterError(
-                f"{where}: an address with a password would be visible in the list of jobs; take it out, and mount the "
-                "password on the cluster"
-            )
     runtime_env: dict[str, Any] = {"working_dir": str(root)}
     if variables := _environment(env_passthrough):
         runtime_env["env_vars"] = variables

@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from raymem.errors import DataError
 from raymem.storage.errors import cause
+from raymem.storage.uris import CURE, secret_in
 
 SCHEMES = ("s3", "gs", "gcs", "hf")
 _CHECK = "check the path, and that this process may read it"
@@ -47,6 +48,8 @@ class RemoteDirectory:
     def __init__(self, uri: str, where: str) -> None:
         parts = urlsplit(uri)
         self._uri, self._where = uri, where
+        if found := secret_in(uri):
+            raise DataError(f"{where}.path: {parts.scheme}:// with {found} would write credentials into logs: {CURE}.")
         if parts.scheme not in SCHEMES:
             raise DataError(
                 f"{where}.path={uri!r}: data are not read from {parts.scheme}://: use s3://, gs://, hf://datasets/..., "
@@ -54,11 +57,6 @@ class RemoteDirectory:
             )
         if parts.scheme == "hf" and parts.netloc != "datasets":
             raise DataError(f"{where}.path={uri!r}: write hf://datasets/<owner>/<name>, with @<revision> if need be.")
-        if parts.scheme != "hf" and parts.username not in (None, "anonymous"):
-            raise DataError(
-                f"{where}.path: {parts.scheme}:// with a user or key before the @ would write credentials into logs: "
-                f"take them out and use the environment or the role of the machine."
-            )
         self._is_hub = parts.scheme == "hf"
         with self._explained():
             if self._is_hub:
