@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, StorageError
 from raymem.kinds import AttachContext
+from raymem.methods.own_code import built_in_only
 from raymem.methods.peft.files import load_adapter
 from raymem.methods.peft.importing import without_bitsandbytes
 from raymem.methods.sentences import as_sentence
@@ -118,12 +119,15 @@ def _load(name: str, revision: str | None) -> Any:
     """Load a full or pruned model in its stored dtype, with every tensor of it accounted for."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    with built_in_only(name):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     refuse_quantised(config, name)
     if Path(name).is_dir():
         check_checkpoint(_on_meta(config), Path(name))
-    with building(config):
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, config=config, dtype="auto")
+    with built_in_only(name), building(config):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, config=config, dtype="auto", trust_remote_code=False
+        )
     if not Path(name).is_dir():
         check_checkpoint(_on_meta(config), _directory(name, revision))
     return model
@@ -134,8 +138,9 @@ def _on_meta(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with torch.device("meta"), no_init_weights(), building(config):
-        model = AutoModelForCausalLM.from_config(config)
+    own_name = getattr(config, "_name_or_path", "")
+    with built_in_only(own_name), torch.device("meta"), no_init_weights(), building(config):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()  # part of the initialisation that was left out
     return model
 
@@ -164,7 +169,11 @@ def generate(directory: str | Path, prompt: str, *, max_new_tokens: int, tempera
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.to(device).generate(
-        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        trust_remote_code=False,
+        **sampling,
     )
     return str(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
