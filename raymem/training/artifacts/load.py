@@ -16,9 +16,11 @@ from raymem.kinds import AttachContext
 from raymem.methods.own_code import built_in_only
 from raymem.methods.peft.files import load_adapter
 from raymem.methods.peft.importing import without_bitsandbytes
+from raymem.methods.probe import first_line
 from raymem.methods.sentences import as_sentence
 from raymem.recipe.axes import ADAPTERS, building, why_not_of_model
 from raymem.recipe.schema import Recipe
+from raymem.storage.json_files import read_object
 from raymem.training.artifacts.export import FACTS
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
 from raymem.training.dist_env import DistEnv
@@ -28,6 +30,8 @@ from raymem.training.model.build import fetch
 from raymem.training.model.companions import GENERATION, copy_companions
 from raymem.training.model.revision import trained_from
 from raymem.training.model.weights import check_checkpoint
+
+_WHOLE = "take a whole copy of the directory"
 
 
 def load_artifact(directory: str | Path) -> tuple[Any, Any]:
@@ -70,7 +74,11 @@ def _with_own_kind(directory: Path) -> Any:
     options = continuing(directory)
     if not (directory / FACTS).is_file():
         raise ModelError(f"it holds no {FACTS}, which names its base; take the whole directory of the run")
-    recipe = Recipe.model_validate(json.loads((directory / FACTS).read_text())["recipe"])
+    facts = read_object(directory / FACTS, ModelError, _WHOLE, {"recipe": (dict,)})
+    try:
+        recipe = Recipe.model_validate(facts["recipe"])
+    except ValueError as error:
+        raise ModelError(f"{directory / FACTS}: its recipe cannot be used ({first_line(error)}); {_WHOLE}") from None
     name, revision = base_name(recipe)
     if name is None:
         raise ModelError(
@@ -199,6 +207,7 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
         raise ModelError(f"{source} cannot be merged into the model that it names: {why}")
     if target.exists():
         raise StorageError(f"--output: {target} already exists; choose another directory or remove it")
+    facts = read_object(source / FACTS, ModelError, _WHOLE) if (source / FACTS).is_file() else {}
     model, tokenizer = load_artifact(source)
     base = _base_directory(source)
     staging = target.parent / f".{target.name}.part"
@@ -212,7 +221,6 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
         merged.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         copy_companions(base, staging, same_tokenizer=_same_tokenizer(tokenizer, base))
-        facts = json.loads((source / "raymem.json").read_text()) if (source / "raymem.json").is_file() else {}
         (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
         staging.rename(target)
     except (OSError, SafetensorError) as error:

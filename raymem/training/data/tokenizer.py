@@ -66,7 +66,7 @@ def _stop_ids(path: str) -> list[int]:
     try:
         file = cached_file(path, _GENERATION_CONFIG)
         content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it is no file of the tokenizer's; those were read above
+    except (OSError, ValueError, RecursionError):  # it is no file of the tokenizer's; those were read above
         return []
     ids = content.get("eos_token_id") if isinstance(content, dict) else None
     ids = ids if isinstance(ids, list) else [ids]
