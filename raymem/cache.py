@@ -19,11 +19,12 @@ def cache_root() -> Path:
 
 
 def read_json(file: Path) -> Any:
-    """Return the contents of a file; None if it is not there or cannot be read."""
+    """Return the object in a file; None if it is not there, cannot be read, or is damaged or empty."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) and content else None  # whatever else was not written by us
 
 
 def write_json(file: Path, value: Any) -> None:

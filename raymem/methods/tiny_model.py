@@ -166,7 +166,7 @@ def random_clone(config: Any, *, kind: Any = None, all_layers: bool = False, att
         torch.manual_seed(0)
         small = tiny_config(config, all_layers=all_layers)
         if kind is None:
-            model = AutoModelForCausalLM.from_config(small, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(small, attn_implementation=attention, trust_remote_code=False)
         else:
             model = kind._from_config(small, attn_implementation=attention)
         return random_weights(model)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -21,10 +21,12 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from pyarrow import fs as pafs
 
 from raymem.errors import StorageError
+from raymem.storage import json_files
 from raymem.storage.errors import explain
 from raymem.storage.uris import CURE, secret_in
 
 MARKER = "manifest.json"
+_DAMAGED = "the file is damaged: delete it, or restore it from a copy"
 _CHUNK_BYTES = 8 << 20
 
 
@@ -130,12 +132,15 @@ class Storage:
 
     def read_json(self, name: str) -> Any:
         """Parse a JSON file. Raises StorageError if it is missing, unreadable or not JSON."""
-        try:
-            return json.loads(self.read_bytes(name))
-        except ValueError as error:
-            raise StorageError(
-                f"{self.join(name)} is not JSON ({error}); the file is damaged: delete it, or restore it from a copy"
-            ) from error
+        with self._explained("read", name), self.filesystem.open_input_stream(self._at(name), None) as stream:
+            text = stream.read(json_files.LIMIT_BYTES + 1)
+        return json_files.parse(text, self.join(name), StorageError, _DAMAGED)
+
+    def read_object(
+        self, name: str, fields: Mapping[str, tuple[type, ...]] | None = None, *, cure: str | None = None
+    ) -> dict[str, Any]:
+        """Parse a JSON file that holds an object. Raises StorageError, also if a field is of another type."""
+        return json_files.as_object(self.read_json(name), self.join(name), StorageError, cure or _DAMAGED, fields)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file that is seen either whole or not at all. Raises StorageError."""

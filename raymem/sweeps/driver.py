@@ -23,6 +23,7 @@ from raymem.runs.lock import only_one, set_aside
 from raymem.runs.prepare import prepare_data
 from raymem.runs.resolve import resolve_shared
 from raymem.runs.train import build_demo
+from raymem.storage.json_files import read_object
 from raymem.storage.storage import Storage
 from raymem.sweeps.options import SweepOptions, check_metrics
 from raymem.sweeps.report import SweepRow, best_of, rows_of, write_report
@@ -175,9 +176,11 @@ def _same_sweep(
         facts = {**now, "key": secrets.token_hex(2), "revision": None}
         _write_facts(folder, facts)
         return False, facts
-    before = json.loads(file.read_text())
+    before = read_object(
+        file, StorageError, f"start over with {options.spelling('fresh', True)}", {"model": (dict,), "key": (str,)}
+    )
     if _began(before).is_meant_by(recipe.model):
-        now["model"] = {**now["model"], "revision": before["model"]["revision"]}
+        now["model"] = {**now["model"], "revision": before["model"].get("revision")}
     if different := [name for name in now if now[name] != before.get(name)]:
         raise RecipeError(
             f"{folder}: a sweep of this name with another {', '.join(different)} lies there; choose another "
@@ -193,7 +196,7 @@ def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _began(facts: dict[str, Any]) -> Began:
-    return Began(facts["model"]["name"], facts.get("revision"), facts["model"]["revision"])
+    return Began(facts["model"].get("name"), facts.get("revision"), facts["model"].get("revision"))
 
 
 def _prepare(recipe: Recipe, facts: dict[str, Any], storage: Storage, backend: Backend, status: Status) -> Recipe:

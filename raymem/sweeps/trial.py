@@ -143,9 +143,9 @@ def earlier_result(run: Storage) -> dict[str, Any] | None:
     there, so only an attempt of the same driver is held against it.
     """
     if run.exists(RESULT):
-        return dict(run.read_json(RESULT))
+        return run.read_object(RESULT, {"status": (str,)})
     if run.exists(ATTEMPT):
-        before, now = run.read_json(ATTEMPT), _circumstances()
+        before, now = run.read_object(ATTEMPT), _circumstances()
         same = all(before.get(name) == now[name] for name in ("host", "ray_job"))
         if same and now["oom_kills"] > before["oom_kills"]:
             end = {"status": "infeasible", "measured_bytes": 0, "problem": "killed: the container was out of memory"}

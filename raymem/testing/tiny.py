@@ -41,7 +41,8 @@ def save_tiny_model(directory: Path, config: Mapping[str, Any] = TINY_LLAMA, *, 
     options = dict(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+        made = AutoConfig.for_model(options.pop("model_type"), **options)
+        model: Any = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
     with torch.no_grad():  # zeros and ones would hide a tensor that was never loaded
         for index, parameter in enumerate(model.parameters()):
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))

@@ -25,6 +25,7 @@ from torch import nn
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError
 from raymem.methods.loram.coupling import couple, family_of
+from raymem.methods.own_code import built_in_only
 
 PRUNING_KEY = "raymem_pruning"
 """Key in ``config.json``; its value is layer -> group -> number of kept units."""
@@ -80,8 +81,8 @@ def from_config(config: Any, **options: Any) -> Any:
     """``AutoModelForCausalLM.from_config`` for pruned and full configs alike."""
     from transformers import AutoModelForCausalLM
 
-    with pruned_layers(config):
-        return AutoModelForCausalLM.from_config(config, **options)
+    with built_in_only(getattr(config, "_name_or_path", "")), pruned_layers(config):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
 def load_pruned(directory: str | Path, **options: Any) -> Any:
@@ -97,8 +98,10 @@ def load_pruned(directory: str | Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = read_config(directory)
-    with pruned_layers(config):
-        return AutoModelForCausalLM.from_pretrained(directory, config=config, local_files_only=True, **options)
+    with built_in_only(directory), pruned_layers(config):
+        return AutoModelForCausalLM.from_pretrained(
+            directory, config=config, local_files_only=True, trust_remote_code=False, **options
+        )
 
 
 def read_config(directory: str | Path) -> Any:
@@ -112,7 +115,8 @@ def read_config(directory: str | Path) -> Any:
     if not (Path(directory) / "config.json").is_file():
         raise ModelError(f"model.name: {directory} has no config.json; give a directory that save_pretrained wrote")
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        with built_in_only(directory):
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.name: {directory}/config.json cannot be used: {error}") from None
     refuse_quantised(config, directory)

@@ -24,6 +24,7 @@ from raymem.methods.loram.manifest import MANIFEST, Manifest, check_base, check_
 from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.recover_moram import recover_moram
 from raymem.methods.loram.source import Source, open_source
+from raymem.storage.json_files import read_object
 from raymem.storage.safetensors_io import Entry, read_header, read_tensor, save_tensors, write_json
 
 WEIGHTS, CONFIG, FACTS = "adapter_model.safetensors", "adapter_config.json", "raymem.json"
@@ -153,11 +154,8 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
         RecoveryMismatch: it is another kind of adapter.
     """
     path = adapter / CONFIG
-    try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-        kind = config.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); give the directory of a PEFT adapter") from None
+    config = read_object(path, ModelError, "give the directory of a PEFT adapter")
+    kind = config.get("peft_type")
     if kind not in ("LORA", "MORAM"):
         raise RecoveryMismatch(f"{path}: an adapter of kind {kind} cannot be recovered; train LoRA or MoRAM")
     return config
@@ -301,7 +299,9 @@ def _publish(
         save_tensors(staging / WEIGHTS, tensors)
         write_json(staging / CONFIG, config)
         manifest.write(staging)
-        known = json.loads((adapter / FACTS).read_bytes()) if (adapter / FACTS).is_file() else {}
+        known = (
+            read_object(adapter / FACTS, ModelError, "take a whole copy of it") if (adapter / FACTS).is_file() else {}
+        )
         write_json(staging / FACTS, {**known, "loram": facts})
         staging.rename(out)
     except OSError as error:

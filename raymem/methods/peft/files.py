@@ -11,14 +11,20 @@ import torch
 from raymem.errors import ModelError
 from raymem.methods.peft.importing import without_bitsandbytes
 from raymem.methods.sentences import as_sentence
+from raymem.storage.json_files import read_object
 
 
 def load_adapter(base: Any, directory: Path, device: torch.device | str) -> Any:
     """Put the adapter of a PEFT directory on a loaded model, in its stored dtype.
 
     Raises:
-        ModelError: PEFT cannot, or finds no values for a part of it.
+        ModelError: PEFT cannot, or finds no values for a part of it; its weights are pickled, or not finite.
     """
+    # Every kind of PEFT that has a rank calls it r, and compares it as a number without looking.
+    read_object(
+        directory / "adapter_config.json", ModelError, "give the directory of an adapter", {"r": (int, type(None))}
+    )
+    _check_weights(directory)
     with without_bitsandbytes():
         from peft import PeftModel
 
@@ -34,3 +40,31 @@ def load_adapter(base: Any, directory: Path, device: torch.device | str) -> Any:
             return PeftModel.from_pretrained(
                 base, str(directory), low_cpu_mem_usage=True, autocast_adapter_dtype=False, torch_device=str(device)
             )
+
+
+def _check_weights(directory: Path) -> None:
+    """Refuse pickled weights, which PEFT would read, and weights with which everything that is computed is nan."""
+    from safetensors import SafetensorError, safe_open
+
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ModelError(
+            f"{directory} holds no {path.name}; raymem reads no pickled weights (adapter_model.bin): load the adapter "
+            "with PEFT and save it again (save_pretrained)"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                finite(file.get_tensor(key), key, path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: not a complete safetensors file ({error}); take a whole copy") from None
+
+
+def finite(tensor: torch.Tensor, key: str, path: Path) -> torch.Tensor:
+    """Return a tensor of an adapter's file. Raises ModelError if a number in it is nan or infinite."""
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):
+        raise ModelError(
+            f"{path}: tensor {key} holds numbers that are nan or infinite; train the adapter again (with a lower "
+            "learning rate if that made them), or take another copy"
+        )
+    return tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from raymem.errors import AdapterError, ModelError, RecipeError
 from raymem.kinds import ADAPTER_FILE, AdapterKind, AttachContext
 from raymem.methods.peft.importing import without_bitsandbytes
+from raymem.storage.json_files import read_object
 
 if TYPE_CHECKING:
     from raymem.methods.peft.targets import Targets
@@ -186,10 +186,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "adapter_config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"adapter.init_from: {path} cannot be read ({error}); give a PEFT directory") from None
-    return config
+        return read_object(path, ModelError, "give a PEFT directory")
+    except ModelError as error:
+        raise ModelError(f"adapter.init_from: {error}") from None
 
 
 def read_tensors(path: Path, directory: str) -> dict[str, Any]:
@@ -200,11 +199,13 @@ def read_tensors(path: Path, directory: str) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    from raymem.methods.peft.files import finite
+
     if not path.is_file():
         raise ModelError(f"adapter.init_from: {directory} holds no adapter_model.safetensors; give a PEFT directory")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return {key: finite(file.get_tensor(key), key, path) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ModelError(f"adapter.init_from: {path}: not a complete safetensors file ({error})") from None
 

@@ -341,9 +341,18 @@ def _beside_full(run: ResolvedRun, directory: Path, source: Source) -> PrunedBas
     return PrunedBase(plan_pruning(source.config(), options), directory, manifest, source, run)
 
 
+_RECORDED: dict[str, dict[str, tuple[type, ...]]] = {
+    "verify": {"key": (str,), "verification": (dict,)},
+    "train": {"key": (str,), "outcome": (dict,)},
+}
+
+
 def _record(run_storage: Storage, stage: str) -> dict[str, Any]:
     name = f"loram/{stage}.json"
-    return run_storage.read_json(name) if run_storage.exists(name) else {}
+    if not run_storage.exists(name):
+        return {}
+    cure = "delete the file: this stage is then done again"
+    return run_storage.read_object(name, _RECORDED.get(stage), cure=cure)
 
 
 def _sha256(adapter: Path) -> str:

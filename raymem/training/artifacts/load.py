@@ -13,11 +13,14 @@ from safetensors import SafetensorError
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, StorageError
 from raymem.kinds import AttachContext
+from raymem.methods.own_code import built_in_only
 from raymem.methods.peft.files import load_adapter
 from raymem.methods.peft.importing import without_bitsandbytes
+from raymem.methods.probe import first_line
 from raymem.methods.sentences import as_sentence
 from raymem.recipe.axes import ADAPTERS, building, why_not_of_model
 from raymem.recipe.schema import Recipe
+from raymem.storage.json_files import read_object
 from raymem.training.artifacts.export import FACTS
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
 from raymem.training.dist_env import DistEnv
@@ -27,6 +30,8 @@ from raymem.training.model.build import fetch
 from raymem.training.model.companions import GENERATION, copy_companions
 from raymem.training.model.revision import trained_from
 from raymem.training.model.weights import check_checkpoint
+
+_WHOLE = "take a whole copy of the directory"
 
 
 def load_artifact(directory: str | Path) -> tuple[Any, Any]:
@@ -69,7 +74,11 @@ def _with_own_kind(directory: Path) -> Any:
     options = continuing(directory)
     if not (directory / FACTS).is_file():
         raise ModelError(f"it holds no {FACTS}, which names its base; take the whole directory of the run")
-    recipe = Recipe.model_validate(json.loads((directory / FACTS).read_text())["recipe"])
+    facts = read_object(directory / FACTS, ModelError, _WHOLE, {"recipe": (dict,)})
+    try:
+        recipe = Recipe.model_validate(facts["recipe"])
+    except ValueError as error:
+        raise ModelError(f"{directory / FACTS}: its recipe cannot be used ({first_line(error)}); {_WHOLE}") from None
     name, revision = base_name(recipe)
     if name is None:
         raise ModelError(
@@ -118,12 +127,15 @@ def _load(name: str, revision: str | None) -> Any:
     """Load a full or pruned model in its stored dtype, with every tensor of it accounted for."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    with built_in_only(name):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     refuse_quantised(config, name)
     if Path(name).is_dir():
         check_checkpoint(_on_meta(config), Path(name))
-    with building(config):
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, config=config, dtype="auto")
+    with built_in_only(name), building(config):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, config=config, dtype="auto", trust_remote_code=False
+        )
     if not Path(name).is_dir():
         check_checkpoint(_on_meta(config), _directory(name, revision))
     return model
@@ -134,8 +146,9 @@ def _on_meta(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with torch.device("meta"), no_init_weights(), building(config):
-        model = AutoModelForCausalLM.from_config(config)
+    own_name = getattr(config, "_name_or_path", "")
+    with built_in_only(own_name), torch.device("meta"), no_init_weights(), building(config):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()  # part of the initialisation that was left out
     return model
 
@@ -164,7 +177,11 @@ def generate(directory: str | Path, prompt: str, *, max_new_tokens: int, tempera
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.to(device).generate(
-        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        trust_remote_code=False,
+        **sampling,
     )
     return str(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
@@ -190,6 +207,7 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
         raise ModelError(f"{source} cannot be merged into the model that it names: {why}")
     if target.exists():
         raise StorageError(f"--output: {target} already exists; choose another directory or remove it")
+    facts = read_object(source / FACTS, ModelError, _WHOLE) if (source / FACTS).is_file() else {}
     model, tokenizer = load_artifact(source)
     base = _base_directory(source)
     staging = target.parent / f".{target.name}.part"
@@ -203,7 +221,6 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
         merged.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         copy_companions(base, staging, same_tokenizer=_same_tokenizer(tokenizer, base))
-        facts = json.loads((source / "raymem.json").read_text()) if (source / "raymem.json").is_file() else {}
         (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
         staging.rename(target)
     except (OSError, SafetensorError) as error:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from raymem.errors import ModelError, StorageError
 from raymem.recipe.axes import why_not_of_model
+from raymem.storage.json_files import read_object
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that ``--max-lora-rank`` may have."""
@@ -146,7 +147,7 @@ def _model_type(base: str | None) -> str | None:
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     path = directory / "adapter_model.safetensors"
     try:
-        config: dict[str, Any] = json.loads((directory / "adapter_config.json").read_bytes())
+        config = read_object(directory / "adapter_config.json", ModelError, "give the adapter of a run")
         with safe_open(path, framework="pt") as file:
             shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import ModelError
+from raymem.methods.own_code import built_in_only
 from raymem.storage.publish import digest
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -26,7 +27,10 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with built_in_only(path, key="model.tokenizer", files="tokenizer_config.json or config.json"):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:  # the library raises many types here
         reason = str(error).strip().splitlines() or [""]
         raise ModelError(
@@ -62,7 +66,7 @@ def _stop_ids(path: str) -> list[int]:
     try:
         file = cached_file(path, _GENERATION_CONFIG)
         content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it is no file of the tokenizer's; those were read above
+    except (OSError, ValueError, RecursionError):  # it is no file of the tokenizer's; those were read above
         return []
     ids = content.get("eos_token_id") if isinstance(content, dict) else None
     ids = ids if isinstance(ids, list) else [ids]

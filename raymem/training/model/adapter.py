@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from raymem.errors import ModelError
+from raymem.errors import ModelError, RaymemError
 from raymem.kinds import AdapterKind, AttachContext
 from raymem.methods.peft.kind import merged_instead, read_config
+from raymem.methods.probe import first_line
 from raymem.recipe.axes import ADAPTERS, BASES
+from raymem.recipe.axis_field import adapter_of
 from raymem.recipe.schema import Recipe
 from raymem.training.dist_env import DistEnv
 from raymem.training.model import weights
@@ -101,7 +105,27 @@ def continuing(directory: str | Path) -> Any:
         ModelError: there is none, or it is of a kind that nobody continues.
     """
     config = read_config(directory)
-    return _kind_of(config, str(directory)).continuing(config, str(directory))
+    kind = _kind_of(config, str(directory))
+    try:
+        options = kind.continuing(config, str(directory))
+        # A kind takes values as they stand there; they are checked as those of a recipe are.
+        fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        section: type = type(options)
+        return adapter_of(section).validate_python(fields)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, RaymemError):
+            raise
+        raise ModelError(
+            f"adapter.init_from: {Path(directory) / 'adapter_config.json'} is no config of a {kind.name} adapter "
+            f"({_first_problem(error)}); take a whole copy of the adapter"
+        ) from None
+
+
+def _first_problem(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    return f"it has no {error.args[0]}" if isinstance(error, KeyError) and error.args else first_line(error)
 
 
 def read_adapter(directory: str, model: Any, recipe: Recipe) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, RecipeError
 from raymem.memory import nf4
+from raymem.methods.own_code import built_in_only
 from raymem.methods.peft.files import load_adapter
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, building
 from raymem.recipe.schema import Recipe
@@ -140,7 +141,10 @@ def load_config(recipe: Recipe, dist_env: DistEnv | None = None) -> Any:
         name, revision = (recipe.model.name, recipe.model.revision) if planned else base_name(recipe)
         directory = fetch(name or "", revision, dist_env or DistEnv(), weights_too=False)
         try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+            with built_in_only(directory):
+                config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except ModelError:
+            raise
         except Exception as error:  # configs raise types of their own
             raise ModelError(f"model.name: {directory}/config.json cannot be used: {_reason(error)}") from None
         refuse_quantised(config, name)
@@ -239,9 +243,11 @@ def on_meta(config: Any, recipe: Recipe) -> Any:
     from transformers.initialization import no_init_weights
 
     try:
-        with torch.device("meta"), no_init_weights(), building(config):
+        own_name = getattr(config, "_name_or_path", "") or recipe.model.name
+        with built_in_only(own_name), torch.device("meta"), no_init_weights(), building(config):
             base_model = AutoModelForCausalLM.from_config(
                 config,
+                trust_remote_code=False,
                 dtype=base_dtype(recipe),
                 attn_implementation=None if recipe.model.attention == "auto" else recipe.model.attention,
             )
@@ -249,6 +255,8 @@ def on_meta(config: Any, recipe: Recipe) -> Any:
             # FSDP2 would gather and reduce two, and round the sum of their gradients in another order.
             base_model.tie_weights()
             return base_model
+    except ModelError:
+        raise
     except Exception as error:  # model code may raise anything
         raise ModelError(f"model: cannot be built from its config: {_reason(error)}") from None
 

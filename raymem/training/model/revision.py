@@ -10,8 +10,10 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from raymem.errors import StorageError
 from raymem.recipe.load import MODELS
 from raymem.recipe.schema import ModelSection, Recipe
+from raymem.storage import json_files
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS
 from raymem.training.checkpoint import FOLDER, latest_recipe
@@ -20,6 +22,11 @@ from raymem.training.model.build import fetch
 
 RECORD = "revision.json"
 """The file in the directory of a run, from its start, that says which model it began with."""
+
+
+_TEXT = (str, type(None))
+_OF_ADAPTER = {"base_model_name_or_path": _TEXT, "revision": _TEXT}
+_CURE = "the file is damaged: delete it, or restore it from a copy"
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def began_with(run: Storage) -> Began | None:
         StorageError: its record, or the manifest of its last checkpoint, cannot be read.
     """
     if run.exists(RECORD):
-        return Began(**run.read_json(RECORD))
+        return _recorded(run)
     recipe = latest_recipe(run)  # runs of earlier versions have no record
     return None if recipe is None else _of_model(recipe["model"])
 
@@ -83,10 +90,15 @@ def trained_from(artifact: str, name: str | None) -> Began | None:
     directory = Storage.open(artifact if "://" in artifact else os.path.abspath(artifact))
     records = []
     if directory.exists("adapter_config.json"):
-        config = directory.read_json("adapter_config.json")
+        config = directory.read_object("adapter_config.json", _OF_ADAPTER, cure="take a whole copy of the adapter")
         records.append(Began(config.get("base_model_name_or_path"), config.get("revision"), config.get("revision")))
     if directory.exists(FACTS):
-        records.append(_of_model(directory.read_json(FACTS).get("recipe", {}).get("model", {})))
+        facts = directory.read_object(FACTS)
+        for name_of_section in ("recipe", "model"):
+            facts = json_files.as_object(
+                facts.get(name_of_section, {}), f"{directory.join(FACTS)}: {name_of_section}", StorageError, _CURE
+            )
+        records.append(_of_model(facts))
     return next((began for began in records if began.name == name and began.commit is not None), None)
 
 
@@ -104,7 +116,7 @@ def record(run: Storage, recipe: Recipe, asked: str | None) -> None:
         return
     began = Began(recipe.model.name, recipe.model.revision, asked)
     if run.exists(RECORD) and asked in (None, began.commit):  # says less than the recipe before may have said
-        before = Began(**run.read_json(RECORD))
+        before = _recorded(run)
         if (before.name, before.commit) == (began.name, began.commit):
             return
     run.write_json(RECORD, asdict(began))
@@ -113,6 +125,11 @@ def record(run: Storage, recipe: Recipe, asked: str | None) -> None:
 def on_hub(model: ModelSection) -> bool:
     """Say whether the model is named by an id of the hub, rather than a directory, a demo model or a config."""
     return model.name is not None and model.name not in MODELS and not Path(model.name).is_dir()
+
+
+def _recorded(run: Storage) -> Began:
+    stored = run.read_object(RECORD, dict.fromkeys(("name", "commit", "asked"), _TEXT), cure=_CURE)
+    return Began(stored.get("name"), stored.get("commit"), stored.get("asked"))
 
 
 def _of_model(plain: dict[str, str | None]) -> Began:

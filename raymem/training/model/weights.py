@@ -118,7 +118,11 @@ def checkpoint_source(model: Any, directory: Path) -> TensorSource:
         len(converted) - 1,
     )
     loaded, report = type(model).from_pretrained(
-        directory, dtype=model.dtype, local_files_only=True, output_loading_info=True
+        directory,
+        dtype=model.dtype,
+        local_files_only=True,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     if report["missing_keys"]:  # transformers would make them up
         raise ModelError(_missing(set(report["missing_keys"])))

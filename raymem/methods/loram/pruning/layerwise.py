@@ -44,7 +44,9 @@ class LayerwiseModel:
         config = source.config()
         self.coupling: Coupling = couple(config)
         with init_empty_weights(include_buffers=False), no_init_weights():  # computed buffers (rotary) are real
-            self._model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            self._model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            ).eval()
         self._model.requires_grad_(False)
         self._model.tie_weights()
         self._filled: list[str] = []
