@@ -54,6 +54,24 @@ BLOCK_BYTES = 16 << 20
 """Bytes at which a block of JSON lines ends, so that long rows do not fill the memory of a task."""
 
 
+class _GivenTwice(ValueError):
+    """Two values of one key, of which only one could be read."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key[:80]!r} is given twice; keep one of them.")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _GivenTwice(next(key for key in keys if keys.count(key) > 1))
+    return row
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def index_file(path: Path, block_rows: int, name: str = "") -> tuple[str, list[FileBlock]]:
     """Compute SHA-256 of a file and its blocks of at most ``block_rows`` rows (none if it is empty).
 
@@ -189,7 +207,9 @@ def _read_lines(path: Path, block: FileBlock, name: str) -> Iterator[tuple[str, 
                 continue
             where = f"{name}:{number}"
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = _JSON.decode(line.decode("utf-8-sig"))
+            except _GivenTwice as error:
+                raise DataError(f"{where}: {error}") from None
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
                 raise DataError(
                     f"{where} is not valid JSON ({error}): write one UTF-8 JSON object per line."
@@ -247,7 +267,9 @@ def _whole(path: Path, name: str) -> Any:
 @lru_cache(maxsize=1)
 def _json_list(path: Path, name: str, stamp: tuple[int, int]) -> list[Any]:
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+        rows = _JSON.decode(path.read_bytes().decode("utf-8-sig"))
+    except _GivenTwice as error:
+        raise DataError(f"{name}: {error}") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{name}:{error.lineno} is not valid JSON ({error}): write one list of objects.") from error
     except UnicodeDecodeError as error:
@@ -265,6 +287,8 @@ def _csv_table(path: Path, name: str, stamp: tuple[int, int]) -> Any:
     parsing = csv.ParseOptions(newlines_in_values=True)
     try:
         names = csv.open_csv(path, read_options=reading, parse_options=parsing).schema.names
+        if twice := next((column for column in names if names.count(column) > 1), None):
+            raise DataError(f"{name}:1: the column {twice[:80]!r} is given twice; rename or remove one of them.")
         types = csv.ConvertOptions(column_types=dict.fromkeys(names, string()), strings_can_be_null=False)
         return csv.read_csv(path, read_options=reading, parse_options=parsing, convert_options=types)
     except ArrowInvalid as error:

@@ -170,3 +170,17 @@ def test_a_failing_hub_says_what_to_pass_instead(monkeypatch: pytest.MonkeyPatch
     ) as info:
         index_hub("org/name", None, "train", None, 4)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}\n', r"a\.jsonl:2: the key 'c' is given twice; keep"),
+        ("a.json", '[{"a": 1, "a": 2}]', r"a\.json: the key 'a' is given twice; keep"),
+        ("a.csv", "text,id,text\nx,1,y\n", r"a\.csv:1: the column 'text' is given twice; rename"),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=words):
+        [list(read_block(block)) for block in index_file(tmp_path / name, 10)[1]]
