@@ -147,10 +147,9 @@ def _model_type(base: str | None) -> str | None:
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     path = directory / "adapter_model.safetensors"
     try:
-        config = read_object(directory / "adapter_config.json", ModelError, "give the adapter of a run")
         with safe_open(path, framework="pt") as file:
             shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{directory} is no PEFT directory ({reason}); give the adapter of a run") from None
-    return config, shapes
+    return read_object(directory / "adapter_config.json", ModelError, "give the adapter of a run"), shapes

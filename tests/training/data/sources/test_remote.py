@@ -175,7 +175,10 @@ def test_denied_access_is_one_sentence(bucket: Bucket, tmp_path: Path, monkeypat
     [
         ("http://host/x.jsonl", r"data are not read from http://: use s3://, gs://, hf://datasets"),
         ("s3://key:secret@bucket/x.jsonl", r"a password before the @ would write credentials into logs"),
-        ("s3://bucket/x.jsonl?secret_key=abc", r"'secret_key' among its options would write credentials into logs"),
+        (
+            "s3://bucket/x.jsonl?access_token=secret",
+            r"'access_token' among its options would write credentials into logs",
+        ),
         ("hf://org/name", r"write hf://datasets/<owner>/<name>"),
     ],
 )
