@@ -51,7 +51,7 @@ def recipe(llama: Path, examples: Path, tmp_path: Path) -> Recipe:
 @pytest.fixture(scope="module", autouse=True)
 def planned_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process, "Child", PlansHere)
+        patch.setattr(process, "PlannerProcess", PlansHere)
         yield
 
 
