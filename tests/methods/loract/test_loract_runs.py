@@ -73,7 +73,7 @@ def test_automatic_ranks_are_kept_with_the_checkpoints(recipe_of: Any, monkeypat
 
     monkeypatch.setattr("raymem.methods.loract.compression.Compression.calibration", refuse)
     path = "checkpoints/step_00000002/manifest.json"
-    raw = run_storage(recipe).read_json(path)
+    raw = {key: value for key, value in run_storage(recipe).read_json(path).items() if key != "sha256"}
     run_storage(recipe).write_json(path, {**raw, "schema": 1, "hooks": None, "ranks": ranks})  # as it once was
     train(recipe)
     again = latest_manifest(run_storage(recipe))
