@@ -65,48 +65,40 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Check every byte of a published directory against its manifest and return the manifest.
+    """Check every byte of a published directory against its manifest, once per process, and return the manifest.
 
     Raises:
         DataError: the directory is unfinished or a file differs from the manifest.
     """
-    cure = "delete the directory and it is built again"
-    manifest = read_manifest(directory)
-    if manifest is None:
-        raise DataError(f"{directory} is no finished data directory (manifest missing or file sizes differ): {cure}.")
-    if (difference := _difference(directory, manifest)) is not None:
-        raise DataError(f"{directory / difference}: {cure}.")
-    return manifest
+    try:
+        return _read_whole(directory)
+    except _Damaged as damage:
+        raise DataError(f"{directory}/{damage}: delete the directory and it is built again.") from None
 
 
-def _difference(directory: Path, manifest: dict[str, Any]) -> str | None:
-    """Say which file has other bytes than the manifest says."""
-    for name, entry in manifest["files"].items():
-        if (actual := file_sha256(directory / name)) != entry["sha256"]:
-            return f"{name} has SHA-256 {actual}, its manifest says {entry['sha256']}"
-    return None
+class _Damaged(Exception):
+    """A directory is not as it was written: the file, and what is wrong with it."""
 
 
 _good: set[tuple[Any, ...]] = set()
 """Directories whose bytes this process has checked, as they were then: reading them once is enough."""
 
 
-def _damage(directory: Path) -> str | None:
-    """Say what is wrong with a directory that is there; every byte is read, once per process."""
+def _read_whole(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a directory whose every byte is as it was written. Raises _Damaged."""
     manifest = read_manifest(directory)
     if manifest is None:
-        return f"{MANIFEST} or a file's size is not as it was written"
+        raise _Damaged(f"{MANIFEST} or a file's size is not as it was written")
     stats = [(directory / name).stat() for name in manifest["files"]]
     state = (str(directory), manifest.get("sha256"), *((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
-    if state in _good:
-        return None
-    try:
-        difference = _difference(directory, manifest)
-    except (KeyError, TypeError):
-        difference = f"{MANIFEST} lists a file without its SHA-256"
-    if difference is None:
+    if state not in _good:
+        for name, entry in manifest["files"].items():
+            if "sha256" not in entry:
+                raise _Damaged(f"{MANIFEST} lists {name} without its SHA-256")
+            if (actual := file_sha256(directory / name)) != entry["sha256"]:
+                raise _Damaged(f"{name} has SHA-256 {actual}, its manifest says {entry['sha256']}")
         _good.add(state)
-    return difference
+    return manifest
 
 
 def publish(directory: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -122,9 +114,10 @@ def publish(directory: Path, write: Callable[[Path], dict[str, Any]]) -> dict[st
         StorageError: the file system refuses (permissions, space).
     """
     if directory.exists():
-        if (damage := _damage(directory)) is None and (manifest := read_manifest(directory)) is not None:
-            return manifest
-        log.warning("%s is damaged and made again: %s", directory, damage)
+        try:
+            return _read_whole(directory)
+        except _Damaged as damage:
+            log.warning("%s is damaged and made again: %s", directory, damage)
     temporary = directory.parent / f"{_TEMPORARY}{directory.name}-{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
@@ -150,11 +143,14 @@ def _describe(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _rename(temporary: Path, directory: Path) -> None:
-    if directory.exists() and _damage(directory) is not None:
-        # A damaged copy holds the name (raymem never renames one there). Move it aside in one step, then remove it.
-        doomed = directory.parent / f"{_TEMPORARY}{directory.name}-{uuid.uuid4().hex}"
-        directory.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    if directory.exists():
+        try:
+            _read_whole(directory)
+        except _Damaged:
+            # A damaged copy holds the name (raymem never renames one there). Move it aside in one step, then remove it.
+            doomed = directory.parent / f"{_TEMPORARY}{directory.name}-{uuid.uuid4().hex}"
+            directory.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
     try:
         temporary.rename(directory)
     except OSError:
