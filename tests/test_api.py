@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,8 @@ import pytest
 import yaml
 
 import raymem
+from tests.helpers.commands import run_program
+from tests.helpers.support import in_processes
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 PUBLIC = {
@@ -128,11 +129,5 @@ def test_the_examples_of_the_page_run(title: str, llama: Path, examples: Path, t
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(recipe))
     for name, code in BLOCKS[title].items():
         (tmp_path / name).write_text(code)
-    root = str(Path(raymem.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "example.py"],
-        cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path[1:]])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout or title.startswith("The methods")
+    (printed,) = in_processes(run_program, 0, tmp_path / "meet", tmp_path, "example.py")
+    assert printed or title.startswith("The methods")

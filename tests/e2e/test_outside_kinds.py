@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from tests.helpers import toy_kinds
+from tests.helpers.commands import run_command, run_command_with
 from tests.helpers.ray_processes import RayHead, running_head
 from tests.helpers.run_files import losses, result_bytes
+from tests.helpers.support import in_processes
 
 ROOT = Path(__file__).parents[2]
 ENTRY_POINTS = """
@@ -81,14 +83,16 @@ def write_recipe(folder: Path, model: Path, examples: Path, workers: int, **sect
 def test_they_are_planned_trained_resumed_and_evaluated(
     site: Path, llama: Path, examples: Path, tmp_path: Path
 ) -> None:
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        """Each in a process of its own, as the shell has it."""
+        (done,) = in_processes(run_command_with, 0, tmp_path / "meet", site, *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
     recipe = write_recipe(tmp_path, llama, examples, 0)
-    planned = raymem(site, "plan", recipe, "--json")
-    assert planned.returncode == 0, planned.stdout + planned.stderr
-    plan = json.loads(planned.stdout)
-    trained = raymem(site, "train", recipe, "--set", "train.steps=2")
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    again = raymem(site, "train", recipe)
-    assert again.returncode == 0, again.stdout + again.stderr
+    plan = json.loads(command("plan", recipe, "--json").stdout)
+    command("train", recipe, "--set", "train.steps=2")
+    again = command("train", recipe)
     assert "resuming from step 2" in again.stdout + again.stderr
     assert f"tracked in {tmp_path}/tracked.jsonl" in again.stdout
     tracked = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
@@ -99,13 +103,13 @@ def test_they_are_planned_trained_resumed_and_evaluated(
     assert plan["step_peak_bytes"] == pytest.approx(facts["peak_bytes"], rel=0.01)
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["raymem_kind"] == "toy_scale" and config["options"]["layers"] == "v_proj"
-    evaluated = raymem(site, "evaluate", recipe, "--json")
-    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    evaluated = command("evaluate", recipe, "--json")
     assert json.loads(evaluated.stdout)["eval_loss"] == pytest.approx(facts["eval_loss"], rel=1e-5)
 
 
 def test_without_the_package_the_kind_is_unknown(llama: Path, examples: Path, tmp_path: Path) -> None:
-    refused = raymem(tmp_path / "empty", "plan", write_recipe(tmp_path, llama, examples, 0))
+    recipe = write_recipe(tmp_path, llama, examples, 0)
+    (refused,) = in_processes(run_command, 0, tmp_path / "meet", "plan", recipe)
     assert refused.returncode == 1
     assert "adapter.kind: 'toy_scale' is not one of none, lora, moram" in refused.stderr
     assert "Traceback" not in refused.stderr

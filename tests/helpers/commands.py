@@ -7,8 +7,10 @@ import io
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,25 @@ def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(
         [str(argument) for argument in arguments], status, out.getvalue(), err.getvalue()
     )
+
+
+def run_program(folder: Path, name: str) -> str:
+    """``python NAME`` in a folder, in this process, which ends with it; returns what it prints."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    # What looks for a program's classes by name, as pickle does, finds them where a program has them.
+    sys.modules["__main__"] = program = types.ModuleType("__main__")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile((folder / name).read_text(), name, "exec"), program.__dict__)
+    return out.getvalue()
+
+
+def run_command_with(packages: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """``raymem ARGUMENTS`` in this process, which ends with it, where ``packages`` is one more site-packages."""
+    sys.path.insert(0, str(packages))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
+    return run_command(*arguments)
 
 
 def kill_command(*arguments: object, checkpoints: Path, folder: Path) -> None:
