@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raymem.cluster.train.failures import first_rank
+from raymem.cluster.train.pulse import Beat, Pulse
 from raymem.errors import RaymemError
 from raymem.recipe.axes import register_again
 from raymem.tracking import Tracker, attach_tracker
@@ -25,11 +27,13 @@ REPORT_EVERY_S = 5.0
 
 @ray.remote(num_cpus=0)
 class MetricsMailbox:
-    """A small actor between controller and driver: metric rows, and the error that ends a run for good."""
+    """A small actor on the driver's node: metric rows, beats, failures, and the error that ends a run for good."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
         self._error: RaymemError | None = None
+        self._beats: dict[int, Beat] = {}
+        self._failures: list[int] = []
 
     def push(self, rows: Sequence[Row]) -> None:
         self._rows += rows
@@ -44,6 +48,23 @@ class MetricsMailbox:
 
     def error(self) -> RaymemError | None:
         return self._error
+
+    def beat(self, beat: Beat, done: bool) -> None:
+        """Take what a rank says of itself; of one that is done nothing more is expected."""
+        self._beats[beat.rank] = beat
+        if done:
+            del self._beats[beat.rank]
+
+    def beats(self) -> dict[int, Beat]:
+        return self._beats
+
+    def failed(self, rank: int) -> None:
+        """Count a failure of the group, which began with ``rank`` and ends all of its processes."""
+        self._failures.append(rank)
+        self._beats = {}
+
+    def failures(self) -> list[int]:
+        return self._failures
 
 
 def new_mailbox() -> Any:
@@ -73,6 +94,9 @@ class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
         self._mailbox.push.remote(rows)
         self._tracker.log(rows)
 
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        self._mailbox.failed.remote(first_rank(worker_exceptions))
+
 
 class RayReporter:
     """Sends rows through ``ray.train.report``, often enough to watch and seldom enough to cost nothing.
@@ -81,8 +105,9 @@ class RayReporter:
     and tells the others.
     """
 
-    def __init__(self, dist_env: DistEnv) -> None:
+    def __init__(self, dist_env: DistEnv, pulse: Pulse) -> None:
         self._dist_env = dist_env
+        self._pulse = pulse
         self._rows: list[Row] = []
         self._next_step = 0.0
         self._last_report = (0.0, time.monotonic())
@@ -96,6 +121,7 @@ class RayReporter:
         if not self._rows:
             return
         step = self._rows[-1]["step"]
+        self._pulse.report()
         ray.train.report({"rows": self._rows if self._dist_env.is_main else []})
         self._rows = []
         last_step, last_time = self._last_report
@@ -105,6 +131,9 @@ class RayReporter:
             dist.broadcast(ahead, src=0)
         self._next_step = step + float(ahead)
         self._last_report = (step, time.monotonic())
+
+    def progress(self, what: str, *, brief: bool = True) -> None:
+        self._pulse.progress(what, brief)
 
 
 class MetricsPoller:
