@@ -55,11 +55,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     try:
         with pulse:
             dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
-            storage = Storage.open(recipe.storage.path)
+            storage = recipe.storage.open()
             train_data = localise(config["train_data"], storage)
             eval_data = config["eval_data"] and localise(config["eval_data"], storage)
-            reporter = RayReporter(dist_env, pulse)
-            return run(recipe, dist_env, Storage.open(config["run"]), train_data, eval_data, reporter).to_dict()
+            run_storage = Storage.open(config["run"], storage.retry_for_s)
+            return run(recipe, dist_env, run_storage, train_data, eval_data, RayReporter(dist_env, pulse)).to_dict()
     except TransientStorageError:
         raise  # a crash: Ray starts the group again, when the storage may be back
     except RaymemError as error:
