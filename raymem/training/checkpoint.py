@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from raymem.errors import CheckpointError, RaymemError, StorageError
+from raymem.storage.errors import writing
+from raymem.storage.folders import make_directory
 from raymem.storage.publish import file_sha256, seal
 from raymem.storage.storage import Storage, sync
 from raymem.training.dist_env import DistEnv
@@ -123,12 +125,11 @@ class Checkpoints:
             return Path()
         folder = Path(self._run.join(FOLDER))
         staging = folder / f".{name}.part"
-        try:
+        with writing(staging):
+            make_directory(folder)
             for abandoned in folder.glob(".step_*.part"):
                 shutil.rmtree(abandoned)
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise StorageError(f"{staging}: cannot be created: {error.strerror}; check storage.path") from None
+            staging.mkdir()
         return staging
 
     def _finish(self, staging: Path, name: str) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +15,7 @@ from raymem.cluster.train.progress import RayReporter
 from raymem.errors import RaymemError
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import Recipe
+from raymem.storage.identity import held, identify
 from raymem.storage.storage import Storage
 from raymem.training.data.packed.shared import localise, to_dict
 from raymem.training.dist_env import DistEnv
@@ -26,6 +29,7 @@ def config_of(prepared: PreparedRun) -> dict[str, Any]:
         "recipe": prepared.recipe.to_dict(),
         "kinds": registered(),
         "run": prepared.run.path,
+        "storage_id": identify(Path(prepared.storage.root)) if prepared.storage.is_local else None,
         "train_data": to_dict(prepared.train_data),
         "eval_data": prepared.eval_data and to_dict(prepared.eval_data),
     }
@@ -53,11 +57,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     try:
         dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
         storage = Storage.open(recipe.storage.path)
-        train_data = localise(config["train_data"], storage)
-        eval_data = config["eval_data"] and localise(config["eval_data"], storage)
-        return run(
-            recipe, dist_env, Storage.open(config["run"]), train_data, eval_data, RayReporter(dist_env)
-        ).to_dict()
+        with held(Path(storage.root), config["storage_id"]) if storage.is_local else nullcontext():
+            train_data = localise(config["train_data"], storage)
+            eval_data = config["eval_data"] and localise(config["eval_data"], storage)
+            return run(
+                recipe, dist_env, Storage.open(config["run"]), train_data, eval_data, RayReporter(dist_env)
+            ).to_dict()
     except RaymemError as error:
         if mailbox is not None:
             ray.get(mailbox.fail.remote(error))
