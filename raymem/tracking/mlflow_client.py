@@ -30,6 +30,8 @@ def connect(uri: str) -> Any:
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    # It prints the traceback of every refusal of a database, also of those that are raised and said in a sentence.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     database = database_file(uri)
     if database is None:
         return MlflowClient(uri)
