@@ -21,6 +21,8 @@ from raymem.runs.prepare import prepare
 from raymem.runs.resolve import note_start, planned_recipes, resolve
 from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import TrainResult
+from raymem.storage.errors import writing
+from raymem.storage.folders import make_directory
 from raymem.storage.storage import Storage
 from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.training.artifacts.export import artifact_name
@@ -205,5 +207,6 @@ def _history_file(run_storage: Storage) -> Listener:
 
     if not run_storage.is_local:
         return lambda rows: None
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        make_directory(path.parent)
     return write

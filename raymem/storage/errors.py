@@ -1,10 +1,19 @@
-"""Explains storage operations that fail, in one sentence with the cure."""
+"""Explains storage operations that fail, in one sentence with the cure, also those inside of other people's code."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import pwd
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
 
-from raymem.errors import StorageError, TransientStorageError
+from raymem.errors import RaymemError, StorageError, TransientStorageError
+from raymem.memory.budget import bytes_text
 
 _PERMISSION = "give this user write permission there, or set storage.path to a directory that it owns"
 _CREDENTIALS = (
@@ -14,6 +23,7 @@ _CREDENTIALS = (
 _SPACE = "free some, or set storage.path to a larger disk"
 _NOT_A_DIRECTORY = "a part of the path is a file: remove it, or set storage.path to another directory"
 _MISSING = "it does not exist: check the path, or create it"
+_DISK = "check the disk or the mount (`dmesg` may say more), then run the same command again"
 
 _BY_ERRNO = {
     errno.EACCES: ("permission denied", _PERMISSION),
@@ -24,6 +34,10 @@ _BY_ERRNO = {
     errno.ENOENT: ("no such file or directory", _MISSING),
     errno.ENOTDIR: ("not a directory", _NOT_A_DIRECTORY),
     errno.EEXIST: ("not a directory", _NOT_A_DIRECTORY),
+    errno.EIO: ("input/output error", _DISK),
+    errno.ESTALE: ("the file is gone on the server of this mount", _DISK),
+    errno.ENOTCONN: ("the mount has lost its server", _DISK),
+    errno.EHOSTDOWN: ("the mount has lost its server", _DISK),
 }
 
 # What the servers of network mounts and networks themselves cause, and mend.
@@ -31,7 +45,6 @@ _PASSING = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED,
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.ENOTCONN,
 }  # fmt: skip
-_MOUNT = "check the mount, and the server or disk behind it"
 
 _NETWORK = (
     "check the network and the endpoint (s3://bucket/path?endpoint_override=host:port&scheme=http for one that is not "
@@ -56,28 +69,125 @@ _BY_WORDS = (
     (("query parameter",), "use only options that pyarrow knows, such as endpoint_override, scheme and region"),
 )
 
+# Libraries in other languages tell the system's error in words, or by number within their words.
+_NUMBERED = re.compile(r"\[?(?:[Ee]rrno|os error) (\d+)\b")
+_IN_WORDS = (
+    ("database or disk is full", errno.ENOSPC),
+    ("attempt to write a readonly database", errno.EACCES),
+    ("unable to open database file", errno.EACCES),
+    *((os.strerror(code), code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
+)
+_OF_THE_SYSTEM = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOTCONN,
+    errno.EHOSTDOWN,
+}  # fmt: skip
 
-def explain(error: Exception, action: str, path: str) -> StorageError:
+
+def explain(
+    error: Exception, action: str, path: str, *, where: str = "storage", cure: str | None = None
+) -> StorageError:
     """Return a StorageError for a failure of ``action`` (an infinitive) at ``path``.
 
     What may pass by itself (a network, an overloaded store, a mount whose server is away) is a TransientStorageError.
+
+    Args:
+        where: the key of the recipe or the option that names the place.
+        cure: what else helps, at the end; by default another ``storage.path``.
     """
-    code = error.errno if isinstance(error, OSError) else None
+    kind = TransientStorageError if is_passing(error) else StorageError
+    code = error.errno if isinstance(error, OSError) else system_error(error)
     if code in _BY_ERRNO:
-        words, cure = _BY_ERRNO[code]
-        return StorageError(f"storage: cannot {action} {path}: {words}; {cure}")
-    text, known = cause(error)
-    if is_passing(error):
-        return TransientStorageError(f"storage: cannot {action} {path}: {text}; {known or _MOUNT}")
-    return StorageError(f"storage: cannot {action} {path}: {text}; {known or 'set storage.path to a place that works'}")
+        words, known = _BY_ERRNO[code]
+        return kind(f"{where}: cannot {action} {path}: {words}{_facts(code, path)}; {cure or known}")
+    text, cure_known = cause(error)
+    cure = cure or cure_known or (_DISK if is_passing(error) else "set storage.path to a place that works")
+    return kind(f"{where}: cannot {action} {path}: {text}; {cure}")
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether the cause of an error may go away by itself."""
-    return getattr(error, "errno", None) in _PASSING or cause(error)[1] in (_NETWORK, _BUSY)
+    """Say whether the cause of an error may go away by itself."""
+    code = error.errno if isinstance(error, OSError) else system_error(error)
+    return code in _PASSING or cause(error)[1] in (_NETWORK, _BUSY)
+
+
+@contextlib.contextmanager
+def writing(path: object, *, where: str = "storage", cure: str | None = None) -> Iterator[None]:
+    """Turn what the system refuses in the block into a StorageError, whoever's code met it.
+
+    tokenizers, safetensors, sqlite and others have exceptions of their own for a full disk. What is not the system's
+    refusal passes through.
+
+    Args:
+        path: what is written.
+        where, cure: see :func:`explain`.
+    """
+    try:
+        yield
+    except RaymemError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and system_error(error) is None:
+            raise
+        raise explain(error, "write", str(path), where=where, cure=cure) from error
+
+
+def system_error(error: BaseException | None) -> int | None:
+    """Return the number of the system's refusal (space, permission, a broken disk) that caused an error, or None."""
+    for _ in range(20):  # chains may be circular
+        if error is None or isinstance(error, RaymemError):
+            return None
+        if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+            return error.errno
+        text = str(error)
+        if (numbered := _NUMBERED.search(text)) and int(numbered[1]) in _OF_THE_SYSTEM:
+            return int(numbered[1])
+        if (code := next((code for words, code in _IN_WORDS if words in text), None)) is not None:
+            return code
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def cause(error: Exception) -> tuple[str, str | None]:
     """Return the words of an object store's error on one line, and the cure if it is known."""
     text = " ".join(str(error).split())
     return text, next((cure for words, cure in _BY_WORDS if any(word in text for word in words)), None)
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number of one that this machine does not know."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def _facts(code: int, path: str) -> str:
+    """Return in brackets what a person asks next: whose directory it is, or how much room there is."""
+    if not os.path.isabs(path):
+        return ""
+    with contextlib.suppress(OSError):
+        there = _nearest(Path(path))
+        if code in (errno.EACCES, errno.EPERM):
+            status = there.stat()
+            return (
+                f" ({there} belongs to {user_name(status.st_uid)}, mode {stat.filemode(status.st_mode)}; this user is "
+                f"{user_name(os.geteuid())})"
+            )
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            return f" ({bytes_text(shutil.disk_usage(there).free)} free)"
+    return ""
+
+
+def _nearest(path: Path) -> Path:
+    """Return the first of a path and those above it that is there and that this user may not write, or is there."""
+    there = [one for one in (path, *path.parents) if _is_there(one)]
+    effective = os.access in os.supports_effective_ids
+    return next((one for one in there if not os.access(one, os.W_OK, effective_ids=effective)), there[0])
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError:
+        return False
+    return True

@@ -13,13 +13,14 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import DataError, StorageError
+from raymem.errors import DataError
+from raymem.storage.errors import writing
+from raymem.storage.folders import make_shared, share_published
 
 log = logging.getLogger(__name__)
 
@@ -113,22 +114,21 @@ def publish(directory: Path, write: Callable[[Path], dict[str, Any]]) -> dict[st
     Raises:
         StorageError: the file system refuses (permissions, space).
     """
-    if directory.exists():
-        try:
-            return _read_whole(directory)
-        except _Damaged as damage:
-            log.warning("%s is damaged and made again: %s", directory, damage)
     temporary = directory.parent / f"{_TEMPORARY}{directory.name}-{uuid.uuid4().hex}"
     try:
-        temporary.mkdir(parents=True)
-        _remove_abandoned(directory.parent)
-        manifest = seal({"facts": write(temporary), "files": _describe(temporary)})
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        _rename(temporary, directory)
-    except OSError as error:
-        raise StorageError(
-            f"{directory} cannot be written ({error}): set storage.path to a writable place with free space."
-        ) from error
+        with writing(directory):
+            if directory.exists():
+                try:
+                    return _read_whole(directory)
+                except _Damaged as damage:
+                    log.warning("%s is damaged and made again: %s", directory, damage)
+            make_shared(directory.parent)
+            temporary.mkdir()
+            _remove_abandoned(directory.parent, now=temporary.stat().st_mtime)
+            manifest = seal({"facts": write(temporary), "files": _describe(temporary)})
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            share_published(temporary)
+            _rename(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest
@@ -158,9 +158,13 @@ def _rename(temporary: Path, directory: Path) -> None:
             raise
 
 
-def _remove_abandoned(parent: Path) -> None:
-    """Remove leftovers of killed runs; a live writer touches its directory far more often than once a day."""
+def _remove_abandoned(parent: Path, now: float) -> None:
+    """Remove leftovers of killed runs; a live writer touches its directory far more often than once a day.
+
+    Args:
+        now: the time of the file system, which may not be this node's, in the same seconds as its files have.
+    """
     for path in parent.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
-            if time.time() - max(item.stat().st_mtime for item in (path, *path.rglob("*"))) > _ABANDONED_AFTER_SECONDS:
+            if now - max(item.stat().st_mtime for item in (path, *path.rglob("*"))) > _ABANDONED_AFTER_SECONDS:
                 shutil.rmtree(path)

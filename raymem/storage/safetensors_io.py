@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from raymem.errors import ModelError, StorageError
+from raymem.errors import ModelError
+from raymem.storage.errors import writing
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -208,17 +209,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written ({error}); free some space or check permissions, then run the same command "
-            "again: finished layers are not repeated"
-        ) from None
+        with writing(path, cure="then run the same command again: finished layers are not repeated"):
+            with temporary.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            sync_directory(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

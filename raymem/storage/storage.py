@@ -24,6 +24,7 @@ from raymem.errors import StorageError, TransientStorageError
 from raymem.storage import json_files
 from raymem.storage.connect import connect
 from raymem.storage.errors import explain
+from raymem.storage.folders import make_directory
 from raymem.storage.retry import RETRY_FOR_S, retried, retrying
 from raymem.storage.uris import CURE, secret_in
 
@@ -305,7 +306,7 @@ class Storage:
     def _make_parent(self, target: str) -> None:
         # Object stores have no directories; creating some would only leave empty marker objects behind.
         if self.is_local:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
+            make_directory(Path(target).parent)
 
     def _put(self, name: str, data: bytes) -> None:
         target = self._at(name)

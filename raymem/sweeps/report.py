@@ -15,6 +15,7 @@ from raymem.memory.budget import bytes_text
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import recipe_at
 from raymem.recipe.yaml_text import write
+from raymem.storage.folders import make_directory
 from raymem.sweeps.options import METRICS, Objective
 from raymem.sweeps.search import started
 
@@ -92,7 +93,7 @@ def write_report(
 
     The front in the table is that of all objectives and of memory; the figure shows the first of them against memory.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     rows = rows_of(trials)
     (folder / "trials.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     names = list(dict.fromkeys([*objective.metrics, "peak_bytes"]))

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from raymem.errors import CheckpointError, RaymemError, StorageError, TransientStorageError
-from raymem.storage.errors import explain, is_passing
+from raymem.storage.errors import explain, is_passing, writing
+from raymem.storage.folders import make_directory
 from raymem.storage.publish import file_sha256, seal
 from raymem.storage.retry import Outage, retrying
 from raymem.storage.storage import Storage, sync
@@ -145,12 +146,11 @@ class Checkpoints:
             return Path()
         folder = Path(self._run.join(FOLDER))
         staging = folder / f".{name}.part"
-        try:
+        with writing(staging):
+            make_directory(folder)
             for abandoned in folder.glob(".step_*.part"):
                 shutil.rmtree(abandoned)
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise explain(error, "create", str(staging)) from None
+            staging.mkdir()
         return staging
 
     def _finish(self, staging: Path, name: str) -> dict[str, dict[str, Any]]:

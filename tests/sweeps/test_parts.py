@@ -199,7 +199,7 @@ def test_a_metric_that_is_named_twice_is_one_objective(
 
 def job_of(recipe: Recipe, **scaling: Any) -> TrialJob:
     plain = {**recipe.to_dict(), "name": "t-0003", "scaling": {**recipe.to_dict()["scaling"], **scaling}}
-    return TrialJob(3, plain, 1000, 0, 0, {"CPU": 1.0}, None)
+    return TrialJob(3, plain, 1000, 0, 0, {"CPU": 1.0}, None, "id")
 
 
 @pytest.fixture
