@@ -47,6 +47,13 @@ def seal(raw: dict[str, Any]) -> dict[str, Any]:
     return {**values, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def unseal(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what was sealed, without the SHA-256; None if that is of other values (older records have none)."""
+    if "sha256" in raw and seal(raw)["sha256"] != raw["sha256"]:
+        return None
+    return {key: value for key, value in raw.items() if key != "sha256"}
+
+
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a finished directory, or None where nothing finished is there.
 

@@ -26,6 +26,7 @@ from raymem.runs.train import build_demo
 from raymem.storage.folders import make_directory
 from raymem.storage.identity import identify
 from raymem.storage.json_files import read_object
+from raymem.storage.publish import seal, unseal
 from raymem.storage.storage import Storage
 from raymem.sweeps.options import SweepOptions, check_metrics
 from raymem.sweeps.report import SweepRow, best_of, rows_of, write_report
@@ -179,9 +180,10 @@ def _same_sweep(
         facts = {**now, "key": secrets.token_hex(2), "revision": None}
         _write_facts(folder, facts)
         return False, facts
-    before = read_object(
-        file, StorageError, f"start over with {options.spelling('fresh', True)}", {"model": (dict,), "key": (str,)}
-    )
+    cure = f"start over with {options.spelling('fresh', True)}"
+    before = unseal(read_object(file, StorageError, cure, {"model": (dict,), "key": (str,)}))
+    if before is None:
+        raise StorageError(f"{file} has other values than were written (by its own SHA-256); {cure}")
     if _began(before).is_meant_by(recipe.model):
         now["model"] = {**now["model"], "revision": before["model"].get("revision")}
     if different := [name for name in now if now[name] != before.get(name)]:
@@ -194,7 +196,7 @@ def _same_sweep(
 
 def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
     part = folder / f"{_FACTS}.part"
-    part.write_text(json.dumps(facts, indent=1) + "\n")
+    part.write_text(json.dumps(seal(facts), indent=1) + "\n")
     part.replace(folder / _FACTS)
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from raymem.errors import ModelError, StorageError
 from raymem.recipe.axes import why_not_of_model
+from raymem.storage.checksums import check_files
 from raymem.storage.json_files import read_object
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -54,6 +55,7 @@ def lint_vllm(adapter: str | Path, *, allow_lm_head: bool = False, served_as: st
         ModelError: no PEFT directory, or its tensors cannot be read.
     """
     directory = Path(adapter)
+    check_files(directory, ModelError)
     config, shapes = _read(directory)
     problems = []
     if config.get("peft_type") != "LORA":

@@ -20,6 +20,7 @@ from raymem.methods.peft.files import load_adapter
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, building
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
+from raymem.storage.checksums import check_files
 from raymem.training import lean, loss
 from raymem.training.dist_env import DistEnv, shard
 from raymem.training.model import adapter, packing, weights
@@ -155,12 +156,14 @@ def fetch(name: str, revision: str | None, dist_env: DistEnv, *, weights_too: bo
     """Return the local directory of a model; a hub id is downloaded once per node.
 
     Raises:
-        ModelError: neither a directory with a config.json nor a hub id that can be had.
+        ModelError: neither a directory with a config.json nor a hub id that can be had, or a file of it is not as
+            raymem wrote it.
     """
     directory = Path(name)
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelError(f"model.name: {directory} has no config.json; give a directory that save_pretrained wrote")
+        check_files(directory, ModelError, weights=weights_too)
         return directory
     if directory.is_absolute():
         raise ModelError(f"model.name: {directory} does not exist; give an existing directory or a Hugging Face id")
