@@ -28,6 +28,7 @@ LAYERS = {
     "raymem.linalg": 0,
     "raymem.memory": 0,
     "raymem.storage": 0,
+    "raymem.text": 0,
     "raymem.methods": 1,
     "raymem.recipe": 1.5,
     "raymem.training": 2,

@@ -14,7 +14,7 @@ from raymem.errors import RecipeError
 from raymem.recipe.axes import Axis
 from raymem.recipe.base import fields_of
 from raymem.recipe.sentences import SENTENCE, nearest, sentence
-from raymem.recipe.text import shown
+from raymem.text import shown
 
 
 class AxisField:

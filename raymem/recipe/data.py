@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from raymem.recipe.base import RecipeModel
 
+MAX_EXAMPLE_BYTES = 4 << 20
+"""By default, the largest size of an example: a million tokens of English, made in below 1.5 GB of memory."""
+
 
 class Source(RecipeModel):
     """One source of examples: a file, a directory of files, a Hugging Face data set, or the embedded demo data."""
@@ -87,6 +90,9 @@ class DataSection(RecipeModel):
     """Tempered mixing of the training sources, on top of their weights."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens per row of a batch."""
+    max_example_bytes: Annotated[int, Field(ge=1)] = MAX_EXAMPLE_BYTES
+    """Bytes that one example may have in its file, without compression; a longer one is an error before it is read,
+    since making tokens of a text takes up to 350 times its memory."""
     turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns are trained in a conversation; marks of turns (``weight: 0``) hold as well."""
     packing: Literal["bfd", "wrapped", "none"] = "bfd"

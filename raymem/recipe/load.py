@@ -19,9 +19,9 @@ from raymem.recipe.data import Source
 from raymem.recipe.paths import absolute, is_local
 from raymem.recipe.schema import Recipe
 from raymem.recipe.sentences import nearest, problems
-from raymem.recipe.text import MESSAGE, cut, joined, shown
 from raymem.recipe.yaml_text import MAX_CHARACTERS, MAX_DEPTH, YamlTextError, parse
 from raymem.storage.uris import CURE, secret_in
+from raymem.text import MESSAGE, cut, joined, shown
 
 DEMO_PREFIX = "demo"
 MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}

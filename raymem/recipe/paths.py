@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from raymem.errors import RecipeError
-from raymem.recipe.text import shown
+from raymem.text import shown
 
 PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

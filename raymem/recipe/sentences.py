@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from typing_extensions import TypeAliasType
 
 from raymem.recipe.base import fields_of, is_recipe_model, kind_of
-from raymem.recipe.text import cut, shown
+from raymem.text import cut, shown
 
 SENTENCE = "raymem_sentence"
 """The type of an error whose message is the sentence itself, and whose location is the path in the YAML file."""

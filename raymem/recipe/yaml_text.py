@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from raymem.recipe.text import cut, shown
+from raymem.text import cut, shown
 
 MAX_CHARACTERS = 200_000
 MAX_VALUES = 10_000

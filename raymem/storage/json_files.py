@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import RaymemError
+from raymem.text import shown
 
 LIMIT_BYTES = 128 << 20
 """More than the longest manifest of a checkpoint; beyond it a file is something else by a wrong name."""
@@ -26,7 +27,6 @@ _NAMES = {
     float: "a number",
     type(None): "null",
 }
-_SHOWN = 60
 
 
 def parse(raw: bytes | str, where: object, error: type[RaymemError], cure: str) -> Any:
@@ -63,7 +63,7 @@ def as_object(
         if name not in value:
             raise error(f"{where} has no {name}; {cure}")
         wanted = " or ".join(_NAMES[one] for one in types)
-        raise error(f"{where}: {name} is {_name(found)} ({_shown(found)}) in place of {wanted}; {cure}")
+        raise error(f"{where}: {name} is {_name(found)} ({shown(found)}) in place of {wanted}; {cure}")
     return value
 
 
@@ -81,8 +81,3 @@ def read_object(
 
 def _name(value: Any) -> str:
     return _NAMES[type(value)]
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

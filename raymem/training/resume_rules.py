@@ -7,6 +7,7 @@ from typing import Any
 
 from raymem.errors import CheckpointError
 from raymem.recipe.schema import Recipe
+from raymem.text import cut
 from raymem.training.data.packed.shards import Prepared
 
 IMMUTABLE_KEYS = (
@@ -42,7 +43,8 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -
         if (difference := _difference(path, saved.get(path), value)) is not None:
             setting, before, now = difference
             raise CheckpointError(
-                f"{where}: this run was started with {setting}={_shown(before)} but the recipe now says {_shown(now)}; "
+                f"{where}: this run was started with {setting}={cut(str(before), 120)} but the recipe now says "
+                f"{cut(str(now), 120)}; "
                 "restore it, choose another name, or start over with --fresh"
             )
 
@@ -61,8 +63,3 @@ def _lookup(raw: Any, parts: Sequence[str]) -> Any:
     for part in parts:
         raw = raw[part]
     return raw
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else text[:117] + "..."

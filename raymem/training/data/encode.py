@@ -22,6 +22,7 @@ from raymem.training.data.chat.conversation import Chat, Piece
 from raymem.training.data.chat.template import Template
 from raymem.training.data.formats import Example, Messages, PromptCompletion, Text
 from raymem.training.data.packed.pack import Encoded
+from raymem.training.data.rows.json_text import half_character
 from raymem.training.data.tokens import Tokens
 
 # A SentencePiece tokenizer puts a space in front of a text that stands alone, but not after a line break.
@@ -241,8 +242,4 @@ def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        near = text[max(error.start - 20, 0) : error.start]
-        raise DataError(
-            f"{where} holds {text[error.start]!a} after {near!a}, which is half of a character (a lone surrogate, as "
-            f"where an emoji was cut in two): remove it, or write the whole character."
-        ) from error
+        raise DataError(f"{where} holds {half_character(error)}.") from error

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from raymem.errors import DataError
 from raymem.recipe.data import Source
-from raymem.training.data.readers import Row
+from raymem.text import cut, shown
+from raymem.training.data.rows.tables import Row
 from raymem.training.data.tokens import Tokens, tokens
-from raymem.training.data.turns import history, is_learned, message, schemas, sharegpt, shown, text_of
+from raymem.training.data.turns import described, history, is_learned, message, schemas, sharegpt, text_of
 
 Format = Literal["text", "prompt_completion", "messages", "alpaca", "sharegpt", "tokens"]
 
@@ -80,12 +81,12 @@ def resolve_format(source: Source, first_row: Row, where: str) -> Format:
     )
     for ours, theirs in source.columns.items():
         if ours not in known:
-            raise DataError(f"{where}.columns: {ours!r} is no column of ours, the names are {', '.join(known)}.")
+            raise DataError(f"{where}.columns: {shown(ours)} is no column of ours, the names are {', '.join(known)}.")
         if theirs not in first_row:
             near = difflib.get_close_matches(theirs, list(first_row), n=1, cutoff=0.0)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = f"; did you mean {shown(near[0])}?" if near else "."
             raise DataError(
-                f"{where}.columns.{ours}={theirs!r} is none of the data's columns {_names(first_row)}{hint}"
+                f"{where}.columns.{ours}={shown(theirs)} is none of the data's columns {_names(first_row)}{hint}"
             )
     if source.format != "auto":
         return source.format
@@ -175,7 +176,7 @@ def _conversation(row: Row, turns: list[Turn], where: str) -> Messages:
     system = row.get("system")
     system = text_of(system, f"{where} column 'system'") if isinstance(system, list) else system
     if system is not None and not isinstance(system, str):
-        raise DataError(f"{where} column 'system' is {shown(system)}, not a string: write a string.")
+        raise DataError(f"{where} column 'system' is {described(system)}, not a string: write a string.")
     if system:
         turns = turns[1:] if turns[0][0] == {"role": "system", "content": ""} else turns
         if not turns or turns[0][0]["role"] != "system":
@@ -194,7 +195,7 @@ def _side(row: Row, column: str, role: str, where: str, calls: bool) -> list[Tur
     if isinstance(value, list):
         return _read_turns(row, column, where, calls) if value else []
     if isinstance(value, dict):
-        raise DataError(f"{where} column {column!r} is {shown(value)}: write a list of turns, or a string.")
+        raise DataError(f"{where} column {column!r} is {described(value)}: write a list of turns, or a string.")
     text = _answer(row, column, where) if column == "completion" else _text(row, column, where)
     return [({"role": role, "content": text}, True)] if text else []
 
@@ -207,7 +208,7 @@ def _read_turns(row: Row, column: str, where: str, calls: bool) -> list[Turn]:
 
 
 def _names(row: Row) -> str:
-    return ", ".join(map(str, row)).encode(errors="backslashreplace").decode() or "none"
+    return cut(", ".join(map(str, row))).encode(errors="backslashreplace").decode() or "none"
 
 
 def _value(row: Row, column: str, where: str) -> Any:
@@ -219,7 +220,7 @@ def _value(row: Row, column: str, where: str) -> Any:
 def _text(row: Row, column: str, where: str) -> str:
     value = _value(row, column, where)
     if not isinstance(value, str):
-        raise DataError(f"{where} column {column!r} is {shown(value)}, not a string: write a string.")
+        raise DataError(f"{where} column {column!r} is {described(value)}, not a string: write a string.")
     return value
 
 
@@ -231,5 +232,7 @@ def _answer(row: Row, column: str, where: str) -> str | None:
 def _turns(row: Row, column: str, where: str) -> list[Any]:
     value = _value(row, column, where)
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where} column {column!r} is {shown(value)}, not a list of turns: write at least one turn.")
+        raise DataError(
+            f"{where} column {column!r} is {described(value)}, not a list of turns: write at least one turn."
+        )
     return value

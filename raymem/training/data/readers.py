@@ -6,19 +6,22 @@ place (``file.jsonl:17``), which the error messages about it begin with.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from raymem.errors import DataError
+from raymem.recipe.data import MAX_EXAMPLE_BYTES
 from raymem.recipe.paths import DATA_FILES
 from raymem.storage.publish import file_sha256
-
-Row = dict[str, Any]
+from raymem.text import shown
+from raymem.training.data.rows import tables
+from raymem.training.data.rows.json_text import Elements, Unusable, decode, too_long
+from raymem.training.data.rows.tables import Row
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class FileBlock:
     first_row: int
     num_rows: int
     offset: int = 0
-    """The byte at which the first row begins, for JSON lines."""
+    """The byte at which the first row begins, for JSON."""
     first_line: int = 1
-    """The line number of the first row, for JSON lines."""
+    """The line number of the first row, for JSON."""
     name: str = ""
     """The name of the file in messages, where ``path`` is a copy of it."""
+    max_bytes: int = MAX_EXAMPLE_BYTES
+    """The largest size of one row."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class HubBlock:
     fingerprint: str
     first_row: int
     num_rows: int
+    max_bytes: int = MAX_EXAMPLE_BYTES
+    """The largest size of one row."""
 
 
 Block = FileBlock | HubBlock
@@ -54,40 +61,31 @@ BLOCK_BYTES = 16 << 20
 """Bytes at which a block of JSON lines ends, so that long rows do not fill the memory of a task."""
 
 
-class _GivenTwice(ValueError):
-    """Two values of one key, of which only one could be read."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(f"the key {key[:80]!r} is given twice; keep one of them.")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _GivenTwice(next(key for key in keys if keys.count(key) > 1))
-    return row
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique)
-
-
-def index_file(path: Path, block_rows: int, name: str = "") -> tuple[str, list[FileBlock]]:
+def index_file(
+    path: Path, block_rows: int, name: str = "", max_bytes: int = MAX_EXAMPLE_BYTES
+) -> tuple[str, list[FileBlock]]:
     """Compute SHA-256 of a file and its blocks of at most ``block_rows`` rows (none if it is empty).
 
     Args:
         name: what to call the file in messages; by default its path.
+        max_bytes: the largest size of one row.
 
     Raises:
-        DataError: the file cannot be read or parsed.
+        DataError: the file cannot be read or parsed, or a row is longer.
     """
     name = name or str(path)
     try:
+        if not path.stat().st_size:  # empty, or one of /proc, which may never end
+            return hashlib.sha256().hexdigest(), []
+        if path.suffix != ".parquet":
+            _check_text(path, name)
         if _is_json_lines(path):
-            return _index_lines(path, block_rows, name)
-        rows = _count_rows(path, name)
+            return _index_lines(path, block_rows, name, max_bytes)
+        if path.suffix == ".json":
+            return file_sha256(path), _index_list(path, block_rows, name, max_bytes)
+        rows = tables.num_rows(path, name, max_bytes)
         blocks = [
-            FileBlock(str(path), first, min(block_rows, rows - first), name=name)
+            FileBlock(str(path), first, min(block_rows, rows - first), name=name, max_bytes=max_bytes)
             for first in range(0, rows, block_rows)
         ]
         return file_sha256(path), blocks
@@ -96,13 +94,18 @@ def index_file(path: Path, block_rows: int, name: str = "") -> tuple[str, list[F
 
 
 def index_hub(
-    path: str, subset: str | None, split: str, revision: str | None, block_rows: int
+    path: str,
+    subset: str | None,
+    split: str,
+    revision: str | None,
+    block_rows: int,
+    max_bytes: int = MAX_EXAMPLE_BYTES,
 ) -> tuple[str, list[HubBlock]]:
     """Return the resolved fingerprint of a Hugging Face data set, and its blocks."""
     rows = load_hub(path, subset, split, revision)
     fingerprint = str(rows._fingerprint)
     blocks = [
-        HubBlock(path, subset, split, revision, fingerprint, first, min(block_rows, len(rows) - first))
+        HubBlock(path, subset, split, revision, fingerprint, first, min(block_rows, len(rows) - first), max_bytes)
         for first in range(0, len(rows), block_rows)
     ]
     return fingerprint, blocks
@@ -112,7 +115,7 @@ def read_block(block: Block) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) for every row of a block.
 
     Raises:
-        DataError: a row is malformed, or what the block describes cannot be read any more.
+        DataError: a row is malformed or too long, or what the block describes cannot be read any more.
     """
     if isinstance(block, HubBlock):
         yield from _read_hub(block)
@@ -121,10 +124,12 @@ def read_block(block: Block) -> Iterator[tuple[str, Row]]:
     try:
         if _is_json_lines(path):
             yield from _read_lines(path, block, name)
+        elif path.suffix == ".json":
+            yield from _read_list(path, block, name)
         else:
-            for index, row in enumerate(_read_range(path, block, name), start=block.first_row + 1):
-                if not isinstance(row, dict):
-                    raise DataError(_not_an_object(f"{name} row {index}", row))
+            end = block.first_row + block.num_rows
+            found = tables.rows(path, name, block.first_row, end, block.max_bytes)
+            for index, row in enumerate(found, start=block.first_row + 1):
                 yield f"{name} row {index}", row
     except OSError as error:
         raise _unreadable(name, error) from error
@@ -163,7 +168,23 @@ def _cached_hub(path: str, subset: str | None, split: str, revision: str | None,
 def _read_hub(block: HubBlock) -> Iterator[tuple[str, Row]]:
     rows = _cached_hub(block.path, block.subset, block.split, block.revision, block.fingerprint)
     for index in range(block.first_row, block.first_row + block.num_rows):
-        yield f"{block.path}[{block.split}] row {index + 1}", _without_absent(rows[index])
+        where = f"{block.path}[{block.split}] row {index + 1}"
+        with tables.explained(f"{where} cannot be read", "mend or leave out this row"):
+            row = tables.without_absent(rows[index])
+        if tables.num_bytes(row) > block.max_bytes:
+            raise DataError(f"{where}: {too_long(block.max_bytes)}.")
+        yield where, row
+
+
+def _check_text(path: Path, name: str) -> None:
+    """Refuse a file that is no text in UTF-8 by its first bytes."""
+    with path.open("rb") as file:
+        begin = file.read(4096)
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in begin:
+        raise DataError(
+            f"{name} is not UTF-8 (it begins with {shown(begin[:8])}, as UTF-16 or a file that is no text): "
+            f"convert it, for example with iconv -f UTF-16 -t UTF-8."
+        )
 
 
 def _is_json_lines(path: Path) -> bool:
@@ -171,156 +192,99 @@ def _is_json_lines(path: Path) -> bool:
     if path.suffix != ".json":
         return path.suffix == ".jsonl"
     with path.open("rb") as file:
-        for line in file:
-            if text := line.lstrip(b"\xef\xbb\xbf").strip():
+        while chunk := file.read(1 << 16):
+            if text := chunk.lstrip(b"\xef\xbb\xbf \t\r\n"):
                 return not text.startswith(b"[")
     return True
 
 
-def _index_lines(path: Path, block_rows: int, name: str) -> tuple[str, list[FileBlock]]:
+def _lines(file: BinaryIO, name: str, max_bytes: int, first: int = 1) -> Iterator[tuple[int, bytes]]:
+    """Yield number and bytes of each line, of which none is read far beyond the limit."""
+    for number, line in enumerate(iter(partial(file.readline, max_bytes + 2), b""), start=first):
+        if len(line) > max_bytes and len(line.rstrip(b"\r\n")) > max_bytes:
+            raise DataError(f"{name}:{number}: {too_long(max_bytes)}.")
+        yield number, line
+
+
+def _index_lines(path: Path, block_rows: int, name: str, max_bytes: int) -> tuple[str, list[FileBlock]]:
     """Read the bytes once: hashes them, and finds where blocks begin, counting lines that are not blank."""
     content = hashlib.sha256()
     blocks: list[FileBlock] = []
     rows = offset = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in _lines(file, name, max_bytes):
             content.update(line)
             if line.strip():
                 last = blocks[-1] if blocks else None
                 if last is None or rows - last.first_row == block_rows or offset - last.offset >= BLOCK_BYTES:
-                    blocks.append(FileBlock(str(path), rows, 0, offset, number, name))
+                    blocks.append(FileBlock(str(path), rows, 0, offset, number, name, max_bytes))
                 rows += 1
             offset += len(line)
+    return content.hexdigest(), _counted(blocks, rows)
+
+
+def _index_list(path: Path, block_rows: int, name: str, max_bytes: int) -> list[FileBlock]:
+    blocks: list[FileBlock] = []
+    rows = 0
+    with path.open("rb") as file:
+        for offset, line, _ in _elements(Elements(file, max_bytes), name):
+            if rows % block_rows == 0:
+                blocks.append(FileBlock(str(path), rows, 0, offset, line, name, max_bytes))
+            rows += 1
+    return _counted(blocks, rows)
+
+
+def _counted(blocks: list[FileBlock], rows: int) -> list[FileBlock]:
+    """Give blocks the number of their rows, of which there are ``rows`` in all."""
     ends = [*(block.first_row for block in blocks[1:]), rows]
-    counted = [replace(block, num_rows=end - block.first_row) for block, end in zip(blocks, ends, strict=False)]
-    return content.hexdigest(), counted
+    return [replace(block, num_rows=end - block.first_row) for block, end in zip(blocks, ends, strict=False)]
 
 
 def _read_lines(path: Path, block: FileBlock, name: str) -> Iterator[tuple[str, Row]]:
     left = block.num_rows
     with path.open("rb") as file:
         file.seek(block.offset)
-        for number, line in enumerate(file, start=block.first_line):
+        for number, line in _lines(file, name, block.max_bytes, block.first_line):
             if left == 0:
                 return
             if not line.strip():
                 continue
             where = f"{name}:{number}"
             try:
-                row = _JSON.decode(line.decode("utf-8-sig"))
-            except _GivenTwice as error:
-                raise DataError(f"{where}: {error}") from None
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise DataError(
-                    f"{where} is not valid JSON ({error}): write one UTF-8 JSON object per line."
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(_not_an_object(where, row))
+                row = decode(line)
+            except Unusable as error:
+                raise _unusable(where, error, "write one UTF-8 JSON object per line") from None
             left -= 1
-            yield where, row
+            yield where, _object(where, row)
 
 
-def _count_rows(path: Path, name: str) -> int:
-    if path.suffix == ".parquet":
-        return int(_parquet(path, name).metadata.num_rows)
-    return len(_whole(path, name))
+def _read_list(path: Path, block: FileBlock, name: str) -> Iterator[tuple[str, Row]]:
+    with path.open("rb") as file:
+        file.seek(block.offset)
+        elements = _elements(Elements(file, block.max_bytes, block.offset, block.first_line), name)
+        for index, (_, _, row) in zip(range(block.first_row, block.first_row + block.num_rows), elements, strict=False):
+            where = f"{name} row {index + 1}"
+            yield where, _object(where, row)
 
 
-def _read_range(path: Path, block: FileBlock, name: str) -> list[Any]:
-    end = block.first_row + block.num_rows
-    if path.suffix != ".parquet":
-        rows = _whole(path, name)[block.first_row : end]
-        return rows if isinstance(rows, list) else list(rows.to_pylist())
-    rows, first = [], 0
-    for group in range((metadata := _parquet(path, name).metadata).num_row_groups):
-        size = metadata.row_group(group).num_rows
-        if first < end and block.first_row < first + size:
-            low, high = max(block.first_row - first, 0), min(end - first, size)
-            table = _row_group(path, name, _stamp(path), group).slice(low, high - low)
-            rows += map(_without_absent, table.to_pylist())
-        first += size
-    return rows
-
-
-def _without_absent(row: Row) -> Row:
-    """Drop the keys that Arrow fills in: every object in a column has all keys that any of them has."""
-    return {name: _present(value) for name, value in row.items()}
-
-
-def _present(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _present(item) for key, item in value.items() if item is not None}
-    return [_present(item) for item in value] if isinstance(value, list) else value
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Return a part of a cache key, so that a file that was replaced is read again."""
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
-
-
-def _whole(path: Path, name: str) -> Any:
-    return (_csv_table if path.suffix == ".csv" else _json_list)(path, name, _stamp(path))
-
-
-# These cannot be entered in the middle. One is kept, because a process reads the blocks of a file one after another.
-@lru_cache(maxsize=1)
-def _json_list(path: Path, name: str, stamp: tuple[int, int]) -> list[Any]:
+def _elements(elements: Elements, name: str) -> Iterator[tuple[int, int, Any]]:
     try:
-        rows = _JSON.decode(path.read_bytes().decode("utf-8-sig"))
-    except _GivenTwice as error:
-        raise DataError(f"{name}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{name}:{error.lineno} is not valid JSON ({error}): write one list of objects.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 ({error}): convert it to UTF-8.") from error
-    assert isinstance(rows, list)  # it begins with [ and is valid
-    return rows
+        yield from elements
+    except Unusable as error:
+        raise _unusable(f"{name}:{error.line}", error, "write one list of objects, in UTF-8") from None
 
 
-@lru_cache(maxsize=1)
-def _csv_table(path: Path, name: str, stamp: tuple[int, int]) -> Any:
-    """Read all columns as strings: a text that looks like a number is still a text."""
-    from pyarrow import ArrowInvalid, csv, string
-
-    reading = csv.ReadOptions(block_size=1 << 26)  # a row may not be longer than a block; the default is 1 MiB
-    parsing = csv.ParseOptions(newlines_in_values=True)
-    try:
-        names = csv.open_csv(path, read_options=reading, parse_options=parsing).schema.names
-        if twice := next((column for column in names if names.count(column) > 1), None):
-            raise DataError(f"{name}:1: the column {twice[:80]!r} is given twice; rename or remove one of them.")
-        types = csv.ConvertOptions(column_types=dict.fromkeys(names, string()), strings_can_be_null=False)
-        return csv.read_csv(path, read_options=reading, parse_options=parsing, convert_options=types)
-    except ArrowInvalid as error:
-        if path.stat().st_size == 0:
-            return []
+def _object(where: str, row: Any) -> Row:
+    if not isinstance(row, dict):
         raise DataError(
-            f"{name} is not a valid CSV file ({error}): write a header line, commas, and quotes around texts."
-        ) from error
+            f"{where} is {type(row).__name__} {shown(row)}, not an object: write one JSON object per example."
+        )
+    return row
 
 
-def _parquet(path: Path, name: str) -> Any:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        return parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise DataError(f"{name} is not a valid Parquet file ({error}): write it again.") from error
-
-
-@lru_cache(maxsize=1)
-def _row_group(path: Path, name: str, stamp: tuple[int, int], group: int) -> Any:
-    from pyarrow import ArrowException
-
-    try:
-        return _parquet(path, name).read_row_group(group)
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{name} row group {group} is damaged ({error}): write the file again.") from error
+def _unusable(where: str, error: Unusable, cure: str) -> DataError:
+    return DataError(f"{where}: {error}." if error.is_json else f"{where} is not valid JSON ({error}): {cure}.")
 
 
 def _unreadable(name: str, error: OSError) -> DataError:
     return DataError(f"{name} cannot be read ({error.strerror or error}): check that this process may read it.")
-
-
-def _not_an_object(where: str, row: Any) -> str:
-    return f"{where} is {type(row).__name__} {str(row)[:40]!r}, not an object: write one JSON object per example."

@@ -9,7 +9,7 @@ import numpy as np
 
 from raymem.errors import DataError
 from raymem.training.data.packed.pack import Encoded, Ids, Mask
-from raymem.training.data.turns import shown
+from raymem.training.data.turns import described
 
 IGNORED = -100
 """The label of a token that is no target."""
@@ -84,12 +84,14 @@ def _integers(row: dict[str, Any], column: str, where: str, *, booleans: bool = 
     """Return int32[T] of a list of integers."""
     values = row.get(column)
     if column not in row or not isinstance(values, list):
-        raise DataError(f"{where} column {column!r} is {shown(values)}, not a list of integers: write token ids.")
+        raise DataError(f"{where} column {column!r} is {described(values)}, not a list of integers: write token ids.")
     allowed = {int, bool} if booleans else {int}
     if not set(map(type, values)) <= allowed or (values and not (min(values) >= _LEAST and max(values) <= _MOST)):
         odd = (i for i, value in enumerate(values) if type(value) not in allowed or not _LEAST <= value <= _MOST)
         index = next(odd)
-        raise DataError(f"{where} {column}[{index}] is {shown(values[index])}, not a token id: write whole numbers.")
+        raise DataError(
+            f"{where} {column}[{index}] is {described(values[index])}, not a token id: write whole numbers."
+        )
     return np.array(values, np.int32)
 
 

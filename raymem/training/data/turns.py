@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from raymem.errors import DataError
+from raymem.text import shown
+from raymem.training.data.rows.json_text import parsed_text
 
 MARKS = ("weight", "train", "training", "trainable", "loss")
 """Keys of a turn that say whether it is learned; each layout has its own, and all are read in all layouts."""
@@ -61,8 +63,8 @@ def message(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
         isinstance(content, str | list) or (content is None and (kept.get("tool_calls") or kept.get("function_call")))
     ):
         raise DataError(
-            f"{where} is {shown(turn)}: write an object with the strings role and content (content may be a list of "
-            f"text parts, or null beside tool_calls)."
+            f"{where} is {described(turn)}: write an object with the strings role and content (content may be a list "
+            f"of text parts, or null beside tool_calls)."
         )
     if calls and kept["role"] == "assistant" and isinstance(kept.get("function_call"), dict):
         function = kept.pop("function_call")
@@ -83,7 +85,7 @@ def text_of(parts: list[Any], where: str) -> str:
             text = part.get("text") if part.get("type", "text") in _TEXT_PARTS else None
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else None
-            what = f"of type {kind!r}" if kind is not None and kind not in _TEXT_PARTS else shown(part)
+            what = f"of type {shown(kind)}" if kind is not None and kind not in _TEXT_PARTS else described(part)
             raise DataError(
                 f"{where} content[{index}] is {what}, but only text is trained on: leave such examples out, or write "
                 f'parts as {{"type": "text", "text": "..."}}.'
@@ -105,10 +107,10 @@ def sharegpt(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
         return message(turn, where, calls=calls)
     is_lost = isinstance(turn, dict) and turn.get("value") is None and turn.get("from") in _ANSWERS
     if not isinstance(turn, dict) or not (is_lost or isinstance(turn.get("value"), str | list)):
-        raise DataError(f"{where} is {shown(turn)}: write an object with the strings from and value.")
+        raise DataError(f"{where} is {described(turn)}: write an object with the strings from and value.")
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        raise DataError(f"{where} is from {speaker!r}: use one of {', '.join(SHAREGPT_ROLES)}.")
+        raise DataError(f"{where} is from {shown(speaker)}: use one of {', '.join(SHAREGPT_ROLES)}.")
     value = "" if is_lost else turn["value"]
     content = text_of(value, where) if isinstance(value, list) else value
     # Without role and content: they are said by from and value.
@@ -123,7 +125,7 @@ def sharegpt(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
 def _calls(text: str) -> list[dict[str, Any]]:
     """The calls that a text of JSON says, as a chat template takes them; none where it says something else."""
     try:
-        value = json.loads(text)
+        value = parsed_text(text)
     except ValueError:
         return []
     calls = value if isinstance(value, list) else [value]
@@ -177,8 +179,8 @@ def schemas(value: Any, where: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(read, list) or not all(isinstance(tool, dict) for tool in read):
         raise DataError(
-            f"{where} column 'tools' is {shown(value)}, not a list of tools: write a list of JSON schemas, or the JSON "
-            f"text of one."
+            f"{where} column 'tools' is {described(value)}, not a list of tools: write a list of JSON schemas, "
+            f"or the JSON text of one."
         )
     return read
 
@@ -197,7 +199,8 @@ def history(value: Any, where: str) -> list[dict[str, Any]]:
         for pair in pairs
     ):
         raise DataError(
-            f"{where} column 'history' is {shown(value)}: write a list of pairs of strings, [[user, assistant], ...]."
+            f"{where} column 'history' is {described(value)}: write a list of pairs of strings, "
+            "[[user, assistant], ...]."
         )
     return [
         {"role": role, "content": said}
@@ -212,9 +215,9 @@ def roles_of(messages: Sequence[dict[str, Any]]) -> str:
     return ", ".join(roles if len(roles) <= 8 else [*roles[:6], "...", roles[-1]]) or "none"
 
 
-def shown(value: Any) -> str:
-    """A value of any type for an error message."""
-    return f"{type(value).__name__} {str(value)[:60]!r}"
+def described(value: Any) -> str:
+    """Type and value for an error message."""
+    return f"{type(value).__name__} {shown(value)}"
 
 
 def _parsed(value: Any) -> Any:
@@ -222,6 +225,6 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parsed_text(value)
     except ValueError:
         return value.strip()

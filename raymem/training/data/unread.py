@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from raymem.training.data.formats import Format, columns_read, in_our_names
-from raymem.training.data.readers import Row
+from raymem.training.data.rows.tables import Row
 from raymem.training.data.turns import MARKS, SHAREGPT_ROLES, mark
 
 # fmt: off

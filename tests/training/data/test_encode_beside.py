@@ -142,5 +142,5 @@ def test_a_place_is_named_for_half_a_character(
     write_jsonl: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     path = write_jsonl("x.jsonl", [{"text": "one"}, {"text": "cut \ud83d"}])
-    with pytest.raises(DataError, match=r"x\.jsonl:2 holds '\\ud83d' after 'cut '"):
+    with pytest.raises(DataError, match=r"x\.jsonl:2: it holds '\\ud83d' after 'cut '"):
         prepare(DataSection.model_validate({"train": str(path)}), "train", str(tokenizer_dir), tmp_path)

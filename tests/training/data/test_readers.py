@@ -57,7 +57,7 @@ def test_the_last_row_needs_no_newline_and_the_first_may_have_a_mark(tmp_path: P
     [
         (b'{"text": "x"', "x.jsonl:17 is not valid JSON .*: write one UTF-8 JSON object per line"),
         (b'{"text": "\xff"}', "x.jsonl:17 is not valid JSON .*utf-8.*: write one UTF-8"),
-        (b"[1, 2]", r"x.jsonl:17 is list '\[1, 2\]', not an object"),
+        (b"[1, 2]", r"x.jsonl:17 is list \[1, 2\], not an object"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
@@ -72,8 +72,8 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: bytes, message: str) ->
     ("name", "content", "message"),
     [
         ("x.json", b'[{"a": 1},\n {"a": }]', "x.json:2 is not valid JSON .*: write one list of objects"),
-        ("x.json", b'[{"a": "\xff"}]', "x.json is not UTF-8"),
-        ("x.json", b'[{"a": 1}, 7]', "x.json row 2 is int '7', not an object"),
+        ("x.json", b'[{"a": "\xff"}]', "x.json:1 is not valid JSON .it is not UTF-8"),
+        ("x.json", b'[{"a": 1}, 7]', "x.json row 2 is int 7, not an object"),
         ("x.csv", b"a,b\n1,2\n1,2,3\n", "x.csv is not a valid CSV file .*3: 1,2,3"),
         ("x.parquet", b"PAR1 and nothing else", "x.parquet is not a valid Parquet file"),
     ],
@@ -176,7 +176,7 @@ def test_a_failing_hub_says_what_to_pass_instead(monkeypatch: pytest.MonkeyPatch
     ("name", "text", "words"),
     [
         ("a.jsonl", '{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}\n', r"a\.jsonl:2: the key 'c' is given twice; keep"),
-        ("a.json", '[{"a": 1, "a": 2}]', r"a\.json: the key 'a' is given twice; keep"),
+        ("a.json", '[{"a": 1, "a": 2}]', r"a\.json:1: the key 'a' is given twice; keep"),
         ("a.csv", "text,id,text\nx,1,y\n", r"a\.csv:1: the column 'text' is given twice; rename"),
     ],
 )

@@ -44,13 +44,13 @@ def test_padding_is_left_out_with_its_labels(mask: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"labels": [1]}, r"column 'input_ids' is NoneType 'None', not a list of integers"),
+        ({"labels": [1]}, r"column 'input_ids' is NoneType None, not a list of integers"),
         ({"input_ids": "5 6"}, r"column 'input_ids' is str '5 6', not a list"),
-        ({"input_ids": [5, 6.0]}, r"input_ids\[1\] is float '6\.0', not a token id: write whole numbers"),
+        ({"input_ids": [5, 6.0]}, r"input_ids\[1\] is float 6\.0, not a token id: write whole numbers"),
         ({"input_ids": [5, "6"]}, r"input_ids\[1\] is str '6'"),
-        ({"input_ids": [True]}, r"input_ids\[0\] is bool 'True'"),
+        ({"input_ids": [True]}, r"input_ids\[0\] is bool True"),
         ({"input_ids": [5, None]}, r"input_ids\[1\] is NoneType"),
-        ({"input_ids": [2**40]}, r"input_ids\[0\] is int '1099511627776'"),
+        ({"input_ids": [2**40]}, r"input_ids\[0\] is int 1099511627776"),
         ({"input_ids": [[5]]}, r"input_ids\[0\] is list"),
         ({"input_ids": [5, 6], "labels": [6]}, r"has 1 labels for 2 input_ids: write one for each, or leave"),
         ({"input_ids": [5, 6], "labels": 6}, r"column 'labels' is int"),

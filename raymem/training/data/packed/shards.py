@@ -181,7 +181,7 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
     plans: list[_Plan] = []
     for index, source in enumerate(sources):
         where = section.path_of(split, index)
-        opened = open_source(source, where, cache_dir, BLOCK_ROWS)
+        opened = open_source(source, where, cache_dir, BLOCK_ROWS, section.max_example_bytes)
         row_format = resolve_format(source, opened.first_row, where)
         recipe = EncodeSpec(
             tokenizer_path,
@@ -212,7 +212,7 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
 
 def _warn_if_trained_on(plan: _Plan, section: DataSection, cache_dir: Path) -> None:
     train = [(section.path_of("train", index), source) for index, source in enumerate(section.train)]
-    if shared := also_trained_on(plan.opened, plan.source, train, cache_dir, BLOCK_ROWS):
+    if shared := also_trained_on(plan.opened, plan.source, train, cache_dir, BLOCK_ROWS, section.max_example_bytes):
         log.warning("%s is also trained on, so its loss says nothing about other data (%s)", plan.opened.where, shared)
 
 

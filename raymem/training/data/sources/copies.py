@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError
+from raymem.recipe.data import MAX_EXAMPLE_BYTES
 from raymem.recipe.paths import COMPRESSIONS
 from raymem.storage.publish import digest, publish
 from raymem.storage.retry import retrying
+from raymem.training.data.rows.json_text import too_long
 from raymem.training.data.sources.digests import content_digest
 from raymem.training.data.sources.remote import RemoteDirectory, RemoteFile
 
@@ -48,21 +50,24 @@ def codec(name: str) -> str | None:
     return next((codec for suffix, codec in COMPRESSIONS.items() if name.endswith(suffix)), None)
 
 
-def plain_copy(file: SourceFile, where: str, cache_dir: Path) -> Path:
+def plain_copy(file: SourceFile, where: str, cache_dir: Path, max_bytes: int = MAX_EXAMPLE_BYTES) -> Path:
     """Return a local file with the plain bytes of ``file``, which may be the file itself.
 
+    Args:
+        max_bytes: the largest size of one row.
+
     Raises:
-        DataError: it cannot be fetched, changes meanwhile, or is damaged; nothing of it is kept.
+        DataError: it cannot be fetched, changes meanwhile, is damaged, or unpacks to a longer row; nothing is kept.
         StorageError: the cache cannot be written.
     """
     if isinstance(file, LocalFile) and codec(file.name) is None:
         return file.path
     if isinstance(file, RemoteFile):
         key = ["fetched", file.uri, file.version, file.size]
-        write = partial(_fetch, file, where)
+        write = partial(_fetch, file, where, max_bytes)
     else:
         key = ["unpacked", content_digest(file.path, cache_dir)]
-        write = partial(_unpack_local, file)
+        write = partial(_unpack_local, file, max_bytes)
     name = _plain_name(file.name)
     directory = cache_dir / FOLDER / digest([*key, name.rpartition(".")[2]])
     publish(directory, write)
@@ -75,7 +80,7 @@ def _plain_name(name: str) -> str:
     return f"data.{parts[-1] if codec(name) is None else parts[-2]}"
 
 
-def _fetch(file: RemoteFile, where: str, directory: Path) -> dict[str, Any]:
+def _fetch(file: RemoteFile, where: str, max_bytes: int, directory: Path) -> dict[str, Any]:
     remote = RemoteDirectory(file.uri, where)
     raw = directory / ("raw" if codec(file.name) else _plain_name(file.name))
 
@@ -87,35 +92,41 @@ def _fetch(file: RemoteFile, where: str, directory: Path) -> dict[str, Any]:
     if remote.file() != file or fetched != file.size:
         raise DataError(f"{file.name} changed while it was fetched: run again.")
     if codec(file.name) is not None:
-        _unpack(raw, file.name, directory)
+        _unpack(raw, file.name, max_bytes, directory)
         raw.unlink()
     return {"from": file.name, "version": file.version}
 
 
-def _unpack_local(file: LocalFile, directory: Path) -> dict[str, Any]:
-    _unpack(file.path, file.name, directory)
+def _unpack_local(file: LocalFile, max_bytes: int, directory: Path) -> dict[str, Any]:
+    _unpack(file.path, file.name, max_bytes, directory)
     return {"from": file.name}
 
 
-def _unpack(packed: Path, name: str, directory: Path) -> None:
+def _unpack(packed: Path, name: str, max_bytes: int, directory: Path) -> None:
     with (directory / _plain_name(name)).open("wb") as out:
-        for chunk in _unpacked(packed, name):
+        for chunk in _unpacked(packed, name, max_bytes):
             out.write(chunk)
 
 
-def _unpacked(packed: Path, name: str) -> Iterator[bytes]:
+def _unpacked(packed: Path, name: str, max_bytes: int) -> Iterator[bytes]:
     """Yield the plain bytes of a compressed file.
 
     Raises:
-        DataError: it is damaged or cut off, or is no such file at all.
+        DataError: it is damaged or cut off, is no such file at all, or holds a row that is too long: a few kilobytes
+            can become as many gigabytes.
     """
     import pyarrow as pa
 
-    read_bytes = lines = 0
+    end_of_row = b"}" if _plain_name(name).endswith(".json") else b"\n"  # every row has one, and perhaps more
+    read_bytes = lines = row_bytes = 0
     try:
         with pa.OSFile(str(packed)) as file, pa.CompressedInputStream(file, codec(name)) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 read_bytes += len(chunk)
+                end = chunk.rfind(end_of_row)
+                row_bytes = row_bytes + len(chunk) if end < 0 else len(chunk) - end - 1
+                if row_bytes > max_bytes + _CHUNK_BYTES:
+                    raise DataError(f"{name}:{lines + 1}: {too_long(max_bytes)}.")
                 lines += chunk.count(b"\n")
                 yield chunk
     except OSError as error:

@@ -10,36 +10,44 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError
+from raymem.recipe.data import MAX_EXAMPLE_BYTES
 from raymem.storage.publish import digest, file_sha256, seal, unseal
 from raymem.training.data.readers import BLOCK_BYTES, FileBlock, index_file
 
 FOLDER = "digests"
-_VERSION = 1
+_VERSION = 2
 _SETTLED_NS = 2_000_000_000
 """Age below which a file may be written again within the same tick of its clock, so that its times do not show it."""
 
 
-def index_of(path: Path, name: str, cache_dir: Path, block_rows: int) -> tuple[str, list[FileBlock]]:
+def index_of(
+    path: Path, name: str, cache_dir: Path, block_rows: int, max_bytes: int = MAX_EXAMPLE_BYTES
+) -> tuple[str, list[FileBlock]]:
     """Return SHA-256 and blocks of a plain file.
 
     Args:
         name: what to call it in errors.
+        max_bytes: the largest size of one row.
 
     Raises:
         DataError: it cannot be read or parsed, or changes meanwhile.
     """
     kind = ["blocks", block_rows, BLOCK_BYTES]
-    if (known := _recall(path, kind, cache_dir)) is not None:
-        content, rows = known
-        return content, [FileBlock(str(path), first, count, at, line, name) for first, count, at, line in rows]
+    with contextlib.suppress(TypeError, ValueError):  # nothing is remembered, or what somebody has changed
+        content, rows = _recall(path, kind, cache_dir)
+        return str(content), [
+            FileBlock(str(path), int(first), int(count), int(at), int(line), name, max_bytes)
+            for first, count, at, line in rows
+        ]
     before = stamp(path, name)
-    content, blocks = index_file(path, block_rows, name)
+    content, blocks = index_file(path, block_rows, name, max_bytes)
     rows = [[block.first_row, block.num_rows, block.offset, block.first_line] for block in blocks]
     _remember(path, name, before, kind, [content, rows], cache_dir)
     return content, blocks
@@ -66,12 +74,14 @@ def stamp(path: Path, name: str) -> dict[str, Any]:
     """Return the outward facts of a file: path, size, inode and times.
 
     Raises:
-        DataError: it is gone, or cannot be looked at.
+        DataError: it is gone, cannot be looked at, or is no regular file: reading a device or a pipe may never end.
     """
     try:
         status = path.stat()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(name, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{name} is no regular file (a device, a pipe or a folder): copy what it holds to a file.")
     return {
         "path": str(path),
         "size": status.st_size,
@@ -87,8 +97,9 @@ def is_rewritten(then: dict[str, Any], now: dict[str, Any]) -> bool:
     return any(then[key] != now[key] for key in ("size", "mtime_ns", "inode"))
 
 
-def _unreadable(name: str, error: OSError) -> DataError:
-    return DataError(f"{name} cannot be read ({error.strerror or error}): check that this process may read it.")
+def _unreadable(name: str, error: OSError | ValueError) -> DataError:
+    reason = getattr(error, "strerror", None) or error
+    return DataError(f"{name} cannot be read ({reason}): check that this process may read it.")
 
 
 def _keys(looks: dict[str, Any], kind: list[Any]) -> list[str]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError
-from raymem.recipe.data import Source
+from raymem.recipe.data import MAX_EXAMPLE_BYTES, Source
 from raymem.recipe.paths import DATA_FILES, DATA_SUFFIXES, is_local
-from raymem.training.data.readers import Block, Row, index_hub, read_block
+from raymem.text import cut
+from raymem.training.data.readers import Block, index_hub, read_block
+from raymem.training.data.rows.tables import Row
 from raymem.training.data.sources.copies import LocalFile, SourceFile, plain_copy
 from raymem.training.data.sources.digests import index_of, is_rewritten, stamp
 from raymem.training.data.sources.remote import RemoteDirectory, shown
@@ -50,8 +52,10 @@ class OpenedSource:
                 raise DataError(f"{then['path']} changed while it was prepared: run again when it is complete.")
 
 
-def open_source(source: Source, where: str, cache_dir: Path, block_rows: int) -> OpenedSource:
-    """Find a source, hash it and cut it into blocks of at most ``block_rows`` rows.
+def open_source(
+    source: Source, where: str, cache_dir: Path, block_rows: int, max_bytes: int = MAX_EXAMPLE_BYTES
+) -> OpenedSource:
+    """Find a source, hash it and cut it into blocks of at most ``block_rows`` rows of ``max_bytes`` each.
 
     Raises:
         DataError: it does not exist, cannot be read, is malformed, or is empty.
@@ -62,16 +66,16 @@ def open_source(source: Source, where: str, cache_dir: Path, block_rows: int) ->
     looks: list[dict[str, Any]] = []
     if is_hub(source):
         split = source.split or _DEFAULT_SPLIT
-        fingerprint, hub_blocks = index_hub(source.path, source.subset, split, source.revision, block_rows)
+        fingerprint, hub_blocks = index_hub(source.path, source.subset, split, source.revision, block_rows, max_bytes)
         identity = ["hub", source.path, source.subset or "", split, source.revision or "", fingerprint]
         blocks = [*hub_blocks]
     else:
         files = tuple(files_of(source, where, cache_dir))
         identity, blocks = [], []
         for file in files:
-            path = plain_copy(file, where, cache_dir)
+            path = plain_copy(file, where, cache_dir, max_bytes)
             looks.append(stamp(path, file.name))
-            content, file_blocks = index_of(path, file.name, cache_dir, block_rows)
+            content, file_blocks = index_of(path, file.name, cache_dir, block_rows, max_bytes)
             identity.append(content)
             blocks += file_blocks
         _warn_of_doubles(where, files, identity)
@@ -100,7 +104,7 @@ def files_of(source: Source, where: str, cache_dir: Path) -> list[SourceFile]:
             )
     if source.path.startswith("demo:"):
         return [LocalFile(_demo_file(source, where, cache_dir))]
-    named = f"{where}.path={source.path!r}"
+    named = f"{where}.path={cut(source.path, 300)!r}"
     if "://" in source.path:
         remote = RemoteDirectory(source.path, where)
         if remote.is_file():
@@ -110,16 +114,18 @@ def files_of(source: Source, where: str, cache_dir: Path) -> list[SourceFile]:
         names = _some(data_files(remote.entries), named)
         directory = shown(source.path).rstrip("/").rpartition("/")[2]
         return [remote.file(name) for name in choose(names, source.split, where, directory)]
-    path = Path(source.path).expanduser().absolute()
-    if not path.exists():
-        raise DataError(f"{named} does not exist{_hint(path)}")
+    path = _existing(source.path, named)
     if not path.is_dir():
         _check_file(str(path), source, where)
         return [LocalFile(path)]
 
     def entries(folder: str) -> Iterator[tuple[str, bool]]:
         try:
-            yield from ((entry.name, entry.is_dir()) for entry in (path / folder).iterdir())
+            for entry in (path / folder).iterdir():
+                is_folder = entry.is_dir()
+                if is_folder and entry.is_symlink():
+                    _refuse_loop(path, entry, named)
+                yield entry.name, is_folder
         except OSError as error:
             raise DataError(
                 f"{named} cannot be read ({error.strerror}): check that this process may read it."
@@ -127,6 +133,30 @@ def files_of(source: Source, where: str, cache_dir: Path) -> list[SourceFile]:
 
     names = _some(data_files(entries), named)
     return [LocalFile(path / name) for name in choose(names, source.split, where, path.name)]
+
+
+def _existing(text: str, named: str) -> Path:
+    """Return the absolute path of a file or folder that is there."""
+    try:
+        path = Path(text).expanduser().absolute()
+        path.stat()
+    except RuntimeError:
+        raise DataError(f"{named}: no such user, or one without a home: write the whole path.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{named} does not exist{_hint(path)}") from None
+    except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{named} cannot be read ({reason}): check the path, and that this process may read it."
+        ) from None
+    return path
+
+
+def _refuse_loop(directory: Path, link: Path, named: str) -> None:
+    """Refuse a link in a directory to a folder on the way to it, which would be read without end."""
+    way = [folder.resolve() for folder in link.parents if folder.is_relative_to(directory)]
+    if (target := link.resolve()) in way:
+        raise DataError(f"{named}: the link {link} leads back to {target}, which holds it: remove the link.")
 
 
 def _warn_of_doubles(where: str, files: Sequence[SourceFile], contents: Sequence[str]) -> None:

@@ -17,7 +17,12 @@ log = logging.getLogger(__name__)
 
 
 def also_trained_on(
-    evaluated: OpenedSource, source: Source, train: Sequence[tuple[str, Source]], cache_dir: Path, block_rows: int
+    evaluated: OpenedSource,
+    source: Source,
+    train: Sequence[tuple[str, Source]],
+    cache_dir: Path,
+    block_rows: int,
+    max_bytes: int,
 ) -> str | None:
     """Describe the contents that an evaluation source shares with training sources, or None.
 
@@ -34,19 +39,22 @@ def also_trained_on(
                 if is_hub(source) and trained.path == source.path and _fingerprint(trained) == evaluated.identity[-1]:
                     shared.append(f"the same rows as {where}")
             elif evaluated.files:
-                shared += _shared_files(evaluated, where, files_of(trained, where, cache_dir), cache_dir, block_rows)
+                shared += _shared_files(
+                    evaluated, where, files_of(trained, where, cache_dir), cache_dir, block_rows, max_bytes
+                )
         except RaymemError as error:
             log.debug("%s cannot be compared with %s: %s", where, evaluated.where, error)
     return "; ".join(shared) or None
 
 
 def _shared_files(
-    evaluated: OpenedSource, where: str, files: Sequence[SourceFile], cache_dir: Path, block_rows: int
+    evaluated: OpenedSource, where: str, files: Sequence[SourceFile], cache_dir: Path, block_rows: int, max_bytes: int
 ) -> Iterator[str]:
     by_content = dict(zip(evaluated.identity, evaluated.files, strict=True))
     for file in files:
         if any(_may_be_same(file, other) for other in evaluated.files):
-            content, _ = index_of(plain_copy(file, where, cache_dir), file.name, cache_dir, block_rows)
+            path = plain_copy(file, where, cache_dir, max_bytes)
+            content, _ = index_of(path, file.name, cache_dir, block_rows, max_bytes)
             if (other := by_content.get(content)) is not None:
                 alike = "is" if other.name == file.name else f"has the contents of {file.name},"
                 yield f"{other.name} {alike} a file of {where}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +23,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     index = readers.index_file
 
-    def counting(path: Path, block_rows: int, name: str) -> tuple[str, list[FileBlock]]:
+    def counting(path: Path, *arguments: Any) -> tuple[str, list[FileBlock]]:
         names.append(path.name)
-        return index(path, block_rows, name)
+        return index(path, *arguments)
 
     monkeypatch.setattr(digests, "index_file", counting)
     monkeypatch.setattr(digests, "_SETTLED_NS", 0)

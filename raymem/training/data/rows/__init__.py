@@ -1,0 +1,1 @@
+"""Reads rows of each kind of file, within limits of their size and depth."""
