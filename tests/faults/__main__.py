@@ -1,0 +1,118 @@
+"""Soaks raymem in faults: ``python -m tests.faults --rounds 200 --seed 0``.
+
+Rounds are told in a JSONL file beside the runs; the same command goes on after the last one that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import queue
+import shlex
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from tests.faults.arena import Arena, open_arena
+from tests.faults.report import read_records, write_report
+
+
+def main() -> int:
+    """Returns the exit status: 1 if a round failed."""
+    from tests.faults.kinds import KINDS
+
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the first round; each has the next one")
+    parser.add_argument("--jobs", type=int, default=2, help="rounds at a time; of those on Ray there is one at a time")
+    parser.add_argument("--kinds", nargs="*", choices=sorted(KINDS), help="only these faults")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/raymem-faults"), help="folder of the runs")
+    parser.add_argument("--local", action="store_true", help="no rounds on Ray")
+    parser.add_argument("--report", type=Path, help="Markdown file to write")
+    asked = parser.parse_args()
+    kinds = {name: KINDS[name] for name in asked.kinds or KINDS}
+    records = asked.work / "rounds.jsonl"
+    seeds = range(asked.seed, asked.seed + asked.rounds)
+    with open_arena(
+        asked.work, with_cluster=not asked.local, with_bucket=True, with_tracking=True, own_mounts=True
+    ) as arena:
+        if not arena.can_mount:
+            print("no mounts of its own: faults of mounted storage are left out", flush=True)
+        done = {raw["seed"] for raw in read_records(records)}
+        _soak([seed for seed in seeds if seed not in done], kinds, arena, asked.jobs, records)
+    ours = [raw for raw in read_records(records) if raw["seed"] in seeds]
+    print(Counter(raw["outcome"] for raw in ours))
+    if asked.report:
+        asked.report.write_text(write_report(ours, _facts()))
+    return int(any(raw["outcome"] == "failed" for raw in ours))
+
+
+def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path) -> None:  # type: ignore[type-arg]
+    """Play rounds in threads: one for those on Ray, the others for those of one process."""
+    from tests.faults.rounds import draw_round, run_round
+
+    local: queue.SimpleQueue[int] = queue.SimpleQueue()
+    on_ray: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for seed in seeds:
+        try:
+            case, _, _ = draw_round(seed, kinds, arena)
+        except LookupError as error:
+            print(f"{seed}: left out: {error}", flush=True)
+            continue
+        (on_ray if case.workers else local).put(seed)
+    lock = threading.Lock()
+
+    def play(waiting: queue.SimpleQueue[int]) -> None:
+        while not waiting.empty():
+            seed = waiting.get()
+            case, fault, _ = draw_round(seed, kinds, arena)
+            began = time.monotonic()
+            try:
+                record = dataclasses.asdict(run_round(seed, case, fault, arena))
+            except Exception:
+                print(f"{seed}: the harness itself failed:\n{traceback.format_exc()}", flush=True)
+                continue
+            with lock, records.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            seconds = time.monotonic() - began
+            print(
+                f"{seed} {record['outcome']:9} {record['kind']}: {record['case']}, {record['moment']}, "
+                f"{len(record['sessions'])} sessions, {seconds:.1f} s {record['detail']} "
+                f"{'; '.join(record['problems'])}",
+                flush=True,
+            )
+
+    if jobs == 1:
+        play(local)
+        play(on_ray)
+        return
+    threads = [threading.Thread(target=play, args=(waiting,)) for waiting in (on_ray, *[local] * (jobs - 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _facts() -> dict[str, str]:
+    import ray
+    import torch
+    import transformers
+
+    from raymem import __version__
+
+    return {
+        "command": f"`python -m tests.faults {shlex.join(sys.argv[1:])}`",
+        "date": datetime.date.today().isoformat(),
+        "versions": f"raymem {__version__}, torch {torch.__version__}, ray {ray.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
