@@ -40,6 +40,8 @@ def prepare(run: ResolvedRun, *, train_data: Prepared | None = None, status: Sta
         DataError, StorageError: see :func:`prepare_data`.
     """
     run.require_base()
+    if (note := run.recipe.model.code_note) is not None:
+        status(note)
     status("checking the model")
     check_weights_here(run.recipe)
     model = build_model(run.recipe, meta=True)
