@@ -180,6 +180,15 @@ class Arena:
         aligned = tuple(f"store/{path.name}/model" for path in self.store.glob("loram-aligned-*"))
         yield Use("LoRAM: figures", ("store/small/loram",), lambda: use("train", "recover", "verify", "evaluate"))
         yield Use("LoRAM: from the adapter on", (*pruned, *aligned, "store/small/adapter"), from_scratch)
+        aligned_weights = [self.live / folder / "model.safetensors" for folder in aligned]
+
+        def align_again() -> Any:
+            for folder in self.store.glob("loram-aligned-*"):
+                shutil.rmtree(folder)
+            Pipeline(recipe).align()
+            return [path.read_bytes() for path in aligned_weights]
+
+        yield Use("LoRAM: align", pruned, align_again)
         yield Use("LoRAM: recovered", ("store/small/recovered",), lambda: use("recover", "verify", "evaluate"))
 
     def sweep(self) -> Iterator[Use]:
