@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from raymem.errors import RaymemError, StorageError
+from raymem.storage.inside import is_inside
 from raymem.storage.publish import file_sha256
 from raymem.storage.safetensors_io import atomic_file
 
@@ -118,8 +119,7 @@ def _read(directory: Path) -> dict[str, str] | None:
     listed: dict[str, str] = {}
     for number, line in enumerate(raw.decode(errors="replace")[:-1].split("\n"), start=1):
         match = _LINE.fullmatch(line)
-        # Only files of the directory are looked at, whatever a list says.
-        if match is None or PurePosixPath(match["name"]).is_absolute() or ".." in PurePosixPath(match["name"]).parts:
+        if match is None or not is_inside(match["name"]):
             raise ValueError(f"line {number} is no digest and name of a file of the directory")
         if match["name"] in listed:
             raise ValueError(f"line {number} names a file a second time")

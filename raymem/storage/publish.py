@@ -18,9 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import DataError
+from raymem.errors import DataError, StorageError
 from raymem.storage.errors import writing
 from raymem.storage.folders import make_shared, share_published
+from raymem.storage.inside import is_inside
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
+        if not all(map(is_inside, manifest["files"])):
+            return None
         whole = all((directory / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
         if "sha256" in manifest and seal(manifest) != manifest:  # those of earlier versions have none
             return None

@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from raymem.errors import ModelError
+from raymem.errors import ModelError, StorageError
 from raymem.storage.errors import writing
+from raymem.storage.inside import is_inside
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -264,6 +265,8 @@ def shard_files(directory: Path) -> list[str]:
     if index.is_file() or named:
         try:
             names: Iterable[str] = json.loads(index.read_bytes())["weight_map"].values()
+            if odd := [name for name in names if not is_inside(name)]:
+                raise ValueError(f"it names {str(odd[0])[:80]!r}, which is no file of the directory")
             return sorted(set(names))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index}: not an index of safetensors files ({error}); fetch it again") from None

@@ -25,6 +25,7 @@ from raymem.storage import json_files
 from raymem.storage.connect import connect
 from raymem.storage.errors import explain
 from raymem.storage.folders import make_directory
+from raymem.storage.inside import is_inside
 from raymem.storage.publish import seal, unseal
 from raymem.storage.retry import RETRY_FOR_S, retried, retrying
 from raymem.storage.uris import CURE, secret_in
@@ -400,6 +401,10 @@ def sync(path: str | Path) -> None:
 
 
 def _verify_names(directory: str, expected: dict[str, Any], files: list[str]) -> None:
+    if odd := [name for name in files if not is_inside(name)]:
+        raise StorageError(
+            f"{directory} holds a file by the name of {odd[0][:80]!r}, which leads out of it; delete that"
+        )
     if missing := sorted(set(expected) - set(files)):
         raise StorageError(f"{directory} is damaged: {missing[0]} is listed but missing; use another one")
 

@@ -101,6 +101,10 @@ class Arena:
         files = [*directory.glob("*.safetensors"), *directory.glob("*config.json"), *directory.glob("tokenizer*.json")]
         return [(path.name, path.read_bytes()) for path in sorted(files)]
 
+    def caches(self) -> tuple[str, ...]:
+        """The folders with prepared data and what else runs share so far."""
+        return tuple(f"store/cache/{path.name}" for path in sorted((self.store / "cache").iterdir()))
+
     def again(self, recipe: Any) -> Any:
         """Train from wherever the run stands."""
         from raymem.runs.train import launch
@@ -126,7 +130,7 @@ class Arena:
 
         yield Use("adapter", ("store/done/adapter",), use)
         yield Use("merged", ("store/merged",), lambda: evaluate_recipe(recipe, str(self.store / "merged")).loss)
-        yield Use("finished run", ("store/done", "store/cache"), lambda: self.again(recipe))
+        yield Use("finished run", ("store/done", *self.caches()), lambda: self.again(recipe))
 
     def model(self) -> Iterator[Use]:
         """A model that was trained as a whole, and a run on it as its base."""
@@ -147,7 +151,7 @@ class Arena:
         for name, storage in (("cut", {"keep": "last"}), ("best", {"keep": "best"})):
             recipe = self.recipe(name, storage=storage)
             train(recipe, stop_after=3)
-            yield Use(f"interrupted run, keep: {storage['keep']}", (f"store/{name}", "store/cache"),
+            yield Use(f"interrupted run, keep: {storage['keep']}", (f"store/{name}", *self.caches()),
                       lambda recipe=recipe: self.again(recipe))  # type: ignore[misc]  # fmt: skip
 
     def loram(self) -> Iterator[Use]:
@@ -176,6 +180,15 @@ class Arena:
         aligned = tuple(f"store/{path.name}/model" for path in self.store.glob("loram-aligned-*"))
         yield Use("LoRAM: figures", ("store/small/loram",), lambda: use("train", "recover", "verify", "evaluate"))
         yield Use("LoRAM: from the adapter on", (*pruned, *aligned, "store/small/adapter"), from_scratch)
+        aligned_weights = [self.live / folder / "model.safetensors" for folder in aligned]
+
+        def align_again() -> Any:
+            for folder in self.store.glob("loram-aligned-*"):
+                shutil.rmtree(folder)
+            Pipeline(recipe).align()
+            return [path.read_bytes() for path in aligned_weights]
+
+        yield Use("LoRAM: align", pruned, align_again)
         yield Use("LoRAM: recovered", ("store/small/recovered",), lambda: use("recover", "verify", "evaluate"))
 
     def sweep(self) -> Iterator[Use]:
@@ -206,7 +219,8 @@ class Arena:
                 mock.patch.object(process, "PlannerProcess", PlansHere),
             ):
                 # A lost record of measured peaks is said; it is no part of a plan.
-                return plan_run(recipe)[1].to_dict(), prediction_error.ratio(recipe) in ((1.1, 1), None)
+                plan = {**plan_run(recipe)[1].to_dict(), "seconds": None}
+                return plan, prediction_error.ratio(recipe) in ((1.1, 1), None)
 
         with mock.patch.dict(os.environ, RAYMEM_CACHE=str(self.live / "machine")):
             prediction_error.record(recipe, 1000, 1100)

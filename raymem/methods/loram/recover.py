@@ -25,6 +25,7 @@ from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.recover_moram import recover_moram
 from raymem.methods.loram.source import Source, open_source
 from raymem.storage.checksums import CHECKSUMS, add_checksum, check_files, difference, write_checksums
+from raymem.storage.inside import leads_out
 from raymem.storage.json_files import read_object
 from raymem.storage.safetensors_io import Entry, read_header, read_tensor, save_tensors, write_json
 
@@ -300,7 +301,8 @@ def _publish(
     try:
         staging.mkdir(parents=True)
         for path in sorted(adapter.iterdir()):
-            if path.is_file() and path.name not in (WEIGHTS, CONFIG, FACTS, MANIFEST, CHECKSUMS, "README.md"):
+            ours = path.name in (WEIGHTS, CONFIG, FACTS, MANIFEST, CHECKSUMS, "README.md")
+            if path.is_file() and not ours and not leads_out(path, adapter):
                 shutil.copyfile(path, staging / path.name)
         save_tensors(staging / WEIGHTS, tensors)
         write_json(staging / CONFIG, config)

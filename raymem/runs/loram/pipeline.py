@@ -191,6 +191,8 @@ class Pipeline:
             number = 1
             while (aside := out.with_name(f"recovered.old-{number}")).exists():
                 number += 1
+            if (damage := difference(out)) is not None:
+                log.warning("%s: %s; it is recovered again", out, damage)
             out.rename(aside)
             self.status(f"the earlier recovery is now {aside}")
         for left in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it wrote

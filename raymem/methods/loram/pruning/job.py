@@ -27,6 +27,7 @@ from raymem.methods.loram.pruning.plan import plan_pruning
 from raymem.methods.loram.source import Source, open_source
 from raymem.methods.loram.validate import validate_coupling
 from raymem.storage.checksums import check_files, write_checksums
+from raymem.storage.inside import leads_out
 from raymem.storage.safetensors_io import (
     Entry,
     Spec,
@@ -253,7 +254,7 @@ def commit(job: PruneJob) -> Manifest:
         config = job.source.config()
         (with_counts(config, job.counts) if job.counts else config).save_pretrained(job.workspace)
         for path in sorted(Path(job.source.directory).iterdir()):
-            if path.is_file() and path.name.startswith(_COPIED):
+            if path.is_file() and path.name.startswith(_COPIED) and not leads_out(path, Path(job.source.directory)):
                 shutil.copyfile(path, job.workspace / path.name)
         manifest.write(job.workspace)
         shutil.rmtree(job.work, ignore_errors=True)
