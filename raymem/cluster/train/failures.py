@@ -9,6 +9,7 @@ import ray.train
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from raymem.recipe.schema import ScalingSection
+from raymem.recipe.text import cut
 
 START_ATTEMPTS = 10
 """The number of tries, of up to a minute each, to get resources; an autoscaler needs some minutes to bring a node."""
@@ -60,4 +61,5 @@ def _not_started(cause: BaseException, scaling: ScalingSection) -> str:
     if isinstance(cause, WorkerGroupStartupFailedError):
         reason = last_line(cause.__cause__ or cause)
         return f"scaling: the workers died {tries} times while they started, at last with: {reason}; {RESUME}"
-    return f"scaling: Ray Train could not start or lead the workers: {last_line(cause)}; {RESUME}"
+    reason = f"{type(cause).__name__}: {cut(' '.join(str(cause).split()), 300)}"
+    return f"scaling: Ray Train could not start or lead the workers ({reason}); {RESUME}"

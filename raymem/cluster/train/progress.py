@@ -91,7 +91,8 @@ class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
             kind, spec, outside = self._tracking
             register_again(outside)
             self._tracker = attach_tracker(kind, spec)
-        self._mailbox.push.remote(rows)
+        # Waited for, so that a mailbox that has died ends the run: rows would be lost without a word.
+        ray.get(self._mailbox.push.remote(rows))
         self._tracker.log(rows)
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
