@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
+import time
 from collections.abc import Iterator
 
 import ray
@@ -14,6 +16,10 @@ from raymem.cluster.jobs.client import knock
 from raymem.errors import ClusterError, RaymemError
 from raymem.recipe.schema import ScalingSection
 from raymem.recipe.text import cut
+
+log = logging.getLogger(__name__)
+
+_HEAD_CHECK_EVERY_S = 5.0
 
 
 def connect(scaling: ScalingSection) -> None:
@@ -79,6 +85,38 @@ def named_losses(what: str) -> Iterator[None]:
             f"{what} was lost with a process of Ray or its node ({type(error).__name__}: {cut(text, 300)}); what is "
             "done is kept: run the same command again, on a machine with more memory if it ran out"
         ) from error
+
+
+class HeadCheck:
+    """Says that the head of the cluster has gone: Ray then ends this process, after a minute, and leaves no time to.
+
+    Args:
+        address: of the head, as ``host:port``.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._where = (host, int(port))
+        self._next, self._missed = time.monotonic(), 0
+
+    def look(self) -> None:
+        """Try to connect, now and then; a head that is missed for the third time in a row has gone."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _HEAD_CHECK_EVERY_S
+        try:
+            socket.create_connection(self._where, timeout=_HEAD_CHECK_EVERY_S).close()
+            self._missed = 0
+        except OSError as error:
+            self._missed += 1
+            if self._missed == 3:
+                log.warning(
+                    "Ray's head at %s:%d does not answer (%s); this process ends in a minute if it does not come back. "
+                    "The last checkpoint is kept: run the same command again to resume, on a machine with more memory "
+                    "if it ran out",
+                    *self._where,
+                    error,
+                )
 
 
 def session_directory() -> str:

@@ -67,7 +67,7 @@ def test_it_listens_on_loopback_only_wants_a_token_and_leaves_nothing(
     (left / "owner").touch()
     helper = subprocess.Popen(["sleep", "600"], env={**os.environ, "RAYMEM_RAY_DIRECTORY": str(left)})
     scaling = {"num_workers": 1, "resources_per_worker": {"CPU": 1}}
-    train = {"steps": 1000, "global_batch": 4, "micro_batch": 2, "save_every": 1000, "eval_every": 1000}
+    train = {"steps": 300, "global_batch": 4, "micro_batch": 2, "save_every": 300, "eval_every": 300}
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path, llama, examples, scaling=scaling, train=train)
     driver = subprocess.Popen(
         [sys.executable, "-m", "raymem", "train", str(recipe)], env=environment(base), stdout=subprocess.PIPE, text=True
@@ -79,12 +79,14 @@ def test_it_listens_on_loopback_only_wants_a_token_and_leaves_nothing(
                 break
         own = psutil.Process(driver.pid)
         processes = [own, *own.children(recursive=True)]
-        assert any("RayTrainWorker" in " ".join(process.cmdline()) for process in processes)
+        (worker,) = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
+        worker.suspend()  # so that it is still there
         ports = listeners(processes)
         assert len(ports) > 5
         loopback = re.compile(r"(127\.0\.0\.1|\[::ffff:127\.0\.0\.1\]|\[::1\]):\d+")
         assert {port for port in ports if not loopback.fullmatch(port)} == set()
         (gcs,) = listeners([process for process in processes if "gcs_server" in process.name()])
+        worker.resume()
         assert "AuthenticationError" in asked_without_token(f"127.0.0.1:{gcs.rpartition(':')[2]}")
         assert helper.wait(10) == -signal.SIGKILL
         assert not left.exists()

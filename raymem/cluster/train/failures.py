@@ -32,7 +32,7 @@ def explain(failure: BaseException, failures: Sequence[int], hung: Mapping[int, 
     ranks = Counter(failures or [rank])
     times = f"{ranks.total()} time{'s' * (ranks.total() > 1)}"
     if len(ranks) > 1:
-        times += f" ({', '.join(f'worker {rank} {count} of them' for rank, count in sorted(ranks.items()))})"
+        times += f" ({', '.join(f'worker {rank}: {count}' for rank, count in sorted(ranks.items()))})"
     return (
         f"scaling: the workers failed {times}, one more than scaling.max_failures={scaling.max_failures} allows, "
         f"at last {said[0] if said else f'worker {rank} with: {last_line(causes[rank])}'}; {RESUME}"
