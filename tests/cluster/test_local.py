@@ -134,13 +134,12 @@ def asked_without_token(gcs: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("after", ["gcs_server", "raylet", "DashboardAgent"])
+@pytest.mark.parametrize("after", ["gcs_server", "raylet", "dashboard/agent.py"])
 def test_what_a_driver_leaves_that_is_killed_while_ray_starts_goes_with_the_next_start(base: Path, after: str) -> None:
     driver = subprocess.Popen([sys.executable, "-c", START + "import time; time.sleep(60)"], env=environment(base))
     while not any(after in " ".join(process.cmdline()) + process.name() for process in marked(base)):
         assert driver.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.1)
+        time.sleep(0.05)
     driver.kill()
     driver.wait()
     assert len(list(base.iterdir())) == 1
