@@ -9,6 +9,7 @@ import ray.train
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from raymem.recipe.schema import ScalingSection
+from raymem.text import cut
 
 START_ATTEMPTS = 10
 """The number of tries, of up to a minute each, to get resources; an autoscaler needs some minutes to bring a node."""
@@ -31,7 +32,7 @@ def explain(failure: BaseException, failures: Sequence[int], hung: Mapping[int, 
     ranks = Counter(failures or [rank])
     times = f"{ranks.total()} time{'s' * (ranks.total() > 1)}"
     if len(ranks) > 1:
-        times += f" ({', '.join(f'worker {rank} {count} of them' for rank, count in sorted(ranks.items()))})"
+        times += f" ({', '.join(f'worker {rank}: {count}' for rank, count in sorted(ranks.items()))})"
     return (
         f"scaling: the workers failed {times}, one more than scaling.max_failures={scaling.max_failures} allows, "
         f"at last {said[0] if said else f'worker {rank} with: {last_line(causes[rank])}'}; {RESUME}"
@@ -60,4 +61,5 @@ def _not_started(cause: BaseException, scaling: ScalingSection) -> str:
     if isinstance(cause, WorkerGroupStartupFailedError):
         reason = last_line(cause.__cause__ or cause)
         return f"scaling: the workers died {tries} times while they started, at last with: {reason}; {RESUME}"
-    return f"scaling: Ray Train could not start or lead the workers: {last_line(cause)}; {RESUME}"
+    reason = f"{type(cause).__name__}: {cut(' '.join(str(cause).split()), 300)}"
+    return f"scaling: Ray Train could not start or lead the workers ({reason}); {RESUME}"

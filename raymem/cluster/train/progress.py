@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raymem.cluster.connection import HeadCheck
 from raymem.cluster.train.failures import first_rank
 from raymem.cluster.train.pulse import Beat, Pulse
 from raymem.errors import RaymemError
@@ -31,6 +32,7 @@ class MetricsMailbox:
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
+        self._dropped = 0
         self._error: RaymemError | None = None
         self._beats: dict[int, Beat] = {}
         self._failures: list[int] = []
@@ -38,9 +40,11 @@ class MetricsMailbox:
     def push(self, rows: Sequence[Row]) -> None:
         self._rows += rows
 
-    def take(self) -> list[Row]:
-        rows, self._rows = self._rows, []
-        return rows
+    def rows(self, received: int) -> list[Row]:
+        """Return the rows behind the first ``received`` ones, which the driver has and are dropped here."""
+        del self._rows[: received - self._dropped]
+        self._dropped = received
+        return self._rows
 
     def fail(self, error: RaymemError) -> None:
         """Remember the user's error: Ray would retry it like a crash, and it would only come again."""
@@ -91,7 +95,8 @@ class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
             kind, spec, outside = self._tracking
             register_again(outside)
             self._tracker = attach_tracker(kind, spec)
-        self._mailbox.push.remote(rows)
+        # Waited for, so that a mailbox that has died ends the run: rows would be lost without a word.
+        ray.get(self._mailbox.push.remote(rows))
         self._tracker.log(rows)
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
@@ -142,6 +147,8 @@ class MetricsPoller:
     def __init__(self, mailbox: Any, listeners: Sequence[Listener]) -> None:
         self._mailbox = mailbox
         self._listeners = listeners
+        self._received = 0
+        self._head = HeadCheck(ray.get_runtime_context().gcs_address)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -157,11 +164,13 @@ class MetricsPoller:
     def _watch(self) -> None:
         while not self._done.wait(0.5):
             self._deliver()
+            self._head.look()
 
     def _deliver(self) -> None:
         try:
-            rows = ray.get(self._mailbox.take.remote(), timeout=10)
+            rows = ray.get(self._mailbox.rows.remote(self._received), timeout=10)
         except ray.exceptions.RayError:
             return  # the cluster is going away; the run itself will say so
+        self._received += len(rows)
         for listener in self._listeners if rows else ():
             listener(rows)
