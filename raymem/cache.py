@@ -11,6 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from raymem.storage.folders import make_shared
+from raymem.storage.permissions import share
+
 
 def cache_root() -> Path:
     """RAYMEM_CACHE, or raymem's folder in the user's cache directory."""
@@ -30,9 +33,10 @@ def read_json(file: Path) -> Any:
 def write_json(file: Path, value: Any) -> None:
     """Write a file as a whole; one that cannot be written is left out, since all of this can be made again."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_shared(file.parent, cache_root())
         part = file.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(value))
+        share(part)
         part.replace(file)
     except OSError:
         return
