@@ -209,7 +209,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with writing(path, cure="then run the same command again: finished layers are not repeated"):
+        with writing(path, then="run the same command again: finished layers are not repeated"):
             with temporary.open("wb") as stream:
                 yield stream
                 stream.flush()

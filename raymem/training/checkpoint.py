@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from raymem.errors import CheckpointError, RaymemError, StorageError
-from raymem.storage.errors import writing
+from raymem.methods.probe import first_line
+from raymem.storage.errors import explain, writing
 from raymem.storage.folders import make_directory
 from raymem.storage.publish import file_sha256, seal
 from raymem.storage.storage import Storage, sync
@@ -280,10 +281,8 @@ def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
     try:
         dcp_save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
-        raise StorageError(
-            f"{directory}: the checkpoint cannot be written: {_cause(error)}; free some space or check permissions, "
-            "then run the same command again: it resumes from the last good checkpoint"
-        ) from None
+        again = "run the same command again: it resumes from the last good checkpoint"
+        raise explain(_cause(error), "write", str(directory), then=again) from None
 
 
 def _read_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
@@ -292,14 +291,14 @@ def _read_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
         dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory}: cannot be read into this recipe's model: {_cause(error)}; it belongs to another recipe or "
-            "is damaged: use --fresh, another name, or delete this checkpoint"
+            f"{directory}: cannot be read into this recipe's model: {first_line(_cause(error))}; it belongs to another "
+            "recipe or is damaged: use --fresh, another name, or delete this checkpoint"
         ) from None
 
 
-def _cause(error: BaseException) -> str:
-    """Return the underlying message; DCP wraps one exception per rank."""
+def _cause(error: BaseException) -> Exception:
+    """Return the underlying error; DCP wraps one exception per rank."""
     if isinstance(error, CheckpointException):
-        first = next(iter(error.failures.values()))
+        first: Any = next(iter(error.failures.values()))
         error = first[0] if isinstance(first, tuple) else first
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return error if isinstance(error, Exception) else RuntimeError(str(error))

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from raymem.errors import ModelError, StorageError
 from raymem.recipe.axes import why_not_of_model
+from raymem.storage.errors import writing
 from raymem.storage.json_files import read_object
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -88,13 +89,10 @@ def copy_adapter(adapter: str | Path, output: Path) -> None:
         raise StorageError(f"--output: {output} already exists; choose another directory or remove it")
     staging = output.parent / f".{output.name}.part"
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.copytree(adapter, staging)
-        staging.rename(output)
-    except (OSError, shutil.Error) as error:
-        raise StorageError(
-            f"--output: {output} cannot be written: {error}; free some space or choose another"
-        ) from None
+        with writing(output, where="--output"):
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.copytree(adapter, staging)
+            staging.rename(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from raymem.errors import DataError, ModelError, StorageError
+from raymem.errors import DataError, ModelError
 from raymem.methods.loram.config import PruneOptions
 from raymem.methods.loram.coupling import Coupling
 from raymem.methods.loram.manifest import MANIFEST, Manifest, read_manifest
@@ -26,6 +26,8 @@ from raymem.methods.loram.nonuniform import Counts, counts_of, with_counts
 from raymem.methods.loram.pruning.plan import plan_pruning
 from raymem.methods.loram.source import Source, open_source
 from raymem.methods.loram.validate import validate_coupling
+from raymem.storage.errors import writing
+from raymem.storage.folders import make_directory
 from raymem.storage.safetensors_io import (
     Entry,
     Spec,
@@ -126,10 +128,8 @@ def open_job(
     if is_committed(job):
         return job
     validate_coupling(config)
-    try:
-        job.work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{job.work} cannot be made ({error}); give a directory that can be written") from None
+    with writing(job.work):
+        make_directory(job.work)
     if calibration is not None and not (job.work / CALIBRATION).is_file():
         save_tensors(job.work / CALIBRATION, {"ids": calibration})
     return job
@@ -237,7 +237,7 @@ def commit(job: PruneJob) -> Manifest:
     )
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     write_json(job.workspace / "model.safetensors.index.json", index)
-    try:
+    with writing(job.out, then="run the same command again: finished layers are not repeated"):
         config = job.source.config()
         (with_counts(config, job.counts) if job.counts else config).save_pretrained(job.workspace)
         for path in sorted(Path(job.source.directory).iterdir()):
@@ -248,11 +248,6 @@ def commit(job: PruneJob) -> Manifest:
         for left in job.workspace.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         _appear(job)
-    except OSError as error:
-        raise StorageError(
-            f"{job.out} cannot be written ({error}); free some space or check permissions, then run the same command "
-            "again: finished layers are not repeated"
-        ) from None
     return read_manifest(job.out)
 
 
