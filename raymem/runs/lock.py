@@ -96,15 +96,14 @@ def _named(file: IO[str]) -> Iterator[None]:
         yield
         return
     holder = f"{user_name(os.geteuid())} on {platform.node()}, process {os.getpid()}\n"
+    with contextlib.suppress(OSError):  # a full disk, which is said where it matters
+        os.truncate(file.fileno(), 0)
+        os.write(file.fileno(), holder.encode())
     try:
-        file.truncate(0)
-        file.write(holder)
-        file.flush()
         yield
     finally:
-        with contextlib.suppress(OSError):  # a full or vanished disk; the next holder writes over it
-            file.seek(0)
-            file.truncate(0)
+        with contextlib.suppress(OSError):
+            os.truncate(file.fileno(), 0)
 
 
 def _holder(file: IO[str]) -> str:

@@ -9,26 +9,27 @@ import pwd
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from raymem.errors import RaymemError, StorageError, TransientStorageError
 from raymem.memory.budget import bytes_text
 
-_PERMISSION = "give this user write permission there, or set storage.path to a directory that it owns"
+_PERMISSION = "give this user write permission there, or set {key} to a directory that it owns"
 _CREDENTIALS = (
     "check that the credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
     "GOOGLE_APPLICATION_CREDENTIALS) or the role of the machine may read and write this bucket"
 )
-_SPACE = "free some, or set storage.path to a larger disk"
-_NOT_A_DIRECTORY = "a part of the path is a file: remove it, or set storage.path to another directory"
+_SPACE = "free some, or set {key} to a larger disk"
+_NOT_A_DIRECTORY = "a part of the path is a file: remove it, or set {key} to another directory"
 _MISSING = "it does not exist: check the path, or create it"
 _DISK = "check the disk or the mount (`dmesg` may say more), then run the same command again"
 
 _BY_ERRNO = {
     errno.EACCES: ("permission denied", _PERMISSION),
     errno.EPERM: ("permission denied", _PERMISSION),
-    errno.EROFS: ("read-only file system", "mount it read-write, or set storage.path to a writable directory"),
+    errno.EROFS: ("read-only file system", "mount it read-write, or set {key} to a writable directory"),
     errno.ENOSPC: ("no space left on the device", _SPACE),
     errno.EDQUOT: ("no space left in this user's quota", _SPACE),
     errno.ENOENT: ("no such file or directory", _MISSING),
@@ -77,6 +78,8 @@ _IN_WORDS = (
     ("unable to open database file", errno.EACCES),
     *((os.strerror(code), code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
 )
+_FULL_BYTES = 64 << 20
+_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _OF_THE_SYSTEM = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOTCONN,
     errno.EHOSTDOWN,
@@ -84,34 +87,45 @@ _OF_THE_SYSTEM = {
 
 
 def explain(
-    error: Exception, action: str, path: str, *, where: str = "storage", cure: str | None = None
+    error: Exception,
+    action: str,
+    path: str,
+    *,
+    where: str = "storage",
+    cure: str | None = None,
+    then: str | None = None,
 ) -> StorageError:
     """Return a StorageError for a failure of ``action`` (an infinitive) at ``path``.
 
     What may pass by itself (a network, an overloaded store, a mount whose server is away) is a TransientStorageError.
 
     Args:
-        where: the key of the recipe or the option that names the place.
-        cure: what else helps, at the end; by default another ``storage.path``.
+        where: the option or part of the recipe that names the place.
+        cure: what helps; by default what helps against the system's refusal.
+        then: what is to be done after that.
     """
     kind = TransientStorageError if is_passing(error) else StorageError
-    code = error.errno if isinstance(error, OSError) else system_error(error)
+    code = (error.errno if isinstance(error, OSError) else None) or system_error(error)
+    key = "storage.path" if where == "storage" else where
     if code in _BY_ERRNO:
         words, known = _BY_ERRNO[code]
-        return kind(f"{where}: cannot {action} {path}: {words}{_facts(code, path)}; {cure or known}")
-    text, cure_known = cause(error)
-    cure = cure or cure_known or (_DISK if is_passing(error) else "set storage.path to a place that works")
-    return kind(f"{where}: cannot {action} {path}: {text}; {cure}")
+        words, known = f"{words}{_facts(code, path)}", known.format(key=key)
+    else:
+        words, of_store = cause(error)
+        known = of_store or (_DISK if is_passing(error) else f"set {key} to a place that works")
+    return kind(f"{where}: cannot {action} {path}: {words}; {cure or known}{f', then {then}' if then else ''}")
 
 
 def is_passing(error: Exception) -> bool:
     """Say whether the cause of an error may go away by itself."""
-    code = error.errno if isinstance(error, OSError) else system_error(error)
+    code = (error.errno if isinstance(error, OSError) else None) or system_error(error)
     return code in _PASSING or cause(error)[1] in (_NETWORK, _BUSY)
 
 
 @contextlib.contextmanager
-def writing(path: object, *, where: str = "storage", cure: str | None = None) -> Iterator[None]:
+def writing(
+    path: object, *, where: str = "storage", cure: str | None = None, then: str | None = None
+) -> Iterator[None]:
     """Turn what the system refuses in the block into a StorageError, whoever's code met it.
 
     tokenizers, safetensors, sqlite and others have exceptions of their own for a full disk. What is not the system's
@@ -119,7 +133,7 @@ def writing(path: object, *, where: str = "storage", cure: str | None = None) ->
 
     Args:
         path: what is written.
-        where, cure: see :func:`explain`.
+        where, cure, then: see :func:`explain`.
     """
     try:
         yield
@@ -128,22 +142,39 @@ def writing(path: object, *, where: str = "storage", cure: str | None = None) ->
     except Exception as error:
         if not isinstance(error, OSError) and system_error(error) is None:
             raise
-        raise explain(error, "write", str(path), where=where, cure=cure) from error
+        raise explain(error, "write", str(path), where=where, cure=cure, then=then) from error
+
+
+def refusal(error: Exception) -> StorageError | None:
+    """Return the sentence for an error of other people's code that the system caused by refusing; else None.
+
+    This is for what no :func:`writing` expected. Such code often does not say what it wrote; then the fullest disk of
+    those that libraries write to without being told is named.
+    """
+    code = system_error(error)
+    if code is None:
+        return None
+    named = next((one.filename for one in _chain(error) if isinstance(one, OSError) and one.filename), None)
+    if named is None and code in _OF_SPACE:
+        fullest = min(_unasked(), key=lambda place: shutil.disk_usage(place).free)
+        named = fullest if shutil.disk_usage(fullest).free < _FULL_BYTES else None
+    words, known = _BY_ERRNO[code]
+    place = "a file" if named is None else os.fsdecode(named)
+    return StorageError(f"{place}: {words}{_facts(code, place)}; {known.format(key='storage.path, TMPDIR or HF_HOME')}")
 
 
 def system_error(error: BaseException | None) -> int | None:
     """Return the number of the system's refusal (space, permission, a broken disk) that caused an error, or None."""
-    for _ in range(20):  # chains may be circular
-        if error is None or isinstance(error, RaymemError):
+    for one in _chain(error):
+        if isinstance(one, RaymemError):
             return None
-        if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
-            return error.errno
-        text = str(error)
+        if isinstance(one, OSError) and one.errno in _OF_THE_SYSTEM:
+            return one.errno
+        text = str(one)
         if (numbered := _NUMBERED.search(text)) and int(numbered[1]) in _OF_THE_SYSTEM:
             return int(numbered[1])
         if (code := next((code for words, code in _IN_WORDS if words in text), None)) is not None:
             return code
-        error = error.__cause__ or error.__context__
     return None
 
 
@@ -161,6 +192,22 @@ def user_name(uid: int) -> str:
         return f"uid {uid}"
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that caused it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+
+
+def _unasked() -> list[str]:
+    """Return the directories that libraries write to by themselves, as far as they are there."""
+    home = os.path.expanduser("~")
+    places = [tempfile.gettempdir(), os.environ.get("HF_HOME") or os.path.join(home, ".cache"), home, os.getcwd()]
+    return [place for place in places if os.path.isdir(place)] or [os.sep]
+
+
 def _facts(code: int, path: str) -> str:
     """Return in brackets what a person asks next: whose directory it is, or how much room there is."""
     if not os.path.isabs(path):
@@ -173,7 +220,7 @@ def _facts(code: int, path: str) -> str:
                 f" ({there} belongs to {user_name(status.st_uid)}, mode {stat.filemode(status.st_mode)}; this user is "
                 f"{user_name(os.geteuid())})"
             )
-        if code in (errno.ENOSPC, errno.EDQUOT):
+        if code in _OF_SPACE:
             return f" ({bytes_text(shutil.disk_usage(there).free)} free)"
     return ""
 

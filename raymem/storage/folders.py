@@ -39,10 +39,10 @@ def make_shared(directory: Path, root: Path | None = None) -> None:
             _make_whole(folder)
 
 
-def share_published(directory: Path) -> None:
-    """Let all who share the storage that a directory lies in read it; elsewhere do nothing."""
-    if storage_above(directory) is not None:
-        share_contents(directory)
+def share_published(path: Path) -> None:
+    """Let all who share the storage that a file or directory lies in read it; elsewhere do nothing."""
+    if storage_above(path) is not None:
+        share_contents(path)
 
 
 def storage_above(directory: Path) -> Path | None:

@@ -47,10 +47,10 @@ def share(path: Path, like: Path | None = None, *, writable: bool = False) -> No
         path.chmod(stat.S_IMODE(path.lstat().st_mode) | rights)
 
 
-def share_contents(directory: Path) -> None:
-    """Let those who may write beside a directory read it, and all that is in it."""
-    for path in (directory, *directory.rglob("*")):
-        share(path, directory.parent)
+def share_contents(path: Path) -> None:
+    """Let those who may write beside a file or directory read it, and all that is in it."""
+    for one in (path, *path.rglob("*")):
+        share(one, path.parent)
 
 
 def make_file(path: Path, text: str = "", *, writable: bool = False) -> None:

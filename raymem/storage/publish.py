@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import DataError, StorageError
+from raymem.errors import DataError
 from raymem.storage.errors import writing
 from raymem.storage.folders import make_shared, share_published
 from raymem.storage.inside import is_inside

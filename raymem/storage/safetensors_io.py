@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from raymem.errors import ModelError, StorageError
+from raymem.errors import ModelError
 from raymem.storage.errors import writing
 from raymem.storage.inside import is_inside
 
@@ -222,7 +222,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with writing(path, cure="then run the same command again: finished layers are not repeated"):
+        with writing(path, then="run the same command again: finished layers are not repeated"):
             with temporary.open("wb") as stream:
                 yield stream
                 stream.flush()

@@ -23,6 +23,7 @@ from raymem.runs.lock import only_one, set_aside
 from raymem.runs.prepare import prepare_data
 from raymem.runs.resolve import resolve_shared
 from raymem.runs.train import build_demo
+from raymem.storage.errors import writing
 from raymem.storage.folders import make_directory
 from raymem.storage.identity import identify
 from raymem.storage.json_files import read_object
@@ -176,7 +177,6 @@ def _same_sweep(
     }
     file = folder / _FACTS
     if not file.exists():
-        make_directory(folder)
         facts = {**now, "key": secrets.token_hex(2), "revision": None}
         _write_facts(folder, facts)
         return False, facts
@@ -196,8 +196,10 @@ def _same_sweep(
 
 def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
     part = folder / f"{_FACTS}.part"
-    part.write_text(json.dumps(seal(facts), indent=1) + "\n")
-    part.replace(folder / _FACTS)
+    with writing(folder / _FACTS):
+        make_directory(folder)
+        part.write_text(json.dumps(seal(facts), indent=1) + "\n")
+        part.replace(folder / _FACTS)
 
 
 def _began(facts: dict[str, Any]) -> Began:

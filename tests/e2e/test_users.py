@@ -9,9 +9,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.helpers.loram_runs import ALIGN, BASE
 from tests.helpers.run_files import write_recipe
 from tests.helpers.support import in_processes
 from tests.helpers.users import TEAM, User, run_as
@@ -41,10 +43,8 @@ def storage_of(place: Path, mode: int) -> Path:
     return runs
 
 
-def recipe_of(place: Path, name: str, tracking: str = "none") -> str:
-    path = write_recipe(
-        place / f"{name}.yaml", place, place / "llama", place / "examples", name=name, tracking=tracking
-    )
+def recipe_of(place: Path, name: str, **sections: Any) -> str:
+    path = write_recipe(place / f"{name}.yaml", place, place / "llama", place / "examples", name=name, **sections)
     path.chmod(0o644)
     return str(path)
 
@@ -103,15 +103,27 @@ def test_a_storage_of_everybody(place: Path) -> None:
 @pytest.mark.parametrize("mode", [0o2770, 0o1777], ids=["of a team", "of everybody"])
 def test_two_users_of_one_tracking_database(place: Path, mode: int) -> None:
     runs = storage_of(place, mode)
-    first, second = recipe_of(place, "first", "mlflow"), recipe_of(place, "second", "mlflow")
+    first, second = recipe_of(place, "first", tracking="mlflow"), recipe_of(place, "second", tracking="mlflow")
     assert_done(as_user(place, ANNA, 0o077, ["train", first]))
     assert_done(as_user(place, BERT, 0o022, ["train", second]))
     check_modes(runs, mode, "mlartifacts")
     (runs / "mlflow.db").chmod(0o644)
-    (refused,) = as_user(place, BERT, 0o022, ["train", recipe_of(place, "third", "mlflow")])
+    (refused,) = as_user(place, BERT, 0o022, ["train", recipe_of(place, "third", tracking="mlflow")])
     assert refused.returncode == 1
     assert f"{runs}/mlflow.db belongs to uid {ANNA}, mode -rw-r--r--" in refused.stderr
     assert "set tracking.uri, or set tracking: none" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [0o2770, 0o1777], ids=["of a team", "of everybody"])
+def test_two_users_of_one_pruned_model(place: Path, mode: int) -> None:
+    runs = storage_of(place, mode)
+    base = {**BASE, "align": ALIGN}
+    first, second = recipe_of(place, "first", base=base), recipe_of(place, "second", base=base)
+    assert_done(as_user(place, ANNA, 0o077, ["loram", "run", first]))
+    assert_done(as_user(place, BERT, 0o022, ["loram", "run", second]))
+    check_modes(runs, mode, "cache/loram")
+    assert len(list((runs / "cache" / "loram").iterdir())) == len(list(runs.glob("loram-aligned-*"))) == 1
 
 
 def check_modes(runs: Path, mode: int, *folders: str) -> None:
