@@ -8,6 +8,8 @@ import random
 import socket
 import struct
 import threading
+from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Literal
@@ -50,6 +52,9 @@ class FaultyProxy:
         self._absence: Absence | None = None
         self._error: tuple[int, str, str] = _ERRORS[500]
         self._rate = self._delay_s = 0.0
+        self._until_away = 0
+        self._then: Callable[[], None]
+        self._timer = threading.Timer(0, self.back)
         self._wake = threading.Event()
         # Bound and not listening: it keeps the port while nobody listens there.
         self._holder = socket.socket()
@@ -77,8 +82,20 @@ class FaultyProxy:
         host, port = self._server_address
         return uri.replace(f"endpoint_override={host}:{port}", f"endpoint_override={self.address}")
 
-    def away(self, how: Absence = "refuse") -> None:
-        """Be unreachable: refuse connections, reset each in the middle of its answer, or never answer."""
+    def away(self, how: Absence = "refuse", *, after: int = 0, for_s: float | None = None) -> None:
+        """Be unreachable: refuse connections, reset each in the middle of its answer, or never answer.
+
+        Args:
+            after: requests that are passed on before.
+            for_s: seconds until it is back by itself.
+        """
+        if after:
+            self._until_away, self._then = after + 1, partial(self.away, how, for_s=for_s)
+            return
+        self._timer.cancel()
+        if for_s is not None:
+            self._timer = threading.Timer(for_s, self.back)
+            self._timer.start()
         self._wake.clear()
         self._absence = how
         if how == "refuse":
@@ -86,7 +103,9 @@ class FaultyProxy:
             self._reset_connections()
 
     def back(self) -> None:
-        """End every fault."""
+        """End every fault, also one that is still to come."""
+        self._timer.cancel()
+        self._until_away = 0
         self._absence, self._rate, self._delay_s = None, 0.0, 0.0
         self._wake.set()
         self._listen()
@@ -133,6 +152,11 @@ class FaultyProxy:
         body = _body_of(handler)
         with self._lock:
             self.requests += 1
+            self._until_away -= 1
+            leaves = self._until_away == 0
+        if leaves:
+            self._then()
+        with self._lock:
             fails = self._random.random() < self._rate
             self.failed += fails or self._absence is not None
         if self._delay_s:
@@ -143,6 +167,9 @@ class FaultyProxy:
             return
         status, headers, content = self._error_page() if fails else self._forward(handler, body)
         if self._absence is not None:
+            if handler.command == "HEAD":  # whose answer has no middle
+                _reset(handler.connection)
+                return
             content = content[: len(content) // 2]
         handler.send_response(status)
         for name, value in headers:
