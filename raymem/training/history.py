@@ -1,7 +1,7 @@
 """Keeps the history of a run: ``metrics.jsonl`` in its directory, one line per step.
 
-Rank 0 writes it where it writes checkpoints, and before them: whatever is killed, a checkpoint has its history. A run that
-goes on cuts it at its checkpoint, so that a step that is taken again has one line, too.
+Rank 0 writes it where it writes checkpoints, and before them: whatever is killed, a checkpoint has its history. A run
+that goes on cuts it at its checkpoint, so that a step that is taken again has one line, too.
 """
 
 from __future__ import annotations
