@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 
 import ray
 
@@ -33,6 +35,7 @@ def connect(scaling: ScalingSection) -> None:
         verbose = logging.getLogger("raymem").isEnabledFor(logging.DEBUG)
         options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
         address = os.environ.get("RAY_ADDRESS")
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             if address:
                 if address != "auto":
@@ -51,6 +54,8 @@ def connect(scaling: ScalingSection) -> None:
                 f"{where}: Ray cannot be reached ({reason}); check the address, that the head is up, and with token "
                 "authentication RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH; `raymem doctor` looks at each"
             ) from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would exit with status 15
     _check_room(scaling)
 
 
