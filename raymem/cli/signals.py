@@ -18,7 +18,7 @@ class Stopped(SystemExit):
 
 
 def unwind_on_signals() -> None:
-    """Raise Stopped on SIGTERM (``ray job stop``, Kubernetes) and, but under ``nohup``, SIGHUP (the terminal is gone)."""
+    """Raise Stopped on SIGTERM (``ray job stop``, Kubernetes) and SIGHUP (a closed terminal; not under nohup)."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
