@@ -55,7 +55,7 @@ def connect(scaling: ScalingSection) -> None:
                 "authentication RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH; `raymem doctor` looks at each"
             ) from None
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would exit with status 15
+            signal.signal(signal.SIGTERM, on_sigterm or signal.SIG_DFL)  # Ray's own would exit with status 15
     _check_room(scaling)
 
 
