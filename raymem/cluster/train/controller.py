@@ -69,10 +69,8 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[L
             if (error := ray.get(mailbox.error.remote())) is not None:
                 raise error from None
             raise ClusterError(_explain(failure, scaling.max_failures)) from failure
-        except SystemExit as end:
-            if end.code == 0:  # Ray's answer to Ctrl-C
-                raise KeyboardInterrupt from None
-            raise
+        except SystemExit:  # Ray's answer to Ctrl-C, and what its waits make of another signal
+            raise KeyboardInterrupt from None
     if (error := ray.get(mailbox.error.remote())) is not None:
         raise error
     return Outcome(**result.return_value)
