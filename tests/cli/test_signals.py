@@ -1,4 +1,4 @@
-"""What a command says and exits with when a signal ends it; whole runs are signalled in tests/e2e/test_tracked_run.py."""
+"""What a command says and exits with when a signal ends it; tests/e2e/test_tracked_run.py signals whole runs."""
 
 from __future__ import annotations
 
