@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import random
 import socket
 import struct
 import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
+
+import pytest
 
 Absence = Literal["refuse", "reset", "hang"]
 
@@ -50,6 +56,8 @@ class FaultyProxy:
         self._absence: Absence | None = None
         self._error: tuple[int, str, str] = _ERRORS[500]
         self._rate = self._delay_s = 0.0
+        self._later: tuple[str, Callable[[], None]] | None = None
+        self._timer = threading.Timer(0, self.back)
         self._wake = threading.Event()
         # Bound and not listening: it keeps the port while nobody listens there.
         self._holder = socket.socket()
@@ -77,8 +85,20 @@ class FaultyProxy:
         host, port = self._server_address
         return uri.replace(f"endpoint_override={host}:{port}", f"endpoint_override={self.address}")
 
-    def away(self, how: Absence = "refuse") -> None:
-        """Be unreachable: refuse connections, reset each in the middle of its answer, or never answer."""
+    def away(self, how: Absence = "refuse", *, at: str | None = None, for_s: float | None = None) -> None:
+        """Be unreachable: refuse connections, reset each in the middle of its answer, or never answer.
+
+        Args:
+            at: the first request that names this is the first that fails.
+            for_s: seconds until it is back by itself.
+        """
+        if at is not None:
+            self._later = at, partial(self.away, how, for_s=for_s)
+            return
+        self._timer.cancel()
+        if for_s is not None:
+            self._timer = threading.Timer(for_s, self.back)
+            self._timer.start()
         self._wake.clear()
         self._absence = how
         if how == "refuse":
@@ -86,7 +106,9 @@ class FaultyProxy:
             self._reset_connections()
 
     def back(self) -> None:
-        """End every fault."""
+        """End every fault, also one that is still to come."""
+        self._timer.cancel()
+        self._later = None
         self._absence, self._rate, self._delay_s = None, 0.0, 0.0
         self._wake.set()
         self._listen()
@@ -130,9 +152,14 @@ class FaultyProxy:
 
     def _answer(self, handler: _Handler) -> None:
         """Answer one request, or fail as was commanded."""
-        body = _body_of(handler)
+        body, begin = _body_of(handler), None
         with self._lock:
             self.requests += 1
+            if self._later is not None and self._later[0] in handler.path:
+                begin, self._later = self._later[1], None
+        if begin is not None:
+            begin()
+        with self._lock:
             fails = self._random.random() < self._rate
             self.failed += fails or self._absence is not None
         if self._delay_s:
@@ -143,6 +170,9 @@ class FaultyProxy:
             return
         status, headers, content = self._error_page() if fails else self._forward(handler, body)
         if self._absence is not None:
+            if handler.command == "HEAD":  # whose answer has no middle
+                _reset(handler.connection)
+                return
             content = content[: len(content) // 2]
         handler.send_response(status)
         for name, value in headers:
@@ -174,6 +204,18 @@ def proxy_before(s3_uri: str) -> FaultyProxy:
     """Return a proxy before the server that an ``s3://`` URI names."""
     host, _, port = dict(parse_qsl(urlsplit(s3_uri).query))["endpoint_override"].partition(":")
     return FaultyProxy(host, int(port))
+
+
+def ends_when_noticed(proxy: FaultyProxy, patch: pytest.MonkeyPatch, *, after_s: float = 0.0) -> None:
+    """End a fault some seconds after raymem waits for the second time because of it; its own waits take no time."""
+    waits = itertools.count(1)
+
+    def wait(seconds: float) -> None:
+        if next(waits) % 2 == 0:
+            time.sleep(after_s)
+            proxy.back()
+
+    patch.setattr("raymem.storage.retry.time", SimpleNamespace(sleep=wait, monotonic=time.monotonic))
 
 
 class _Listener(ThreadingHTTPServer):
