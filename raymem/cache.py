@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from raymem.storage.json_files import read_object
+
 
 def cache_root() -> Path:
     """RAYMEM_CACHE, or raymem's folder in the user's cache directory."""
@@ -21,10 +23,9 @@ def cache_root() -> Path:
 def read_json(file: Path) -> Any:
     """Return the object in a file; None if it is not there, cannot be read, or is damaged or empty."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        return read_object(file, ValueError) or None  # whatever else was not written by us
+    except ValueError:
         return None
-    return content if isinstance(content, dict) and content else None  # whatever else was not written by us
 
 
 def write_json(file: Path, value: Any) -> None:

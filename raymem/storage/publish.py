@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError, StorageError
+from raymem.storage.json_files import as_object, parse
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,11 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     Finished means that the manifest exists and every file has the size it names, which also notices a download or a
     copy that stopped half-way. Contents are checked by :func:`publish` and :func:`verify`.
     """
+    file = directory / MANIFEST
+    if not file.is_file():  # reading a pipe may never end
+        return None
     try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
+        manifest = as_object(parse(file.read_bytes(), file, ValueError), file, ValueError)
         whole = all((directory / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
         if "sha256" in manifest and seal(manifest) != manifest:  # those of earlier versions have none
             return None

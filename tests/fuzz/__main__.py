@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from typing import Any
 
 from tests.fuzz.cases import MEMORY_BYTES, SECONDS, Target, check
 
-PART = 500
+PART = 250
 GROUPS = {
     "recipes": {"recipes": 0.4, "recipe texts": 0.2, "overrides": 0.2, "spaces": 0.1, "space texts": 0.1},
     "data-files": {"data files": 0.7, "conversations": 0.3},
@@ -38,17 +39,8 @@ class _TooSlow(BaseException):
 
 def targets(group: str) -> dict[str, Target]:
     """The targets of a group; what they need is imported only here."""
-    if group == "recipes":
-        from tests.fuzz.recipes import TARGETS
-
-        return TARGETS
-    if group == "data-files":
-        from tests.fuzz.data import TARGETS
-
-        return TARGETS
-    from tests.fuzz.artefacts import TARGETS
-
-    return TARGETS
+    module = importlib.import_module(f"tests.fuzz.{'data' if group == 'data-files' else group}")
+    return dict(module.TARGETS)
 
 
 def generate(target: Target, count: int, seed: int) -> Iterator[Any]:

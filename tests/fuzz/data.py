@@ -84,7 +84,7 @@ _OF_FORMAT = st.sampled_from(
         optional={name: column for name, column in _COLUMNS.items() if name not in names},
     )
 )
-_CHANGES = st.lists(
+CHANGES = st.lists(
     st.tuples(st.sampled_from(["cut", "flip", "insert", "repeat"]), st.integers(0, 1 << 16), st.integers(0, 255)),
     max_size=2,
 )
@@ -150,12 +150,12 @@ def _files(draw: st.DrawFn) -> dict[str, Any]:
     )
     suffix = draw(st.sampled_from(_SUFFIXES))
     encoding = draw(st.sampled_from(["utf-8", *["ascii"] * 8, "utf-8-sig", "utf-16", "utf-16-le", "latin-1"]))
-    content = damaged(_as_file(rows, suffix, encoding), draw(st.just([]) | st.just([]) | _CHANGES))
+    content = damaged(_as_file(rows, suffix, encoding), draw(st.just([]) | st.just([]) | CHANGES))
     packed = draw(st.sampled_from(["", "", "", ".gz", ".zst"])) if suffix != ".parquet" else ""
     return {
         "name": f"x{suffix}{packed}",
         "content": content,
-        "damage": draw(_CHANGES) if packed else [],
+        "damage": draw(CHANGES) if packed else [],
         "format": draw(st.sampled_from(["auto"] * 12 + list(_FORMATS))),
         "columns": draw(
             st.just({})

@@ -26,3 +26,11 @@ FEW = settings(
 @given(data=st.data())
 def test_a_few(name: str, data: Any) -> None:
     check(TARGETS[name], data.draw(TARGETS[name].cases))
+
+
+@pytest.mark.slow
+@FEW
+@given(data=st.data())
+def test_a_few_artefacts(data: Any) -> None:
+    target = importlib.import_module("tests.fuzz.artefacts").TARGETS["artefacts"]
+    check(target, data.draw(target.cases))

@@ -26,6 +26,7 @@ from raymem.methods.loram.nonuniform import Counts, counts_of, with_counts
 from raymem.methods.loram.pruning.plan import plan_pruning
 from raymem.methods.loram.source import Source, open_source
 from raymem.methods.loram.validate import validate_coupling
+from raymem.storage.json_files import as_object, parse
 from raymem.storage.safetensors_io import (
     Entry,
     Spec,
@@ -207,7 +208,8 @@ def read_shard(job: PruneJob, file: str) -> tuple[dict[str, list[int]] | None, d
     if not (job.workspace / file).is_file():
         return None
     metadata, entries = read_header(job.workspace, file)
-    tag = json.loads(metadata.get(_TAG, "{}"))
+    where, cure = f"{job.workspace / file}: {_TAG}", "delete the file"
+    tag = as_object(parse(metadata.get(_TAG, "{}"), where, ModelError, cure), where, ModelError, cure)
     return (tag["kept"], entries) if tag.get("key") == job.key else None
 
 
