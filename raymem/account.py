@@ -73,6 +73,19 @@ def refuse_quantised(config: Any, name: object) -> None:
             refuse_quantised(part, name)
 
 
+def refuse_not_finite(tensor: torch.Tensor, what: str, cure: str) -> torch.Tensor:
+    """Return a tensor of numbers that can be computed with; with others everything that comes out is nan.
+
+    Raises:
+        ModelError: a number in it is nan or infinite.
+    """
+    if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
+        smallest, largest = torch.aminmax(tensor.detach())  # both are nan if one number is; nothing is allocated
+        if not bool(smallest.isfinite() & largest.isfinite()):
+            raise ModelError(f"{what} holds numbers that are nan or infinite; {cure}")
+    return tensor
+
+
 def of_no_use(model: Any, key: str, header: Header) -> str | None:
     """Why a tensor that ``model`` has no place for is of no use; None if that is not known.
 

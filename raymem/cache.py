@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.storage.folders import make_shared
+from raymem.storage.json_files import read_object
 from raymem.storage.permissions import share
 from raymem.storage.publish import seal, unseal
 
@@ -27,13 +28,13 @@ def cache_root() -> Path:
 
 def read_json(file: Path) -> dict[str, Any] | None:
     """Return the object in a file; None if it is not there, cannot be read, or is not as it was written."""
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError:
+    if not os.access(file, os.R_OK):
         return None
-    except (ValueError, RecursionError):
-        content = None
-    values = unseal(content) if isinstance(content, dict) and "sha256" in content else None
+    try:
+        content = read_object(file, ValueError)
+        values = unseal(content) if "sha256" in content else None
+    except ValueError:
+        values = None
     if values is None:
         log.warning("%s is not as it was written, and is made again", file)
     return values or None

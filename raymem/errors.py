@@ -4,9 +4,18 @@ Each one carries a single finished sentence: the place (recipe path or ``file:li
 cure. One string argument also means that all of them survive pickling between Ray processes unchanged.
 """
 
+from raymem.text import MESSAGE, cut
+
 
 class RaymemError(Exception):
-    """Base of all errors that are the user's to mend; the command line prints them as one line and exits with 1."""
+    """Base of all errors that are the user's to mend; the command line prints them as one line and exits with 1.
+
+    A sentence may show what somebody wrote: it is cut where it is very long, and half a character in it, which no
+    terminal, file or tracker takes, is escaped.
+    """
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(cut(sentence.encode(errors="backslashreplace").decode(), MESSAGE))
 
 
 class RecipeError(RaymemError):

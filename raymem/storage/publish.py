@@ -22,6 +22,7 @@ from raymem.errors import DataError
 from raymem.storage.errors import writing
 from raymem.storage.folders import make_shared, share_published
 from raymem.storage.inside import is_inside
+from raymem.storage.json_files import as_object, parse
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,11 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     Finished means that the manifest exists and every file has the size it names, which also notices a download or a
     copy that stopped half-way. Contents are checked by :func:`publish` and :func:`verify`.
     """
+    file = directory / MANIFEST
+    if not file.is_file():  # reading a pipe may never end
+        return None
     try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
+        manifest = as_object(parse(file.read_bytes(), file, ValueError), file, ValueError)
         if not all(map(is_inside, manifest["files"])):
             return None
         whole = all((directory / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())

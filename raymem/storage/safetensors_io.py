@@ -14,7 +14,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,8 @@ import torch
 from raymem.errors import ModelError
 from raymem.storage.errors import writing
 from raymem.storage.inside import is_inside
+from raymem.storage.json_files import as_object, parse, read_object
+from raymem.text import shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -74,12 +76,14 @@ def read_header(directory: Path, file: str) -> tuple[dict[str, str], dict[str, E
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= _HEADER_LIMIT_BYTES:
                 raise ValueError("the header has no sensible length")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header = as_object(parse(stream.read(length), "its header", ValueError), "its header", ValueError)
         metadata = header.pop("__metadata__", {})
         start = 8 + length
         entries = {}
         for key, value in header.items():
             begin, end = value["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (begin, end - begin, *value["shape"])):
+                raise ValueError(f"tensor {shown(key)} has no sensible place or shape")
             entries[key] = Entry(file, key, value["dtype"], tuple(value["shape"]), start + begin, start + end)
         size, needed = path.stat().st_size, max([start, *(entry.end for entry in entries.values())])
         if size < needed:
@@ -263,13 +267,10 @@ def shard_files(directory: Path) -> list[str]:
         return [single.name]
     index = single if named else directory / "model.safetensors.index.json"
     if index.is_file() or named:
-        try:
-            names: Iterable[str] = json.loads(index.read_bytes())["weight_map"].values()
-            if odd := [name for name in names if not is_inside(name)]:
-                raise ValueError(f"it names {str(odd[0])[:80]!r}, which is no file of the directory")
-            return sorted(set(names))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index}: not an index of safetensors files ({error}); fetch it again") from None
+        names = read_object(index, ModelError, "fetch it again", {"weight_map": (dict,)})["weight_map"].values()
+        if odd := [name for name in names if not is_inside(name)]:
+            raise ModelError(f"{index}: {shown(odd[0])} is no file of the directory; fetch it again")
+        return sorted(set(names))
     raise ModelError(
         f"model.name: {directory} holds no model.safetensors and no index of such files; raymem reads no pickled "
         "weights: convert them with transformers' save_pretrained"
@@ -278,9 +279,11 @@ def shard_files(directory: Path) -> list[str]:
 
 def _named_file(directory: Path) -> str | None:
     try:
-        name = json.loads((directory / "config.json").read_bytes()).get("transformers_weights")
-    except (OSError, ValueError, AttributeError):
+        name = read_object(directory / "config.json", ModelError).get("transformers_weights")
+    except ModelError:  # who reads the config says what is wrong with it
         return None
     if name is None or (isinstance(name, str) and Path(name).name == name):
         return name
-    raise ModelError(f"{directory}/config.json: transformers_weights: {name!r} is no file of the directory; name one")
+    raise ModelError(
+        f"{directory}/config.json: transformers_weights: {shown(name)} is no file of the directory; name one"
+    )

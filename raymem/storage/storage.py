@@ -134,14 +134,19 @@ class Storage:
     @retried
     def read_bytes(self, name: str) -> bytes:
         """Read a small file whole. Raises StorageError if it is missing or unreadable."""
-        with self._explained("read", name), self.filesystem.open_input_stream(self._at(name), None) as stream:
+        with self._explained("read", name), self._opened(name) as stream:
             return bytes(stream.read())
+
+    def _opened(self, name: str) -> Any:
+        if self.is_local and not Path(self._at(name)).is_file() and Path(self._at(name)).exists():
+            raise OSError("it is no regular file")  # reading a device or a pipe may never end
+        return self.filesystem.open_input_stream(self._at(name), None)
 
     @retried
     def sha256(self, name: str) -> str:
         """Return the hex SHA-256 of a file's bytes. Raises StorageError if it is missing or unreadable."""
         digest = hashlib.sha256()
-        with self._explained("read", name), self.filesystem.open_input_stream(self._at(name), None) as stream:
+        with self._explained("read", name), self._opened(name) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
@@ -149,7 +154,7 @@ class Storage:
     @retried
     def read_json(self, name: str) -> Any:
         """Parse a JSON file. Raises StorageError if it is missing, unreadable or not JSON."""
-        with self._explained("read", name), self.filesystem.open_input_stream(self._at(name), None) as stream:
+        with self._explained("read", name), self._opened(name) as stream:
             text = stream.read(json_files.LIMIT_BYTES + 1)
         return json_files.parse(text, self.join(name), StorageError, _DAMAGED)
 

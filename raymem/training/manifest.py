@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from raymem import __version__
 from raymem.errors import CheckpointError
+from raymem.storage import json_files
 from raymem.storage.publish import seal
+from raymem.text import shown
 from raymem.training.reporter import Row
 
 MANIFEST = "manifest.json"
@@ -81,12 +82,7 @@ def parse(data: bytes, step: int, where: str) -> Manifest:
         Damaged: it is not as it was written.
         CheckpointError: it was written by a newer schema.
     """
-    try:
-        raw = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{MANIFEST} is not JSON ({type(error).__name__})") from None
-    if not isinstance(raw, dict):
-        raise Damaged(f"{MANIFEST} is no JSON object")
+    raw = json_files.as_object(json_files.parse(data, MANIFEST, Damaged), MANIFEST, Damaged)
     if "sha256" in raw and seal(raw)["sha256"] != raw["sha256"]:
         raise Damaged(f"{MANIFEST} has other values than its SHA-256 was made of")
     schema = raw.get("schema")
@@ -109,10 +105,10 @@ def parse(data: bytes, step: int, where: str) -> Manifest:
     except (TypeError, ValueError, AttributeError) as error:
         raise Damaged(f"{MANIFEST} is malformed ({error})") from None
     if manifest.step != step:
-        raise Damaged(f"{MANIFEST} says step {str(manifest.step)[:40]}")
+        raise Damaged(f"{MANIFEST} says step {shown(manifest.step)}")
     for name, kinds in _KINDS.items():
         if not isinstance(value := getattr(manifest, name), kinds):
-            raise Damaged(f"{MANIFEST} has {name} {str(value)[:40]!r}")
+            raise Damaged(f"{MANIFEST} has {name} {shown(value)}")
     return manifest
 
 

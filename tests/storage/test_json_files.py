@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from raymem.errors import ModelError, StorageError
 from raymem.storage import json_files
 from raymem.storage.json_files import read_object
+from raymem.storage.publish import read_manifest
 from raymem.storage.storage import Storage
 
 FIELDS = {"name": (str, type(None)), "rank": (int,), "scale": (float,)}
@@ -61,3 +63,16 @@ def test_a_missing_and_a_huge_file_are_errors_too(tmp_path: Path, monkeypatch: p
     (tmp_path / "facts.json").write_text('{"a": "longer than that"}')
     with pytest.raises(ModelError, match="has more than"):
         read_object(tmp_path / "facts.json", ModelError, "take another copy")
+
+
+def test_a_pipe_and_a_device_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "device.json"):
+        with pytest.raises(ModelError, match=rf"{name} cannot be read \(it is no regular file\); take another copy"):
+            read_object(tmp_path / name, ModelError, "take another copy")
+        for read in (Storage.read_object, Storage.read_bytes, Storage.sha256):
+            with pytest.raises(StorageError, match=f"{name}.*it is no regular file"):
+                read(Storage.open(str(tmp_path)), name)
+    os.mkfifo(tmp_path / "manifest.json")
+    assert read_manifest(tmp_path) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,24 @@ from raymem.methods.loram.index_map import Kept
 from raymem.methods.loram.nonuniform import counts_of, read_config
 from raymem.methods.loram.source import Source, open_source
 from raymem.storage.checksums import add_checksum, check_files
+from raymem.storage.json_files import as_object, read_object
 from raymem.storage.safetensors_io import digest, write_json
+from raymem.text import cut, shown
 
 MANIFEST = "loram_manifest.json"
 _FORMAT = 1
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "key": (str,),
+    "options": (dict,),
+    "model_type": (str,),
+    "source": (dict,),
+    "calibration": (str, type(None)),
+    "kept": (dict,),
+    "files": (dict,),
+    "aligned": (dict, type(None)),
+}
+_FIELDS_OF_SOURCE = {"name": (str,), "revision": (str, type(None)), "identity": (dict,)}
 
 
 @dataclass(frozen=True)
@@ -63,17 +76,20 @@ def read_manifest(directory: str | Path, *, with_weights: bool = True) -> Manife
             missing or cut short.
     """
     path = Path(directory) / MANIFEST
+    if not path.exists():
+        raise ModelError(f"{path} does not exist: {directory} is not of LoRAM; give what was pruned with it")
     check_files(directory, ModelError, weights=False)
+    values = read_object(path, ModelError, "prune again", _FIELDS)
+    as_object(values["source"], f"{path}: source", ModelError, "prune again", _FIELDS_OF_SOURCE)
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
         if values.pop("format") != _FORMAT:
             raise ValueError(f"it is not of format {_FORMAT}")
-        kept = {int(layer): groups for layer, groups in values.pop("kept").items()}
-        manifest = Manifest(**values, kept=kept)
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist: {directory} is not of LoRAM; give what was pruned with it") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: not a manifest of LoRAM ({error}); prune again") from None
+        kept = {int(layer): _units(groups) for layer, groups in values.pop("kept").items()}
+        if not all(type(size) is int for size in values["files"].values()):
+            raise ValueError("files has sizes that are no whole numbers")
+        manifest = Manifest(**{"calibration": None, **values}, kept=kept)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: not a manifest of LoRAM ({cut(str(error), 200)}); prune again") from None
     if with_weights:
         for file, size in manifest.files.items():
             weights_file = Path(directory) / file
@@ -82,6 +98,13 @@ def read_manifest(directory: str | Path, *, with_weights: bool = True) -> Manife
                     f"{weights_file} is missing or not of {size} bytes, as {MANIFEST} says; copy or prune again"
                 )
     return manifest
+
+
+def _units(groups: Any) -> dict[str, list[int]]:
+    for name, units in groups.items():
+        if not isinstance(units, list) or not all(type(unit) is int and unit >= 0 for unit in units):
+            raise ValueError(f"the units of {shown(name)} are no list of whole numbers")
+    return dict(groups)
 
 
 def mark_aligned(aligned: str | Path, pruned: str | Path, facts: Mapping[str, Any]) -> Manifest:

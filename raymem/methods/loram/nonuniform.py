@@ -26,6 +26,8 @@ from raymem.account import refuse_quantised
 from raymem.errors import ModelError
 from raymem.methods.loram.coupling import couple, family_of
 from raymem.methods.own_code import built_in_only
+from raymem.methods.probe import first_line
+from raymem.text import shown
 
 PRUNING_KEY = "raymem_pruning"
 """Key in ``config.json``; its value is layer -> group -> number of kept units."""
@@ -50,8 +52,21 @@ def without_counts(config: Any) -> Any:
 
 
 def counts_of(config: Any) -> dict[int, dict[str, int]]:
-    """The counts that :func:`with_counts` wrote; empty for a model that is not pruned."""
-    return {int(layer): dict(kept) for layer, kept in (getattr(config, PRUNING_KEY, None) or {}).items()}
+    """The counts that :func:`with_counts` wrote; empty for a model that is not pruned.
+
+    Raises:
+        ModelError: somebody has changed them.
+    """
+    raw = getattr(config, PRUNING_KEY, None) or {}
+    try:
+        counts = {int(layer): dict(kept) for layer, kept in raw.items()}
+        if not all(type(units) is int and units > 0 for kept in counts.values() for units in kept.values()):
+            raise ValueError
+    except (TypeError, ValueError, AttributeError):
+        raise ModelError(
+            f"model.name: config.json: {PRUNING_KEY} is {shown(raw)} in place of counts of units by layer; prune again"
+        ) from None
+    return counts
 
 
 @contextlib.contextmanager
@@ -117,8 +132,10 @@ def read_config(directory: str | Path) -> Any:
     try:
         with built_in_only(directory):
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.name: {directory}/config.json cannot be used: {error}") from None
+    except ModelError:
+        raise
+    except Exception as error:  # a config's own class may raise anything about its values
+        raise ModelError(f"model.name: {directory}/config.json cannot be used: {first_line(error)}") from None
     refuse_quantised(config, directory)
     return config
 
@@ -147,7 +164,13 @@ def _resizing(layer_class: Any) -> Any:
 
 
 def _resize(layer: nn.Module, config: Any, kept: Mapping[str, int]) -> None:
-    for group in couple(config).groups:
+    groups = couple(config).groups
+    if kept.keys() != {group.name for group in groups}:
+        names = ", ".join(group.name for group in groups)
+        raise ModelError(
+            f"model.name: config.json: {PRUNING_KEY} has {shown(list(kept))} in place of {names}; prune again"
+        )
+    for group in groups:
         for member in group.members:
             linear = layer.get_submodule(member.module)
             assert isinstance(linear, nn.Linear), member.module

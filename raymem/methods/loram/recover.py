@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import uuid
@@ -284,8 +283,8 @@ def is_recovered(directory: str | Path) -> bool:
 
 def _loram_facts(directory: Path) -> Any:
     try:
-        return json.loads((directory / FACTS).read_bytes())["loram"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_object(directory / FACTS, ModelError).get("loram")
+    except ModelError:
         return None
 
 

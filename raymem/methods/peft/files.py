@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from raymem.account import refuse_not_finite
 from raymem.errors import ModelError
 from raymem.methods.peft.importing import without_bitsandbytes
 from raymem.methods.sentences import as_sentence
 from raymem.storage.json_files import read_object
+
+_CURE = "train the adapter again (with a lower learning rate if that made them), or take another copy"
 
 
 def load_adapter(base: Any, directory: Path, device: torch.device | str) -> Any:
@@ -62,9 +65,4 @@ def _check_weights(directory: Path) -> None:
 
 def finite(tensor: torch.Tensor, key: str, path: Path) -> torch.Tensor:
     """Return a tensor of an adapter's file. Raises ModelError if a number in it is nan or infinite."""
-    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):
-        raise ModelError(
-            f"{path}: tensor {key} holds numbers that are nan or infinite; train the adapter again (with a lower "
-            "learning rate if that made them), or take another copy"
-        )
-    return tensor
+    return refuse_not_finite(tensor, f"{path}: tensor {key}", _CURE)

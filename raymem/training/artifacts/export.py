@@ -20,6 +20,7 @@ from raymem.recipe.schema import Recipe
 from raymem.storage.checksums import write_checksums
 from raymem.storage.errors import writing
 from raymem.storage.folders import make_directory
+from raymem.storage.json_files import read_object
 from raymem.storage.storage import Storage
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import DistEnv
@@ -99,7 +100,7 @@ def _complete(directory: Path, recipe: Recipe) -> None:
         base = fetch(name, revision, DistEnv(), weights_too=False)
         copy_companions(base, directory, same_tokenizer=recipe.model.tokenizer is None)
     path = directory / "config.json"
-    config = json.loads(path.read_bytes())
+    config = read_object(path, StorageError, "run the same command again")
     if config.pop("quantization_config", config) is not config:  # it is of full value, whatever a null said before
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raymem.account import refuse_quantised
+from raymem.account import refuse_not_finite, refuse_quantised
 from raymem.errors import ModelError, StorageError
 from raymem.kinds import AttachContext
 from raymem.methods.own_code import built_in_only
@@ -30,7 +30,7 @@ from raymem.training.model.base_name import base_name
 from raymem.training.model.build import fetch
 from raymem.training.model.companions import GENERATION, copy_companions
 from raymem.training.model.revision import trained_from
-from raymem.training.model.weights import check_checkpoint
+from raymem.training.model.weights import NOT_FINITE, check_checkpoint
 
 _WHOLE = "take a whole copy of the directory"
 
@@ -141,6 +141,8 @@ def _load(name: str, revision: str | None) -> Any:
         )
     if not Path(name).is_dir():
         check_checkpoint(_on_meta(config), _directory(name, revision))
+    for key, parameter in model.named_parameters():
+        refuse_not_finite(parameter, f"tensor {key}", NOT_FINITE)
     return model
 
 

@@ -6,7 +6,6 @@ list; trained biases, DoRA and ``modules_to_save`` are refused, and so are modul
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -25,6 +24,14 @@ from raymem.storage.json_files import read_object
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that ``--max-lora-rank`` may have."""
+_CURE = "give the adapter of a run"
+_NONE = type(None)
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "r": (int, _NONE),
+    "rank_pattern": (dict, _NONE),
+    "base_model_name_or_path": (str, _NONE),
+    "revision": (str, _NONE),
+}
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _PLAIN = frozenset(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 _LAYERS: dict[str, frozenset[str]] = {
@@ -145,8 +152,8 @@ def _command(directory: str, config: dict[str, Any], rank: int) -> str:
 def _model_type(base: str | None) -> str | None:
     """Return the ``model_type`` of a local base; hub ids are not looked up."""
     try:
-        return str(json.loads((Path(base or "") / "config.json").read_bytes())["model_type"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_object(Path(base or "") / "config.json", ModelError)["model_type"])
+    except (ModelError, KeyError):
         return None
 
 
@@ -158,4 +165,9 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{directory} is no PEFT directory ({reason}); give the adapter of a run") from None
-    return read_object(directory / "adapter_config.json", ModelError, "give the adapter of a run"), shapes
+    config = read_object(directory / "adapter_config.json", ModelError, _CURE, _FIELDS)
+    if not all(type(rank) is int for rank in (config.get("rank_pattern") or {}).values()):
+        raise ModelError(
+            f"{directory / 'adapter_config.json'}: rank_pattern has ranks that are no whole numbers; {_CURE}"
+        )
+    return config, shapes

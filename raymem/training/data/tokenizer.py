@@ -9,7 +9,9 @@ from typing import Any
 
 from raymem.errors import ModelError
 from raymem.methods.own_code import built_in_only
+from raymem.storage.json_files import read_object
 from raymem.storage.publish import digest
+from raymem.text import shown
 
 _GENERATION_CONFIG = "generation_config.json"
 _ORIGIN = "origin.txt"
@@ -60,17 +62,23 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
 
 
 def _stop_ids(path: str) -> list[int]:
-    """Return the end tokens of a tokenizer's ``generation_config.json``; none without one."""
+    """Return the end tokens of a tokenizer's ``generation_config.json``; none without one.
+
+    Raises:
+        ModelError: the file is malformed.
+    """
     from transformers.utils import cached_file
 
     try:
-        file = cached_file(path, _GENERATION_CONFIG)
-        content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # it is no file of the tokenizer's; those were read above
+        file = Path(str(cached_file(path, _GENERATION_CONFIG)))
+    except (OSError, ValueError):  # there is none
         return []
-    ids = content.get("eos_token_id") if isinstance(content, dict) else None
+    cure = "take a whole copy of it, or remove it"
+    ids = read_object(file, ModelError, cure, {"eos_token_id": (int, list, type(None))}).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
-    return [token for token in ids if isinstance(token, int) and token >= 0]
+    if any(type(token) not in (int, type(None)) for token in ids):
+        raise ModelError(f"{file}: eos_token_id {shown(ids)} are no ids of tokens; {cure}")
+    return [token for token in ids if token is not None and token >= 0]
 
 
 def tokenizer_key(tokenizer: Any) -> str:

@@ -17,12 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from raymem.account import Header, refuse_two_places, refuse_untied, unused
+from raymem.account import Header, refuse_not_finite, refuse_two_places, refuse_untied, unused
 from raymem.errors import ModelError
 from raymem.storage.safetensors_io import shard_files
 from raymem.training.dist_env import DistEnv, local_rows
 
 log = logging.getLogger(__name__)
+
+NOT_FINITE = "fetch the model again, or train it again from a checkpoint without them"
+"""The cure for a model with such numbers."""
 
 Slot = tuple[nn.Module, str]
 """The module and attribute that hold a tensor. They stay valid when adapters wrap the module or FSDP2 shards it."""
@@ -270,9 +273,11 @@ def put(
     """Write one tensor into its slot: whole, as this rank's rows, or quantised.
 
     Raises:
-        ModelError: the shapes differ.
+        ModelError: the shapes differ, or a number of a parameter is nan or infinite.
     """
     target = getattr(module, attribute)
+    if isinstance(target, nn.Parameter):  # a buffer may be a mask
+        given, read = read, lambda rows: refuse_not_finite(given(rows), f"model.name: tensor {name}", NOT_FINITE)
     if isinstance(target, DTensor):
         rows = local_rows(target.shape[0], dist_env.rank, dist_env.world_size) if target.dim() else None
         local, value = target.to_local(), read(rows)

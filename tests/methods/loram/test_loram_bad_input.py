@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from raymem.errors import DataError, ModelError, RecipeError, StorageError
 from raymem.methods.loram import PruneOptions, prune_model
 from raymem.methods.loram.manifest import MANIFEST, read_manifest
+from raymem.methods.loram.nonuniform import PRUNING_KEY, counts_of
 from raymem.methods.loram.pruning.job import open_job
 from raymem.methods.loram.pruning.steps import run_step, steps
 from tests.helpers.loram_families import save, token_ids
@@ -149,3 +151,31 @@ def test_weights_that_are_not_finite_are_refused(full: Path, tmp_path: Path) -> 
         save_file({key: torch.full_like(value, torch.nan) for key, value in load_file(shard).items()}, shard)
     with pytest.raises(ModelError, match="scores are not finite"):
         prune_model(broken, tmp_path / "out", PruneOptions(criterion="magnitude", keep_first=1, keep_last=1))
+
+
+@pytest.mark.parametrize(
+    "counts", [[1], 3, {"a": {}}, {"0": 3}, {"0": {"attn": []}}, {"0": {"attn": 0}}, {"0": {"attn": True}}]
+)
+def test_counts_that_somebody_has_changed_are_named(counts: Any) -> None:
+    with pytest.raises(ModelError, match=rf"config\.json: {PRUNING_KEY} is .* in place of counts .*; prune again"):
+        counts_of(SimpleNamespace(**{PRUNING_KEY: counts}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("kept", [], "kept is a list"),
+        ("kept", {"0": {"attn": ["x"]}}, "the units of 'attn' are no list of whole numbers"),
+        ("kept", {"x": {}}, "not a manifest of LoRAM"),
+        ("files", {"a": "x"}, "files has sizes that are no whole numbers"),
+        ("source", {"name": 3}, "source: name is a whole number"),
+        ("format", 99, "not of format"),
+        ("more", 1, "not a manifest of LoRAM"),
+    ],
+)
+def test_a_manifest_that_somebody_has_changed_is_named(tmp_path: Path, field: str, value: Any, words: str) -> None:
+    source = {"name": "m", "revision": None, "identity": {}}
+    plain = {"format": 1, "key": "k", "options": {}, "model_type": "llama", "source": source, "kept": {}, "files": {}}
+    (tmp_path / "loram_manifest.json").write_text(json.dumps({**plain, field: value}))
+    with pytest.raises(ModelError, match=rf"loram_manifest\.json.*{words}.*; prune again"):
+        read_manifest(tmp_path)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raymem.errors import ModelError, StorageError
+from raymem.methods.peft.kind import read_tensors
 from raymem.storage.checksums import CHECKSUMS
 from raymem.training.artifacts.load import load_artifact, merge
 from raymem.training.model.adapter import continuing
@@ -70,7 +71,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "inf": (with_value(float("inf")), "lora_A.weight holds numbers that are nan or infinite"),
     "list": (writing("adapter_config.json", "[]"), "adapter_config.json holds a list in place of an object"),
     "cut": (writing("adapter_config.json", '{"r": '), "adapter_config.json is not JSON"),
-    "rank": (with_rank, 'adapter_config.json: r is a text ("x") in place of a whole number'),
+    "rank": (with_rank, "adapter_config.json: r is a text ('x') in place of a whole number"),
     "facts": (writing("raymem.json", "{"), "raymem.json is not JSON"),
     "facts list": (writing("raymem.json", "[]"), "raymem.json holds a list in place of an object"),
     "tokenizer": (writing("tokenizer_config.json", "[]"), "adapter"),
@@ -92,9 +93,34 @@ def test_generating_with_it_is_one_sentence(adapter: Path, damage: str) -> None:
     assert not (adapter.parent / "merged").exists()
 
 
-def test_a_generation_config_that_is_cut_short_costs_nothing_of_an_adapter(adapter: Path) -> None:
-    (adapter / "generation_config.json").write_text("{")
-    load_artifact(adapter)
+@pytest.mark.parametrize(
+    ("file", "text", "sentence"),
+    [
+        (
+            "generation_config.json",
+            "{",
+            r"generation_config\.json is not JSON .*; take a whole copy of it, or remove it",
+        ),
+        ("generation_config.json", '{"eos_token_id": "x"}', r"eos_token_id is a text \('x'\) in place of"),
+        ("generation_config.json", '{"eos_token_id": [1.5]}', r"eos_token_id \[1\.5\] are no ids of tokens"),
+        ("config.json", "[]", "model cannot be loaded"),
+        ("config.json", '{"model_type": 3}', "model cannot be loaded"),
+        ("tokenizer.json", "{", "tokenizer .* cannot be loaded"),
+        ("tokenizer_config.json", "[" * 9000, "tokenizer .* cannot be loaded"),
+    ],
+)
+def test_damaged_files_of_a_model_are_named(llama: Path, tmp_path: Path, file: str, text: str, sentence: str) -> None:
+    directory = shutil.copytree(llama, tmp_path / "model")
+    (directory / file).write_text(text)
+    with pytest.raises(ModelError, match=sentence):
+        load_artifact(directory)
+
+
+@pytest.mark.parametrize("damage", ["nan", "inf"])
+def test_an_adapter_of_nan_is_not_evaluated_or_continued(adapter: Path, damage: str) -> None:
+    DAMAGES[damage][0](adapter)
+    with pytest.raises(ModelError, match="holds numbers that are nan or infinite"):
+        read_tensors(adapter / "adapter_model.safetensors", str(adapter))
 
 
 def test_a_config_with_a_rank_that_is_none_is_not_continued(adapter: Path) -> None:

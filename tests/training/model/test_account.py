@@ -334,3 +334,16 @@ def test_an_untied_config_without_a_head_is_incomplete(tmp_path: Path) -> None:
     directory = changed(save_model(tmp_path / "model"), lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(ModelError, match=r"1 tensors are missing .*lm_head\.weight"):
         build(directory)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_model_that_computes_nan_is_refused(llama: Path, tmp_path: Path, number: float) -> None:
+    directory = shutil.copytree(llama, tmp_path / "model")
+
+    def change(tensors: Tensors) -> None:
+        tensors[f"{Q}.weight"].view(-1)[3] = number
+
+    changed(directory, change)
+    for use in (build, load_artifact):
+        with pytest.raises(ModelError, match=rf"tensor {Q}\.weight holds numbers that are nan or infinite; fetch"):
+            use(directory)

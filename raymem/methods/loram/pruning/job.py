@@ -30,6 +30,7 @@ from raymem.storage.checksums import check_files, write_checksums
 from raymem.storage.errors import writing
 from raymem.storage.folders import make_directory
 from raymem.storage.inside import leads_out
+from raymem.storage.json_files import as_object, parse
 from raymem.storage.safetensors_io import (
     Entry,
     Spec,
@@ -217,7 +218,8 @@ def read_shard(job: PruneJob, file: str) -> tuple[dict[str, list[int]] | None, d
     if not (job.workspace / file).is_file():
         return None
     metadata, entries = read_header(job.workspace, file)
-    tag = json.loads(metadata.get(_TAG, "{}"))
+    where, cure = f"{job.workspace / file}: {_TAG}", "delete the file"
+    tag = as_object(parse(metadata.get(_TAG, "{}"), where, ModelError, cure), where, ModelError, cure)
     return (tag["kept"], entries) if tag.get("key") == job.key else None
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from raymem.errors import DataError, StorageError
 from raymem.recipe.data import MAX_EXAMPLE_BYTES
 from raymem.storage.folders import make_shared, share_published
+from raymem.storage.json_files import read_object
 from raymem.storage.publish import digest, file_sha256, seal, unseal
 from raymem.training.data.readers import BLOCK_BYTES, FileBlock, index_file
 
@@ -112,7 +113,7 @@ def _recall(path: Path, kind: list[Any], cache_dir: Path) -> Any:
         now = stamp(path, str(path))
         for key in _keys(now, kind):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                entry = unseal(json.loads((cache_dir / FOLDER / f"{key}.json").read_bytes()))
+                entry = unseal(read_object(cache_dir / FOLDER / f"{key}.json", ValueError))
                 if entry is not None and _is_untouched(entry["looks"], now):
                     return entry["value"]
     except DataError:
