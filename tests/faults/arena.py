@@ -135,9 +135,9 @@ class Arena:
         shutil.rmtree(folder)
 
 
-def digest_of(storage: Storage, case: Case) -> str:
+def digest_of(storage: Storage, case: Case, name: str = NAME) -> str:
     """SHA-256 over all tensors that a run leaves for its user."""
-    run = storage.child(NAME)
+    run = storage.child(name)
     folders = ("adapter", "recovered") if case.is_staged else ("adapter", "model")
     digest, num_files = hashlib.sha256(), 0
     for folder in folders:

@@ -35,7 +35,7 @@ def left_behind(round_: Round) -> list[str]:
     cluster = round_.arena.cluster
     if round_.case.workers and cluster is not None:
         found += _wait_until_none(cluster.leftovers)
-        found += _temporary_in(cluster.temporary)
+        found += [name for name in _temporary_in(cluster.temporary) if "raymem" in name]
     if not round_.case.remote:
         found += _locked(Path(round_.storage))
     found += [f"temporary file {name}" for name in names_in(round_.storage) if TEMPORARY.search(name)]

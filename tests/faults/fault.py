@@ -67,6 +67,9 @@ class Fault:
         """Say whether it strikes in the ``number``-th session too."""
         return number == 1
 
+    def close(self) -> None:
+        """End what :meth:`prepare` began."""
+
     def problems(self, round_: Round) -> list[str]:
         """Say what is wrong at the end that only this kind of fault can tell."""
         return []

@@ -17,6 +17,8 @@ import psutil
 
 from tests.helpers.ray_processes import QUIET, RayHead, end_session, running_head
 
+OF_RAY = {"_AutoscalingCoordinatorActor"}
+"""Actors that Ray keeps for all drivers."""
 NODES = 2
 """Nodes beside the head; each has a slot for one worker."""
 
@@ -121,7 +123,7 @@ class Cluster:
         groups = [f"placement group {key}" for key, value in placement_group_table().items()
                   if value["state"] != "REMOVED"]  # fmt: skip
         actors = [f"actor {value['ActorClassName']} {value['State']}" for value in ray._private.state.actors().values()
-                  if value["State"] != "DEAD"]  # fmt: skip
+                  if value["State"] != "DEAD" and value["ActorClassName"] not in OF_RAY]  # fmt: skip
         return groups + actors + [f"worker process {process.pid}" for process in self.workers()]
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 import time
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from tests.faults.fault import Fault
 from tests.faults.sessions import MARK, Moment, Session, Spec
 
 MOST_SESSIONS = 5
+ALONE = 0.9
+"""Share of runs of one process where a fault strikes any run: one on Ray takes ten times as long."""
 ANSWERS = {130, 143, 129, 75}
 """Exit statuses of a session that was asked to stop."""
 
@@ -76,7 +79,10 @@ class Round:
         """The run's directory."""
         return Storage.open(self.storage).child(NAME)
 
-    def start(self, moment: Moment | None = None, *, uid: int | None = None, recipe: str = "recipe.yaml") -> Session:
+    def start(
+        self, moment: Moment | None = None, *, uid: int | None = None, recipe: str = "recipe.yaml",
+        environment: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> Session:  # fmt: skip
         """Begin the next session."""
         number = len(self.sessions) + 1
         log = self.folder / f"session-{number}.log"
@@ -84,7 +90,7 @@ class Round:
             log = log.with_name(f"{log.stem}x.log")
         spec = Spec(
             (*self.case.command, str(self.folder / recipe)),
-            {**self.environment, MARK: str(self.folder)},
+            {**self.environment, **environment, MARK: str(self.folder)},
             log,
             self.folder,
             moment if moment is not None and moment.kind != "checkpoint" else None,
@@ -125,6 +131,9 @@ def draw_round(seed: int, kinds: Mapping[str, type[Fault]], arena: Arena) -> tup
     cases = [case for case in ALL if _has_ground(case, arena) and fault.applies(case, arena)]
     if not cases:
         raise LookupError(f"{fault.name}: nothing here that it could strike")
+    alone = [case for case in cases if not case.workers]
+    if alone and draw.random() < ALONE:
+        cases = alone
     return draw.choice(cases), fault, draw
 
 
@@ -160,6 +169,7 @@ def run_round(seed: int, case: Case, fault: Fault, arena: Arena) -> Record:
                 session.kill()
                 session.wait(10)
         unmount_below(folder)
+        fault.close()
     if record.outcome != "failed":
         shutil.rmtree(folder, ignore_errors=True)
     return record

@@ -20,6 +20,8 @@ from typing import Any
 
 MARK = "RAYMEM_FAULTS_ROUND"
 """Environment variable that tells which round a process belongs to."""
+TEAM = 65100
+"""Group of the users that sessions may run as."""
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "os.truncate"}
 
 
@@ -218,7 +220,7 @@ def _become(spec: Spec) -> None:
     os.close(log)
     if spec.uid is not None:
         os.umask(0o002)
-        os.setgroups([])
+        os.setgroups([TEAM])
         os.setgid(spec.uid)
         os.setuid(spec.uid)
     os.environ.update(spec.environment)
