@@ -37,6 +37,10 @@ class StorageError(RaymemError):
     """A storage path that cannot be read or written (permissions, space, not shared between nodes)."""
 
 
+class TransientStorageError(StorageError):
+    """A storage that did not answer for longer than it was asked again; a later try may succeed."""
+
+
 class TrackingError(RaymemError):
     """A tracking server or registry that cannot be reached or refuses a request before training starts."""
 

@@ -9,7 +9,7 @@ bare name will do (``adapter: none``). Which kinds there are, and what their opt
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,11 @@ from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, OPTIMIZERS,
 from raymem.recipe.axis_field import AxisField
 from raymem.recipe.base import RecipeModel
 from raymem.recipe.data import DataSection
+from raymem.recipe.duration import Duration, parse_duration
 from raymem.recipe.space import Dimension
+
+if TYPE_CHECKING:
+    from raymem.storage.storage import Storage
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -135,6 +139,15 @@ class StorageSection(RecipeModel):
     keep: Literal["last", "best"] = "last"
     """``best`` keeps the checkpoints with the lowest evaluation loss (and always the last one, to resume from)."""
     num_to_keep: Positive = 2
+    retry_for: Duration | None = "5m"
+    """How long reading and writing are tried again while the storage is away (refused or cut connections, throttling, a
+    mount's I/O errors); ``30s``, ``5m``, ``1h`` or seconds. Null gives up at once."""
+
+    def open(self) -> Storage:
+        """Open the storage. Raises StorageError."""
+        from raymem.storage.storage import Storage  # pyarrow is slow to import
+
+        return Storage.open(self.path, 0.0 if self.retry_for is None else parse_duration(self.retry_for))
 
 
 RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db", "mlflow.db.lock")

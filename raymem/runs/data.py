@@ -6,7 +6,6 @@ from raymem.recipe.schema import Recipe
 from raymem.runs.backend import LocalBackend
 from raymem.runs.prepare import Split, prepare_data
 from raymem.runs.resolve import resolve_tokenizer
-from raymem.storage.storage import Storage
 from raymem.training.data.packed.shards import Prepared
 
 
@@ -16,7 +15,7 @@ def prepare_here(recipe: Recipe, split: Split) -> tuple[str, Prepared]:
     Raises:
         DataError, ModelError, StorageError: see :func:`raymem.training.data.packed.shards.prepare`.
     """
-    storage = Storage.open(recipe.storage.path)
+    storage = recipe.storage.open()
     storage.check_writable()
     tokenizer = resolve_tokenizer(recipe, storage)
     return tokenizer, prepare_data(recipe.data, split, tokenizer, storage, LocalBackend())

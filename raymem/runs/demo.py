@@ -43,13 +43,13 @@ def pretraining_recipe(name: str, storage: Storage) -> Recipe:
 
 def finished_model(recipe: Recipe) -> str | None:
     """Return the directory of the model that a pre-training recipe made, or None if it is not finished."""
-    run = Storage.open(recipe.storage.path).child(recipe.name)
+    run = recipe.storage.open().child(recipe.name)
     return run.join("model") if run.exists(f"model/{FACTS}") else None
 
 
 def discard_checkpoints(recipe: Recipe) -> None:
     """Delete the checkpoints of a finished demo model: it is only read, and they are ten times its size."""
-    run = Storage.open(recipe.storage.path).child(recipe.name)
+    run = recipe.storage.open().child(recipe.name)
     shutil.rmtree(run.join("checkpoints"), ignore_errors=True)
 
 

@@ -14,7 +14,6 @@ from raymem.runs.prepare import prepare_split
 from raymem.runs.resolve import resolve
 from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import EvaluationResult
-from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS, artifact_name
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.packed.shared import localise, to_dict
@@ -62,7 +61,7 @@ def evaluation_task(config: dict[str, Any]) -> Evaluation:
 
 
 def _evaluate(recipe: Recipe, adapter: Path | None, plain_data: dict[str, Any]) -> Evaluation:
-    prepared = localise(plain_data, Storage.open(recipe.storage.path))
+    prepared = localise(plain_data, recipe.storage.open())
     dist_env = DistEnv.current(recipe)
     model = build_model(recipe, dist_env, adapter_at=adapter)
     mixed = recipe.train.is_mixed
@@ -72,7 +71,7 @@ def _evaluate(recipe: Recipe, adapter: Path | None, plain_data: dict[str, Any]) 
 
 
 def _own_artifact(recipe: Recipe) -> str:
-    run = Storage.open(recipe.storage.path).child(recipe.name)
+    run = recipe.storage.open().child(recipe.name)
     name = artifact_name(recipe)
     if not run.exists(f"{name}/{FACTS}"):
         raise ModelError(

@@ -63,7 +63,7 @@ def resolve(
         DataError: calibration texts cannot be read, or are too few.
         ClusterError, StorageError: see :meth:`raymem.runs.backend.Backend.connect`.
     """
-    storage = Storage.open(recipe.storage.path)
+    storage = recipe.storage.open()
     run = storage.child(recipe.name)
     if artifact is None:
         pinned = resolve_revision(recipe, None if fresh else began_with(run))

@@ -75,7 +75,7 @@ def launch(
     Raises:
         RaymemError: anything that is the user's to mend; the last good checkpoint stays.
     """
-    storage = Storage.open(recipe.storage.path)
+    storage = recipe.storage.open()
     if "/_ray_pkg_" in storage.path:  # Ray unpacks a job's working directory under such a name
         status(f"warning: {storage.path} is the job's temporary copy and goes with the cluster; set storage.path")
     with only_one(storage, recipe.name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from raymem.errors import StorageError
+from raymem.errors import StorageError, TransientStorageError
 
 _PERMISSION = "give this user write permission there, or set storage.path to a directory that it owns"
 _CREDENTIALS = (
@@ -26,6 +26,19 @@ _BY_ERRNO = {
     errno.EEXIST: ("not a directory", _NOT_A_DIRECTORY),
 }
 
+# What the servers of network mounts and networks themselves cause, and mend.
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.ENOTCONN,
+}  # fmt: skip
+_MOUNT = "check the mount, and the server or disk behind it"
+
+_NETWORK = (
+    "check the network and the endpoint (s3://bucket/path?endpoint_override=host:port&scheme=http for one that is not "
+    "AWS)"
+)
+_BUSY = "the object store is overloaded or broken: ask those who run it"
+
 # Object stores tell the cause in words only; the first match counts.
 _BY_WORDS = (
     (("NO_SUCH_BUCKET", "Bucket '", "NoSuchBucket", "bucket does not exist"), "create the bucket, or correct its name"),
@@ -34,26 +47,34 @@ _BY_WORDS = (
         _CREDENTIALS,
     ),
     (("HTTP status 401", "credential", "UNAUTHENTICATED", "PERMISSION_DENIED"), _CREDENTIALS),
-    (
-        ("NETWORK_CONNECTION", "curlCode", "UNAVAILABLE", "Could not connect"),
-        "check the network and the endpoint (s3://bucket/path?endpoint_override=host:port&scheme=http for one that is "
-        "not AWS)",
-    ),
+    (("curlCode: 60", "curlCode: 77"), "check the certificates of this machine and of the endpoint"),
+    (("NETWORK_CONNECTION", "curlCode", "CURL error", "Could not connect"), _NETWORK),
+    (("SLOW_DOWN", "THROTTLING", "RESOURCE_EXHAUSTED", "HTTP status 429"), _BUSY),
+    (("INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "REQUEST_TIMEOUT", "DEADLINE_EXCEEDED", "UNAVAILABLE"), _BUSY),
+    (("HTTP status 408", "HTTP status 500", "HTTP status 502", "HTTP status 503", "HTTP status 504"), _BUSY),
     (("Cannot parse URI",), "write spaces and other special characters as %20 and so on"),
     (("query parameter",), "use only options that pyarrow knows, such as endpoint_override, scheme and region"),
 )
 
 
 def explain(error: Exception, action: str, path: str) -> StorageError:
-    """Return a StorageError for a failure of ``action`` (an infinitive) at ``path``."""
+    """Return a StorageError for a failure of ``action`` (an infinitive) at ``path``.
+
+    What may pass by itself (a network, an overloaded store, a mount whose server is away) is a TransientStorageError.
+    """
     code = error.errno if isinstance(error, OSError) else None
     if code in _BY_ERRNO:
         words, cure = _BY_ERRNO[code]
         return StorageError(f"storage: cannot {action} {path}: {words}; {cure}")
-    text, cure_known = cause(error)
-    return StorageError(
-        f"storage: cannot {action} {path}: {text}; {cure_known or 'set storage.path to a place that works'}"
-    )
+    text, known = cause(error)
+    if is_passing(error):
+        return TransientStorageError(f"storage: cannot {action} {path}: {text}; {known or _MOUNT}")
+    return StorageError(f"storage: cannot {action} {path}: {text}; {known or 'set storage.path to a place that works'}")
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the cause of an error may go away by itself."""
+    return getattr(error, "errno", None) in _PASSING or cause(error)[1] in (_NETWORK, _BUSY)
 
 
 def cause(error: Exception) -> tuple[str, str | None]:

@@ -20,9 +20,11 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pyarrow import fs as pafs
 
-from raymem.errors import StorageError
+from raymem.errors import StorageError, TransientStorageError
 from raymem.storage import json_files
+from raymem.storage.connect import connect
 from raymem.storage.errors import explain
+from raymem.storage.retry import RETRY_FOR_S, retried, retrying
 from raymem.storage.uris import CURE, secret_in
 
 MARKER = "manifest.json"
@@ -31,19 +33,28 @@ _CHUNK_BYTES = 8 << 20
 
 
 class Storage:
-    """A storage root. Pickles as its path, so that it can travel to any process that sees the same storage."""
+    """A storage root. Pickles as its path, so that it can travel to any process that sees the same storage.
 
-    def __init__(self, path: str, filesystem: pafs.FileSystem, root: str) -> None:
+    Every operation is tried again, from its start, while the storage is away (:mod:`raymem.storage.retry`); what is
+    still away then is a TransientStorageError.
+    """
+
+    def __init__(self, path: str, filesystem: pafs.FileSystem, root: str, retry_for_s: float = RETRY_FOR_S) -> None:
         self.path = path
         """Absolute local path, or the URI as given."""
         self.filesystem = filesystem
         """The file system, for Ray's ``RunConfig(storage_filesystem=)`` and ``torch.distributed.checkpoint``."""
         self.root = root
         """The root's path in ``filesystem``: no scheme, no options."""
+        self.retry_for_s = retry_for_s
+        """Seconds for which an operation is tried again."""
 
     @classmethod
-    def open(cls, path: str) -> Storage:
+    def open(cls, path: str, retry_for_s: float = RETRY_FOR_S) -> Storage:
         """Open a storage root; nothing is created, and local paths are not touched.
+
+        Args:
+            retry_for_s: seconds for which operations are tried again while the storage is away; 0 for none.
 
         Raises:
             StorageError: relative path, unknown scheme, malformed URI, secrets in the URI, unknown bucket region.
@@ -55,10 +66,10 @@ class Storage:
                     "give an absolute path, s3:// or gs://"
                 )
             root = os.path.normpath(path)
-            return cls(root, pafs.LocalFileSystem(), root)
+            return cls(root, pafs.LocalFileSystem(), root, retry_for_s)
         parts = urlsplit(path)
         if parts.scheme == "file":
-            return cls.open(unquote(parts.path))
+            return cls.open(unquote(parts.path), retry_for_s)
         if parts.scheme not in ("s3", "gs", "gcs"):
             raise StorageError(
                 f"storage.path: scheme {parts.scheme}:// is not supported; give an absolute path, s3:// or gs://"
@@ -70,14 +81,11 @@ class Storage:
             )
         if not parts.hostname:
             raise StorageError(f"storage.path: {path!r} names no bucket; write {parts.scheme}://bucket/path")
-        try:
-            filesystem, root = pafs.FileSystem.from_uri(path)
-        except Exception as error:  # Arrow raises its own, ValueError and OSError here
-            raise explain(error, "open", path) from error
-        return cls(path, filesystem, root.rstrip("/"))
+        filesystem, root = retrying(path, retry_for_s, lambda: _connect(path))
+        return cls(path, filesystem, root.rstrip("/"), retry_for_s)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Storage.open, (self.path,))
+        return (Storage.open, (self.path, self.retry_for_s))
 
     def __repr__(self) -> str:
         return f"Storage({self.path!r})"
@@ -98,30 +106,35 @@ class Storage:
 
     def child(self, *names: str) -> Storage:
         """Return the storage whose root is a directory below this one."""
-        return Storage(self.join(*names), self.filesystem, self._at("/".join(names)))
+        return Storage(self.join(*names), self.filesystem, self._at("/".join(names)), self.retry_for_s)
 
+    @retried
     def exists(self, name: str) -> bool:
         """Say whether a file or directory is there. Raises StorageError when that cannot be known."""
         with self._explained("look up", name):
             return bool(self.filesystem.get_file_info(self._at(name)).type != pafs.FileType.NotFound)
 
+    @retried
     def list_dirs(self, name: str = "") -> list[str]:
         """List the directories directly below ``name``, sorted; empty if it does not exist."""
         with self._explained("list", name):
             infos = self.filesystem.get_file_info(pafs.FileSelector(self._at(name), allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
+    @retried
     def sizes(self, name: str) -> dict[str, int]:
         """Map each file directly in a directory to its bytes. Raises StorageError if they cannot be listed."""
         with self._explained("list", name):
             infos = self.filesystem.get_file_info(pafs.FileSelector(self._at(name), allow_not_found=True))
         return {info.base_name: info.size for info in sorted(infos, key=lambda i: i.path) if info.is_file}
 
+    @retried
     def read_bytes(self, name: str) -> bytes:
         """Read a small file whole. Raises StorageError if it is missing or unreadable."""
         with self._explained("read", name), self.filesystem.open_input_stream(self._at(name), None) as stream:
             return bytes(stream.read())
 
+    @retried
     def sha256(self, name: str) -> str:
         """Return the hex SHA-256 of a file's bytes. Raises StorageError if it is missing or unreadable."""
         digest = hashlib.sha256()
@@ -130,6 +143,7 @@ class Storage:
                 digest.update(chunk)
         return digest.hexdigest()
 
+    @retried
     def read_json(self, name: str) -> Any:
         """Parse a JSON file. Raises StorageError if it is missing, unreadable or not JSON."""
         with self._explained("read", name), self.filesystem.open_input_stream(self._at(name), None) as stream:
@@ -142,6 +156,7 @@ class Storage:
         """Parse a JSON file that holds an object. Raises StorageError, also if a field is of another type."""
         return json_files.as_object(self.read_json(name), self.join(name), StorageError, cure or _DAMAGED, fields)
 
+    @retried
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file that is seen either whole or not at all. Raises StorageError."""
         data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
@@ -164,22 +179,25 @@ class Storage:
                 raise StorageError(f"{local} has no {last}, which marks a complete directory; it was not uploaded")
             files = [f for f in files if f != last] + [last]
             self.delete_dir(name, last)
-        source = pafs.LocalFileSystem()
         try:
             for file in files:
-                with self._explained("write", f"{name}/{file}"):
-                    target = self._at(f"{name}/{file}")
-                    self._make_parent(target)
-                    _copy(source, str(local / file), self.filesystem, target)
-                    if self.is_local:
-                        sync(target)
-        except StorageError:
-            if last is not None:
+                self._upload(local / file, f"{name}/{file}")
+        except StorageError as error:
+            if last is not None and not isinstance(error, TransientStorageError):
                 with contextlib.suppress(StorageError):
                     self.delete_dir(name, last)
             raise
         if self.is_local and files:
             sync(self._at(name))
+
+    @retried
+    def _upload(self, local: Path, name: str) -> None:
+        with self._explained("write", name):
+            target = self._at(name)
+            self._make_parent(target)
+            _copy(pafs.LocalFileSystem(), str(local), self.filesystem, target)
+            if self.is_local:
+                sync(target)
 
     def download_dir(self, name: str, local: str | Path, last: str | None = MARKER) -> None:
         """Copy the directory ``name`` to ``local``, which must not exist yet and appears only when whole.
@@ -198,25 +216,33 @@ class Storage:
             )
         manifest = self.read_json(f"{name}/{last}") if last is not None and last.endswith(".json") else {}
         expected = manifest.get("files", {}) if isinstance(manifest, dict) else {}
-        target = pafs.LocalFileSystem()
         scratch = local.parent / f".{local.name}.part-{uuid.uuid4().hex[:8]}"
         try:
-            with self._explained("download", name):
-                base = self._at(name)
-                infos = self.filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
-                files = sorted(i.path[len(base) :].strip("/") for i in infos if i.type == pafs.FileType.File)
+            files = self._files(name)
             _verify_names(self.join(name), expected, files)
             for file in files:
-                with self._explained("download", f"{name}/{file}"):
-                    (scratch / file).parent.mkdir(parents=True, exist_ok=True)
-                    copied = _copy(self.filesystem, f"{base}/{file}", target, str(scratch / file))
-                _verify(self.join(name, file), expected.get(file), copied)
+                _verify(self.join(name, file), expected.get(file), self._download(f"{name}/{file}", scratch / file))
             with self._explained("download", name):
                 scratch.mkdir(parents=True, exist_ok=True)
                 os.rename(scratch, local)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
+    @retried
+    def _files(self, name: str) -> list[str]:
+        """List the files in and below a directory, relative to it."""
+        base = self._at(name)
+        with self._explained("list", name):
+            infos = self.filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
+        return sorted(info.path[len(base) :].strip("/") for info in infos if info.is_file)
+
+    @retried
+    def _download(self, name: str, local: Path) -> dict[str, Any]:
+        with self._explained("download", name):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            return _copy(self.filesystem, self._at(name), pafs.LocalFileSystem(), str(local))
+
+    @retried
     def delete_dir(self, name: str, last: str | None = MARKER) -> None:
         """Delete a directory, marker first, so that an interrupted deletion never looks whole; absent is fine."""
         assert _clean(name), "the storage root itself is never deleted"
@@ -233,16 +259,24 @@ class Storage:
         Raises:
             StorageError: the system refuses. The old name may be gone only when the new one is whole.
         """
-        with self._explained("rename", name):
-            if self.is_local:
-                os.rename(self._at(name), self._at(new))
-                return
-            base = self._at(name)
-            for info in self.filesystem.get_file_info(pafs.FileSelector(base, recursive=True)):
-                if info.is_file:
-                    _copy(self.filesystem, info.path, self.filesystem, self._at(new) + info.path[len(base) :])
+        if self.is_local:
+            self._rename(name, new)
+            return
+        for file in self._files(name):
+            self._copy_within(f"{name}/{file}", f"{new}/{file}")
         self.delete_dir(name)
 
+    @retried
+    def _rename(self, name: str, new: str) -> None:
+        with self._explained("rename", name):
+            os.rename(self._at(name), self._at(new))
+
+    @retried
+    def _copy_within(self, name: str, new: str) -> None:
+        with self._explained("rename", name):
+            _copy(self.filesystem, self._at(name), self.filesystem, self._at(new))
+
+    @retried
     def check_writable(self) -> None:
         """Write, read back and delete a probe file, creating a local root that is missing.
 
@@ -299,6 +333,13 @@ class Storage:
             yield
         except OSError as error:
             raise explain(error, action, self.join(name)) from error
+
+
+def _connect(path: str) -> tuple[pafs.FileSystem, str]:
+    try:
+        return connect(path)
+    except Exception as error:  # Arrow raises its own, ValueError and OSError here
+        raise explain(error, "open", path) from error
 
 
 def _clean(name: str) -> str:

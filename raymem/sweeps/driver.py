@@ -98,7 +98,7 @@ def _check(recipe: Recipe, options: SweepOptions) -> Storage:
             f"{spelling('gpu', options.gpu)}: scaling.use_gpu is false, so trials would run on CPU; set "
             f"scaling.use_gpu: true, or give {spelling('budget')} alone"
         )
-    storage = Storage.open(recipe.storage.path)
+    storage = recipe.storage.open()
     if not storage.is_local:
         raise StorageError(
             f"storage.path: {recipe.storage.path} is an object store, and a sweep keeps a journal that is appended to; "

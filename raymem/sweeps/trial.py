@@ -80,7 +80,7 @@ def run_trial(config: dict[str, Any]) -> None:
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
     job = TrialJob.of(config)
     recipe = parse_recipe(job.recipe, f"trial {job.number}")
-    run = Storage.open(recipe.storage.path).child(recipe.name)
+    run = recipe.storage.open().child(recipe.name)
     end, error = earlier_result(run), None
     if end is None:
         run.write_json(ATTEMPT, _circumstances())

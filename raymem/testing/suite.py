@@ -270,7 +270,7 @@ def prepare_split(recipe: Recipe, split: Literal["train", "eval"]) -> Prepared:
 
 def run_storage(recipe: Recipe) -> Storage:
     """Storage of the run's directory, which exists afterwards."""
-    storage = Storage.open(recipe.storage.path).child(recipe.name)
+    storage = recipe.storage.open().child(recipe.name)
     Path(storage.root).mkdir(parents=True, exist_ok=True)
     return storage
 

@@ -14,9 +14,10 @@ import math
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,13 +26,17 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from raymem.errors import CheckpointError, RaymemError, StorageError
+from raymem.errors import CheckpointError, RaymemError, StorageError, TransientStorageError
+from raymem.storage.errors import explain, is_passing
 from raymem.storage.publish import file_sha256, seal
+from raymem.storage.retry import Outage, retrying
 from raymem.storage.storage import Storage, sync
 from raymem.training.dist_env import DistEnv
 from raymem.training.manifest import MANIFEST, Damaged, Manifest, parse
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FOLDER = "checkpoints"
 _DAMAGED = "damaged-"
@@ -48,6 +53,8 @@ class Checkpoints:
     def __init__(self, run: Storage, dist_env: DistEnv) -> None:
         self._run = run
         self._dist_env = dist_env
+        self._undeleted: set[int] = set()
+        """Steps of old checkpoints that could not be deleted, and of which that was said."""
 
     def latest(self) -> Manifest | None:
         """Return the newest good checkpoint, every byte of which is checked, or None if there never was one.
@@ -81,11 +88,11 @@ class Checkpoints:
             StorageError: no space or no permission; older checkpoints are untouched and nothing half-written stays.
         """
         name = _name(manifest.step)
-        staging = self._dist_env.on_main(lambda: self._make_staging(name))
+        staging = self._dist_env.on_main(lambda: self._again(lambda: self._make_staging(name)))
         if not self._run.is_local:
             staging = Path(tempfile.mkdtemp(prefix="raymem-checkpoint-"))
         try:
-            _write_shards(tensors, staging)
+            self._write(tensors, staging)
             written = self._dist_env.on_all(lambda: self._finish(staging, name))
             files = {file: facts for of_rank in written for file, facts in of_rank.items()}
             self._dist_env.on_main(lambda: self._commit(staging, name, dataclasses.replace(manifest, files=files)))
@@ -94,7 +101,7 @@ class Checkpoints:
             raise
         if not self._run.is_local:
             shutil.rmtree(staging, ignore_errors=True)
-        self._dist_env.on_main(lambda: prune(self._run, keep, num_to_keep))
+        self._dist_env.on_main(lambda: prune(self._run, keep, num_to_keep, self._undeleted))
 
     def load(self, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
         """Read a checkpoint into allocated tensors, resharding if it was written by another number of workers.
@@ -116,6 +123,21 @@ class Checkpoints:
             if temporary is not None:
                 temporary.cleanup()
 
+    def _again(self, action: Callable[[], T]) -> T:
+        return retrying(self._run.path, self._run.retry_for_s, action)
+
+    def _write(self, tensors: dict[str, torch.Tensor], staging: Path) -> None:
+        """Write the shards; all ranks write them again together, when rank 0 says that it is time."""
+        outage = Outage(self._run.path, self._run.retry_for_s)
+        while True:
+            try:
+                _write_shards(tensors, staging)
+            except TransientStorageError as error:
+                self._dist_env.on_main(partial(outage.wait, error))
+            else:
+                break
+        outage.end()
+
     def _make_staging(self, name: str) -> Path:
         """Clear the way: shards that a killed save left would be read as part of this one."""
         if not self._run.is_local:
@@ -128,24 +150,27 @@ class Checkpoints:
                 shutil.rmtree(abandoned)
             staging.mkdir(parents=True)
         except OSError as error:
-            raise StorageError(f"{staging}: cannot be created: {error.strerror}; check storage.path") from None
+            raise explain(error, "create", str(staging)) from None
         return staging
 
     def _finish(self, staging: Path, name: str) -> dict[str, dict[str, Any]]:
         """Describe the files that this rank wrote, for the manifest, and bring them where they belong."""
-        # On a file system that all ranks share, the others' shards lie beside; the writer numbers them from 1.
-        pattern = f"shard-{self._dist_env.rank + 1:05d}-*" if self._run.is_local else "*"
-        try:
-            files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in staging.glob(pattern)
-            }
-        except OSError as error:
-            raise StorageError(
-                f"{staging}: what was just written cannot be read back: {error}; check the disk"
-            ) from None
+        files = self._again(lambda: self._describe(staging))
         if not self._run.is_local:
             self._run.upload_dir(staging, f"{FOLDER}/{name}", last=None)
         return files
+
+    def _describe(self, staging: Path) -> dict[str, dict[str, Any]]:
+        # On a file system that all ranks share, the others' shards lie beside; the writer numbers them from 1.
+        pattern = f"shard-{self._dist_env.rank + 1:05d}-*" if self._run.is_local else "*"
+        try:
+            files = list(staging.glob(pattern))
+            if self._run.is_local:  # the manifest must not survive a power cut that its files do not
+                for path in files:
+                    sync(path)
+            return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+        except OSError as error:
+            raise explain(error, "read back what was just written to", str(staging)) from None
 
     def _commit(self, staging: Path, name: str, manifest: Manifest) -> None:
         folder = self._run.child(FOLDER)
@@ -156,14 +181,11 @@ class Checkpoints:
                 f"{folder.join(path)}: workers wrote {sizes} but {there} are there; set storage.path to a directory "
                 "that all nodes share"
             )
-        if self._run.is_local:
-            for file in sizes:  # the manifest must not survive a power cut that its files do not
-                sync(staging / file)
         folder.write_json(f"{path}/{MANIFEST}", seal(manifest.to_dict()))
         if not self._run.is_local:
             return
         folder.delete_dir(name)  # a replayed step replaces its older self
-        staging.rename(folder.join(name))
+        folder.rename_dir(staging.name, name)
 
 
 def latest_manifest(run: Storage) -> Manifest | None:
@@ -201,13 +223,25 @@ def _first(run: Storage, keep: str) -> Manifest | None:
     return good[0] if good else None
 
 
-def prune(run: Storage, keep: str, num_to_keep: int) -> None:
-    """Delete all but ``num_to_keep`` checkpoints: the newest, or those of lowest evaluation loss and the newest."""
+def prune(run: Storage, keep: str, num_to_keep: int, undeleted: set[int]) -> None:
+    """Delete all but ``num_to_keep`` checkpoints: the newest, or those of lowest evaluation loss and the newest.
+
+    One that cannot be deleted costs space and no run: it is named in a warning and tried again the next time.
+
+    Args:
+        undeleted: steps whose deletion failed before; gains those that fail now.
+    """
     ranked = [manifest.step for manifest in _good_manifests(run, keep)]
-    keep_steps = {*ranked[:num_to_keep], max(ranked, default=0)}
-    for step in ranked:
-        if step not in keep_steps:
+    newest = max(ranked, default=0)
+    keep_steps = {*ranked[:num_to_keep], newest}
+    half_deleted = [step for step in _steps(run) if step < newest and step not in ranked]
+    for step in [*half_deleted, *(step for step in ranked if step not in keep_steps)]:
+        try:
             run.delete_dir(f"{FOLDER}/{_name(step)}")
+        except StorageError as error:
+            if step not in undeleted:
+                log.warning("an old checkpoint stays until the next one is saved: %s", error)
+            undeleted.add(step)
 
 
 def _good_manifests(run: Storage, keep: str) -> list[Manifest]:
@@ -246,10 +280,14 @@ def _name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _complete_steps(run: Storage) -> list[int]:
+def _steps(run: Storage) -> list[int]:
+    """List the steps of all checkpoints, whole or not, in order."""
     names = [name for name in run.list_dirs(FOLDER) if re.fullmatch(r"step_[0-9]{8,18}", name)]
-    steps = sorted(int(name[5:]) for name in names if run.exists(f"{FOLDER}/{name}/{MANIFEST}"))
-    return [step for step in steps if _name(step) in names]
+    return [step for step in sorted(int(name[5:]) for name in names) if _name(step) in names]
+
+
+def _complete_steps(run: Storage) -> list[int]:
+    return [step for step in _steps(run) if run.exists(f"{FOLDER}/{_name(step)}/{MANIFEST}")]
 
 
 def _read_manifest(run: Storage, step: int) -> Manifest:
@@ -279,8 +317,10 @@ def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
     try:
         dcp_save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
+        if is_passing(cause := _cause(error)):
+            raise explain(cause, "write", str(directory)) from None
         raise StorageError(
-            f"{directory}: the checkpoint cannot be written: {_cause(error)}; free some space or check permissions, "
+            f"{directory}: the checkpoint cannot be written: {_line(error)}; free some space or check permissions, "
             "then run the same command again: it resumes from the last good checkpoint"
         ) from None
 
@@ -291,14 +331,19 @@ def _read_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
         dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory}: cannot be read into this recipe's model: {_cause(error)}; it belongs to another recipe or "
+            f"{directory}: cannot be read into this recipe's model: {_line(error)}; it belongs to another recipe or "
             "is damaged: use --fresh, another name, or delete this checkpoint"
         ) from None
 
 
-def _cause(error: BaseException) -> str:
-    """Return the underlying message; DCP wraps one exception per rank."""
+def _cause(error: BaseException) -> Exception:
+    """Return the underlying error; DCP wraps one per rank, in an exception that is no Exception."""
     if isinstance(error, CheckpointException):
-        first = next(iter(error.failures.values()))
+        first: Any = next(iter(error.failures.values()))
         error = first[0] if isinstance(first, tuple) else first
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return error if isinstance(error, Exception) else RuntimeError(str(error))
+
+
+def _line(error: BaseException) -> str:
+    cause = _cause(error)
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import pkgutil
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +365,70 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path)
         pytest.skip("this system lets no user mount a small disk")
     assert str(disk / "run" / "checkpoints") in message
     assert "space" in message
+
+
+class Busy:
+    """A file system that does not delete the directories of some checkpoints."""
+
+    def __init__(self, run: Storage, *steps: int) -> None:
+        self._whole, self.steps = run.filesystem, steps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def delete_dir(self, path: str) -> None:
+        if path.endswith(tuple(f"step_{step:08d}" for step in self.steps)) and Path(path).exists():
+            raise OSError(errno.EBUSY, "Device or resource busy", path)
+        self._whole.delete_dir(path)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("raymem")]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named_once_and_deleted_later(
+    run: Storage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Storage, "is_local", True)  # which it asks of the file system
+    busy = Busy(run, 1, 2)
+    checkpoints = Checkpoints(Storage(run.path, busy, run.root), DistEnv())
+    for step in (1, 2, 3, 4):
+        checkpoints.save(Manifest(step, {}, RECIPE, None), tensors(step), "last", 2)
+    assert good_step(run) == 4
+    assert steps(run) == [1, 2, 3, 4]
+    assert not run.exists("checkpoints/step_00000001/manifest.json"), "it cannot be taken for a whole one"
+    first, second = said(caplog)
+    assert first.startswith("an old checkpoint stays until the next one is saved: storage: cannot delete ")
+    assert "step_00000001: [Errno 16]" in first and "step_00000002: [Errno 16]" in second
+    busy.steps = ()
+    checkpoints.save(Manifest(5, {}, RECIPE, None), tensors(5), "last", 2)
+    assert steps(run) == [4, 5]
+
+
+def test_a_mount_that_is_away_during_a_checkpoint_is_waited_for(
+    run: Storage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer of the shards, the directory that they are written in, and what is done when they are there."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for place in ("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", "pathlib.Path.mkdir", "os.fsync",
+                  "os.rename"):  # fmt: skip
+        with monkeypatch.context() as patch:
+            fail_thrice(patch, place)
+            save(run, 1)
+        assert good_step(run) == 1
+        began, ended = said(caplog)
+        assert "Input/output error" in began and "is back after" in ended, place
+        caplog.clear()
+
+
+def fail_thrice(patch: pytest.MonkeyPatch, place: str) -> None:
+    owner, _, name = place.rpartition(".")
+    whole = pkgutil.resolve_name(f"{owner.replace('.FileSystem', ':FileSystem').replace('.Path', ':Path')}")
+    original, left = getattr(whole, name), iter(range(3))
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if next(left, None) is not None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(*arguments, **options)
+
+    patch.setattr(whole, name, failing)

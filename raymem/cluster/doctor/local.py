@@ -162,7 +162,7 @@ def check_home() -> Check:
 def check_storage_here(path: str) -> list[Check]:
     """Check whether this machine may write to the storage path, and how much room it has."""
     try:
-        storage = Storage.open(path)
+        storage = Storage.open(path, retry_for_s=0)
         storage.check_writable()
     except StorageError as error:
         problem, _, cure = str(error).rpartition("; ")

@@ -52,12 +52,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     device = ray.train.torch.get_device() if recipe.scaling.use_gpu else None
     try:
         dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
-        storage = Storage.open(recipe.storage.path)
+        storage = recipe.storage.open()
         train_data = localise(config["train_data"], storage)
         eval_data = config["eval_data"] and localise(config["eval_data"], storage)
-        return run(
-            recipe, dist_env, Storage.open(config["run"]), train_data, eval_data, RayReporter(dist_env)
-        ).to_dict()
+        run_storage = Storage.open(config["run"], storage.retry_for_s)
+        return run(recipe, dist_env, run_storage, train_data, eval_data, RayReporter(dist_env)).to_dict()
     except RaymemError as error:
         if mailbox is not None:
             ray.get(mailbox.fail.remote(error))

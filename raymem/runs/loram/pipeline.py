@@ -97,7 +97,7 @@ class Pipeline:
     ) -> None:  # fmt: skip
         if not BASES.of(recipe).replaces_model:
             raise RecipeError(f"base.kind: {recipe.base.kind} is not pruned; set base: {{kind: loram, ...}}")
-        self.storage = Storage.open(recipe.storage.path)
+        self.storage = recipe.storage.open()
         if not self.storage.is_local:
             raise StorageError(
                 f"storage.path: {recipe.storage.path} is an object store, and the stages of LoRAM need plain files; "

@@ -15,6 +15,7 @@ from typing import Any
 from raymem.errors import DataError
 from raymem.recipe.paths import COMPRESSIONS
 from raymem.storage.publish import digest, publish
+from raymem.storage.retry import retrying
 from raymem.training.data.sources.digests import content_digest
 from raymem.training.data.sources.remote import RemoteDirectory, RemoteFile
 
@@ -77,10 +78,12 @@ def _plain_name(name: str) -> str:
 def _fetch(file: RemoteFile, where: str, directory: Path) -> dict[str, Any]:
     remote = RemoteDirectory(file.uri, where)
     raw = directory / ("raw" if codec(file.name) else _plain_name(file.name))
-    fetched = 0
-    with raw.open("wb") as out:
-        for chunk in remote.chunks(_CHUNK_BYTES):
-            fetched += out.write(chunk)
+
+    def fetch() -> int:
+        with raw.open("wb") as out:
+            return sum(out.write(chunk) for chunk in remote.chunks(_CHUNK_BYTES))
+
+    fetched = retrying(remote.path, remote.retry_for_s, fetch)
     if remote.file() != file or fetched != file.size:
         raise DataError(f"{file.name} changed while it was fetched: run again.")
     if codec(file.name) is not None:

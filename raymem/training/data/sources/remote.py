@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from raymem.errors import DataError
-from raymem.storage.errors import cause
+from raymem.errors import DataError, TransientStorageError
+from raymem.storage.errors import cause, is_passing
+from raymem.storage.retry import RETRY_FOR_S, retried, retrying
 from raymem.storage.uris import CURE, secret_in
 
 SCHEMES = ("s3", "gs", "gcs", "hf")
@@ -41,8 +42,11 @@ class RemoteDirectory:
     Args:
         where: where the recipe names it, for errors.
 
+    While an object store is away, everything is tried again for some minutes; the hub's own library does so, too.
+
     Raises:
         DataError: unknown scheme, secrets in the URI, or it cannot be opened.
+        TransientStorageError: here and below: the store does not come back.
     """
 
     def __init__(self, uri: str, where: str) -> None:
@@ -58,19 +62,22 @@ class RemoteDirectory:
         if parts.scheme == "hf" and parts.netloc != "datasets":
             raise DataError(f"{where}.path={uri!r}: write hf://datasets/<owner>/<name>, with @<revision> if need be.")
         self._is_hub = parts.scheme == "hf"
+        self.path, self.retry_for_s = shown(uri), RETRY_FOR_S
+        self._filesystem, self._root = retrying(self.path, self.retry_for_s, self._connected)
+
+    def _connected(self) -> tuple[Any, str]:
         with self._explained():
             if self._is_hub:
                 from huggingface_hub import HfFileSystem
 
                 # Not the instance that fsspec keeps: it remembers listings.
-                self._filesystem: Any = HfFileSystem(skip_instance_cache=True)
-                self._root = unquote(uri.removeprefix("hf://")).rstrip("/")
-            else:
-                from pyarrow import fs
+                return HfFileSystem(skip_instance_cache=True), unquote(self._uri.removeprefix("hf://")).rstrip("/")
+            from raymem.storage.connect import connect  # pyarrow is slow to import
 
-                self._filesystem, root = fs.FileSystem.from_uri(uri)
-                self._root = root.rstrip("/")
+            filesystem, root = connect(self._uri)
+            return filesystem, root.rstrip("/")
 
+    @retried
     def is_file(self) -> bool:
         """Say whether the URI names a file; False for a directory.
 
@@ -87,6 +94,7 @@ class RemoteDirectory:
             raise DataError(f"{self._where}.path={self._uri!r} does not exist: {_CHECK}.")
         return bool(kind == fs.FileType.File)
 
+    @retried
     def entries(self, folder: str) -> list[tuple[str, bool]]:
         """List (name, is a folder) of the entries directly in a folder below the directory."""
         at = f"{self._root}/{folder}" if folder else self._root
@@ -99,6 +107,7 @@ class RemoteDirectory:
             infos = self._filesystem.get_file_info(fs.FileSelector(at))
             return [(info.base_name, info.type == fs.FileType.Directory) for info in infos]
 
+    @retried
     def file(self, name: str = "") -> RemoteFile:
         """Return a file below the directory, or the file itself, as it is now."""
         at = f"{self._root}/{name}" if name else self._root
@@ -116,7 +125,7 @@ class RemoteDirectory:
             return RemoteFile(uri, size, f"mtime={self._filesystem.get_file_info(at).mtime_ns}")
 
     def chunks(self, chunk_bytes: int) -> Iterator[bytes]:
-        """Yield the bytes of the file that the URI names."""
+        """Yield the bytes of the file that the URI names; after a TransientStorageError they begin anew."""
         with self._explained():
             if self._is_hub:
                 opened = self._filesystem.open(self._root, block_size=0)  # one stream, not many ranges
@@ -134,7 +143,8 @@ class RemoteDirectory:
             raise
         except Exception as error:  # both libraries raise many types
             words, cure = _hub_cause(error) if self._is_hub else cause(error)
-            raise DataError(
+            kind = TransientStorageError if not self._is_hub and is_passing(error) else DataError
+            raise kind(
                 f"{self._where}.path={shown(self._uri)!r} cannot be read ({words}): {cure or _CHECK}."
             ) from error
 

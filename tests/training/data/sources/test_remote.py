@@ -12,13 +12,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from raymem.errors import DataError
+from raymem.errors import DataError, TransientStorageError
 from raymem.recipe.data import DataSection, Source
 from raymem.storage.storage import Storage
 from raymem.training.data.packed.shards import prepare
 from raymem.training.data.readers import read_block
 from raymem.training.data.sources import OpenedSource, copies, open_source
 from raymem.training.data.sources.remote import RemoteDirectory, below, shown
+from tests.helpers.faulty_proxy import proxy_before
 
 ROWS = [{"text": f"one two {n}"} for n in range(9)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -81,6 +82,26 @@ def test_it_is_fetched_once_and_again_when_it_is_another(
     bucket.write("x.jsonl", LINES.replace(b"one", b"two"))
     assert opened(uri, tmp_path / "cache").identity != first
     assert len(fetched) == 2
+
+
+def test_a_store_that_is_away_is_waited_for(
+    bucket: Bucket, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of a file, which is then read from its start, and while it is looked for."""
+    monkeypatch.setattr("raymem.storage.retry._LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr("raymem.storage.connect._TRIES", 1)
+    with proxy_before(s3_uri) as proxy:
+        uri = proxy.uri(bucket.write("x.jsonl", LINES * 100))
+        for number, how in enumerate(("reset", "refuse")):
+            proxy.away(how, for_s=0.3)  # type: ignore[arg-type]
+            source = opened(uri, tmp_path / str(number))
+            assert [row for _, row in rows_of(source)] == ROWS * 100
+        monkeypatch.setattr("raymem.training.data.sources.remote.RETRY_FOR_S", 0.1)
+        proxy.away()
+        with pytest.raises(TransientStorageError, match=r"^data\.train\[0\]\.path=.* cannot be read .*tried for"):
+            opened(uri, tmp_path / "never")
+    said = [record for record in caplog.records if record.name == "raymem.storage.retry"]
+    assert len(said) == 5, "two outages began and ended, one did not end"
 
 
 def test_splits_of_a_folder(bucket: Bucket, tmp_path: Path) -> None:

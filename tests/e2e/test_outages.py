@@ -1,0 +1,132 @@
+"""A run whose bucket goes away, between checkpoints and in the middle of one, ends as one whose bucket did not."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raymem.errors import TransientStorageError
+from raymem.recipe.schema import Recipe
+from raymem.runs.train import launch
+from raymem.storage.storage import Storage
+from raymem.training.reporter import Row
+from tests.helpers.faulty_proxy import FaultyProxy, proxy_before
+from tests.helpers.support import make_recipe, run_fragment
+
+CHECKPOINT_REQUESTS = 6
+"""Some of the requests of writing a checkpoint, so that what comes after them is in its middle."""
+
+
+@pytest.fixture
+def proxy(s3_uri: str) -> Iterator[FaultyProxy]:
+    with proxy_before(s3_uri) as before:
+        yield before
+
+
+def recipe_on(storage: str, llama: Path, examples: Path, steps: int, **storage_keys: object) -> Recipe:
+    places = run_fragment(examples, Path("/unused"), evaluated=True)
+    changes = {
+        "name": "run",
+        "train": {"steps": steps, "save_every": 3},
+        "storage": {"path": storage, **storage_keys},
+    }
+    return make_recipe(places, changes, model=llama)
+
+
+def result(storage: Storage, folder: Path) -> bytes:
+    storage.download_dir("run/adapter", folder, last="raymem.json")
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def undisturbed(llama: Path, examples: Path, tmp_path: Path) -> bytes:
+    launch(recipe_on(str(tmp_path / "disk"), llama, examples, 9))
+    return (tmp_path / "disk" / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_when_its_bucket_is_back(
+    proxy: FaultyProxy, s3_uri: str, llama: Path, examples: Path, tmp_path: Path, undisturbed: bytes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    remote = Storage.open(s3_uri).child(tmp_path.name)
+
+    def disturb(rows: Sequence[Row]) -> None:
+        if rows[-1]["step"] == 2:
+            proxy.away(for_s=3.0)
+        if rows[-1]["step"] == 5:
+            proxy.away("reset", after=CHECKPOINT_REQUESTS, for_s=3.0)
+
+    launch(recipe_on(proxy.uri(remote.path), llama, examples, 9), listeners=[disturb])
+    assert result(remote, tmp_path / "fetched") == undisturbed
+    assert remote.list_dirs("run/checkpoints") == ["step_00000006", "step_00000009"]
+    said = [record.getMessage() for record in caplog.records if record.name == "raymem.storage.retry"]
+    assert ["is back after" in line for line in said] == [False, True, False, True]
+    assert "cannot delete" in said[0] or "cannot list" in said[0] or "cannot write" in said[0]
+
+
+def test_what_is_away_too_long_stops_the_run_and_is_resumed(
+    proxy: FaultyProxy, s3_uri: str, llama: Path, examples: Path, tmp_path: Path, undisturbed: bytes
+) -> None:
+    remote = Storage.open(s3_uri).child(tmp_path.name)
+    recipe = recipe_on(proxy.uri(remote.path), llama, examples, 9, retry_for=0.5)
+
+    def disturb(rows: Sequence[Row]) -> None:
+        if rows[-1]["step"] == 5:
+            proxy.away("reset", after=CHECKPOINT_REQUESTS)
+
+    with pytest.raises(TransientStorageError, match=r"^storage: cannot .*run/checkpoints/step_00000006.*tried for"):
+        launch(recipe, listeners=[disturb])
+    proxy.back()
+    assert launch(recipe).outcome.started_at == 3
+    assert result(remote, tmp_path / "fetched") == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_minute_without_the_bucket(
+    workers: int, proxy: FaultyProxy, s3_uri: str, llama: Path, examples: Path, tmp_path: Path
+) -> None:
+    """Between two checkpoints, and in the middle of one; the command's own Ray has the worker."""
+    remote = Storage.open(s3_uri).child(tmp_path.name)
+    steps = 600
+    recipe = recipe_on(proxy.uri(remote.path), llama, examples, steps).to_dict()
+    recipe["train"]["save_every"] = 100
+    straight = {**recipe, "storage": {"path": str(tmp_path / "disk")}}
+    recipe["scaling"]["num_workers"] = workers
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    launch(Recipe.model_validate(straight))
+
+    def disturb() -> None:
+        wait_for(remote, "run/checkpoints/step_00000100/manifest.json")
+        proxy.away(for_s=60.0)
+        wait_for(remote, "run/checkpoints/step_00000300/manifest.json")
+        proxy.away("refuse", after=CHECKPOINT_REQUESTS, for_s=60.0)
+
+    threading.Thread(target=disturb, daemon=True).start()
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "raymem", "train", str(tmp_path / "run.yaml")],
+        env={**os.environ, "TMPDIR": "/tmp"}, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - began > 120
+    assert f"trained {steps} steps: loss" in done.stdout, "no session was restarted"
+    print(done.stdout, done.stderr)
+    assert len(re.findall("trying again for up to 5 min", done.stdout + done.stderr)) == 2
+    assert len(re.findall("is back after", done.stdout + done.stderr)) == 2
+    on_disk = (tmp_path / "disk" / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert result(remote, tmp_path / "fetched") == on_disk
+
+
+def wait_for(storage: Storage, name: str) -> None:
+    while not storage.exists(name):
+        time.sleep(0.05)
