@@ -12,6 +12,7 @@ import json
 import platform
 import queue
 import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -74,7 +75,7 @@ def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path)
             case, fault, _ = draw_round(seed, kinds, arena)
             began = time.monotonic()
             try:
-                record = dataclasses.asdict(run_round(seed, case, fault, arena))
+                record = {**dataclasses.asdict(run_round(seed, case, fault, arena)), "commit": _commit()}
             except Exception:
                 print(f"{seed}: the harness itself failed:\n{traceback.format_exc()}", flush=True)
                 continue
@@ -97,6 +98,11 @@ def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path)
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 def _facts() -> dict[str, str]:

@@ -20,8 +20,6 @@ from typing import Any
 
 MARK = "RAYMEM_FAULTS_ROUND"
 """Environment variable that tells which round a process belongs to."""
-TEAM = 65100
-"""Group of the users that sessions may run as."""
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "os.truncate"}
 
 
@@ -219,10 +217,10 @@ def _become(spec: Spec) -> None:
     os.dup2(log, 2)
     os.close(log)
     if spec.uid is not None:
-        os.umask(0o002)
-        os.setgroups([TEAM])
-        os.setgid(spec.uid)
-        os.setuid(spec.uid)
+        from tests.helpers import users
+
+        users._open_way(Path(sys.base_prefix))
+        users.become(users.User(spec.uid, 0o022, Path(f"/tmp/raymem-faults-home-{spec.uid}")))
     os.environ.update(spec.environment)
     os.chdir(spec.folder)
     tempfile.tempdir = None

@@ -10,7 +10,8 @@ from raymem.storage.storage import Storage
 from tests.faults.arena import digest_of
 from tests.faults.cases import NAME, Case
 from tests.faults.fault import Fault
-from tests.faults.sessions import TEAM, Session
+from tests.faults.sessions import Session
+from tests.helpers.users import TEAM
 
 if TYPE_CHECKING:
     from tests.faults.arena import Arena
@@ -36,6 +37,7 @@ class TwoUsers(Fault):
         round_.folder.chmod(0o755)
         (round_.folder / "tmp").chmod(0o1777)
         round_.environment["RAYMEM_CACHE"] = str(round_.folder / "tmp" / "raymem-cache-of-plans")
+        round_.folder.parent.chmod(0o755)
         round_.uid = FIRST
         round_.detail = stat.filemode(mode)
 
