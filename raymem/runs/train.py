@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from raymem.errors import BudgetExceeded, RaymemError
 from raymem.memory.budget import Exceeds, bytes_text, parse_bytes
@@ -21,16 +19,18 @@ from raymem.runs.prepare import prepare
 from raymem.runs.resolve import note_start, planned_recipes, resolve
 from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import TrainResult
-from raymem.storage.storage import Storage
 from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.training.artifacts.export import artifact_name
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.packed.shards import Prepared
+from raymem.training.history import read_history
 from raymem.training.job import PreparedRun
 from raymem.training.reporter import Listener, Row
 from raymem.training.resume_rules import check_identity, identity_of
 
 log = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions)
     if checkpoint is not None:
         check_identity(checkpoint.identity, identity_of(prepared.recipe, prepared.train_data), run.run.path)
         options.status(f"resuming from step {checkpoint.step}")
+    earlier = [] if checkpoint is None else read_history(run.run, checkpoint.step)
     predicted = _predicted_bytes(run, options)
     if options.fresh:  # only now: a recipe that was refused above leaves the earlier run where it is
         set_aside(run.storage, run.recipe.name)
@@ -114,19 +115,25 @@ def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions)
             parent_run_id=None if options.sweep is None else options.sweep.parent_run_id,
         )
     )
-    return _train_tracked(run, prepared, predicted, tracker, options)
+    return _train_tracked(run, prepared, predicted, tracker, options, earlier)
 
 
 def _train_tracked(
-    run: ResolvedRun, prepared: PreparedRun, predicted: int | None, tracker: Tracker, options: TrainOptions
-) -> TrainResult:
-    """Train, and end the tracked run in every case."""
+    run: ResolvedRun, prepared: PreparedRun, predicted: int | None, tracker: Tracker, options: TrainOptions,
+    earlier: Sequence[Row],
+) -> TrainResult:  # fmt: skip
+    """Train, and end the tracked run in every case.
+
+    Args:
+        earlier: rows of the sessions before, of which a driver that was killed may have logged less.
+    """
     rows: list[Row] = []
     try:
+        _log(tracker, earlier)
         began = time.perf_counter()
-        outcome = run.backend.train(prepared, tracker, [rows.extend, *options.listeners, _history_file(run.run)])
+        outcome = run.backend.train(prepared, tracker, [rows.extend, *options.listeners])
         train_s = time.perf_counter() - began
-        tracker.log(rows)  # mends what an outage swallowed; what is there already is left out
+        _log(tracker, rows)  # mends what an outage swallowed; what is there already is left out
         if predicted is not None and outcome.peak_bytes is not None:
             tracker.log([{"step": outcome.steps, "predicted_peak_bytes": predicted}])
             if options.sweep is None:
@@ -138,10 +145,16 @@ def _train_tracked(
             with local_copy(outcome.artifact) as artifact:
                 tracking = tracker.finish("FINISHED", {name: artifact}, model=name)
     except BaseException as error:
-        tracker.log(rows)
+        _log(tracker, rows)
         tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     return TrainResult(outcome, tracking, run.recipe, predicted, train_s)
+
+
+def _log(tracker: Tracker, rows: Sequence[Row]) -> None:
+    """Log many rows, in parts that a tracker can hold when its server is away."""
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        tracker.log(rows[start : start + _ROWS_AT_ONCE])
 
 
 def _predicted_bytes(run: ResolvedRun, options: TrainOptions) -> int | None:
@@ -190,20 +203,3 @@ def build_demo(recipe: Recipe, status: Status) -> None:
             status(f"pre-training the demo model: step {step}/{total}, loss {rows[-1]['loss']:.2f}")
 
     launch(recipe, listeners=[progress], status=lambda text: None)
-
-
-def _history_file(run_storage: Storage) -> Listener:
-    """Append rows to ``metrics.jsonl`` in a local run directory; of a replayed step the last row counts."""
-    path = Path(run_storage.root) / "metrics.jsonl"
-
-    def write(rows: Sequence[Row]) -> None:
-        try:
-            with path.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        except OSError as error:  # a log is no reason to lose a run; a full disk stops it at the next checkpoint
-            log.warning("%s: cannot be written: %s", path, error.strerror)
-
-    if not run_storage.is_local:
-        return lambda rows: None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write

@@ -45,17 +45,17 @@ class Outage:
         Raises:
             TransientStorageError: it is over; says how long that was.
         """
-        now = time.monotonic()
+        now, sentence = time.monotonic(), str(error).rstrip(".")
         if self._began is None:
             if self._retry_for_s <= 0:
                 raise error
             self._began = now
-            log.warning("%s; trying again for up to %s", str(error).rstrip("."), _text(self._retry_for_s))
+            log.warning("%s; trying again for up to %s", sentence, _text(self._retry_for_s))
         left_s = self._began + self._retry_for_s - now
         if left_s <= 0:
             raise TransientStorageError(
-                f"{str(error).rstrip('.')}; this was tried for {_text(now - self._began)}: run the same command again when the storage "
-                "is back, which resumes from the last checkpoint, or raise storage.retry_for"
+                f"{sentence}; this was tried for {_text(now - self._began)}: run the same command again when the "
+                "storage is back, which resumes from the last checkpoint, or raise storage.retry_for"
             ) from error
         time.sleep(min(left_s, self._wait_s * _random.uniform(0.5, 1.0)))
         self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)

@@ -156,10 +156,13 @@ class Storage:
         """Parse a JSON file that holds an object. Raises StorageError, also if a field is of another type."""
         return json_files.as_object(self.read_json(name), self.join(name), StorageError, cure or _DAMAGED, fields)
 
-    @retried
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file that is seen either whole or not at all. Raises StorageError."""
-        data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    @retried
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a small file that is seen either whole or not at all. Raises StorageError."""
         with self._explained("write", name):
             self._put(name, data)
 

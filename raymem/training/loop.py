@@ -26,6 +26,7 @@ from raymem.training.data.packed.sampler import Sampler
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.dist_env import DistEnv, bucket_bytes, replicate
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
+from raymem.training.history import History
 from raymem.training.hooks import hooks_of, metrics_of, resume_hooks, states_of, view_of
 from raymem.training.manifest import Manifest
 from raymem.training.model.build import build_model
@@ -90,6 +91,7 @@ class _Session:
         self.recipe, self.dist_env, self.run_storage, self.reporter = recipe, dist_env, run_storage, reporter
         self.identity = identity_of(recipe, train_data)
         self.checkpoints = Checkpoints(run_storage, dist_env)
+        self.history = History(run_storage)
         self.rows = PackedRows(train_data.directories)
         self.eval_rows = None if eval_data is None else evaluation_rows(eval_data)
         self.sampler = Sampler(recipe.seed, self.rows.sizes_and_weights, recipe.train.global_batch)
@@ -111,6 +113,7 @@ class _Session:
         self.hooks = hooks_of(self.recipe, self.unwrapped)
         self.view = view_of(self.unwrapped, self._micro_batches, mixed=self.mixed)
         start = self._resume()
+        self.dist_env.on_main(lambda: self.history.begin(start))
         self.total_steps = max(start, self.total_steps)  # a run that is longer already stays what it is
         self.model = self.unwrapped if self.dist_env.sharded else replicate(self.unwrapped, self.dist_env)
         row: Row = {}
@@ -124,6 +127,8 @@ class _Session:
             if self._is_evaluated(done):
                 row |= self._evaluate()
             self.recent.append(row)
+            if self.dist_env.is_main:
+                self.history.add(row)
             self.reporter.log(row)
             if self._due(done, self.save_every):
                 self._save(done)
@@ -238,6 +243,7 @@ class _Session:
         eval_loss = self.eval_loss if self._is_evaluated(done) else None
         # Delivered before the checkpoint is: whatever the last report did not carry is in the manifest.
         self.reporter.flush()
+        self.dist_env.on_main(self.history.save)
         manifest = Manifest(
             done, self.identity, self.recipe.to_dict(), eval_loss, self.recent, states_of(self.hooks),
             self.peak_bytes, self._elapsed_s(),

@@ -52,8 +52,7 @@ class FaultyProxy:
         self._absence: Absence | None = None
         self._error: tuple[int, str, str] = _ERRORS[500]
         self._rate = self._delay_s = 0.0
-        self._until_away = 0
-        self._then: Callable[[], None]
+        self._later: tuple[str, Callable[[], None]] | None = None
         self._timer = threading.Timer(0, self.back)
         self._wake = threading.Event()
         # Bound and not listening: it keeps the port while nobody listens there.
@@ -82,15 +81,15 @@ class FaultyProxy:
         host, port = self._server_address
         return uri.replace(f"endpoint_override={host}:{port}", f"endpoint_override={self.address}")
 
-    def away(self, how: Absence = "refuse", *, after: int = 0, for_s: float | None = None) -> None:
+    def away(self, how: Absence = "refuse", *, at: str | None = None, for_s: float | None = None) -> None:
         """Be unreachable: refuse connections, reset each in the middle of its answer, or never answer.
 
         Args:
-            after: requests that are passed on before.
+            at: the first request that names this is the first that fails.
             for_s: seconds until it is back by itself.
         """
-        if after:
-            self._until_away, self._then = after + 1, partial(self.away, how, for_s=for_s)
+        if at is not None:
+            self._later = at, partial(self.away, how, for_s=for_s)
             return
         self._timer.cancel()
         if for_s is not None:
@@ -105,7 +104,7 @@ class FaultyProxy:
     def back(self) -> None:
         """End every fault, also one that is still to come."""
         self._timer.cancel()
-        self._until_away = 0
+        self._later = None
         self._absence, self._rate, self._delay_s = None, 0.0, 0.0
         self._wake.set()
         self._listen()
@@ -149,13 +148,13 @@ class FaultyProxy:
 
     def _answer(self, handler: _Handler) -> None:
         """Answer one request, or fail as was commanded."""
-        body = _body_of(handler)
+        body, begin = _body_of(handler), None
         with self._lock:
             self.requests += 1
-            self._until_away -= 1
-            leaves = self._until_away == 0
-        if leaves:
-            self._then()
+            if self._later is not None and self._later[0] in handler.path:
+                begin, self._later = self._later[1], None
+        if begin is not None:
+            begin()
         with self._lock:
             fails = self._random.random() < self._rate
             self.failed += fails or self._absence is not None

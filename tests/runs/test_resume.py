@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import functools
 import os
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
+import yaml
 
 from raymem.runs.train import launch
 from tests.helpers.ray_processes import KillOnce, RayHead
@@ -131,6 +137,36 @@ def test_elastic_group_goes_on_with_what_is_there(
     assert killer.killed is not None
     elastic, alone = losses(storage / "elastic"), losses(storage / "alone")
     torch.testing.assert_close(torch.tensor(elastic), torch.tensor(alone), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_sigkill_of_the_driver_loses_no_history(
+    seed: int, cluster: RayHead, llama: Path, examples: Path, tmp_path: Path
+) -> None:
+    """Twice, at random steps, between two polls or not: each step has its line, and its value in MLflow."""
+    total, chance = 60, random.Random(seed)
+    train = {"steps": total, "save_every": 4, "schedule": "constant"}
+    recipe = ray_recipe(llama, examples, tmp_path, "driven", scaling=LAYOUTS["ddp-1"], train=train, tracking="mlflow")
+    (tmp_path / "driven.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    history = tmp_path / "driven" / "metrics.jsonl"
+    for least, most in ((5, 20), (30, 45)):
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "raymem", "train", str(tmp_path / "driven.yaml")], env=cluster.client_env(),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        step = chance.randint(least, most)
+        while driver.poll() is None and (not history.exists() or history.read_bytes().count(b"\n") < step):
+            time.sleep(0.002)
+        assert driver.poll() is None, "it ended before it was killed"
+        driver.kill()
+        driver.wait()
+    finished = launch(recipe)
+    assert finished.outcome.started_at >= 28
+    seen = losses(tmp_path / "driven")
+    assert len(seen) == total
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    values = {point.step: point.value for point in client.get_metric_history(str(finished.run_id), "loss")}
+    assert [values.get(step) for step in range(1, total + 1)] == seen
 
 
 def test_error_of_the_user_reaches_the_driver_without_retries(
