@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import secrets
+import socket
+import time
+from collections.abc import Iterator
 
 import ray
 
+from raymem.cluster import local
 from raymem.cluster.jobs.client import knock
-from raymem.errors import ClusterError
+from raymem.errors import ClusterError, RaymemError
 from raymem.recipe.schema import ScalingSection
+from raymem.recipe.text import cut
 
-_QUIET = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
-"""Turns off Ray's collection for its dashboard: on a laptop nobody looks, and it costs cores that train."""
+log = logging.getLogger(__name__)
+
+_HEAD_CHECK_EVERY_S = 5.0
 
 
 def connect(scaling: ScalingSection) -> None:
@@ -39,29 +45,83 @@ def connect(scaling: ScalingSection) -> None:
                     knock(address, "RAY_ADDRESS")
                 ray.init(address=address, **options)
             else:
-                _private_token()
-                for name, value in _QUIET.items():
-                    os.environ.setdefault(name, value)
-                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor; nobody takes this node
-                ray.init(address="local", include_dashboard=False, **options)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            where = f"RAY_ADDRESS={address}" if address else "a local cluster"
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise ClusterError(
-                f"{where}: Ray cannot be reached ({reason}); check the address, that the head is up, and with token "
-                "authentication RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH; `raymem doctor` looks at each"
-            ) from None
+                local.start(**options)
+        except ClusterError:
+            raise
+        except Exception as error:  # ConnectionError, RuntimeError, ValueError, Ray's own, and bare ones
+            raise ClusterError(_not_connected(error, address)) from None
     _check_room(scaling)
 
 
-def _private_token() -> None:
-    """Give the local cluster a token of its own.
+def _not_connected(error: Exception, address: str | None) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if address:
+        return (
+            f"RAY_ADDRESS={address}: Ray cannot be reached ({reason}); check the address, that the head is up, and "
+            "with token authentication RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH; `raymem doctor` looks at each"
+        )
+    return (
+        f"a local cluster: Ray did not start ({reason}); this machine may be too busy or short of memory or disk: try "
+        "again when it is less so, or set scaling.num_workers: 0 to train without Ray"
+    )
 
-    Ray would otherwise write one into the home directory, readable by all, or fail where that is read-only. The mode
-    itself is left to Ray, which turns authentication on for local clusters unless RAY_AUTH_MODE says otherwise.
+
+@contextlib.contextmanager
+def named_losses(what: str) -> Iterator[None]:
+    """Raise a user's error of a task as it is, and say in one sentence what it means that Ray has lost something.
+
+    Raises:
+        ClusterError: a process of Ray or a node has gone, for which Ray itself tried no longer.
     """
-    if os.environ.get("RAY_AUTH_MODE", "token") == "token":
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaymemError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        text = " ".join(str(error).split())
+        raise ClusterError(
+            f"{what} was lost with a process of Ray or its node ({type(error).__name__}: {cut(text, 300)}); what is "
+            "done is kept: run the same command again, on a machine with more memory if it ran out"
+        ) from error
+
+
+class HeadCheck:
+    """Says that the head of the cluster has gone: Ray then ends this process, after a minute, and leaves no time to.
+
+    Args:
+        address: of the head, as ``host:port``.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._where = (host, int(port))
+        self._next, self._missed = time.monotonic(), 0
+
+    def look(self) -> None:
+        """Try to connect, now and then; a head that is missed for the third time in a row has gone."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _HEAD_CHECK_EVERY_S
+        try:
+            socket.create_connection(self._where, timeout=_HEAD_CHECK_EVERY_S).close()
+            self._missed = 0
+        except OSError as error:
+            self._missed += 1
+            if self._missed == 3:
+                log.warning(
+                    "Ray's head at %s:%d does not answer (%s); this process ends in a minute if it does not come back. "
+                    "The last checkpoint is kept: run the same command again to resume, on a machine with more memory "
+                    "if it ran out",
+                    *self._where,
+                    error,
+                )
+
+
+def session_directory() -> str:
+    """Return the directory of Ray's session on this node, which goes with a local cluster."""
+    return str(ray._private.worker.global_worker.node.get_session_dir_path())
 
 
 def worker_resources(scaling: ScalingSection) -> dict[str, float]:

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from raymem.errors import RaymemError
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import ScalingSection
 
@@ -24,14 +23,11 @@ def ray_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[R
         return [function(items[0])]
     import ray
 
+    from raymem.cluster.connection import named_losses
+
     remote = ray.remote(num_cpus=1)(function_of).options(max_retries=3)
-    references = [remote.remote(function, item, registered()) for item in items]
-    try:
-        return ray.get(references)  # type: ignore[no-any-return]
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RaymemError):
-            raise error.cause from None
-        raise
+    with named_losses("a task"):
+        return ray.get([remote.remote(function, item, registered()) for item in items])  # type: ignore[no-any-return]
 
 
 def function_of(function: Callable[[Item], Result], item: Item, kinds: Mapping[str, Mapping[str, str]]) -> Result:
@@ -50,21 +46,17 @@ def call_as_worker(
     """Make one call as a Ray task with the resources of one worker; plain data in, plain values out."""
     import ray
 
-    from raymem.cluster.connection import worker_resources
+    from raymem.cluster.connection import named_losses, worker_resources
 
     resources = worker_resources(scaling)
     threads = max(1, int(resources.get("CPU", 1)))
     names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
     options: dict[str, Any] = {option: resources.pop(kind) for kind, option in names.items() if kind in resources}
     options["resources"] = resources
-    try:
-        task = ray.remote(_with_threads).options(**options)
+    task = ray.remote(_with_threads).options(**options)
+    with named_losses("the work of one worker"):
         result: Result = ray.get(task.remote(function, config, threads, registered()))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RaymemError):
-            raise error.cause from None
-        raise
-    return result
+        return result
 
 
 def _with_threads(

@@ -113,12 +113,20 @@ class ScalingSection(RecipeModel):
     """Ray resources; by default one GPU, or an equal share of all CPU cores."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker crashes that are survived by restarting from the last checkpoint; -1 is no limit."""
+    hang_timeout: Duration | None = "10m"
+    """A worker of Ray that gets no further for that long in a step, or in a batch of an evaluation, is named with its
+    stack and killed, which counts as a crash; ``90s``, ``10m``, ``1.5h`` or seconds. Null waits for ever."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ScalingSection:
         if self.least_workers > self.most_workers:
             raise ValueError(f"scaling.num_workers is [min, max], got [{self.least_workers}, {self.most_workers}]")
         return self
+
+    @property
+    def hang_timeout_s(self) -> float | None:
+        """``hang_timeout`` in seconds."""
+        return None if self.hang_timeout is None else parse_duration(self.hang_timeout)
 
     @property
     def least_workers(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -53,14 +53,22 @@ def evaluation_rows(prepared: Prepared) -> EvaluationRows:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, rows: EvaluationRows, dist_env: DistEnv, *, micro_batch: int, mixed: bool) -> Evaluation:
-    """Evaluate this rank's share and return the whole result. Collective."""
+def evaluate(
+    model: nn.Module, rows: EvaluationRows, dist_env: DistEnv, *, micro_batch: int, mixed: bool,
+    progress: Callable[[], None] = lambda: None,
+) -> Evaluation:  # fmt: skip
+    """Evaluate this rank's share and return the whole result. Collective.
+
+    Args:
+        progress: called before each batch.
+    """
     sets = rows if isinstance(rows, Mapping) else {"": rows}
     was_training = model.training
     model.eval()
     totals = torch.zeros(len(sets), dtype=torch.float64, device=dist_env.device)
     for index, part in enumerate(sets.values()):
         for batch in eval_batches(part, dist_env.rank, dist_env.world_size, micro_batch):
+            progress()
             totals[index] += forward_loss_sum(model, batch.to(dist_env.device), mixed=mixed).double()
     model.train(was_training)
     if dist_env.world_size > 1:

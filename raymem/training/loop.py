@@ -118,6 +118,8 @@ class _Session:
         self.model = self.unwrapped if self.dist_env.sharded else replicate(self.unwrapped, self.dist_env)
         row: Row = {}
         for step in range(start, self.total_steps):
+            # The first step of a session also compiles and allocates: nobody knows how long that takes.
+            self.reporter.progress(f"step {step + 1}", brief=step > start)
             with first_step(self.unwrapped, is_first=step == start), self._failures_named(step):
                 self._seed(step)
                 for hook in self.hooks:
@@ -125,7 +127,7 @@ class _Session:
                 row = self._step(step, first=start)
             done = step + 1
             if self._is_evaluated(done):
-                row |= self._evaluate()
+                row |= self._evaluate(done)
             self.recent.append(row)
             if self.dist_env.is_main:
                 self.history.add(row)
@@ -133,6 +135,7 @@ class _Session:
             if self._due(done, self.save_every):
                 self._save(done)
         self.reporter.flush()
+        self.reporter.progress("the export of the result", brief=False)
         exported = self._load_best() if self.recipe.storage.keep == "best" else self.total_steps
         facts = {"step": exported, "eval_loss": self.eval_loss, "peak_bytes": self.peak_bytes}
         artifact = export_final(self.unwrapped, self.recipe, self.dist_env, self.run_storage, facts)
@@ -232,10 +235,12 @@ class _Session:
         share = rank_batches(self.rows, ids, self.dist_env.rank, self.dist_env.world_size, micro_batch)
         return [(batch.to(self.dist_env.device), global_targets(self.rows, ids)) for batch in share]
 
-    def _evaluate(self) -> Row:
+    def _evaluate(self, done: int) -> Row:
         assert self.eval_rows is not None
-        micro_batch = self.recipe.train.rows_per_pass
-        evaluation = evaluate(self.model, self.eval_rows, self.dist_env, micro_batch=micro_batch, mixed=self.mixed)
+        evaluation = evaluate(
+            self.model, self.eval_rows, self.dist_env, micro_batch=self.recipe.train.rows_per_pass, mixed=self.mixed,
+            progress=lambda: self.reporter.progress(f"the evaluation after step {done}"),
+        )  # fmt: skip
         self.eval_loss = evaluation.loss
         return evaluation.metrics
 
@@ -244,6 +249,7 @@ class _Session:
         # Delivered before the checkpoint is: whatever the last report did not carry is in the manifest.
         self.reporter.flush()
         self.dist_env.on_main(self.history.save)
+        self.reporter.progress(f"the checkpoint of step {done}", brief=False)
         manifest = Manifest(
             done, self.identity, self.recipe.to_dict(), eval_loss, self.recent, states_of(self.hooks),
             self.peak_bytes, self._elapsed_s(),

@@ -22,6 +22,14 @@ class Reporter(Protocol):
     def flush(self) -> None:
         """Deliver everything; called at checkpoints and at the end, on every rank."""
 
+    def progress(self, what: str, *, brief: bool = True) -> None:
+        """Learn what this rank does from now on; it must be cheap, since each step and evaluated batch calls it.
+
+        Args:
+            what: for people, such as ``step 12``.
+            brief: whether it must be over within ``scaling.hang_timeout``.
+        """
+
 
 class LocalReporter:
     """Hands rows to listeners in this process, at once: a progress display, a tracking sink."""
@@ -34,4 +42,7 @@ class LocalReporter:
             listener([row])
 
     def flush(self) -> None:
+        pass
+
+    def progress(self, what: str, *, brief: bool = True) -> None:
         pass

@@ -133,11 +133,11 @@ def workers_of(head: RayHead) -> list[psutil.Process]:
 
 
 class KillOnce(threading.Thread):
-    """SIGKILL one worker as soon as a run has a checkpoint."""
+    """SIGKILL, or another signal, to one worker as soon as a run has a checkpoint."""
 
-    def __init__(self, head: RayHead, run: Path) -> None:
+    def __init__(self, head: RayHead, run: Path, sent: signal.Signals = signal.SIGKILL) -> None:
         super().__init__(daemon=True)
-        self.head, self.run_directory = head, run
+        self.head, self.run_directory, self.sent = head, run, sent
         self.killed: int | None = None
 
     def run(self) -> None:
@@ -148,6 +148,6 @@ class KillOnce(threading.Thread):
                 if not workers:  # looked for early and seldom: that takes longer than some steps
                     workers = workers_of(self.head)
                 elif list(self.run_directory.glob("checkpoints/step_*/manifest.json")):
-                    workers[-1].send_signal(signal.SIGKILL)
+                    workers[-1].send_signal(self.sent)
                     self.killed = workers[-1].pid
             time.sleep(0.01 if workers else 0.5)

@@ -67,6 +67,9 @@ def refusal(*fragments: dict[str, Any]) -> str:
         ({"scaling": {"num_workers": [3, 1]}}, ["scaling.num_workers is [min, max], got [3, 1]"]),
         ({"scaling": {"num_workers": -1}}, ["scaling.num_workers: -1"]),
         ({"scaling": {"num_workers": [0, 1]}}, ["scaling.num_workers[0]: 0"]),
+        ({"scaling": {"hang_timeout": "1:30"}}, ["scaling.hang_timeout", "'1:30' is no time; write it as 90s, 10m"]),
+        ({"scaling": {"hang_timeout": 0}}, ["scaling.hang_timeout", "outside (0, 30d]"]),
+        ({"scaling": {"hang_timeout": True}}, ["scaling.hang_timeout: True"]),
     ],
     ids=str,
 )
@@ -301,3 +304,10 @@ def test_a_packaged_recipe_is_found_by_name() -> None:
     assert packaged_recipe("quickstart").is_file()
     with pytest.raises(RecipeError, match="no recipe named 'quikstart' ships with raymem; did you mean 'quickstart'"):
         packaged_recipe("quikstart")
+
+
+@pytest.mark.parametrize(("written", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), (45, 45), (None, None)])
+def test_times_are_written_as_people_do(written: Any, seconds: float | None) -> None:
+    recipe = parse_recipe(merged(PLAIN, {"scaling": {"hang_timeout": written}}))
+    assert recipe.scaling.hang_timeout_s == seconds
+    assert parse_recipe(recipe.to_dict()) == recipe

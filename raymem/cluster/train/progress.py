@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raymem.cluster.connection import HeadCheck
+from raymem.cluster.train.failures import first_rank
+from raymem.cluster.train.pulse import Beat, Pulse
 from raymem.errors import RaymemError
 from raymem.recipe.axes import register_again
 from raymem.tracking import Tracker, attach_tracker
@@ -25,18 +28,23 @@ REPORT_EVERY_S = 5.0
 
 @ray.remote(num_cpus=0)
 class MetricsMailbox:
-    """A small actor between controller and driver: metric rows, and the error that ends a run for good."""
+    """A small actor on the driver's node: metric rows, beats, failures, and the error that ends a run for good."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
+        self._dropped = 0
         self._error: RaymemError | None = None
+        self._beats: dict[int, Beat] = {}
+        self._failures: list[int] = []
 
     def push(self, rows: Sequence[Row]) -> None:
         self._rows += rows
 
-    def take(self) -> list[Row]:
-        rows, self._rows = self._rows, []
-        return rows
+    def rows(self, received: int) -> list[Row]:
+        """Return the rows behind the first ``received`` ones, which the driver has and are dropped here."""
+        del self._rows[: received - self._dropped]
+        self._dropped = received
+        return self._rows
 
     def fail(self, error: RaymemError) -> None:
         """Remember the user's error: Ray would retry it like a crash, and it would only come again."""
@@ -44,6 +52,23 @@ class MetricsMailbox:
 
     def error(self) -> RaymemError | None:
         return self._error
+
+    def beat(self, beat: Beat, done: bool) -> None:
+        """Take what a rank says of itself; of one that is done nothing more is expected."""
+        self._beats[beat.rank] = beat
+        if done:
+            del self._beats[beat.rank]
+
+    def beats(self) -> dict[int, Beat]:
+        return self._beats
+
+    def failed(self, rank: int) -> None:
+        """Count a failure of the group, which began with ``rank`` and ends all of its processes."""
+        self._failures.append(rank)
+        self._beats = {}
+
+    def failures(self) -> list[int]:
+        return self._failures
 
 
 def new_mailbox() -> Any:
@@ -70,8 +95,12 @@ class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
             kind, spec, outside = self._tracking
             register_again(outside)
             self._tracker = attach_tracker(kind, spec)
-        self._mailbox.push.remote(rows)
+        # Waited for, so that a mailbox that has died ends the run: rows would be lost without a word.
+        ray.get(self._mailbox.push.remote(rows))
         self._tracker.log(rows)
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        self._mailbox.failed.remote(first_rank(worker_exceptions))
 
 
 class RayReporter:
@@ -81,8 +110,9 @@ class RayReporter:
     and tells the others.
     """
 
-    def __init__(self, dist_env: DistEnv) -> None:
+    def __init__(self, dist_env: DistEnv, pulse: Pulse) -> None:
         self._dist_env = dist_env
+        self._pulse = pulse
         self._rows: list[Row] = []
         self._next_step = 0.0
         self._last_report = (0.0, time.monotonic())
@@ -96,6 +126,7 @@ class RayReporter:
         if not self._rows:
             return
         step = self._rows[-1]["step"]
+        self._pulse.report()
         ray.train.report({"rows": self._rows if self._dist_env.is_main else []})
         self._rows = []
         last_step, last_time = self._last_report
@@ -106,6 +137,9 @@ class RayReporter:
         self._next_step = step + float(ahead)
         self._last_report = (step, time.monotonic())
 
+    def progress(self, what: str, *, brief: bool = True) -> None:
+        self._pulse.progress(what, brief)
+
 
 class MetricsPoller:
     """Reads the mailbox in a thread while the driver waits for the run."""
@@ -113,6 +147,8 @@ class MetricsPoller:
     def __init__(self, mailbox: Any, listeners: Sequence[Listener]) -> None:
         self._mailbox = mailbox
         self._listeners = listeners
+        self._received = 0
+        self._head = HeadCheck(ray.get_runtime_context().gcs_address)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -128,11 +164,13 @@ class MetricsPoller:
     def _watch(self) -> None:
         while not self._done.wait(0.5):
             self._deliver()
+            self._head.look()
 
     def _deliver(self) -> None:
         try:
-            rows = ray.get(self._mailbox.take.remote(), timeout=10)
+            rows = ray.get(self._mailbox.rows.remote(self._received), timeout=10)
         except ray.exceptions.RayError:
             return  # the cluster is going away; the run itself will say so
+        self._received += len(rows)
         for listener in self._listeners if rows else ():
             listener(rows)

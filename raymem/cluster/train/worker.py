@@ -10,7 +10,8 @@ import ray.train.torch
 import torch
 
 from raymem.cluster.train.progress import RayReporter
-from raymem.errors import RaymemError
+from raymem.cluster.train.pulse import Pulse
+from raymem.errors import RaymemError, TransientStorageError
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
@@ -50,13 +51,17 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if recipe.scaling.use_gpu else None
+    pulse = Pulse(mailbox, recipe.scaling.hang_timeout_s)
     try:
-        dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
-        storage = recipe.storage.open()
-        train_data = localise(config["train_data"], storage)
-        eval_data = config["eval_data"] and localise(config["eval_data"], storage)
-        run_storage = Storage.open(config["run"], storage.retry_for_s)
-        return run(recipe, dist_env, run_storage, train_data, eval_data, RayReporter(dist_env)).to_dict()
+        with pulse:
+            dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
+            storage = recipe.storage.open()
+            train_data = localise(config["train_data"], storage)
+            eval_data = config["eval_data"] and localise(config["eval_data"], storage)
+            run_storage, reporter = Storage.open(config["run"], storage.retry_for_s), RayReporter(dist_env, pulse)
+            return run(recipe, dist_env, run_storage, train_data, eval_data, reporter).to_dict()
+    except TransientStorageError:
+        raise  # a crash: Ray starts the group again, when the storage may be back
     except RaymemError as error:
         if mailbox is not None:
             ray.get(mailbox.fail.remote(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,14 +25,14 @@ def submit(head: RayHead, recipe: Path, *arguments: str) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, env=head.client_env(), capture_output=True, text=True, timeout=280)
 
 
-def test_a_job_trains_and_a_sigkill_of_its_worker_changes_nothing(
+def test_a_job_trains_and_a_worker_that_hangs_changes_nothing(
     ray_head: RayHead, llama: Path, examples: Path, tmp_path: Path
 ) -> None:
-    """The worker dies at its first checkpoint; the end is bit for bit that of the same loop without Ray."""
+    """The worker is stopped at its first checkpoint, named and killed; the end is bit for bit that without Ray."""
     recipe, run = tmp_path / "job.yaml", tmp_path / "runs" / "job"
-    wanted = ray_recipe(llama, examples, tmp_path / "runs", "job", scaling={"num_workers": 1})
+    wanted = ray_recipe(llama, examples, tmp_path / "runs", "job", scaling={"num_workers": 1, "hang_timeout": "8s"})
     recipe.write_text(yaml.safe_dump(wanted.to_dict()))
-    killer = KillOnce(ray_head, run)
+    killer = KillOnce(ray_head, run, signal.SIGSTOP)
     killer.start()
 
     done = submit(ray_head, recipe)
@@ -40,7 +41,8 @@ def test_a_job_trains_and_a_sigkill_of_its_worker_changes_nothing(
     assert "trained 40 steps (resumed at " in done.stdout, "from a checkpoint"
     assert "Traceback" not in done.stdout
     assert ray_head.token_path.read_text() not in done.stdout + done.stderr
-    assert killer.killed is not None
+    assert f"process {killer.killed}) hangs: no progress for scaling.hang_timeout=8 s" in done.stdout
+    assert "its process is stopped (SIGSTOP)" in done.stdout
 
     untouched = ray_recipe(llama, examples, tmp_path / "untouched", "job", scaling={"num_workers": 0})
     (expected,) = in_processes(train_here, 0, tmp_path / "meet", untouched)

@@ -1,0 +1,135 @@
+"""Starts a Ray cluster of this process's own: on loopback only, with a token, in a directory that goes with it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+log = logging.getLogger(__name__)
+
+_QUIET = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
+"""Turns off Ray's collection for its dashboard: on a laptop nobody looks, and it costs cores that train."""
+_PREFIX = "raymem-ray-"
+_OWNER = "owner"
+"""A file that the owner of a directory holds locked, for as long as its process lives."""
+_MARK = "RAYMEM_RAY_DIRECTORY"
+"""An environment variable of every process of the cluster, whatever it calls itself."""
+
+
+def start(**options: Any) -> None:
+    """Start the cluster and make this process its driver.
+
+    Args:
+        options: of ``ray.init``.
+    """
+    _private_token()
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor; nobody takes this node
+    remove_abandoned()
+    directory = str(_own_directory())
+    with _on_loopback(), _environment(_MARK, directory):
+        ray.init(address="local", include_dashboard=False, _temp_dir=directory, **options)
+
+
+def _private_token() -> None:
+    """Give the cluster a token that exists in this process's environment only.
+
+    Ray would otherwise write one into the home directory, readable by all, or fail where that is read-only. The mode
+    itself is left to Ray, which turns authentication on for local clusters unless RAY_AUTH_MODE says otherwise.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Make Ray's processes listen on 127.0.0.1 only.
+
+    Ray has a switch for this, which is on where it cannot make clusters (macOS, Windows); elsewhere it takes the
+    machine's outer address, even if it is told 127.0.0.1, and listens on every interface.
+    """
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        with _environment(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0"):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for the processes that are started meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+_own: Path | None = None
+
+
+def _own_directory() -> Path:
+    """Return this process's directory for Ray's sockets and logs; it goes when the process ends."""
+    global _own
+    if _own is None or not _own.is_dir():
+        _own = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_base()))
+        # Locked before it has its name: whoever finds it must not think that it was left behind.
+        descriptor, name = tempfile.mkstemp(dir=_own)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.rename(name, _own / _OWNER)
+        atexit.register(_end, _own, os.getpid())
+    return _own
+
+
+def _end(directory: Path, pid: int) -> None:
+    if os.getpid() == pid:  # a fork is not the owner
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _base() -> Path:
+    """Return where directories are made: paths of sockets may have 107 bytes, and many a TMPDIR is longer."""
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp"))  # noqa: S108 - mkdtemp makes it ours alone
+
+
+def remove_abandoned() -> None:
+    """Remove what drivers of this user left that were killed: directories, and processes that outlived them."""
+    for directory in _base().glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if directory.stat().st_uid != os.geteuid():
+                continue
+            with (directory / _OWNER).open() as owner:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: its owner lives
+                for pid in _processes_in(directory):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                shutil.rmtree(directory, ignore_errors=True)
+                log.info("removed %s, which a driver that was killed had left", directory)
+
+
+def _processes_in(directory: Path) -> Iterator[int]:
+    """Find the processes of the cluster that has this directory."""
+    mark = os.fsencode(f"{_MARK}={directory}")
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in process.joinpath("environ").read_bytes().split(b"\0"):
+                yield int(process.name)

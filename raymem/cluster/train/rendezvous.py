@@ -1,0 +1,53 @@
+"""Lets the workers of a local cluster meet in a file: torch's own meeting point listens on every interface."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import tempfile
+from typing import Any
+
+import ray
+import torch.distributed as dist
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+
+from raymem.cluster.connection import session_directory
+
+
+class Rendezvous(TorchConfig):  # type: ignore[misc]
+    """Ray Train's process group, without an open port if all workers are on this machine's loopback interface."""
+
+    @property
+    def backend_cls(self) -> type[_LoopbackBackend]:
+        return _LoopbackBackend
+
+
+class _LoopbackBackend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Set up the group; runs in the controller."""
+        if ray.util.get_node_ip_address() != "127.0.0.1":
+            super().on_start(worker_group, backend_config)
+            return
+        folder = tempfile.mkdtemp(prefix="meet-", dir=session_directory())
+        worker_group.execute(_set_torch_distributed_env_vars)
+        size = len(worker_group)
+        ray.get([
+            worker_group.execute_single_async(
+                rank, join, f"{folder}/store", backend_config.backend, rank, size, backend_config.timeout_s
+            )
+            for rank in range(size)
+        ])  # fmt: skip
+
+
+def join(store: str, backend: str, rank: int, size: int, timeout_s: int) -> None:
+    """Join the group; runs in each worker."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    dist.init_process_group(
+        backend, store=dist.FileStore(store, size), rank=rank, world_size=size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )  # fmt: skip
