@@ -5,11 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from raymem.storage.publish import seal, unseal
+
+log = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
@@ -18,21 +23,26 @@ def cache_root() -> Path:
     return Path(base).expanduser()
 
 
-def read_json(file: Path) -> Any:
-    """Return the object in a file; None if it is not there, cannot be read, or is damaged or empty."""
+def read_json(file: Path) -> dict[str, Any] | None:
+    """Return the object in a file; None if it is not there, cannot be read, or is not as it was written."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(file.read_bytes())
+    except OSError:
         return None
-    return content if isinstance(content, dict) and content else None  # whatever else was not written by us
+    except (ValueError, RecursionError):
+        content = None
+    values = unseal(content) if isinstance(content, dict) and "sha256" in content else None
+    if values is None:
+        log.warning("%s is not as it was written, and is made again", file)
+    return values or None
 
 
-def write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write a file as a whole; one that cannot be written is left out, since all of this can be made again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(value))
+        part.write_text(json.dumps(seal(value)))
         part.replace(file)
     except OSError:
         return

@@ -46,6 +46,8 @@ def plan(
 
     overrides = [*set_, *([f"scaling.num_workers={workers}"] if workers else [])]
     loaded = load_recipe(recipe, overrides)
+    if (note := loaded.model.code_note) is not None:
+        console.err.print(note, markup=False)
     limit = budget_bytes(loaded, budget, gpu, where="--budget")
     loaded, prediction = plan_run(loaded, budget_bytes=limit, gpu=gpu, status=console.err.print)
     overrides.append(f"train.micro_batch={loaded.train.micro_batch}")  # if it is open: `auto`

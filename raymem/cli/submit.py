@@ -33,6 +33,9 @@ def submit(
         typer.Option("--id", help="Submission id. Default: raymem-<name of the run>."),
     ] = None,
     env: Annotated[list[str], typer.Option(help="Variable that the job gets too; no secrets. Repeatable.")] = [],  # noqa: B006
+    allow_remote_code: Annotated[
+        bool, typer.Option("--allow-remote-code", help="Send a recipe with model.trust_remote_code: true.")
+    ] = False,
 ) -> None:
     """Send a recipe to a Ray cluster as a job; the same run is never started twice.
 
@@ -77,6 +80,7 @@ def submit(
         submission_id=submission_id,
         follow=follow,
         env_passthrough=env,
+        allow_remote_code=allow_remote_code,
     )
     if not follow:
         word = "already running as" if sent.attached else "submitted as"

@@ -43,6 +43,9 @@ class ModelSection(RecipeModel):
     """Branch, tag or commit of a Hugging Face id; a run keeps the commit that this meant when it began."""
     tokenizer: str | None = None
     """Hugging Face id, local directory or ``demo``; by default the model's own."""
+    trust_remote_code: bool = False
+    """Run the code that the model's directory brings (``auto_map``) on every worker, with all your rights: read it
+    before, and pin ``revision``. Architectures of transformers need none."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Storage dtype of the base weights; ``auto`` follows ``train.precision``."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -57,6 +60,13 @@ class ModelSection(RecipeModel):
         if self.config is not None and self.tokenizer is None:
             raise ValueError("model.config has no tokenizer of its own: set model.tokenizer (for example demo)")
         return self
+
+    @property
+    def code_note(self) -> str | None:
+        """Say that code of the model is run; None if it is not."""
+        if not self.trust_remote_code:
+            return None
+        return f"model.trust_remote_code: code that {self.name} brings runs with all your rights, here and on workers"
 
 
 class TrainSection(RecipeModel):

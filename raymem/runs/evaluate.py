@@ -14,6 +14,7 @@ from raymem.runs.prepare import prepare_split
 from raymem.runs.resolve import resolve
 from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import EvaluationResult
+from raymem.storage.checksums import check_files
 from raymem.training.artifacts.export import FACTS, artifact_name
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.packed.shared import localise, to_dict
@@ -56,6 +57,8 @@ def evaluation_task(config: dict[str, Any]) -> Evaluation:
     """Evaluate in one process; takes plain data and returns plain values."""
     recipe = Recipe.model_validate(config["recipe"])
     with local_copy(config["artifact"]) as directory:
+        if directory != "base":
+            check_files(directory, ModelError)
         adapter = Path(directory) if is_peft(directory) else None
         return _evaluate(_with_weights(recipe, directory), adapter, config["data"])
 

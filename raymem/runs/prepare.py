@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from raymem.errors import StorageError
+from raymem.errors import ModelError, StorageError
 from raymem.recipe.data import DataSection
 from raymem.runs.backend import Backend, Status
 from raymem.runs.resolved import ResolvedRun
+from raymem.storage.checksums import check_files
 from raymem.storage.publish import digest, publish
 from raymem.storage.storage import Storage
 from raymem.training.data.packed import shards
@@ -40,6 +41,8 @@ def prepare(run: ResolvedRun, *, train_data: Prepared | None = None, status: Sta
         DataError, StorageError: see :func:`prepare_data`.
     """
     run.require_base()
+    if (note := run.recipe.model.code_note) is not None:
+        status(note)
     status("checking the model")
     check_weights_here(run.recipe)
     model = build_model(run.recipe, meta=True)
@@ -98,6 +101,7 @@ def share_tokenizer(source: str, storage: Storage) -> str:
     Raises:
         ModelError: it cannot be loaded.
     """
+    check_files(source, ModelError, weights=False)
     tokenizer = load_tokenizer(source)
     directory = cache_dir(storage) / "tokenizers" / digest([tokenizer_key(tokenizer), tokenizer.stop_ids, source])
 

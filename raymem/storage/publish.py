@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError, StorageError
+from raymem.storage.inside import is_inside
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,13 @@ def seal(raw: dict[str, Any]) -> dict[str, Any]:
     return {**values, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def unseal(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what was sealed, without the SHA-256; None if that is of other values (older records have none)."""
+    if "sha256" in raw and seal(raw)["sha256"] != raw["sha256"]:
+        return None
+    return {key: value for key, value in raw.items() if key != "sha256"}
+
+
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a finished directory, or None where nothing finished is there.
 
@@ -54,6 +62,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
+        if not all(map(is_inside, manifest["files"])):
+            return None
         whole = all((directory / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
         if "sha256" in manifest and seal(manifest) != manifest:  # those of earlier versions have none
             return None

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 
 from raymem.errors import ModelError, StorageError
+from raymem.storage.inside import is_inside
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -150,12 +151,15 @@ def write_tensors(
     specs: Mapping[str, Spec],
     make: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str],
+    *,
+    sha256_at: Path | None = None,
 ) -> None:
     """Write a safetensors file tensor by tensor; it appears under ``path`` when whole and on the disk.
 
     Args:
         specs: key -> what ``make(key)`` will return.
         make: called once per key, in the order of the file; the tensor is dropped before the next call.
+        sha256_at: gets the file's SHA-256, as JSON, before the file appears.
         metadata: strings stored in the header, ``format`` and others.
 
     Raises:
@@ -174,13 +178,22 @@ def write_tensors(
         position += size
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    sha256 = hashlib.sha256()
     with atomic_file(path) as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+
+        def write(data: Any) -> None:
+            stream.write(data)
+            if sha256_at is not None:
+                sha256.update(data)
+
+        write(len(text).to_bytes(8, "little") + text)
         for key in order:
             tensor = make(key).contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (specs[key].shape, specs[key].dtype), key
-            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             del tensor
+        if sha256_at is not None:
+            write_json(sha256_at, sha256.hexdigest())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -255,6 +268,8 @@ def shard_files(directory: Path) -> list[str]:
     if index.is_file() or named:
         try:
             names: Iterable[str] = json.loads(index.read_bytes())["weight_map"].values()
+            if odd := [name for name in names if not is_inside(name)]:
+                raise ValueError(f"it names {str(odd[0])[:80]!r}, which is no file of the directory")
             return sorted(set(names))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index}: not an index of safetensors files ({error}); fetch it again") from None

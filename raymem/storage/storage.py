@@ -24,6 +24,8 @@ from raymem.errors import StorageError, TransientStorageError
 from raymem.storage import json_files
 from raymem.storage.connect import connect
 from raymem.storage.errors import explain
+from raymem.storage.inside import is_inside
+from raymem.storage.publish import seal, unseal
 from raymem.storage.retry import RETRY_FOR_S, retried, retrying
 from raymem.storage.uris import CURE, secret_in
 
@@ -166,11 +168,29 @@ class Storage:
         with self._explained("write", name):
             self._put(name, data)
 
-    def upload_dir(self, local: str | Path, name: str, last: str | None = MARKER) -> None:
+    def write_record(self, name: str, values: dict[str, Any]) -> None:
+        """Write a JSON object with the SHA-256 of its values, for :meth:`read_record`. Raises StorageError."""
+        self.write_json(name, seal(values))
+
+    def read_record(
+        self, name: str, fields: Mapping[str, tuple[type, ...]] | None = None, *, cure: str | None = None
+    ) -> dict[str, Any]:
+        """Read what :meth:`write_record` wrote. Raises StorageError, also if a value is another than was written."""
+        values = unseal(self.read_object(name, fields, cure=cure))
+        if values is None:
+            raise StorageError(
+                f"{self.join(name)} has other values than were written (by its own SHA-256); {cure or _DAMAGED}"
+            )
+        return values
+
+    def upload_dir(self, local: str | Path, name: str, last: str | None = MARKER) -> dict[str, dict[str, Any]]:
         """Copy a local directory to ``name``, which is replaced; the file ``last`` is written last.
 
         With ``last=None`` the files are merged into the directory instead (several ranks upload their own shards; one
         of them then writes the marker with :meth:`write_json`). A failed upload is removed again, to give back space.
+
+        Returns:
+            file -> ``{bytes, sha256}``, as it was copied.
 
         Raises:
             StorageError: the copy failed, or the local directory lacks its marker.
@@ -182,9 +202,10 @@ class Storage:
                 raise StorageError(f"{local} has no {last}, which marks a complete directory; it was not uploaded")
             files = [f for f in files if f != last] + [last]
             self.delete_dir(name, last)
+        copied = {}
         try:
             for file in files:
-                self._upload(local / file, f"{name}/{file}")
+                copied[file] = self._upload(local / file, f"{name}/{file}")
         except StorageError as error:
             if last is not None and not isinstance(error, TransientStorageError):
                 with contextlib.suppress(StorageError):
@@ -192,20 +213,25 @@ class Storage:
             raise
         if self.is_local and files:
             sync(self._at(name))
+        return copied
 
     @retried
-    def _upload(self, local: Path, name: str) -> None:
+    def _upload(self, local: Path, name: str) -> dict[str, Any]:
         with self._explained("write", name):
             target = self._at(name)
             self._make_parent(target)
-            _copy(pafs.LocalFileSystem(), str(local), self.filesystem, target)
+            copied = _copy(pafs.LocalFileSystem(), str(local), self.filesystem, target)
             if self.is_local:
                 sync(target)
+        return copied
 
-    def download_dir(self, name: str, local: str | Path, last: str | None = MARKER) -> None:
+    def download_dir(self, name: str, local: str | Path, last: str | None = MARKER) -> dict[str, dict[str, Any]]:
         """Copy the directory ``name`` to ``local``, which must not exist yet and appears only when whole.
 
         If the marker is a JSON object with ``files: {name: {bytes, sha256}}``, each of these is verified.
+
+        Returns:
+            file -> ``{bytes, sha256}``, as it was copied.
 
         Raises:
             StorageError: marker or a listed file missing, wrong size or digest, ``local`` taken, or the copy failed.
@@ -219,17 +245,20 @@ class Storage:
             )
         manifest = self.read_json(f"{name}/{last}") if last is not None and last.endswith(".json") else {}
         expected = manifest.get("files", {}) if isinstance(manifest, dict) else {}
+        copies = {}
         scratch = local.parent / f".{local.name}.part-{uuid.uuid4().hex[:8]}"
         try:
             files = self._files(name)
             _verify_names(self.join(name), expected, files)
             for file in files:
-                _verify(self.join(name, file), expected.get(file), self._download(f"{name}/{file}", scratch / file))
+                copies[file] = self._download(f"{name}/{file}", scratch / file)
+                _verify(self.join(name, file), expected.get(file), copies[file])
             with self._explained("download", name):
                 scratch.mkdir(parents=True, exist_ok=True)
                 os.rename(scratch, local)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+        return copies
 
     @retried
     def _files(self, name: str) -> list[str]:
@@ -374,6 +403,10 @@ def sync(path: str | Path) -> None:
 
 
 def _verify_names(directory: str, expected: dict[str, Any], files: list[str]) -> None:
+    if odd := [name for name in files if not is_inside(name)]:
+        raise StorageError(
+            f"{directory} holds a file by the name of {odd[0][:80]!r}, which leads out of it; delete that"
+        )
     if missing := sorted(set(expected) - set(files)):
         raise StorageError(f"{directory} is damaged: {missing[0]} is listed but missing; use another one")
 

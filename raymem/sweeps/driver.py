@@ -24,6 +24,7 @@ from raymem.runs.prepare import prepare_data
 from raymem.runs.resolve import resolve_shared
 from raymem.runs.train import build_demo
 from raymem.storage.json_files import read_object
+from raymem.storage.publish import seal, unseal
 from raymem.storage.storage import Storage
 from raymem.sweeps.options import SweepOptions, check_metrics
 from raymem.sweeps.report import SweepRow, best_of, rows_of, write_report
@@ -176,9 +177,10 @@ def _same_sweep(
         facts = {**now, "key": secrets.token_hex(2), "revision": None}
         _write_facts(folder, facts)
         return False, facts
-    before = read_object(
-        file, StorageError, f"start over with {options.spelling('fresh', True)}", {"model": (dict,), "key": (str,)}
-    )
+    cure = f"start over with {options.spelling('fresh', True)}"
+    before = unseal(read_object(file, StorageError, cure, {"model": (dict,), "key": (str,)}))
+    if before is None:
+        raise StorageError(f"{file} has other values than were written (by its own SHA-256); {cure}")
     if _began(before).is_meant_by(recipe.model):
         now["model"] = {**now["model"], "revision": before["model"].get("revision")}
     if different := [name for name in now if now[name] != before.get(name)]:
@@ -191,7 +193,7 @@ def _same_sweep(
 
 def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
     part = folder / f"{_FACTS}.part"
-    part.write_text(json.dumps(facts, indent=1) + "\n")
+    part.write_text(json.dumps(seal(facts), indent=1) + "\n")
     part.replace(folder / _FACTS)
 
 

@@ -83,13 +83,13 @@ def run_trial(config: dict[str, Any]) -> None:
     run = recipe.storage.open().child(recipe.name)
     end, error = earlier_result(run), None
     if end is None:
-        run.write_json(ATTEMPT, _circumstances())
+        run.write_record(ATTEMPT, _circumstances())
         if job.threads:
             import torch
 
             torch.set_num_threads(job.threads)
         end, error = _end_of_training(recipe, job)
-        run.write_json(RESULT, end)
+        run.write_record(RESULT, end)
     if error is not None:
         raise error  # ends this process, whose memory may be in pieces; the next one tells the result
     tune.report(end)
@@ -143,13 +143,13 @@ def earlier_result(run: Storage) -> dict[str, Any] | None:
     there, so only an attempt of the same driver is held against it.
     """
     if run.exists(RESULT):
-        return run.read_object(RESULT, {"status": (str,)})
+        return run.read_record(RESULT, {"status": (str,)})
     if run.exists(ATTEMPT):
-        before, now = run.read_object(ATTEMPT), _circumstances()
+        before, now = run.read_record(ATTEMPT), _circumstances()
         same = all(before.get(name) == now[name] for name in ("host", "ray_job"))
         if same and now["oom_kills"] > before["oom_kills"]:
             end = {"status": "infeasible", "measured_bytes": 0, "problem": "killed: the container was out of memory"}
-            run.write_json(RESULT, end)
+            run.write_record(RESULT, end)
             return end
     return None
 

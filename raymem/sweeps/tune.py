@@ -129,10 +129,10 @@ class Follow(ray_tune.Callback):  # type: ignore[misc]
         any_trial = False
         for job in self._running.values():
             run = self._storage.child(job.recipe["name"])
-            if run.exists(ATTEMPT) and run.read_object(ATTEMPT).get("ray_worker") in killed:
+            if run.exists(ATTEMPT) and run.read_record(ATTEMPT).get("ray_worker") in killed:
                 any_trial = True
                 if not run.exists(RESULT):
-                    run.write_json(RESULT, {**end, "number": job.number})
+                    run.write_record(RESULT, {**end, "number": job.number})
         return any_trial
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

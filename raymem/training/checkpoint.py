@@ -55,6 +55,8 @@ class Checkpoints:
         self._dist_env = dist_env
         self._undeleted: set[int] = set()
         """Steps of old checkpoints that could not be deleted, and of which that was said."""
+        self._copy: tuple[int, tempfile.TemporaryDirectory[str]] | None = None
+        """The step of a checkpoint on an object store and its local copy, which was compared as it was fetched."""
 
     def latest(self) -> Manifest | None:
         """Return the newest good checkpoint, every byte of which is checked, or None if there never was one.
@@ -72,14 +74,39 @@ class Checkpoints:
 
     def _first_good(self, keep: str) -> Manifest | None:
         while (manifest := self._dist_env.on_main(lambda: _first(self._run, keep))) is not None:
-            step, files = manifest.step, sorted(manifest.files.items())
-            mine = dict(files[self._dist_env.rank :: self._dist_env.world_size])  # each rank reads its share
-            found = self._dist_env.on_all(partial(_difference, self._run, step, mine))
+            step = manifest.step
+            found = self._dist_env.on_all(partial(self._difference, manifest))
             reason = next((reason for reason in found if reason is not None), None)
             if reason is None:
                 return manifest
             self._dist_env.on_main(partial(_set_aside, self._run, step, reason))
         return None
+
+    def _difference(self, manifest: Manifest) -> str | None:
+        """Say which file has other bytes than were written; checkpoints of earlier versions name no digests."""
+        path = f"{FOLDER}/{_name(manifest.step)}"
+        files = sorted(name for name, facts in manifest.files.items() if "sha256" in facts)
+        if self._run.is_local:
+            mine = files[self._dist_env.rank :: self._dist_env.world_size]  # each rank reads its share
+            digests = {name: self._run.sha256(f"{path}/{name}") for name in mine}
+        else:  # every rank needs all of it
+            copied = self._run.download_dir(path, self._fresh_copy(manifest.step), last=None)
+            digests = {name: copied.get(name, {}).get("sha256") for name in files}
+        for name, sha256 in digests.items():
+            if sha256 != manifest.files[name]["sha256"]:
+                return f"{name} has other bytes than were written (SHA-256)"
+        return None
+
+    def _fresh_copy(self, step: int) -> Path:
+        """Return the directory for the files of a checkpoint, in place of that of an earlier one."""
+        self._drop_copy()
+        self._copy = step, tempfile.TemporaryDirectory(prefix="raymem-checkpoint-")
+        return Path(self._copy[1].name) / "files"
+
+    def _drop_copy(self) -> None:
+        if self._copy is not None:
+            self._copy[1].cleanup()
+        self._copy = None
 
     def save(self, manifest: Manifest, tensors: dict[str, torch.Tensor], keep: str, num_to_keep: int) -> None:
         """Write a checkpoint, then delete those that the retention rule lets go.
@@ -111,17 +138,16 @@ class Checkpoints:
         """
         path = f"{FOLDER}/{_name(manifest.step)}"
         if self._run.is_local:
-            directory, temporary = Path(self._run.join(path)), None
+            directory = Path(self._run.join(path))
         else:
-            temporary = tempfile.TemporaryDirectory(prefix="raymem-checkpoint-")
-            directory = Path(temporary.name) / "files"
+            if self._copy is None or self._copy[0] != manifest.step:  # given by another object
+                self._dist_env.on_all(lambda: self._run.download_dir(path, self._fresh_copy(manifest.step)))
+            assert self._copy is not None
+            directory = Path(self._copy[1].name) / "files"
         try:
-            if temporary is not None:
-                self._dist_env.on_all(lambda: self._run.download_dir(path, directory))
             _read_shards(tensors, directory)
         finally:
-            if temporary is not None:
-                temporary.cleanup()
+            self._drop_copy()
 
     def _again(self, action: Callable[[], T]) -> T:
         return retrying(self._run.path, self._run.retry_for_s, action)
@@ -155,19 +181,16 @@ class Checkpoints:
 
     def _finish(self, staging: Path, name: str) -> dict[str, dict[str, Any]]:
         """Describe the files that this rank wrote, for the manifest, and bring them where they belong."""
-        files = self._again(lambda: self._describe(staging))
         if not self._run.is_local:
-            self._run.upload_dir(staging, f"{FOLDER}/{name}", last=None)
-        return files
+            return self._run.upload_dir(staging, f"{FOLDER}/{name}", last=None)
+        return self._again(lambda: self._describe(staging))
 
     def _describe(self, staging: Path) -> dict[str, dict[str, Any]]:
         # On a file system that all ranks share, the others' shards lie beside; the writer numbers them from 1.
-        pattern = f"shard-{self._dist_env.rank + 1:05d}-*" if self._run.is_local else "*"
         try:
-            files = list(staging.glob(pattern))
-            if self._run.is_local:  # the manifest must not survive a power cut that its files do not
-                for path in files:
-                    sync(path)
+            files = list(staging.glob(f"shard-{self._dist_env.rank + 1:05d}-*"))
+            for path in files:  # the manifest must not survive a power cut that its files do not
+                sync(path)
             return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
         except OSError as error:
             raise explain(error, "read back what was just written to", str(staging)) from None
@@ -302,14 +325,6 @@ def _check_sizes(run: Storage, manifest: Manifest) -> None:
             raise Damaged(
                 f"{name} is missing" if size is None else f"{name} has {size} bytes instead of {facts['bytes']}"
             )
-
-
-def _difference(run: Storage, step: int, files: dict[str, dict[str, Any]]) -> str | None:
-    """Say which file has other bytes than were written; checkpoints of earlier versions name no digests."""
-    for name, facts in files.items():
-        if "sha256" in facts and run.sha256(f"{FOLDER}/{_name(step)}/{name}") != facts["sha256"]:
-            return f"{name} has other bytes than were written (SHA-256)"
-    return None
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:

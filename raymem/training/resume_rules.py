@@ -27,6 +27,7 @@ def identity_of(recipe: Recipe, train_data: Prepared) -> dict[str, Any]:
     """Return the settings that a checkpoint is tied to; worker count, batch split, schedule and length are free."""
     raw = recipe.to_dict()
     del raw["model"]["attention"]  # another kernel computes the same thing
+    del raw["model"]["trust_remote_code"]  # who may run it, rather than what
     settings = {path: _lookup(raw, path.split(".")) for path in IMMUTABLE_KEYS}
     settings["data.train"] = [[source.directory.name, source.weight] for source in train_data.sources]
     return settings

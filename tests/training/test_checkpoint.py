@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from raymem.errors import CheckpointError, StorageError
+from raymem.storage import storage as storage_module
 from raymem.storage.publish import seal
 from raymem.storage.storage import Storage
+from raymem.training import checkpoint
 from raymem.training.checkpoint import Checkpoints, latest_manifest, latest_recipe
 from raymem.training.dist_env import DistEnv
 from raymem.training.manifest import SCHEMA_VERSION, Manifest
@@ -68,6 +70,47 @@ def test_what_was_saved_comes_back_bitwise(run: Storage) -> None:
     checkpoints.load(manifest, found)
     assert_same(found, tensors(3))
     assert {name: value.data_ptr() for name, value in found.items()} == places, "read into the given tensors"
+
+
+def test_on_an_object_store_every_byte_is_read_once(
+    run: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Digests are those of what is copied, on the way there and back; a damaged copy gives way to an older one."""
+    monkeypatch.setattr(Storage, "is_local", property(lambda storage: False))
+    copied: list[str] = []
+
+    def copy(source: Any, path: str, target: Any, to: str) -> Any:
+        copied.append(Path(path).name)
+        Path(to).parent.mkdir(parents=True, exist_ok=True)  # an object store needs none
+        return original(source, path, target, to)
+
+    def read_again(*_: Any) -> str:
+        raise AssertionError("a file is read for its digest alone")
+
+    original = storage_module._copy
+    monkeypatch.setattr(storage_module, "_copy", copy)
+    monkeypatch.setattr(Storage, "sha256", read_again)
+    monkeypatch.setattr(checkpoint, "file_sha256", read_again)
+    save(run, 1)
+    save(run, 2)
+    assert len(copied) == 2
+    copied.clear()
+    checkpoints, found = Checkpoints(run, DistEnv()), zeros()
+    manifest = checkpoints.latest()
+    assert manifest is not None and manifest.step == 2
+    checkpoints.load(manifest, found)
+    assert_same(found, tensors(2))
+    assert sorted(copied) == sorted({*copied}), "a file was fetched twice"
+
+    (shard,) = (Path(run.root) / "checkpoints/step_00000002").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 4
+    shard.write_bytes(data)
+    manifest = checkpoints.latest()
+    assert manifest is not None and manifest.step == 1
+    assert "has other bytes than were written (SHA-256)" in caplog.text
+    checkpoints.load(manifest, found)
+    assert_same(found, tensors(1))
 
 
 def test_a_checkpoint_of_earlier_versions_is_read(run: Storage) -> None:

@@ -69,6 +69,7 @@ def submit(
     submission_id: str | None = None,
     follow: bool = True,
     env_passthrough: Sequence[str] = (),
+    allow_remote_code: bool = False,
     out: Out | None = None,
 ) -> Submission:
     """Send ``python -m raymem <command> <recipe> --set ... <arguments>`` as a job; the recipe is validated here first.
@@ -84,13 +85,14 @@ def submit(
         submission_id: By default ``raymem-<run>``; ``-2``, ``-3`` ... is appended once that job has ended.
         env_passthrough: Names of environment variables that the job gets. They are readable by everyone who can list
             jobs, so names that look like secrets are refused.
+        allow_remote_code: Send a recipe that lets code of its model run.
         out: Receives the job's output while it is followed; by default it is printed.
 
     Raises:
         RecipeError: the recipe with its overrides is not valid.
-        ClusterError: no cluster, no permission, a file outside of the upload, an upload that is too large, a secret,
-            a storage path that would lie in the job's temporary copy of the working directory, no such command, or a
-            job of this run is under way and does something else.
+        ClusterError: no cluster, no permission, code of a model that is not allowed, a file outside of the upload, an
+            upload that is too large, a secret, a storage path that would lie in the job's temporary copy of the working
+            directory, no such command, or a job of this run is under way and does something else.
     """
     root = Path(working_dir).resolve()
     if not root.is_dir():
@@ -105,6 +107,11 @@ def submit(
                 "mount the secret on the cluster"
             )
     recipe = load_recipe(recipe_path, overrides)
+    if recipe.model.trust_remote_code and not allow_remote_code:
+        raise ClusterError(
+            f"model.trust_remote_code: true would run code that {recipe.model.name} brings on every node, with the "
+            "cluster's credentials; read it, and submit with --allow-remote-code, or take the key out"
+        )
     recipe_name = _inside(root, Path(recipe_path), "recipe")
     needed = [recipe_name, *(_inside(root, root / name, "file") for name in files)]
     needed += _data_beside(load_recipe(recipe_path, overrides, resolve=False), root)

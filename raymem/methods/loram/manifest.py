@@ -14,6 +14,7 @@ from raymem.methods.loram.coupling import Coupling
 from raymem.methods.loram.index_map import Kept
 from raymem.methods.loram.nonuniform import counts_of, read_config
 from raymem.methods.loram.source import Source, open_source
+from raymem.storage.checksums import add_checksum, check_files
 from raymem.storage.safetensors_io import digest, write_json
 
 MANIFEST = "loram_manifest.json"
@@ -58,9 +59,11 @@ def read_manifest(directory: str | Path, *, with_weights: bool = True) -> Manife
     """The manifest of a pruned model, or (``with_weights=False``) of an adapter.
 
     Raises:
-        ModelError: there is none, it is unreadable, of another format, or weight files are missing or cut short.
+        ModelError: there is none, it is unreadable, of another format, or not as it was written; weight files are
+            missing or cut short.
     """
     path = Path(directory) / MANIFEST
+    check_files(directory, ModelError, weights=False)
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
         if values.pop("format") != _FORMAT:
@@ -98,6 +101,7 @@ def mark_aligned(aligned: str | Path, pruned: str | Path, facts: Mapping[str, An
     files = {file: (directory / file).stat().st_size for file in open_source(directory).identity["files"]}
     manifest = dataclasses.replace(manifest, files=files, aligned=dict(facts))
     manifest.write(directory)
+    add_checksum(directory, MANIFEST)
     return manifest
 
 

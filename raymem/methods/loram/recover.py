@@ -24,6 +24,8 @@ from raymem.methods.loram.manifest import MANIFEST, Manifest, check_base, check_
 from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.recover_moram import recover_moram
 from raymem.methods.loram.source import Source, open_source
+from raymem.storage.checksums import CHECKSUMS, add_checksum, check_files, difference, write_checksums
+from raymem.storage.inside import leads_out
 from raymem.storage.json_files import read_object
 from raymem.storage.safetensors_io import Entry, read_header, read_tensor, save_tensors, write_json
 
@@ -76,6 +78,7 @@ def stamp_adapter(adapter: str | Path, pruned: str | Path) -> None:
         StorageError: the adapter's directory cannot be written.
     """
     read_manifest(pruned).write(Path(adapter))
+    add_checksum(Path(adapter), MANIFEST)
 
 
 def recover_adapter(
@@ -102,6 +105,8 @@ def recover_adapter(
         StorageError: the result cannot be written.
     """
     adapter, pruned, out = Path(adapter), Path(pruned), Path(out)
+    check_files(adapter, ModelError)
+    check_files(pruned, ModelError)
     manifest, source = read_manifest(pruned), open_source(pruned)
     coupling = couple(source.config())
     check_kept(manifest, coupling)
@@ -113,6 +118,7 @@ def recover_adapter(
     facts = _facts(adapter, manifest)
     if out.exists():
         if _loram_facts(out) == facts:
+            check_files(out, ModelError)
             return out
         raise ModelError(f"{out} exists and is not the recovery of {adapter}; give another directory or remove it")
     if config["peft_type"] == "MORAM":
@@ -265,8 +271,9 @@ def _facts(adapter: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def is_recovery_of(directory: str | Path, adapter: str | Path, manifest: Manifest) -> bool:
-    """Say whether a directory holds the recovery of this adapter by :func:`recover_adapter`."""
-    return bool(_loram_facts(Path(directory)) == _facts(Path(adapter), manifest))
+    """Say whether a directory holds the recovery of this adapter by :func:`recover_adapter`, as it was written."""
+    same = bool(_loram_facts(Path(directory)) == _facts(Path(adapter), manifest))
+    return same and difference(directory) is None
 
 
 def is_recovered(directory: str | Path) -> bool:
@@ -294,7 +301,8 @@ def _publish(
     try:
         staging.mkdir(parents=True)
         for path in sorted(adapter.iterdir()):
-            if path.is_file() and path.name not in (WEIGHTS, CONFIG, FACTS, MANIFEST, "README.md"):
+            ours = path.name in (WEIGHTS, CONFIG, FACTS, MANIFEST, CHECKSUMS, "README.md")
+            if path.is_file() and not ours and not leads_out(path, adapter):
                 shutil.copyfile(path, staging / path.name)
         save_tensors(staging / WEIGHTS, tensors)
         write_json(staging / CONFIG, config)
@@ -303,6 +311,7 @@ def _publish(
             read_object(adapter / FACTS, ModelError, "take a whole copy of it") if (adapter / FACTS).is_file() else {}
         )
         write_json(staging / FACTS, {**known, "loram": facts})
+        write_checksums(staging)
         staging.rename(out)
     except OSError as error:
         raise StorageError(f"{out} cannot be written ({error}); free some space or check permissions") from None

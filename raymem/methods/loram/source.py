@@ -14,6 +14,7 @@ from raymem.account import Header, refuse_two_places, refuse_untied, unused
 from raymem.errors import ModelError
 from raymem.methods.loram.coupling import Coupling, couple
 from raymem.methods.loram.nonuniform import meta_model, read_config
+from raymem.storage.checksums import check_files
 from raymem.storage.safetensors_io import Entry, fingerprint, read_header, read_tensor, shard_files
 
 
@@ -68,6 +69,7 @@ def open_source(directory: str | Path, name: str | None = None, revision: str | 
             fit ``config.json``, are stored in fewer bits, or are not known to be of no use.
     """
     directory = Path(directory).absolute()
+    check_files(directory, ModelError, weights=False)
     config = read_config(directory)
     couple(config)  # an unknown architecture is refused before anything is read
     model = meta_model(config)

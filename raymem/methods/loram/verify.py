@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raymem.errors import RecoveryMismatch
+from raymem.errors import ModelError, RecoveryMismatch
 from raymem.methods.loram.coupling import Coupling, couple
 from raymem.methods.loram.index_map import place, put, take
 from raymem.methods.loram.manifest import Manifest, check_base, read_manifest
@@ -18,6 +18,7 @@ from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, check_belongs, rea
 from raymem.methods.loram.recover_moram import compare_moram, rebased
 from raymem.methods.loram.source import Source, open_source
 from raymem.seeds import generator
+from raymem.storage.checksums import check_files
 from raymem.storage.safetensors_io import read_header, read_tensor
 
 _TOLERANCE = 1e-4
@@ -59,6 +60,8 @@ def verify_recovery(
         ModelError: something cannot be read, or ``full`` is another model.
     """
     adapter, pruned, recovered = Path(adapter), Path(pruned), Path(recovered)
+    for directory in (adapter, pruned, recovered):
+        check_files(directory, ModelError)
     manifest, source = read_manifest(pruned), open_source(pruned)
     coupling = couple(source.config())
     configs = read_adapter_config(adapter), read_adapter_config(recovered)

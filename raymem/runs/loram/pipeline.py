@@ -51,6 +51,7 @@ from raymem.runs.prepare import prepare_split
 from raymem.runs.resolve import locate_again, note_start, on_full_model, resolve
 from raymem.runs.resolved import FullModel, ResolvedRun
 from raymem.runs.train import TrainOptions, build_demo, train
+from raymem.storage.checksums import check_files, difference
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS
@@ -180,6 +181,8 @@ class Pipeline:
             number = 1
             while (aside := out.with_name(f"recovered.old-{number}")).exists():
                 number += 1
+            if (damage := difference(out)) is not None:
+                log.warning("%s: %s; it is recovered again", out, damage)
             out.rename(aside)
             self.status(f"the earlier recovery is now {aside}")
         for left in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it wrote
@@ -208,7 +211,7 @@ class Pipeline:
             self.status("verified before")
             return Verification(**before["verification"])
         checked = verify_recovery(self._adapter(), base.directory, recovered, full=base.source, forward=forward)
-        self.run_storage.write_json("loram/verify.json", {"key": key, "verification": dataclasses.asdict(checked)})
+        self.run_storage.write_record("loram/verify.json", {"key": key, "verification": dataclasses.asdict(checked)})
         return checked
 
     def evaluate(self, *, with_lora: bool = False) -> dict[str, dict[str, Any]]:
@@ -248,7 +251,7 @@ class Pipeline:
                 self.status(f"evaluating: {row}")
                 result = evaluate_run(run, artifact, split)
                 stored[row] = {"key": key, "loss": result.loss, "num_targets": result.num_targets}
-                self.run_storage.write_json("loram/evaluate.json", stored)
+                self.run_storage.write_record("loram/evaluate.json", stored)
             results[row] = {name: value for name, value in stored[row].items() if name != "key"}
         return results
 
@@ -303,23 +306,27 @@ class Pipeline:
         key = digest([identity_of(run.recipe, train_data), pruned, sections])
         before = _record(run.run, "train")
         if before.get("key") == key and not fresh and (Path(before["outcome"]["artifact"]) / FACTS).is_file():
-            self.status(f"trained before: {before['outcome']['artifact']}")
-            return dict(before["outcome"])
+            if (damage := difference(before["outcome"]["artifact"])) is None:
+                self.status(f"trained before: {before['outcome']['artifact']}")
+                return dict(before["outcome"])
+            log.warning("%s: %s; it is written again", before["outcome"]["artifact"], damage)
         options = TrainOptions(fresh=fresh, listeners=self.listeners, status=self.status)
         outcome = train(run, options, train_data=train_data).outcome.to_dict()
-        run.run.write_json("loram/train.json", {"key": key, "outcome": outcome})
+        run.run.write_record("loram/train.json", {"key": key, "outcome": outcome})
         return outcome
 
     def _adapter(self) -> Path:
         adapter = Path(self.run_storage.join("adapter"))
         if not (adapter / FACTS).is_file():
             raise ModelError(f"{adapter}: run {self.recipe.name!r} has no result yet; run: raymem loram train RECIPE")
+        check_files(adapter, ModelError)
         return adapter
 
     def _recovered(self) -> Path:
         recovered = Path(self.run_storage.join("recovered"))
         if not (recovered / FACTS).is_file():
             raise ModelError(f"{recovered}: nothing is recovered yet; run: raymem loram recover RECIPE")
+        check_files(recovered, ModelError)
         return recovered
 
     def _progress(self, done: int, total: int) -> None:
@@ -352,7 +359,7 @@ def _record(run_storage: Storage, stage: str) -> dict[str, Any]:
     if not run_storage.exists(name):
         return {}
     cure = "delete the file: this stage is then done again"
-    return run_storage.read_object(name, _RECORDED.get(stage), cure=cure)
+    return run_storage.read_record(name, _RECORDED.get(stage), cure=cure)
 
 
 def _sha256(adapter: Path) -> str:

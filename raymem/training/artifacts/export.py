@@ -19,6 +19,7 @@ from raymem import __version__
 from raymem.errors import StorageError
 from raymem.recipe.axes import ADAPTERS, BASES
 from raymem.recipe.schema import Recipe
+from raymem.storage.checksums import write_checksums
 from raymem.storage.storage import Storage
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import DistEnv
@@ -82,6 +83,7 @@ def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Stor
             BASES.of(recipe).stamp(staging, recipe.base)
             contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
             (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
+            write_checksums(staging)
             if run.is_local:
                 run.delete_dir(name, last=FACTS)
                 staging.rename(run.join(name))

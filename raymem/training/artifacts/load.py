@@ -20,6 +20,7 @@ from raymem.methods.probe import first_line
 from raymem.methods.sentences import as_sentence
 from raymem.recipe.axes import ADAPTERS, building, why_not_of_model
 from raymem.recipe.schema import Recipe
+from raymem.storage.checksums import check_files, write_checksums
 from raymem.storage.json_files import read_object
 from raymem.training.artifacts.export import FACTS
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
@@ -47,6 +48,7 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
         for kind in ADAPTERS.kinds():
             kind.register()
     path = Path(directory)
+    check_files(path, ModelError)
     if not (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(
             f"{path} holds neither adapter_config.json nor config.json; give the adapter or model directory of a run, "
@@ -127,6 +129,7 @@ def _load(name: str, revision: str | None) -> Any:
     """Load a full or pruned model in its stored dtype, with every tensor of it accounted for."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_files(name, ModelError)
     with built_in_only(name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     refuse_quantised(config, name)
@@ -196,6 +199,7 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     from transformers import GenerationConfig
 
     source, target = Path(adapter), Path(output)
+    check_files(source, ModelError)
     if not (source / "adapter_config.json").is_file():
         raise ModelError(f"{source} holds no adapter_config.json; only adapters are merged")
     if is_of_own_kind(source):
@@ -222,6 +226,7 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
         tokenizer.save_pretrained(staging)
         copy_companions(base, staging, same_tokenizer=_same_tokenizer(tokenizer, base))
         (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
+        write_checksums(staging)
         staging.rename(target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from raymem.errors import ModelError, StorageError
 from raymem.recipe.axes import why_not_of_model
+from raymem.storage.checksums import check_files
+from raymem.storage.inside import leads_out
 from raymem.storage.json_files import read_object
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -54,6 +56,7 @@ def lint_vllm(adapter: str | Path, *, allow_lm_head: bool = False, served_as: st
         ModelError: no PEFT directory, or its tensors cannot be read.
     """
     directory = Path(adapter)
+    check_files(directory, ModelError)
     config, shapes = _read(directory)
     problems = []
     if config.get("peft_type") != "LORA":
@@ -86,6 +89,11 @@ def copy_adapter(adapter: str | Path, output: Path) -> None:
     """
     if output.exists():
         raise StorageError(f"--output: {output} already exists; choose another directory or remove it")
+    if odd := [path for path in sorted(Path(adapter).rglob("*")) if leads_out(path, Path(adapter))]:
+        raise StorageError(
+            f"{odd[0]} is a link to {odd[0].resolve()}, outside of the adapter, and would be copied along; replace it "
+            "by the file itself if that is meant"
+        )
     staging = output.parent / f".{output.name}.part"
     try:
         shutil.rmtree(staging, ignore_errors=True)

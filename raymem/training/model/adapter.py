@@ -18,6 +18,7 @@ from raymem.methods.probe import first_line
 from raymem.recipe.axes import ADAPTERS, BASES
 from raymem.recipe.axis_field import adapter_of
 from raymem.recipe.schema import Recipe
+from raymem.storage.checksums import check_files
 from raymem.training.dist_env import DistEnv
 from raymem.training.model import weights
 from raymem.training.model.base_name import base_name
@@ -104,6 +105,7 @@ def continuing(directory: str | Path) -> Any:
     Raises:
         ModelError: there is none, or it is of a kind that nobody continues.
     """
+    check_files(directory, ModelError, weights=False)
     config = read_config(directory)
     kind = _kind_of(config, str(directory))
     try:
@@ -134,6 +136,7 @@ def read_adapter(directory: str, model: Any, recipe: Recipe) -> dict[str, torch.
     Raises:
         ModelError: no such directory, or an adapter of other targets, another kind, rank, alpha or variant.
     """
+    check_files(directory, ModelError)
     config, ours = read_config(directory), ADAPTERS.of(recipe)
     if not ours.continues(config):
         raise ModelError(

@@ -15,11 +15,12 @@ from torch import nn
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, RecipeError
 from raymem.memory import nf4
-from raymem.methods.own_code import built_in_only
+from raymem.methods.own_code import as_recipe_says
 from raymem.methods.peft.files import load_adapter
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, building
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
+from raymem.storage.checksums import check_files
 from raymem.training import lean, loss
 from raymem.training.dist_env import DistEnv, shard
 from raymem.training.model import adapter, packing, weights
@@ -139,10 +140,12 @@ def load_config(recipe: Recipe, dist_env: DistEnv | None = None) -> Any:
         refuse_quantised(config, "model.config")
     else:
         name, revision = (recipe.model.name, recipe.model.revision) if planned else base_name(recipe)
-        directory = fetch(name or "", revision, dist_env or DistEnv(), weights_too=False)
+        trusted = recipe.model.trust_remote_code
+        directory = fetch(name or "", revision, dist_env or DistEnv(), weights_too=False, code_too=trusted)
         try:
-            with built_in_only(directory):
-                config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            config = as_recipe_says(
+                AutoConfig.from_pretrained, directory, trusted=trusted, path=directory, local_files_only=True
+            )
         except ModelError:
             raise
         except Exception as error:  # configs raise types of their own
@@ -151,16 +154,23 @@ def load_config(recipe: Recipe, dist_env: DistEnv | None = None) -> Any:
     return base.planned_config(recipe.base, config) if planned else config
 
 
-def fetch(name: str, revision: str | None, dist_env: DistEnv, *, weights_too: bool) -> Path:
+def fetch(
+    name: str, revision: str | None, dist_env: DistEnv, *, weights_too: bool, code_too: bool = False
+) -> Path:  # fmt: skip
     """Return the local directory of a model; a hub id is downloaded once per node.
 
+    Args:
+        code_too: the recipe trusts the code that the model brings.
+
     Raises:
-        ModelError: neither a directory with a config.json nor a hub id that can be had.
+        ModelError: neither a directory with a config.json nor a hub id that can be had, or a file of it is not as
+            raymem wrote it.
     """
     directory = Path(name)
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelError(f"model.name: {directory} has no config.json; give a directory that save_pretrained wrote")
+        check_files(directory, ModelError, weights=weights_too)
         return directory
     if directory.is_absolute():
         raise ModelError(f"model.name: {directory} does not exist; give an existing directory or a Hugging Face id")
@@ -175,6 +185,7 @@ def fetch(name: str, revision: str | None, dist_env: DistEnv, *, weights_too: bo
         "LICENSE*",
         "NOTICE*",
         *(["*.safetensors"] if weights_too else []),
+        *(["*.py"] if code_too else []),
     ]
     if dist_env.local_rank != 0:
         dist_env.barrier()
@@ -243,11 +254,12 @@ def on_meta(config: Any, recipe: Recipe) -> Any:
     from transformers.initialization import no_init_weights
 
     try:
-        own_name = getattr(config, "_name_or_path", "") or recipe.model.name
-        with built_in_only(own_name), torch.device("meta"), no_init_weights(), building(config):
-            base_model = AutoModelForCausalLM.from_config(
+        with torch.device("meta"), no_init_weights(), building(config):
+            base_model = as_recipe_says(
+                AutoModelForCausalLM.from_config,
                 config,
-                trust_remote_code=False,
+                trusted=recipe.model.trust_remote_code,
+                path=getattr(config, "_name_or_path", "") or recipe.model.name,
                 dtype=base_dtype(recipe),
                 attn_implementation=None if recipe.model.attention == "auto" else recipe.model.attention,
             )

@@ -6,8 +6,13 @@ Weights, the config and the tokenizer are written by those who changed them; thi
 from __future__ import annotations
 
 import fnmatch
+import logging
 import shutil
 from pathlib import Path
+
+from raymem.storage.inside import leads_out
+
+log = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
 """A file that transformers writes too, but from the config alone: without further eos ids and sampling options."""
@@ -58,6 +63,9 @@ def copy_companions(base: Path, target: Path, *, same_tokenizer: bool) -> None:
     for path in sorted(candidates):
         name = path.name
         if not path.is_file() or not _matches(name, COMPANIONS) or _matches(name, _NEVER):
+            continue
+        if leads_out(path, base):
+            log.warning("%s is a link to a file outside of the model and is not copied", path)
             continue
         licence = _matches(name, ("LICENSE*", "NOTICE*"))
         if path.stat().st_size > (_MOST_LICENCE_BYTES if licence else _MOST_BYTES):

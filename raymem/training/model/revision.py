@@ -119,7 +119,7 @@ def record(run: Storage, recipe: Recipe, asked: str | None) -> None:
         before = _recorded(run)
         if (before.name, before.commit) == (began.name, began.commit):
             return
-    run.write_json(RECORD, asdict(began))
+    run.write_record(RECORD, asdict(began))
 
 
 def on_hub(model: ModelSection) -> bool:
@@ -128,7 +128,7 @@ def on_hub(model: ModelSection) -> bool:
 
 
 def _recorded(run: Storage) -> Began:
-    stored = run.read_object(RECORD, dict.fromkeys(("name", "commit", "asked"), _TEXT), cure=_CURE)
+    stored = run.read_record(RECORD, dict.fromkeys(("name", "commit", "asked"), _TEXT), cure=_CURE)
     return Began(stored.get("name"), stored.get("commit"), stored.get("asked"))
 
 

@@ -166,6 +166,16 @@ def test_data_that_would_not_travel(project: Path, tmp_path: Path) -> None:
         send(project, overrides=[f"data.train={project}/b.jsonl"])
 
 
+def test_code_of_a_model_is_sent_only_where_that_is_allowed(project: Path) -> None:
+    trusting = ["model.trust_remote_code=true"]
+    with pytest.raises(
+        ClusterError, match=r"^model\.trust_remote_code: true would run .* submit with --allow-remote-code"
+    ):
+        send(project, overrides=trusting)
+    with pytest.raises(ClusterError, match="no Ray cluster answers"):
+        send(project, overrides=trusting, allow_remote_code=True)
+
+
 def test_invalid_recipe_is_found_here(project: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.stepps"):
         send(project, overrides=["train.stepps=3"])

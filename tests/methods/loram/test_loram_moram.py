@@ -16,6 +16,7 @@ from raymem.methods.loram.index_map import place
 from raymem.methods.loram.manifest import read_manifest
 from raymem.methods.moram import MoRAMConfig, select_indices
 from raymem.methods.moram.layer import layers
+from raymem.storage.checksums import CHECKSUMS
 from tests.helpers.loram_families import config_of, logits, random_model, save, token_ids
 
 pytestmark = pytest.mark.numerics
@@ -79,5 +80,6 @@ def test_what_is_not_the_trained_adapter_is_noticed(tmp_path: Path) -> None:
     name = next(name for name in tensors if name.endswith("layers.1.self_attn.o_proj.moram_index"))
     tensors[name] = tensors[name].flip(0)
     save_file(tensors, file, metadata={"format": "pt"})
+    (out / CHECKSUMS).unlink()
     with pytest.raises(RecoveryMismatch, match=r"moram_index of .*o_proj is not the trained one; recover it again"):
         verify_recovery(trained, pruned, out)

@@ -25,6 +25,7 @@ from raymem.methods.loram import (
 )
 from raymem.methods.loram.coupling import couple
 from raymem.methods.loram.index_map import place
+from raymem.storage.checksums import CHECKSUMS
 from tests.helpers.loram_families import FAMILIES, config_of, logits, random_model, save, token_ids
 
 pytestmark = pytest.mark.numerics
@@ -189,6 +190,7 @@ def test_the_result_names_the_full_base(llama: Path, tmp_path: Path) -> None:
         "adapter_model.safetensors",
         "loram_manifest.json",
         "raymem.json",
+        "raymem.sha256",
         "tokenizer.json",
     ]
     assert recover_adapter(adapter, llama / "pruned", out) == out
@@ -329,6 +331,7 @@ def test_the_verifier_sees_a_wrong_recovery(
     tensors = load_file(out / "adapter_model.safetensors")
     damage(tensors)
     save_file(tensors, out / "adapter_model.safetensors")
+    (out / CHECKSUMS).unlink()
     with pytest.raises(RecoveryMismatch, match="recover it again"):
         verify_recovery(llama / "adapter", llama / "pruned", out, forward=False)
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raymem.errors import ModelError, StorageError
+from raymem.storage.checksums import CHECKSUMS
 from raymem.training.artifacts.load import load_artifact, merge
 from raymem.training.model.adapter import continuing
 from raymem.training.model.revision import trained_from
@@ -29,7 +30,10 @@ def trained(llama: Path, examples: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def adapter(trained: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(trained, tmp_path / "adapter")
+    """A copy that is taken as it is, as one of an earlier version: without digests."""
+    shutil.copytree(trained, tmp_path / "adapter")
+    (tmp_path / "adapter" / CHECKSUMS).unlink()
+    return tmp_path / "adapter"
 
 
 def pickled(adapter: Path) -> None:

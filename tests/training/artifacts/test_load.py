@@ -13,6 +13,7 @@ import torch
 
 from raymem.errors import ModelError, StorageError
 from raymem.recipe.axes import ADAPTERS
+from raymem.storage.checksums import CHECKSUMS
 from raymem.training.artifacts.load import generate, load_artifact, merge
 from tests.helpers import toy_kinds
 from tests.helpers.support import make_recipe, random_batch, run_fragment, save_model, train
@@ -116,6 +117,9 @@ def test_an_adapter_whose_base_is_gone_names_it(results: dict[str, Path], tmp_pa
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(ModelError, match=r"adapter_config\.json is not as raymem wrote it .* delete .*raymem\.sha256"):
+        load_artifact(tmp_path / "adapter")
+    (tmp_path / "adapter" / CHECKSUMS).unlink()
     with pytest.raises(ModelError, match=r"adapter cannot be loaded: .*gone"):
         load_artifact(tmp_path / "adapter")
 
@@ -125,6 +129,9 @@ def test_a_truncated_result_is_refused(results: dict[str, Path], tmp_path: Path,
     shutil.copytree(results[kind], tmp_path / kind)
     path = tmp_path / kind / file
     path.write_bytes(path.read_bytes()[:-16])
+    with pytest.raises(ModelError, match=f"{file} is not as raymem wrote it"):
+        load_artifact(tmp_path / kind)
+    (tmp_path / kind / CHECKSUMS).unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_artifact(tmp_path / kind)
 
@@ -149,6 +156,7 @@ def test_an_adapter_of_a_kind_of_its_own_continues_a_text_but_is_not_merged(shif
 def test_what_is_missing_for_an_adapter_of_a_kind_of_its_own(shifted: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shifted, tmp_path / "copy"))
     (copy / "raymem.json").unlink()
+    (copy / CHECKSUMS).unlink()
     with pytest.raises(ModelError, match=r"copy cannot be loaded: it holds no raymem\.json, which names its base"):
         load_artifact(copy)
     config = json.loads((copy / "adapter_config.json").read_text())

@@ -44,8 +44,29 @@ def says_no(call: ast.Call) -> bool:
 
 def test_every_call_that_could_run_foreign_code_says_no() -> None:
     found = [(path, call) for path in FILES for call in calls(ast.parse(path.read_text()))]
-    assert len(found) >= 10
+    assert len(found) >= 8
     assert [f"{path}:{call.lineno}" for path, call in found if not says_no(call)] == []
+
+
+def test_only_one_function_passes_on_what_a_recipe_says() -> None:
+    """Elsewhere transformers' functions are called, or handed to that one with the recipe's own key."""
+    handed, yes = [], []
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "as_recipe_says":
+                (trusted,) = [ast.unparse(word.value) for word in node.keywords if word.arg == "trusted"]
+                assert trusted in ("recipe.model.trust_remote_code", "trusted"), f"{path}:{node.lineno}"
+                called.add(id(node.args[0]))
+                handed.append(node)
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and ast.unparse(node.value) != "False":
+                yes.append(path.name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in ("from_pretrained", "from_config"):
+                assert id(node) in called, f"{path}:{node.lineno} takes the function without calling it"
+    assert len(handed) == 2
+    assert yes == ["own_code.py"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from raymem.runs.backend import LocalBackend
 from raymem.runs.evaluate import evaluate_recipe
 from raymem.runs.loram.pipeline import Pipeline
 from raymem.runs.train import launch
+from raymem.storage.checksums import CHECKSUMS
 from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module
 from raymem.sweeps.options import SweepOptions
@@ -137,7 +138,8 @@ def test_an_adapter_of_others_may_name_a_branch(hub: Hub, recipe: Any, tmp_path:
     adapter = tmp_path / "runs" / "run" / "adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "revision": "main"}))
-    (adapter / "raymem.json").unlink()
+    for name in ("raymem.json", CHECKSUMS):
+        (adapter / name).unlink()
     hub.name("v1", hub.commits[0])
     losses = {evaluate_recipe(recipe("run", revision=same), str(adapter)).result.loss for same in (None, "main", "v1")}
     assert len(losses) == 1

@@ -26,6 +26,8 @@ from raymem.methods.loram.nonuniform import Counts, counts_of, with_counts
 from raymem.methods.loram.pruning.plan import plan_pruning
 from raymem.methods.loram.source import Source, open_source
 from raymem.methods.loram.validate import validate_coupling
+from raymem.storage.checksums import check_files, write_checksums
+from raymem.storage.inside import leads_out
 from raymem.storage.safetensors_io import (
     Entry,
     Spec,
@@ -125,6 +127,7 @@ def open_job(
     )
     if is_committed(job):
         return job
+    check_files(source.directory, ModelError)
     validate_coupling(config)
     try:
         job.work.mkdir(parents=True, exist_ok=True)
@@ -199,7 +202,14 @@ def write_shard(
     names = {entry.key: name for name, entry in entries.items()}
     tag = json.dumps({"key": job.key, "kept": kept}, separators=(",", ":"))
     by_key = {key: specs[name] for key, name in names.items()}
-    write_tensors(job.workspace / file, by_key, lambda key: make(names[key]), {_TAG: tag})
+    write_tensors(
+        job.workspace / file, by_key, lambda key: make(names[key]), {_TAG: tag}, sha256_at=_sha256_of(job, file)
+    )
+
+
+def _sha256_of(job: PruneJob, file: str) -> Path:
+    """Return where the digest of a shard is kept until all are written."""
+    return job.work / f"{file}.sha256"
 
 
 def read_shard(job: PruneJob, file: str) -> tuple[dict[str, list[int]] | None, dict[str, Entry]] | None:
@@ -221,6 +231,7 @@ def commit(job: PruneJob) -> Manifest:
     if is_committed(job):
         return read_manifest(job.out)
     kept, weight_map, files, total_bytes = {}, {}, {}, 0
+    digests: dict[str, str] = {}
     for layer in [*range(job.coupling.num_layers), None]:
         file = shard_name(job, layer)
         shard = read_shard(job, file)
@@ -230,6 +241,8 @@ def commit(job: PruneJob) -> Manifest:
             kept[layer] = shard[0]
         weight_map.update(dict.fromkeys(shard[1], file))
         files[file] = (job.workspace / file).stat().st_size
+        if _sha256_of(job, file).is_file():  # an earlier version kept none: the shard is read below
+            digests[file] = _sha256_of(job, file).read_text(errors="replace").strip('"\n')
         total_bytes += sum(entry.num_bytes for entry in shard[1].values())
     source = {"name": job.source.name, "revision": job.source.revision, "identity": dict(job.source.identity)}
     manifest = Manifest(
@@ -241,12 +254,13 @@ def commit(job: PruneJob) -> Manifest:
         config = job.source.config()
         (with_counts(config, job.counts) if job.counts else config).save_pretrained(job.workspace)
         for path in sorted(Path(job.source.directory).iterdir()):
-            if path.is_file() and path.name.startswith(_COPIED):
+            if path.is_file() and path.name.startswith(_COPIED) and not leads_out(path, Path(job.source.directory)):
                 shutil.copyfile(path, job.workspace / path.name)
         manifest.write(job.workspace)
         shutil.rmtree(job.work, ignore_errors=True)
         for left in job.workspace.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
+        write_checksums(job.workspace, digests)
         _appear(job)
     except OSError as error:
         raise StorageError(

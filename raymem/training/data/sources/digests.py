@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError
-from raymem.storage.publish import digest, file_sha256
+from raymem.storage.publish import digest, file_sha256, seal, unseal
 from raymem.training.data.readers import BLOCK_BYTES, FileBlock, index_file
 
 FOLDER = "digests"
@@ -101,8 +101,8 @@ def _recall(path: Path, kind: list[Any], cache_dir: Path) -> Any:
         now = stamp(path, str(path))
         for key in _keys(now, kind):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                entry = json.loads((cache_dir / FOLDER / f"{key}.json").read_bytes())
-                if _is_untouched(entry["looks"], now):
+                entry = unseal(json.loads((cache_dir / FOLDER / f"{key}.json").read_bytes()))
+                if entry is not None and _is_untouched(entry["looks"], now):
                     return entry["value"]
     except DataError:
         return None  # reading it says so better
@@ -128,5 +128,5 @@ def _remember(path: Path, name: str, before: dict[str, Any], kind: list[Any], va
         folder.mkdir(parents=True, exist_ok=True)
         for key in _keys(before, kind):
             scratch = folder / f".{key}-{uuid.uuid4().hex[:8]}"
-            scratch.write_text(json.dumps({"looks": before, "value": value}))
+            scratch.write_text(json.dumps(seal({"looks": before, "value": value})))
             os.replace(scratch, folder / f"{key}.json")
