@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.faults.arena import Arena, open_arena
+from tests.faults.nodes import running_cluster
 from tests.faults.report import read_records, write_report
 
 
@@ -89,11 +90,17 @@ def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path)
                 flush=True,
             )
 
+    def play_on_ray() -> None:
+        if not on_ray.empty():
+            with running_cluster() as arena.cluster:
+                play(on_ray)
+
     if jobs == 1:
         play(local)
-        play(on_ray)
+        play_on_ray()
         return
-    threads = [threading.Thread(target=play, args=(waiting,)) for waiting in (on_ray, *[local] * (jobs - 1))]
+    threads = [threading.Thread(target=play_on_ray)]
+    threads += [threading.Thread(target=play, args=(local,)) for _ in range(jobs - 1)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -24,7 +24,7 @@ from raymem.storage.storage import Storage
 from raymem.testing.processes import in_processes
 from raymem.testing.tiny import save_tiny_model, write_examples
 from tests.faults.cases import NAME, Case
-from tests.faults.nodes import Cluster, running_cluster
+from tests.faults.nodes import Cluster
 from tests.faults.sessions import Session, Spec, start_server
 from tests.helpers.runs import train_here
 
@@ -51,6 +51,8 @@ class Arena:
     folder: Path
     can_mount: bool = False
     """Whether this process has mounts of its own."""
+    has_cluster: bool = False
+    """Whether there are rounds on Ray, for which somebody starts the cluster."""
     cluster: Cluster | None = None
     bucket: str | None = None
     """``host:port`` of the object store."""
@@ -183,14 +185,12 @@ def open_arena(
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="raymem-faults-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        arena = Arena(folder.resolve(), can_mount)
+        arena = Arena(folder.resolve(), can_mount, with_cluster)
         arena.build()
         if with_bucket:
             arena.bucket = stack.enter_context(_running_bucket())
         if with_tracking:
             arena.tracking = stack.enter_context(_running_tracking(arena.folder / "tracking"))
-        if with_cluster:
-            arena.cluster = stack.enter_context(running_cluster())
         yield arena
 
 

@@ -138,7 +138,7 @@ def draw_round(seed: int, kinds: Mapping[str, type[Fault]], arena: Arena) -> tup
 
 
 def _has_ground(case: Case, arena: Arena) -> bool:
-    return (not case.workers or arena.cluster is not None) and (not case.remote or arena.bucket is not None)
+    return (not case.workers or arena.has_cluster) and (not case.remote or arena.bucket is not None)
 
 
 def run_round(seed: int, case: Case, fault: Fault, arena: Arena) -> Record:

@@ -55,7 +55,7 @@ class Away(_OnProxy):
         hows: tuple[Literal["refuse", "reset", "hang"], ...] = ("refuse", "reset", "hang")
         how = self.draw.choice(hows)
         round_.detail = f"{how} for {self._lasts_s:.1f} s"
-        self._proxy.away(how, after=self.draw.choice((0, 0, 1, 5)))
+        self._proxy.away(how, at=self.draw.choice((None, None, "manifest.json", ".safetensors")))
 
 
 class Errors(_OnProxy):
