@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import queue
 import shlex
@@ -38,6 +39,8 @@ def main() -> int:
     parser.add_argument("--local", action="store_true", help="no rounds on Ray")
     parser.add_argument("--report", type=Path, help="Markdown file to write")
     asked = parser.parse_args()
+    # Read by the libraries of every process that is started below; one BLAS thread makes sums repeatable.
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     kinds = {name: KINDS[name] for name in asked.kinds or KINDS}
     records = asked.work / "rounds.jsonl"
     seeds = range(asked.seed, asked.seed + asked.rounds)

@@ -52,11 +52,11 @@ class Cluster:
         """Start nodes until there are as many as there should be, and wait for them."""
         import ray
 
-        self._nodes = [node for node in self._nodes if node.poll() is None]
-        while len(self._nodes) < NODES:
-            self._nodes.append(self._start())
-        deadline = time.monotonic() + 240  # on a busy machine
+        deadline = time.monotonic() + 600  # on a busy machine
         while time.monotonic() < deadline:
+            self._nodes = [node for node in self._nodes if node.poll() is None]
+            while len(self._nodes) < NODES:
+                self._nodes.append(self._start())
             alive = [node for node in ray.nodes() if node["Alive"] and "slot" in node["Resources"]]
             if len(alive) == NODES:
                 return
@@ -145,7 +145,7 @@ def _raylet_pid(socket: str, pids: set[int]) -> int | None:
 def worker_environment(temporary: Path) -> dict[str, str]:
     temporary.mkdir(exist_ok=True)
     root = str(Path(__file__).parents[2])
-    return {"TMPDIR": str(temporary), "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    return {"TMPDIR": str(temporary), "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_raylet_start_wait_time_s": "300",
             "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}  # fmt: skip
 
 

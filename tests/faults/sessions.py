@@ -55,13 +55,18 @@ class Spec:
 
 def start_server() -> None:
     """Let the server that forks sessions begin its imports; they go on in the background."""
-    root = str(Path(__file__).parents[2])
-    # The server is not told sys.path and skips what it cannot find; one BLAS thread makes sums repeatable.
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([root, *filter(None, [os.environ.get("PYTHONPATH")])]))
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.preloaded"])
-    forkserver.ensure_running()
+    before = os.environ.get("PYTHONPATH")
+    # The server is not told sys.path and skips what it cannot find.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), before]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 @dataclass
