@@ -102,8 +102,8 @@ def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path)
         play(local)
         play_on_ray()
         return
-    threads = [threading.Thread(target=play_on_ray)]
-    threads += [threading.Thread(target=play, args=(local,)) for _ in range(jobs - 1)]
+    threads = [threading.Thread(target=play_on_ray, daemon=True)]
+    threads += [threading.Thread(target=play, args=(local,), daemon=True) for _ in range(jobs - 1)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -145,7 +145,7 @@ def _raylet_pid(socket: str, pids: set[int]) -> int | None:
 def worker_environment(temporary: Path) -> dict[str, str]:
     temporary.mkdir(exist_ok=True)
     root = str(Path(__file__).parents[2])
-    return {"TMPDIR": str(temporary), "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_raylet_start_wait_time_s": "300",
+    return {"TMPDIR": str(temporary), "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", 
             "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}  # fmt: skip
 
 
