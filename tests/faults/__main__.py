@@ -20,10 +20,21 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 
 from tests.faults.arena import Arena, open_arena
 from tests.faults.nodes import running_cluster
 from tests.faults.report import read_records, write_report
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tests.faults.fault import Fault
+
+CLUSTERS = 5
+"""Clusters that are started one after the other; on a busy machine Ray itself may fail to start."""
 
 
 def main() -> int:
@@ -58,7 +69,7 @@ def main() -> int:
     return int(any(raw["outcome"] == "failed" for raw in ours))
 
 
-def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path) -> None:  # type: ignore[type-arg]
+def _soak(seeds: list[int], kinds: Mapping[str, type[Fault]], arena: Arena, jobs: int, records: Path) -> None:
     """Play rounds in threads: one for those on Ray, the others for those of one process."""
     from tests.faults.rounds import draw_round, run_round
 
@@ -73,7 +84,7 @@ def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path)
         (on_ray if case.workers else local).put(seed)
     lock = threading.Lock()
 
-    def play(waiting: queue.SimpleQueue[int]) -> None:
+    def play(waiting: queue.SimpleQueue[int], *, again: bool = False) -> None:
         while not waiting.empty():
             seed = waiting.get()
             case, fault, _ = draw_round(seed, kinds, arena)
@@ -82,6 +93,9 @@ def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path)
                 record = {**dataclasses.asdict(run_round(seed, case, fault, arena)), "commit": _commit()}
             except Exception:
                 print(f"{seed}: the harness itself failed:\n{traceback.format_exc()}", flush=True)
+                if again:
+                    waiting.put(seed)
+                    raise
                 continue
             with lock, records.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -94,9 +108,14 @@ def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path)
             )
 
     def play_on_ray() -> None:
-        if not on_ray.empty():
-            with running_cluster() as arena.cluster:
-                play(on_ray)
+        for _ in range(CLUSTERS):
+            if on_ray.empty():
+                return
+            try:
+                with running_cluster() as arena.cluster:
+                    play(on_ray, again=True)
+            except (Exception, pytest.fail.Exception) as error:
+                print(f"the cluster is started again: {error}", flush=True)
 
     if jobs == 1:
         play(local)

@@ -95,4 +95,8 @@ def _locked(storage: Path) -> list[str]:
 def _temporary_in(folder: Path) -> list[str]:
     if not folder.exists():
         return []
-    return [f"left in TMPDIR: {entry.name}" for entry in folder.iterdir() if not entry.name.startswith(STAYS) and entry.name != "ray"]
+    return [
+        f"left in TMPDIR: {entry.name}"
+        for entry in folder.iterdir()
+        if not entry.name.startswith(STAYS) and entry.name != "ray"
+    ]

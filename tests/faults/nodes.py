@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,15 +100,15 @@ class Cluster:
     def drain(self, node: subprocess.Popen[bytes], notice_s: float) -> bool:
         """Tell the cluster that a node will be taken away; False if it declines."""
         import ray
-        from ray._raylet import GcsClient
         from ray.core.generated import autoscaler_pb2
 
+        raylet: Any = importlib.import_module("ray._raylet")
         pids = {node.pid} | {child.pid for child in psutil.Process(node.pid).children(recursive=True)}
         for info in ray.nodes():
             if info["Alive"] and _raylet_pid(info["RayletSocketName"], pids) is not None:
                 deadline_ms = int((time.time() + notice_s) * 1000)
                 reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-                client: Any = GcsClient(address=self.head.gcs)
+                client = raylet.GcsClient(address=self.head.gcs)
                 accepted, _ = client.drain_node(info["NodeID"], reason, "taken back", deadline_ms)
                 return bool(accepted)
         return False
@@ -145,15 +147,13 @@ def _raylet_pid(socket: str, pids: set[int]) -> int | None:
 def worker_environment(temporary: Path) -> dict[str, str]:
     temporary.mkdir(exist_ok=True)
     root = str(Path(__file__).parents[2])
-    return {"TMPDIR": str(temporary), "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", 
+    return {"TMPDIR": str(temporary), "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
             "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}  # fmt: skip
 
 
 @contextlib.contextmanager
 def running_cluster() -> Iterator[Cluster]:
     """A cluster that ends with the block."""
-    import tempfile
-
     # The head's own folder is not known before it starts.
     temporary = Path(tempfile.mkdtemp(prefix="rm-tmp-", dir="/tmp"))
     with running_head(**worker_environment(temporary)) as head:

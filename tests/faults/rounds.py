@@ -293,5 +293,3 @@ def _wrong_losses(losses: dict[int, float], expected: dict[int, float]) -> list[
         return [f"history: steps {missing} are missing in metrics.jsonl"]
     different = [step for step, loss in expected.items() if losses[step] != loss]
     return [f"history: steps {different} have other losses"] if different else []
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -160,7 +161,7 @@ class _Halt:
         self.is_waiting = False
 
     def install(self) -> None:
-        from raymem.training import loop
+        loop: Any = importlib.import_module("raymem.training.loop")
 
         original = loop.train_step
 
@@ -170,7 +171,7 @@ class _Halt:
             self.steps_done += 1
             return result
 
-        loop.train_step = train_step  # type: ignore[attr-defined]
+        loop.train_step = train_step
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:

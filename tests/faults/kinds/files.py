@@ -6,13 +6,11 @@ import random
 from typing import TYPE_CHECKING
 
 from raymem.storage.storage import Storage
-from tests.faults.cases import Case
 from tests.faults.checks import names_in
 from tests.faults.fault import Fault
 from tests.faults.sessions import Session
 
 if TYPE_CHECKING:
-    from tests.faults.arena import Arena
     from tests.faults.rounds import Round
 
 
@@ -92,7 +90,9 @@ class Garbled(_Damage):
     name = "file garbled"
 
     def damage(self, storage: Storage, name: str, content: bytes) -> None:
-        other = self.draw.choice((b"[]", b"{}", b"null\n", bytes(len(content)), random.Random(1).randbytes(len(content))))
+        other = self.draw.choice(
+            (b"[]", b"{}", b"null\n", bytes(len(content)), random.Random(1).randbytes(len(content)))
+        )
         _write(storage, name, other)
 
 
