@@ -12,6 +12,7 @@ import typer
 
 from raymem.cli import console
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
+from raymem.cli.signals import Stopped, say_and_exit
 from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
@@ -109,9 +110,8 @@ def _pipeline(
             listeners = [] if quiet else [display.show]
             status = (lambda text: None) if quiet else display.status
             yield Pipeline(recipe, status=status, listeners=listeners, fresh=fresh)
-    except KeyboardInterrupt:
-        console.err.print("interrupted; the same command goes on where it was")
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, Stopped) as stop:
+        raise say_and_exit(stop, "the same command goes on where it was") from None
 
 
 def _show_plan(pruned: PrunedBase) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -15,6 +14,7 @@ import typer
 from raymem import __version__
 from raymem.cli import console, data, k8s, loram, plan, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
+from raymem.cli.signals import Stopped, say_and_exit, unwind_on_signals
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
 
@@ -78,9 +78,8 @@ def train(
     try:
         with console.TrainingDisplay(loaded.train.steps) as display:
             finished = launch(loaded, fresh=fresh, force=force, listeners=[display.show], status=display.status)
-    except KeyboardInterrupt:
-        console.err.print("interrupted; the same command resumes from the last checkpoint")
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, Stopped) as stop:
+        raise say_and_exit(stop, "the same command resumes from the last checkpoint") from None
     outcome, tracking = finished.outcome, finished.tracking
     say = console.out.print
     if outcome.loss is None:
@@ -246,7 +245,7 @@ def run_app(*arguments: Any) -> int:
     """Run the command line; errors for the user become one line each on stderr.
 
     Returns:
-        Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted.
+        Exit status: 0, 1 for an error, 2 for wrong usage, 128 + number for a signal.
     """
     # Read when torch loads. Threads that wait in a busy loop make a CPU step five times as long as soon as anything
     # else (Ray itself, say) wants one of the cores.
@@ -265,8 +264,7 @@ def run_app(*arguments: Any) -> int:
 
 def main() -> None:
     """Entry point of the ``raymem`` script."""
-    # `ray job stop` and Kubernetes send SIGTERM: unwind like Ctrl-C, so that the tracked run is not left running.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    unwind_on_signals()
     gc.set_threshold(10_000, 10, 10)  # looking for garbage was a sixth of the time that it takes to import libraries
     sys.exit(run_app())
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -39,6 +41,7 @@ def connect(scaling: ScalingSection) -> None:
         verbose = logging.getLogger("raymem").isEnabledFor(logging.DEBUG)
         options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
         address = os.environ.get("RAY_ADDRESS")
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             if address:
                 if address != "auto":
@@ -50,6 +53,8 @@ def connect(scaling: ScalingSection) -> None:
             raise
         except Exception as error:  # ConnectionError, RuntimeError, ValueError, Ray's own, and bare ones
             raise ClusterError(_not_connected(error, address)) from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would exit with status 15
     _check_room(scaling)
 
 

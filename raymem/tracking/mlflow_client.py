@@ -28,6 +28,8 @@ def connect(uri: str) -> Any:
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    # It prints the traceback of an error of the database that it also raises, which the tracker says and counts.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     database = database_file(uri)
     if database is None:
         return MlflowClient(uri)

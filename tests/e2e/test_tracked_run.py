@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
 
+from raymem.cli import console
 from raymem.cli.main import run_app
+from raymem.cli.signals import unwind_on_signals
 from tests.helpers.commands import kill_command
 from tests.helpers.run_files import losses, write_recipe
+from tests.helpers.support import in_processes
 
 
 def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(
@@ -61,3 +68,40 @@ def test_sigkill_of_the_command_changes_nothing(adapter: str, tmp_path: Path, ll
     artifact = "adapter/adapter_model.safetensors" if adapter == "lora" else "model/model.safetensors"
     killed, straight = ((tmp_path / "runs" / name / artifact).read_bytes() for name in ("killed", "straight"))
     assert killed == straight
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_ends_the_tracked_run_and_says_how_to_go_on(
+    name: str, tmp_path: Path, llama: Path, examples: Path, storage: Path
+) -> None:
+    train = {"steps": 5000, "global_batch": 4, "micro_batch": 2, "save_every": 2}
+    write_recipe(storage / f"{name}.yaml", storage, llama, examples, tracking="mlflow", train=train)
+    ((status, out),) = in_processes(be_signalled, 0, tmp_path, storage / f"{name}.yaml", name)
+    word = "interrupted" if name == "SIGINT" else f"stopped by {name}"
+    assert (status, out) == (128 + signal.Signals[name], f"{word}; the same command resumes from the last checkpoint\n")
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/runs/mlflow.db")
+    (run,) = client.search_runs(
+        [client.get_experiment_by_name("raymem").experiment_id], f"attributes.run_name = '{name}'"
+    )
+    assert run.info.status == "KILLED"
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("signals")
+
+
+def be_signalled(recipe: Path, name: str) -> tuple[int, str]:
+    """Exit status and last words of a command that gets a signal after its first checkpoint."""
+    checkpoints = recipe.parent / "runs" / recipe.stem / "checkpoints"
+
+    def send() -> None:
+        while not list(checkpoints.glob("step_*/manifest.json")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.Signals[name])
+
+    unwind_on_signals()
+    threading.Thread(target=send, daemon=True).start()
+    with console.err.capture() as words:
+        status = run_app("train", recipe)
+    return status, words.get()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 
 from raymem.tracking import NullTracker, attach_tracker
 from raymem.tracking.mlflow_client import connect
@@ -47,6 +50,29 @@ def test_rows_become_metrics(tracker: MlflowTracker) -> None:
     assert set(connect(tracker.tracking_uri).get_run(tracker.run_id).data.metrics) == {"loss", "lr", "eval_loss"}
     summary = tracker.result()
     assert (summary.logged, summary.failures, summary.problem) == (4, 0, None)
+
+
+def test_a_database_that_another_program_holds_is_one_warning(
+    tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """mlflow itself waits for 20 seconds, and prints a traceback each time."""
+    text = sqlalchemy.sql.text
+    monkeypatch.setattr(sqlalchemy.sql, "text", lambda words: text(words.replace("20000", "20")))
+    tracker._retry_after_s = 0.0
+    with contextlib.closing(sqlite3.connect(tracker.tracking_uri.removeprefix("sqlite:///"))) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        tracker.log([{"step": 1, "loss": 0.5}])
+        tracker.log([{"step": 2, "loss": 0.25}])
+    assert tracker.result().failures == 2
+    tracker.log([{"step": 3, "loss": 0.125}])
+    assert history(tracker, "loss") == [(1, 0.5), (2, 0.25), (3, 0.125)]
+    problem = tracker.finish("FINISHED").problem
+    assert problem is not None
+    assert "failed 2 times" in problem and "database is locked" in problem and "all metric values arrived" in problem
+    (record,) = caplog.records
+    assert record.name == "raymem.tracking" and "database is locked" in record.getMessage()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_replayed_steps_are_not_logged_again(tracker: MlflowTracker) -> None:
