@@ -29,7 +29,8 @@ def worker_config(recipe: RecipeLike) -> dict[str, Any]:
     """Check a recipe, prepare its data, and return what every worker needs, as plain data.
 
     Of ``scaling``, only ``use_gpu`` and ``strategy`` count for the workers: the trainer's ``ScalingConfig`` says how
-    many there are and what each gets. Nothing is tracked: rows of metrics go through ``ray.train.report``.
+    many there are and what each gets. Nothing is tracked: rows of metrics go through ``ray.train.report``. Nobody
+    watches for ranks that hang (``scaling.hang_timeout``).
 
     Raises:
         RaymemError: the recipe, its model or its data cannot be used.

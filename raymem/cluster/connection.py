@@ -93,7 +93,7 @@ def named_losses(what: str) -> Iterator[None]:
 
 
 class HeadCheck:
-    """Says that the head of the cluster has gone: Ray then ends this process, after a minute, and leaves no time to.
+    """Says that the head of the cluster has gone: a minute later Ray ends this process from within, without an error.
 
     Args:
         address: of the head, as ``host:port``.
@@ -101,7 +101,7 @@ class HeadCheck:
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
-        self._where = (host, int(port))
+        self._where = (host.strip("[]"), int(port))
         self._next, self._missed = time.monotonic(), 0
 
     def look(self) -> None:

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,23 @@ def _own_directory() -> Path:
 def _end(directory: Path, pid: int) -> None:
     if os.getpid() == pid:  # a fork is not the owner
         ray.shutdown()
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
+
+
+def _remove(directory: Path) -> None:
+    """End the processes of a cluster that is over, and remove its directory."""
+    owner = directory / _OWNER
+    for _ in range(20):  # processes that are ending still write
+        for pid in _processes_of(directory):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            for path in set(directory.iterdir()) - {owner}:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            owner.unlink()  # last: without it nobody would look at the rest again
+            directory.rmdir()
+            return
+        time.sleep(0.1)
 
 
 def _base() -> Path:
@@ -119,14 +136,11 @@ def remove_abandoned() -> None:
                 continue
             with (directory / _OWNER).open() as owner:
                 fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: its owner lives
-                for pid in _processes_in(directory):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                shutil.rmtree(directory, ignore_errors=True)
+                _remove(directory)
                 log.info("removed %s, which a driver that was killed had left", directory)
 
 
-def _processes_in(directory: Path) -> Iterator[int]:
+def _processes_of(directory: Path) -> Iterator[int]:
     """Find the processes of the cluster that has this directory."""
     mark = os.fsencode(f"{_MARK}={directory}")
     for process in Path("/proc").glob("[0-9]*"):

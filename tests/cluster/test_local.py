@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import fcntl
 import re
 import shutil
 import signal
@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raymem.cluster import local
 from tests.helpers.ray_processes import clean_environment
 from tests.helpers.run_files import write_recipe
 
@@ -56,16 +57,36 @@ def listeners(processes: list[psutil.Process]) -> set[str]:
     return {line.split()[3] for line in lines if pids & {int(pid) for pid in re.findall(r"pid=(\d+)", line)}}
 
 
+def test_what_dead_drivers_left_is_removed_and_what_living_ones_have_stays(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(base))
+    left, used = base / "raymem-ray-1-left", base / "raymem-ray-2-used"
+    helpers = {}
+    for directory in (left, used):
+        (directory / "session_1" / "logs").mkdir(parents=True)
+        (directory / "session_latest").symlink_to("session_1")
+        (directory / "owner").touch()
+        helpers[directory] = subprocess.Popen(["sleep", "60"], env={"RAYMEM_RAY_DIRECTORY": str(directory)})
+    try:
+        with (used / "owner").open() as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            local.remove_abandoned()
+        assert list(base.iterdir()) == [used]
+        assert helpers[left].wait(10) == -signal.SIGKILL
+        assert helpers[used].poll() is None
+    finally:
+        for helper in helpers.values():
+            helper.kill()
+            helper.wait()
+
+
 @pytest.mark.ray
 @pytest.mark.skipif(shutil.which("ss") is None, reason="ss (iproute2) is not on the PATH")
 def test_it_listens_on_loopback_only_wants_a_token_and_leaves_nothing(
     base: Path, llama: Path, examples: Path, tmp_path: Path
 ) -> None:
-    """A killed driver's leftovers go when this one starts; then a whole training, with a worker."""
-    left = base / "raymem-ray-1-killed"
-    left.mkdir()
-    (left / "owner").touch()
-    helper = subprocess.Popen(["sleep", "600"], env={**os.environ, "RAYMEM_RAY_DIRECTORY": str(left)})
+    """While a worker trains, and after the end."""
     scaling = {"num_workers": 1, "resources_per_worker": {"CPU": 1}}
     train = {"steps": 300, "global_batch": 4, "micro_batch": 2, "save_every": 300, "eval_every": 300}
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path, llama, examples, scaling=scaling, train=train)
@@ -88,12 +109,9 @@ def test_it_listens_on_loopback_only_wants_a_token_and_leaves_nothing(
         (gcs,) = listeners([process for process in processes if "gcs_server" in process.name()])
         worker.resume()
         assert "AuthenticationError" in asked_without_token(f"127.0.0.1:{gcs.rpartition(':')[2]}")
-        assert helper.wait(10) == -signal.SIGKILL
-        assert not left.exists()
         driver.stdout.read()
         assert driver.wait(60) == 0
     finally:
-        helper.kill()
         for process in [*psutil.Process(driver.pid).children(recursive=True), driver] if driver.poll() is None else []:
             process.kill()
     assert list(base.iterdir()) == []
@@ -116,13 +134,12 @@ def asked_without_token(gcs: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("after", ["gcs_server", "raylet", "DashboardAgent"])
+@pytest.mark.parametrize("after", ["gcs_server", "raylet", "dashboard/agent.py"])
 def test_what_a_driver_leaves_that_is_killed_while_ray_starts_goes_with_the_next_start(base: Path, after: str) -> None:
     driver = subprocess.Popen([sys.executable, "-c", START + "import time; time.sleep(60)"], env=environment(base))
     while not any(after in " ".join(process.cmdline()) + process.name() for process in marked(base)):
         assert driver.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.1)
+        time.sleep(0.05)
     driver.kill()
     driver.wait()
     assert len(list(base.iterdir())) == 1

@@ -40,7 +40,7 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[L
     mailbox = new_mailbox()
     waiting_s = int(collective_timeout_s(scaling.hang_timeout_s))
     # Ray's own check of processes that do not answer; the watchdog's comes before it and says more.
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(waiting_s))
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(waiting_s)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={

@@ -107,12 +107,13 @@ class Pulse:
 
 
 def _collectives() -> int:
-    """Return how many collectives this rank has entered, in the order in which all ranks enter them."""
-    if not dist.is_initialized():
+    """Return how many collectives this rank has entered, in the order in which all ranks enter them; 0 if unknown."""
+    try:
+        group = dist.distributed_c10d._get_default_group()
+        backends = {id(backend): backend for backend in map(group._get_backend, group._device_types)}
+        return sum(backend._get_sequence_number_for_group() for backend in backends.values())  # type: ignore[attr-defined]
+    except (RuntimeError, ValueError):  # a backend that does not count, or a group that is ending
         return 0
-    group = dist.distributed_c10d._get_default_group()
-    backends = {id(backend): backend for backend in map(group._get_backend, group._device_types)}
-    return sum(backend._get_sequence_number_for_group() for backend in backends.values())  # type: ignore[attr-defined]
 
 
 def _stack(thread: int) -> str:

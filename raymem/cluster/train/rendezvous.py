@@ -47,7 +47,6 @@ def join(store: str, backend: str, rank: int, size: int, timeout_s: int) -> None
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
-    dist.init_process_group(
-        backend, store=dist.FileStore(store, size), rank=rank, world_size=size,
-        timeout=datetime.timedelta(seconds=timeout_s),
-    )  # fmt: skip
+    meeting = dist.FileStore(store, size)  # type: ignore[attr-defined]
+    timeout = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=timeout)

@@ -77,7 +77,7 @@ class Watchdog:
             ranks[rank] = _Standstill(
                 beat,
                 last.silent_s + elapsed_s if beat.number == last.beat.number else 0.0,
-                last.idle_s + elapsed_s if beat.progress == last.beat.progress else 0.0,
+                last.idle_s + elapsed_s if _position(beat) == _position(last.beat) else 0.0,
             )
         self._ranks = ranks
         silent = [rank.beat for rank in ranks.values() if rank.silent_s >= self.timeout_s]
@@ -91,6 +91,10 @@ class Watchdog:
 
     def forget(self) -> None:
         self._ranks = {}
+
+
+def _position(beat: Beat) -> tuple[int, int]:
+    return beat.progress, beat.meetings
 
 
 def _process(beat: Beat) -> tuple[str, int, str]:

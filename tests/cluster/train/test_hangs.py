@@ -71,6 +71,12 @@ def test_ranks_that_wait_for_one_at_work_do_not_hang() -> None:
         assert group.second(r0={"meetings": 11}, r1={"progress": step}) == []
 
 
+def test_a_long_step_with_collectives_is_no_hang() -> None:
+    group = Group(1)
+    for meetings in range(11, 50):
+        assert group.second(r0={"meetings": meetings}) == []
+
+
 def test_a_process_that_sends_nothing_hangs_in_whatever_it_does() -> None:
     group = Group(2)
     group.second(r0={"what": "the checkpoint", "brief": False}, r1={"what": "the checkpoint", "brief": False})
