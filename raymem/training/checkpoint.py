@@ -86,6 +86,7 @@ class Checkpoints:
         """Say which file has other bytes than were written; checkpoints of earlier versions name no digests."""
         path = f"{FOLDER}/{_name(manifest.step)}"
         files = sorted(name for name, facts in manifest.files.items() if "sha256" in facts)
+        digests: dict[str, str | None]
         if self._run.is_local:
             mine = files[self._dist_env.rank :: self._dist_env.world_size]  # each rank reads its share
             digests = {name: self._run.sha256(f"{path}/{name}") for name in mine}
