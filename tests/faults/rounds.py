@@ -102,9 +102,9 @@ class Round:
     def _pace(self) -> tuple[tuple[str, dict[str, Any]], ...]:
         return (("paced_workers", {"seconds": 0.15}),) if self.case.workers else ()
 
-    def write_recipe(self, name: str = "recipe.yaml", **sections: Any) -> None:
+    def write_recipe(self, file: str = "recipe.yaml", **sections: Any) -> None:
         recipe = self.case.recipe(self.arena.model, self.arena.examples, self.storage, self.sections, sections)
-        (self.folder / name).write_text(yaml.safe_dump(recipe))
+        (self.folder / file).write_text(yaml.safe_dump(recipe))
 
     def await_moment(self, session: Session, moment: Moment, timeout_s: float) -> bool:
         """Wait for the moment; False if the session is over before."""

@@ -218,6 +218,7 @@ def run_session(spec: Spec, pipe: Connection) -> None:
 
 def _become(spec: Spec) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     log = os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)

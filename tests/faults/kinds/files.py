@@ -117,12 +117,19 @@ class Strays(Fault):
             "cache/data/README": b"mine",
             "cache/data/0123/manifest.json": b"{}",
         }
+        if not latest_steps(round_):  # a run whose only checkpoint is damaged stops, and rightly
+            del strays["run/checkpoints/step_00000098/manifest.json"]
         if not storage.is_local:  # there a save is staged on the node
             del strays["run/checkpoints/.step_00000097.part/manifest.json"]
         chosen = self.draw.sample(sorted(strays), k=self.draw.randint(1, 4))
         for name in chosen:
             _write(storage, name, strays[name])
         round_.detail = ", ".join(chosen)
+
+
+def latest_steps(round_: Round) -> list[str]:
+    """The checkpoints of the run."""
+    return [name for name in round_.run.list_dirs("checkpoints") if name.startswith("step_")]
 
 
 def _is_file(storage: Storage, name: str) -> bool:

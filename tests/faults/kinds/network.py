@@ -111,7 +111,6 @@ class MlflowDown(Fault):
     """The tracking server closes every connection, for some seconds or until the command has ended."""
 
     name = "MLflow down"
-    can_fail = False
     timeout_s = 60.0
 
     def __init__(self, draw: random.Random) -> None:
