@@ -13,20 +13,17 @@ import hashlib
 import json
 import logging
 import shutil
-import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError, StorageError
 from raymem.storage.inside import is_inside
+from raymem.storage.unfinished import unfinished, unfinished_name
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_TEMPORARY = ".writing-"
-_ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 def digest(value: Any) -> str:
@@ -128,19 +125,16 @@ def publish(directory: Path, write: Callable[[Path], dict[str, Any]]) -> dict[st
             return _read_whole(directory)
         except _Damaged as damage:
             log.warning("%s is damaged and made again: %s", directory, damage)
-    temporary = directory.parent / f"{_TEMPORARY}{directory.name}-{uuid.uuid4().hex}"
     try:
-        temporary.mkdir(parents=True)
-        _remove_abandoned(directory.parent)
-        manifest = seal({"facts": write(temporary), "files": _describe(temporary)})
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        _rename(temporary, directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished(directory.parent, directory.name) as temporary:
+            manifest = seal({"facts": write(temporary), "files": _describe(temporary)})
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            _rename(temporary, directory)
     except OSError as error:
         raise StorageError(
             f"{directory} cannot be written ({error}): set storage.path to a writable place with free space."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 
@@ -158,7 +152,7 @@ def _rename(temporary: Path, directory: Path) -> None:
             _read_whole(directory)
         except _Damaged:
             # A damaged copy holds the name (raymem never renames one there). Move it aside in one step, then remove it.
-            doomed = directory.parent / f"{_TEMPORARY}{directory.name}-{uuid.uuid4().hex}"
+            doomed = directory.parent / unfinished_name(directory.name)
             directory.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
     try:
@@ -166,11 +160,3 @@ def _rename(temporary: Path, directory: Path) -> None:
     except OSError:
         if read_manifest(directory) is None:  # otherwise another process finished the same content first
             raise
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Remove leftovers of killed runs; a live writer touches its directory far more often than once a day."""
-    for path in parent.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - max(item.stat().st_mtime for item in (path, *path.rglob("*"))) > _ABANDONED_AFTER_SECONDS:
-                shutil.rmtree(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import TYPE_CHECKING, Literal
 
 from tests.faults.cases import NAME, STEPS, Case
@@ -121,7 +122,7 @@ class MlflowDown(Fault):
         return arena.tracking is not None and not case.is_staged
 
     def prepare(self, round_: Round) -> None:
-        self._experiment = f"round-{round_.seed}"
+        self._experiment = f"round-{round_.seed}-{time.time_ns()}"
         uri = round_.arena.tracking.uri
         round_.sections = {"tracking": {"kind": "mlflow", "uri": uri, "experiment": self._experiment}}
 
