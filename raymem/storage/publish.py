@@ -8,7 +8,6 @@ cannot disturb each other: the second rename fails and its copy is thrown away.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
