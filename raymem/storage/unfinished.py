@@ -1,8 +1,8 @@
 """Directories that are being written, told from those that killed writers left.
 
-Such a directory is locked by its writer, and the system gives the lock back when that process ends, however it ends. A
-lock speaks for processes of one node only (on a network mount it need not reach further), so the name says which node it
-was; what lies there of other nodes, or on a file system without locks, is judged by its age.
+Such a directory is locked by its writer, and the system gives the lock back when that process ends, however it ends.
+A lock speaks for processes of one node only (on a network mount it need not reach further), so the name says which node
+it was; what lies there of other nodes, or on a file system without locks, is judged by its age.
 """
 
 from __future__ import annotations
