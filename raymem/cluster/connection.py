@@ -54,7 +54,7 @@ def connect(scaling: ScalingSection) -> None:
         except Exception as error:  # ConnectionError, RuntimeError, ValueError, Ray's own, and bare ones
             raise ClusterError(_not_connected(error, address)) from None
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would exit with status 15
+            signal.signal(signal.SIGTERM, on_sigterm or signal.SIG_DFL)  # Ray's own would exit with status 15
     _check_room(scaling)
 
 
