@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from raymem.storage.folders import make_shared
+from raymem.storage.permissions import share
 from raymem.storage.publish import seal, unseal
 
 log = logging.getLogger(__name__)
@@ -40,9 +42,10 @@ def read_json(file: Path) -> dict[str, Any] | None:
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write a file as a whole; one that cannot be written is left out, since all of this can be made again."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_shared(file.parent, cache_root())
         part = file.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(seal(value)))
+        share(part)
         part.replace(file)
     except OSError:
         return

@@ -17,6 +17,7 @@ from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_sec
 from raymem.cli.signals import Stopped, say_and_exit, unwind_on_signals
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
+from raymem.storage.errors import refusal
 
 app = typer.Typer(
     help="Fine-tune large language models inside a memory budget, on a Ray cluster or on this machine.",
@@ -259,6 +260,11 @@ def run_app(*arguments: Any) -> int:
         return 1
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
+    except Exception as error:
+        if (sentence := refusal(error)) is None:
+            raise
+        console.err.print(f"error: {sentence}", markup=False)
+        return 1
     return 0
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from raymem.errors import ModelError
 from raymem.recipe.load import MODELS, packaged_recipe, parse_recipe, read_yaml
 from raymem.recipe.schema import Recipe
+from raymem.storage.folders import make_shared, share_published
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS
@@ -75,9 +77,11 @@ def resolve_demo(recipe: Recipe, storage: Storage, build: Callable[[Recipe], obj
         pretraining = pretraining_recipe(model.name, storage)
         directory = finished_model(pretraining)
         if directory is None and model.name == "demo" and build is not None:
+            make_shared(Path(pretraining.storage.path))
             build(pretraining)
             discard_checkpoints(pretraining)
             directory = finished_model(pretraining)
+            share_published(Path(pretraining.storage.path, pretraining.name))
         if directory is None:
             raise ModelError(
                 f"model.name: {model.name} is not built yet in {storage.path}; build it with: "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from raymem.runs.loram.base import find_site, is_made, manifest_of, named_model
 from raymem.runs.loram.models import Alignment, PlannedModel, PrunedModel, PruningSite
 from raymem.runs.prepare import prepare_data, share_tokenizer
 from raymem.runs.resolved import Base, FullModel, ResolvedRun
+from raymem.storage.identity import identify
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.model.build import load_config, tokenizer_path
@@ -64,6 +66,7 @@ def resolve(
         ClusterError, StorageError: see :meth:`raymem.runs.backend.Backend.connect`.
     """
     storage = recipe.storage.open()
+    _identify(storage)
     run = storage.child(recipe.name)
     if artifact is None:
         pinned = resolve_revision(recipe, None if fresh else began_with(run))
@@ -107,6 +110,7 @@ def resolve_tokenizer(recipe: Recipe, storage: Storage) -> str:
     Raises:
         ModelError: the model, its revision or its tokenizer cannot be had.
     """
+    _identify(storage)
     pinned = resolve_revision(recipe, began_with(storage.child(recipe.name)))
     return share_tokenizer(tokenizer_path(with_demo_tokenizer(pinned, storage)), storage)
 
@@ -154,6 +158,12 @@ def note_start(run: ResolvedRun) -> None:
 def planned_recipes(run: ResolvedRun) -> tuple[Recipe, Recipe]:
     """Return the run's recipe for the planner: at its commit, and as ``raymem plan``, which resolves none, has it."""
     return at_revision(run.asked, run.recipe.model.revision), run.asked
+
+
+def _identify(storage: Storage) -> None:
+    """Give a new storage its id, by which what is made there is shared; a command that only reads need not be able."""
+    if storage.is_local and (not storage.exists("") or os.access(storage.root, os.W_OK)):
+        identify(Path(storage.root))
 
 
 def _as_trained(recipe: Recipe, artifact: str, run: Storage) -> Recipe:

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import DataError, StorageError
+from raymem.errors import DataError
+from raymem.storage.errors import writing
+from raymem.storage.folders import make_shared, share_published
 from raymem.storage.inside import is_inside
 from raymem.storage.unfinished import unfinished, unfinished_name
 
@@ -119,21 +121,18 @@ def publish(directory: Path, write: Callable[[Path], dict[str, Any]]) -> dict[st
     Raises:
         StorageError: the file system refuses (permissions, space).
     """
-    if directory.exists():
-        try:
-            return _read_whole(directory)
-        except _Damaged as damage:
-            log.warning("%s is damaged and made again: %s", directory, damage)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        if directory.exists():
+            try:
+                return _read_whole(directory)
+            except _Damaged as damage:
+                log.warning("%s is damaged and made again: %s", directory, damage)
+        make_shared(directory.parent)
         with unfinished(directory.parent, directory.name) as temporary:
             manifest = seal({"facts": write(temporary), "files": _describe(temporary)})
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            share_published(temporary)
             _rename(temporary, directory)
-    except OSError as error:
-        raise StorageError(
-            f"{directory} cannot be written ({error}): set storage.path to a writable place with free space."
-        ) from error
     return manifest
 
 

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from raymem.errors import ModelError, StorageError
+from raymem.errors import ModelError
+from raymem.storage.errors import writing
 from raymem.storage.inside import is_inside
 
 DTYPES: dict[str, torch.dtype] = {
@@ -221,17 +222,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written ({error}); free some space or check permissions, then run the same command "
-            "again: finished layers are not repeated"
-        ) from None
+        with writing(path, then="run the same command again: finished layers are not repeated"):
+            with temporary.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            sync_directory(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -23,6 +23,9 @@ from raymem.runs.lock import only_one, set_aside
 from raymem.runs.prepare import prepare_data
 from raymem.runs.resolve import resolve_shared
 from raymem.runs.train import build_demo
+from raymem.storage.errors import writing
+from raymem.storage.folders import make_directory
+from raymem.storage.identity import identify
 from raymem.storage.json_files import read_object
 from raymem.storage.publish import seal, unseal
 from raymem.storage.storage import Storage
@@ -71,7 +74,8 @@ def sweep(
         tracker = _start_tracking(recipe, options, storage, resumed=resumed)
         report = {"sweep": folder / "report"}
         try:
-            configure = _configurer(f"{recipe.name[:53]}-{facts['key']}", tracker.run_id)
+            trial_name = f"{recipe.name[:53]}-{facts['key']}"
+            configure = _configurer(trial_name, tracker.run_id, identify(Path(storage.root)))
             search, rows = _search(recipe, space, options, folder, configure, storage, status, watch)
             if (best := best_of(rows, options.objective)) is not None:
                 tracker.log([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
@@ -173,7 +177,6 @@ def _same_sweep(
     }
     file = folder / _FACTS
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         facts = {**now, "key": secrets.token_hex(2), "revision": None}
         _write_facts(folder, facts)
         return False, facts
@@ -193,8 +196,10 @@ def _same_sweep(
 
 def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
     part = folder / f"{_FACTS}.part"
-    part.write_text(json.dumps(seal(facts), indent=1) + "\n")
-    part.replace(folder / _FACTS)
+    with writing(folder / _FACTS):
+        make_directory(folder)
+        part.write_text(json.dumps(seal(facts), indent=1) + "\n")
+        part.replace(folder / _FACTS)
 
 
 def _began(facts: dict[str, Any]) -> Began:
@@ -214,13 +219,13 @@ def _prepare(recipe: Recipe, facts: dict[str, Any], storage: Storage, backend: B
     return pinned
 
 
-def _configurer(name: str, parent_run_id: str | None) -> Configure:
+def _configurer(name: str, parent_run_id: str | None, storage_id: str) -> Configure:
     """Return the function that makes a trial's config."""
 
     def configure(number: int, point: Recipe, predicted_bytes: int, needed_bytes: int) -> dict[str, Any]:
         scaling, resources, memory, threads = resources_of(point, needed_bytes)
         plain = point.to_dict() | {"name": f"{name}-{number:04d}", "scaling": scaling, "budget": None}
-        job = TrialJob(number, plain, predicted_bytes, memory, threads, resources, parent_run_id)
+        job = TrialJob(number, plain, predicted_bytes, memory, threads, resources, parent_run_id, storage_id)
         return job.to_config()
 
     return configure

@@ -15,6 +15,8 @@ from raymem.memory.budget import bytes_text
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import recipe_at
 from raymem.recipe.yaml_text import write
+from raymem.storage.errors import writing
+from raymem.storage.folders import make_directory
 from raymem.sweeps.options import METRICS, Objective
 from raymem.sweeps.search import started
 
@@ -92,8 +94,17 @@ def write_report(
 
     The front in the table is that of all objectives and of memory; the figure shows the first of them against memory.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows = rows_of(trials)
+    with writing(folder, then="run the same command again: the trials are kept"):
+        make_directory(folder)
+        _write_files(folder, rows, trials, recipe, objective, budget_bytes)
+    return rows
+
+
+def _write_files(
+    folder: Path, rows: Sequence[SweepRow], trials: Sequence[FrozenTrial], recipe: Recipe, objective: Objective,
+    budget_bytes: int,
+) -> None:  # fmt: skip
     (folder / "trials.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     names = list(dict.fromkeys([*objective.metrics, "peak_bytes"]))
     (folder / "pareto.md").write_text(_page(rows, pareto(rows, names), trials, names, budget_bytes))
@@ -102,7 +113,6 @@ def write_report(
     best = best_of(rows, objective)
     if best is not None:
         (folder / "best.yaml").write_text(best_recipe(recipe, best, objective.metrics[0], budget_bytes))
-    return rows
 
 
 def best_recipe(recipe: Recipe, best: SweepRow, metric: str, budget_bytes: int) -> str:

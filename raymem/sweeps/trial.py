@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymem.cluster.reservations import reserved
@@ -19,6 +20,7 @@ from raymem.memory.oom import measured_at_failure, oom_kills
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.load import parse_recipe
 from raymem.recipe.schema import Recipe
+from raymem.storage.identity import held
 from raymem.storage.storage import Storage
 from raymem.sweeps.resources import nested
 from raymem.training.reporter import Listener, Row
@@ -54,6 +56,8 @@ class TrialJob:
     """The Ray resources of the trial's process."""
     parent_run_id: str | None
     """Id of the sweep's run in the tracking system."""
+    storage_id: str
+    """Id of the sweep's storage."""
 
     def to_config(self) -> dict[str, Any]:
         """Pack the job for Ray Tune into few values, since Ray Tune builds long names from many."""
@@ -73,14 +77,20 @@ class TrialJob:
 
 def run_trial(config: dict[str, Any]) -> None:
     """Run a trial; this is the function that Ray Tune calls."""
-    from ray import tune
-
     # Give the thread of a stopped trial up to 120 s to end its tracked run before this process takes the next trial:
     # Ray Tune's default of 2 s may drop that one without a word.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
     job = TrialJob.of(config)
     recipe = parse_recipe(job.recipe, f"trial {job.number}")
-    run = recipe.storage.open().child(recipe.name)
+    storage = recipe.storage.open()
+    with held(Path(storage.root), job.storage_id):
+        _run_held(recipe, job, storage.child(recipe.name))
+
+
+def _run_held(recipe: Recipe, job: TrialJob, run: Storage) -> None:
+    """Run a trial on the storage of its sweep."""
+    from ray import tune
+
     end, error = earlier_result(run), None
     if end is None:
         run.write_record(ATTEMPT, _circumstances())

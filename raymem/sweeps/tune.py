@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray import tune as ray_tune
@@ -17,6 +18,7 @@ from raymem.errors import ClusterError
 from raymem.planner import prediction_error
 from raymem.recipe.schema import Recipe
 from raymem.runs.demo import discard_checkpoints
+from raymem.storage.identity import check
 from raymem.storage.storage import Storage
 from raymem.sweeps.options import METRICS, Objective
 from raymem.sweeps.resources import most_at_once, nested
@@ -134,6 +136,9 @@ class Follow(ray_tune.Callback):  # type: ignore[misc]
                 if not run.exists(RESULT):
                     run.write_record(RESULT, {**end, "number": job.number})
         return any_trial
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        check(Path(self._storage.root))  # Ray Tune makes its directory again where it is gone
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running[trial.trial_id] = TrialJob.of(trial.config)

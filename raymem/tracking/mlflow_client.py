@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raymem.storage.folders import make_directory, storage_above
+from raymem.storage.permissions import open_lock, share
 from raymem.tracking.mlflow_uri import database_file
 
 _environment = threading.Lock()
@@ -34,14 +36,17 @@ def connect(uri: str) -> Any:
     if database is None:
         return MlflowClient(uri)
     with _alone(database), warnings.catch_warnings(action="ignore"):
-        return MlflowClient(uri)  # makes the tables; alembic warns about mlflow's own migrations
+        client = MlflowClient(uri)  # makes the tables; alembic warns about mlflow's own migrations
+    if storage_above(database) is not None:
+        share(database, writable=True)
+    return client
 
 
 @contextlib.contextmanager
 def _alone(database: Path) -> Iterator[None]:
     """One process at a time: mlflow's migrations fail when two drivers make the tables of a new file at once."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{database}.lock", "w") as lock:
+    make_directory(database.parent)
+    with open_lock(Path(f"{database}.lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -9,13 +9,17 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import raymem
 from raymem.errors import TrackingError
 from raymem.recipe.yaml_text import write
+from raymem.storage.errors import explain, system_error
+from raymem.storage.folders import make_shared
+from raymem.storage.storage import Storage
 from raymem.tracking.mlflow_client import brief, connect, limits
-from raymem.tracking.mlflow_uri import TrackingAddress, database_file, resolve_tracking
+from raymem.tracking.mlflow_uri import ARTIFACTS, TrackingAddress, database_file, resolve_tracking
 from raymem.tracking.tracker import RunStart
 
 RUN_TAG = "raymem.run_id"
@@ -43,6 +47,7 @@ def start_run(start: RunStart) -> tuple[str, str]:
     try:
         with limits(timeout_s=10, retries=1):
             client = connect(address.uri)
+            _share_artifacts(start.storage_path, address)
             experiment_id = _experiment(client, tracking["experiment"], address)
             key = run_key(start.storage_path, name)
             run = _previous(client, experiment_id, key) if start.resume else None
@@ -68,6 +73,13 @@ def start_run(start: RunStart) -> tuple[str, str]:
     except Exception as error:  # mlflow, requests, sqlalchemy and boto each have their own
         raise _explain(error, address) from error
     return address.uri, run.info.run_id
+
+
+def _share_artifacts(storage_path: str, address: TrackingAddress) -> None:
+    """Make the directory of all runs' artifacts in a storage, for all of its users."""
+    storage = Storage.open(storage_path)
+    if storage.is_local and address.artifact_location is not None:
+        make_shared(Path(storage.join(ARTIFACTS)))
 
 
 def check_server(tracking: Mapping[str, Any], storage_path: str) -> str:
@@ -163,6 +175,9 @@ def _check_alias(alias: str) -> None:
 
 
 def _explain(error: Exception, address: TrackingAddress) -> TrackingError:
+    if system_error(error) is not None and (database := database_file(address.uri)) is not None:
+        cure = "mend that, set tracking.uri, or set tracking: none"
+        return TrackingError(str(explain(error, "write", str(database), where="tracking", cure=cure)))
     text = brief(error)
     if "error code 401" in text or "error code 403" in text or "PERMISSION_DENIED" in text:
         cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"

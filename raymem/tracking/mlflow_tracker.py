@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from raymem.storage.identity import check_id, read_id
 from raymem.tracking.mlflow_client import brief, connect, limits
 from raymem.tracking.mlflow_run import check_server, start_run
+from raymem.tracking.mlflow_uri import database_file
 from raymem.tracking.tracker import RunStart, Status
 
 _log = logging.getLogger("raymem.tracking")
@@ -87,6 +89,9 @@ class MlflowTracker:
         self._register_as, self._alias = register_as, alias
         self._retry_after_s = retry_after_s
         self._client: Any = None
+        database = database_file(tracking_uri)
+        self._storage = None if database is None else database.parent
+        self._storage_id = None if self._storage is None else read_id(self._storage)
         self._next_attempt = 0.0
         self._waiting: list[_Value] = []
         # Highest step on the server per metric; None means that it must be asked first (start, or after a failure).
@@ -232,6 +237,8 @@ class MlflowTracker:
 
     def _guarded(self, action: Callable[[Any], Any]) -> bool:
         try:
+            if self._storage is not None and self._storage_id is not None:
+                check_id(self._storage, self._storage_id)  # sqlite would begin an empty file in another one
             if self._client is None:
                 self._client = connect(self.tracking_uri)
             action(self._client)

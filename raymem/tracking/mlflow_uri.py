@@ -11,6 +11,8 @@ from raymem.errors import TrackingError
 from raymem.storage.storage import Storage
 from raymem.storage.uris import secret_in
 
+ARTIFACTS = "mlartifacts"
+"""The directory of a storage with the artifacts of tracked runs, where raymem decides."""
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
@@ -37,7 +39,7 @@ def resolve_tracking(uri: str | None, storage_path: str) -> TrackingAddress:
     where = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
     storage = Storage.open(storage_path)
-    artifacts = storage.join("mlartifacts")
+    artifacts = storage.join(ARTIFACTS)
     # mlflow decodes plain paths too, and takes the options of an object store's URI for a part of the path.
     artifacts = (
         (Path(artifacts).as_uri() if _is_odd(artifacts) else artifacts)

@@ -27,7 +27,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from raymem.errors import CheckpointError, RaymemError, StorageError, TransientStorageError
-from raymem.storage.errors import explain, is_passing
+from raymem.methods.probe import first_line
+from raymem.storage.errors import explain, writing
+from raymem.storage.folders import make_directory
 from raymem.storage.publish import file_sha256, seal
 from raymem.storage.retry import Outage, retrying
 from raymem.storage.storage import Storage, sync
@@ -172,12 +174,11 @@ class Checkpoints:
             return Path()
         folder = Path(self._run.join(FOLDER))
         staging = folder / f".{name}.part"
-        try:
+        with writing(staging):
+            make_directory(folder)
             for abandoned in folder.glob(".step_*.part"):
                 shutil.rmtree(abandoned)
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise explain(error, "create", str(staging)) from None
+            staging.mkdir()
         return staging
 
     def _finish(self, staging: Path, name: str) -> dict[str, dict[str, Any]]:
@@ -333,12 +334,8 @@ def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
     try:
         dcp_save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
-        if is_passing(cause := _cause(error)):
-            raise explain(cause, "write", str(directory)) from None
-        raise StorageError(
-            f"{directory}: the checkpoint cannot be written: {_line(error)}; free some space or check permissions, "
-            "then run the same command again: it resumes from the last good checkpoint"
-        ) from None
+        again = "run the same command again: it resumes from the last good checkpoint"
+        raise explain(_cause(error), "write", str(directory), then=again) from None
 
 
 def _read_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
@@ -347,8 +344,8 @@ def _read_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
         dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory}: cannot be read into this recipe's model: {_line(error)}; it belongs to another recipe or "
-            "is damaged: use --fresh, another name, or delete this checkpoint"
+            f"{directory}: cannot be read into this recipe's model: {first_line(_cause(error))}; it belongs to another "
+            "recipe or is damaged: use --fresh, another name, or delete this checkpoint"
         ) from None
 
 
@@ -358,8 +355,3 @@ def _cause(error: BaseException) -> Exception:
         first: Any = next(iter(error.failures.values()))
         error = first[0] if isinstance(first, tuple) else first
     return error if isinstance(error, Exception) else RuntimeError(str(error))
-
-
-def _line(error: BaseException) -> str:
-    cause = _cause(error)
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

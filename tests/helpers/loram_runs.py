@@ -57,6 +57,9 @@ def dying_run(recipe: Recipe, stage: str, rename: int) -> dict[str, int]:
 
     def counting(name: str) -> Any:
         def move(*arguments: Any, **options: Any) -> None:
+            if "/.making-" in str(arguments[0]):  # an empty directory of the cache
+                originals[name](*arguments, **options)
+                return
             counts[now] = counts.get(now, 0) + 1
             last = now == stage and counts[now] == rename
             if last and rename % 2 == 0:

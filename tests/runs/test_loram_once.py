@@ -66,7 +66,7 @@ def test_every_stage_opens_and_prepares_once(
 
 
 def test_so_does_a_trial_of_a_sweep(counts: Counter[str], llama: Path, examples: Path, tmp_path: Path) -> None:
-    job = TrialJob(0, {}, 1, 0, 0, {}, None)
+    job = TrialJob(0, {}, 1, 0, 0, {}, None, "id")
 
     def trial(name: str) -> Callable[[], object]:
         recipe = loram_recipe(llama, examples, tmp_path, align=False).model_copy(update={"name": name})

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import StorageError
+from raymem.storage.errors import user_name
 from raymem.storage.storage import Storage
 from tests.helpers.support import let_anyone_in
 
@@ -134,7 +135,7 @@ def test_marker_is_written_last_and_removed_first(tmp_path: Path, monkeypatch: p
 
     storage.upload_dir(local, "c")
     monkeypatch.setattr(module, "_copy", failing_copy)
-    with pytest.raises(StorageError, match=r"cannot write .*c/sub/z: no space left on the device; free some"):
+    with pytest.raises(StorageError, match=r"cannot write .*c/sub/z: no space left on the device .* free\); free some"):
         storage.upload_dir(local, "c")
     assert [os.path.basename(p) for p in seen] == ["a", "z"]
     assert not storage.exists("c")
@@ -283,7 +284,10 @@ def test_check_writable_without_permission(tmp_path: Path) -> None:
     let_anyone_in(tmp_path)
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
-    cure = "permission denied; give this user write permission there, or set storage.path to a directory that it owns"
+    cure = (
+        f"permission denied ({closed} belongs to root, mode dr-xr-xr-x; this user is {user_name(65534)}); "
+        "give this user write permission there, or set storage.path to a directory that it owns"
+    )
     assert unprivileged(closed) == f"storage: cannot write to {closed}: {cure}"
     assert unprivileged(closed / "runs") == f"storage: cannot create {closed}/runs: {cure}"
     closed.chmod(0o777)
@@ -337,11 +341,12 @@ def test_full_disk(tmp_path: Path) -> None:
         print(os.listdir(sys.argv[1]))
         """,
     ).splitlines()
-    place, cure = tmp_path / "m", "no space left on the device; free some, or set storage.path to a larger disk"
+    place, cure = tmp_path / "m", "free some, or set storage.path to a larger disk"
+    full = "no space left on the device"
     assert out == [
-        f"storage: cannot write {place}/c/sub/a: {cure}",
+        f"storage: cannot write {place}/c/sub/a: {full} (0 B free); {cure}",
         "False",
-        f"storage: cannot write to {place}: {cure}",
+        f"storage: cannot write to {place}: {full} (0 B free); {cure}",
         "['fill']",
     ]
 

@@ -25,6 +25,7 @@ from raymem.errors import (
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
 from raymem.runs.lock import in_turn
+from raymem.storage.identity import held, identify
 from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module
 from raymem.sweeps import trial as trial_module
@@ -199,7 +200,7 @@ def test_a_metric_that_is_named_twice_is_one_objective(
 
 def job_of(recipe: Recipe, **scaling: Any) -> TrialJob:
     plain = {**recipe.to_dict(), "name": "t-0003", "scaling": {**recipe.to_dict()["scaling"], **scaling}}
-    return TrialJob(3, plain, 1000, 0, 0, {"CPU": 1.0}, None)
+    return TrialJob(3, plain, 1000, 0, 0, {"CPU": 1.0}, None, identify(Path(recipe.storage.path)))
 
 
 @pytest.fixture
@@ -332,3 +333,18 @@ def test_where_there_is_no_room_for_any_process_the_sweep_ends(
     with pytest.raises(ClusterError, match="memory: Ray's memory monitor kills processes of this sweep before they"):
         tune.tune(lambda: search, recipe, Storage.open(str(tmp_path)), 1, None, lambda: None)
     assert len(tries) == 1 + tune.CRASHES
+
+
+def test_a_sweep_and_its_trials_stop_where_the_storage_is_gone(recipe: Recipe, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    moved = recipe.model_copy(update={"storage": recipe.storage.model_copy(update={"path": str(root)})})
+    follow = tune.Follow(SimpleNamespace(problems={}), Storage.open(str(root)), lambda: None)  # type: ignore[arg-type]
+    with held(root):
+        follow.on_step_begin(0, [])
+        job = job_of(moved)
+        root.rename(tmp_path / "away")
+        with pytest.raises(StorageError, match="is not the storage that this run began on"):
+            follow.on_step_begin(1, [])
+    with pytest.raises(StorageError, match="is not the storage that this run began on"):
+        trial_module.run_trial(job.to_config())
+    assert not root.exists()

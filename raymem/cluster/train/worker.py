@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +16,7 @@ from raymem.cluster.train.pulse import Pulse
 from raymem.errors import RaymemError, TransientStorageError
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import Recipe
+from raymem.storage.identity import held, identify
 from raymem.storage.storage import Storage
 from raymem.training.data.packed.shared import localise, to_dict
 from raymem.training.dist_env import DistEnv
@@ -27,6 +30,7 @@ def config_of(prepared: PreparedRun) -> dict[str, Any]:
         "recipe": prepared.recipe.to_dict(),
         "kinds": registered(),
         "run": prepared.run.path,
+        "storage_id": identify(Path(prepared.storage.root)) if prepared.storage.is_local else None,
         "train_data": to_dict(prepared.train_data),
         "eval_data": prepared.eval_data and to_dict(prepared.eval_data),
     }
@@ -53,9 +57,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     device = ray.train.torch.get_device() if recipe.scaling.use_gpu else None
     pulse = Pulse(mailbox, recipe.scaling.hang_timeout_s)
     try:
-        with pulse:
-            dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
-            storage = recipe.storage.open()
+        dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
+        storage = recipe.storage.open()
+        with pulse, held(Path(storage.root), config["storage_id"]) if storage.is_local else nullcontext():
             train_data = localise(config["train_data"], storage)
             eval_data = config["eval_data"] and localise(config["eval_data"], storage)
             run_storage, reporter = Storage.open(config["run"], storage.retry_for_s), RayReporter(dist_env, pulse)

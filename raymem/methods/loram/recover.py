@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from raymem.errors import ModelError, RecoveryMismatch, StorageError
+from raymem.errors import ModelError, RecoveryMismatch
 from raymem.methods.loram.coupling import Coupling, couple
 from raymem.methods.loram.index_map import Axis, place
 from raymem.methods.loram.manifest import MANIFEST, Manifest, check_base, check_kept, read_manifest
@@ -25,6 +25,7 @@ from raymem.methods.loram.nonuniform import meta_model
 from raymem.methods.loram.recover_moram import recover_moram
 from raymem.methods.loram.source import Source, open_source
 from raymem.storage.checksums import CHECKSUMS, add_checksum, check_files, difference, write_checksums
+from raymem.storage.errors import writing
 from raymem.storage.inside import leads_out
 from raymem.storage.json_files import read_object
 from raymem.storage.safetensors_io import Entry, read_header, read_tensor, save_tensors, write_json
@@ -299,21 +300,22 @@ def _publish(
     """Write the directory beside its place and rename it; tokenizer and facts of the adapter come along."""
     staging = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        staging.mkdir(parents=True)
-        for path in sorted(adapter.iterdir()):
-            ours = path.name in (WEIGHTS, CONFIG, FACTS, MANIFEST, CHECKSUMS, "README.md")
-            if path.is_file() and not ours and not leads_out(path, adapter):
-                shutil.copyfile(path, staging / path.name)
-        save_tensors(staging / WEIGHTS, tensors)
-        write_json(staging / CONFIG, config)
-        manifest.write(staging)
-        known = (
-            read_object(adapter / FACTS, ModelError, "take a whole copy of it") if (adapter / FACTS).is_file() else {}
-        )
-        write_json(staging / FACTS, {**known, "loram": facts})
-        write_checksums(staging)
-        staging.rename(out)
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written ({error}); free some space or check permissions") from None
+        with writing(out):
+            staging.mkdir(parents=True)
+            for path in sorted(adapter.iterdir()):
+                ours = path.name in (WEIGHTS, CONFIG, FACTS, MANIFEST, CHECKSUMS, "README.md")
+                if path.is_file() and not ours and not leads_out(path, adapter):
+                    shutil.copyfile(path, staging / path.name)
+            save_tensors(staging / WEIGHTS, tensors)
+            write_json(staging / CONFIG, config)
+            manifest.write(staging)
+            known = (
+                read_object(adapter / FACTS, ModelError, "take a whole copy of it")
+                if (adapter / FACTS).is_file()
+                else {}
+            )
+            write_json(staging / FACTS, {**known, "loram": facts})
+            write_checksums(staging)
+            staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

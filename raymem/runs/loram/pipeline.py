@@ -52,6 +52,9 @@ from raymem.runs.resolve import locate_again, note_start, on_full_model, resolve
 from raymem.runs.resolved import FullModel, ResolvedRun
 from raymem.runs.train import TrainOptions, build_demo, train
 from raymem.storage.checksums import check_files, difference
+from raymem.storage.errors import writing
+from raymem.storage.folders import make_shared, share_published
+from raymem.storage.permissions import share
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.export import FACTS
@@ -121,14 +124,20 @@ class Pipeline:
         site = _site(run)
         if site is None:
             return self.ready()
-        pruning = Pruning(open_job(site.source, site.directory, self.base.pruning, site.calibration))
+        with writing(site.directory):
+            make_shared(site.directory.parent)
+        job = open_job(site.source, site.directory, self.base.pruning, site.calibration)
+        pruning = Pruning(job)
         if pruning.is_committed():
             self.status(f"pruned before: {site.directory}")
         else:
             steps = pruning.steps()
             done = sum(map(pruning.is_done, steps))
             self.status(f"pruning {site.source.name}: {len(steps)} steps, {done} of them done before")
+            for folder in (job.workspace, job.work):  # another user goes on with a job that was killed
+                share(folder, writable=True)
             run.backend.run_steps(pruning, self._progress)
+            share_published(site.directory)
             self.status(f"pruned: {site.directory}")
         return _beside_full(run, site.directory, site.source)
 
@@ -155,6 +164,7 @@ class Pipeline:
         sources = [source.path for source in finished.recipe.data.train]
         mark_aligned(model, site.directory, {"run": aligning.recipe.name, "steps": finished.steps, "data": sources})
         demo.discard_checkpoints(aligning.recipe)
+        share_published(model.parent)
         self.status(f"aligned: {model}")
         return _beside_full(run, model, site.source)
 

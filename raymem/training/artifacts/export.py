@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from raymem import __version__
-from raymem.errors import StorageError
 from raymem.recipe.axes import ADAPTERS, BASES
 from raymem.recipe.schema import Recipe
 from raymem.storage.checksums import write_checksums
+from raymem.storage.errors import writing
+from raymem.storage.folders import make_directory
 from raymem.storage.storage import Storage
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import DistEnv
@@ -74,27 +74,21 @@ def _gather(model: nn.Module, dist_env: DistEnv, only: set[str] | None) -> dict[
 
 def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Storage, facts: dict[str, Any]) -> str:
     name = artifact_name(recipe)
-    try:
-        with _staging(run) as staging:
-            ADAPTERS.of(recipe).save(model, staging, state, recipe.adapter)
-            load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
-            if not recipe.trains_adapter:
-                _complete(staging, recipe)
-            BASES.of(recipe).stamp(staging, recipe.base)
-            contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
-            (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
-            write_checksums(staging)
-            if run.is_local:
-                run.delete_dir(name, last=FACTS)
-                staging.rename(run.join(name))
-            else:
-                run.upload_dir(staging, name, last=FACTS)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"{run.join(name)}: the result cannot be written: {reason}; free some space or check "
-            "permissions, then run the same command again: it only repeats this last part"
-        ) from None
+    again = "run the same command again: it only repeats this last part"
+    with writing(run.join(name), then=again), _staging(run) as staging:
+        ADAPTERS.of(recipe).save(model, staging, state, recipe.adapter)
+        load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
+        if not recipe.trains_adapter:
+            _complete(staging, recipe)
+        BASES.of(recipe).stamp(staging, recipe.base)
+        contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
+        (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
+        write_checksums(staging)
+        if run.is_local:
+            run.delete_dir(name, last=FACTS)
+            staging.rename(run.join(name))
+        else:
+            run.upload_dir(staging, name, last=FACTS)
     return run.join(name)
 
 
@@ -117,7 +111,7 @@ def _staging(run: Storage) -> Iterator[Path]:
         # Beside its place and always of the same name: what a killed run left there does not stay.
         staging = Path(run.join(".export"))
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        make_directory(staging)
     else:
         staging = Path(tempfile.mkdtemp(prefix="raymem-export-"))
     try:

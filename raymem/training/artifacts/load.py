@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, StorageError
@@ -21,6 +20,7 @@ from raymem.methods.sentences import as_sentence
 from raymem.recipe.axes import ADAPTERS, building, why_not_of_model
 from raymem.recipe.schema import Recipe
 from raymem.storage.checksums import check_files, write_checksums
+from raymem.storage.errors import writing
 from raymem.storage.json_files import read_object
 from raymem.training.artifacts.export import FACTS
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
@@ -216,23 +216,20 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     base = _base_directory(source)
     staging = target.parent / f".{target.name}.part"
     try:
-        staging.mkdir(parents=True)
-        _untie_adapted(model)
-        with as_sentence(ModelError, f"{source}: PEFT cannot merge this adapter", "use it beside its base"):
-            merged = model.merge_and_unload()
-        if (base / GENERATION).is_file():
-            merged.generation_config = GenerationConfig()  # the base's own follows, also one that would not be written
-        merged.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        copy_companions(base, staging, same_tokenizer=_same_tokenizer(tokenizer, base))
-        (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
-        write_checksums(staging)
-        staging.rename(target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"--output: {target} cannot be written: {reason}; free some space or choose another"
-        ) from None
+        with writing(target, where="--output"):
+            staging.mkdir(parents=True)
+            _untie_adapted(model)
+            with as_sentence(ModelError, f"{source}: PEFT cannot merge this adapter", "use it beside its base"):
+                merged = model.merge_and_unload()
+            if (base / GENERATION).is_file():
+                # The base's own follows, also one that would not be written.
+                merged.generation_config = GenerationConfig()
+            merged.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+            copy_companions(base, staging, same_tokenizer=_same_tokenizer(tokenizer, base))
+            (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
+            write_checksums(staging)
+            staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target

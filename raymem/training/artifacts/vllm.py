@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from raymem.errors import ModelError, StorageError
 from raymem.recipe.axes import why_not_of_model
 from raymem.storage.checksums import check_files
+from raymem.storage.errors import writing
 from raymem.storage.inside import leads_out
 from raymem.storage.json_files import read_object
 
@@ -96,13 +97,10 @@ def copy_adapter(adapter: str | Path, output: Path) -> None:
         )
     staging = output.parent / f".{output.name}.part"
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.copytree(adapter, staging)
-        staging.rename(output)
-    except (OSError, shutil.Error) as error:
-        raise StorageError(
-            f"--output: {output} cannot be written: {error}; free some space or choose another"
-        ) from None
+        with writing(output, where="--output"):
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.copytree(adapter, staging)
+            staging.rename(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

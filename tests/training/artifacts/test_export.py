@@ -185,7 +185,7 @@ def test_an_export_that_cannot_be_written_leaves_the_earlier_one(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model, "save_pretrained", full)
-    with pytest.raises(StorageError, match=r"run/adapter: the result cannot be written: No space left"):
+    with pytest.raises(StorageError, match=r"cannot write .*run/adapter: no space left .*only repeats this last part"):
         export(model, recipe, tmp_path / "run")
     assert sorted(tmp_path.rglob("*")) == before
     assert (path / "raymem.json").is_file()
@@ -213,6 +213,6 @@ def test_a_full_disk_is_a_storage_error(llama: Path, tmp_path: Path, monkeypatch
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(type(model), "save_pretrained", full)
-    with pytest.raises(StorageError, match="No space left"):
+    with pytest.raises(StorageError, match="no space left on the device"):
         export(model, make_recipe(model=llama), tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []

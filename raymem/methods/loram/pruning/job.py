@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from raymem.errors import DataError, ModelError, StorageError
+from raymem.errors import DataError, ModelError
 from raymem.methods.loram.config import PruneOptions
 from raymem.methods.loram.coupling import Coupling
 from raymem.methods.loram.manifest import MANIFEST, Manifest, read_manifest
@@ -27,6 +27,8 @@ from raymem.methods.loram.pruning.plan import plan_pruning
 from raymem.methods.loram.source import Source, open_source
 from raymem.methods.loram.validate import validate_coupling
 from raymem.storage.checksums import check_files, write_checksums
+from raymem.storage.errors import writing
+from raymem.storage.folders import make_directory
 from raymem.storage.inside import leads_out
 from raymem.storage.safetensors_io import (
     Entry,
@@ -129,10 +131,8 @@ def open_job(
         return job
     check_files(source.directory, ModelError)
     validate_coupling(config)
-    try:
-        job.work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{job.work} cannot be made ({error}); give a directory that can be written") from None
+    with writing(job.work):
+        make_directory(job.work)
     if calibration is not None and not (job.work / CALIBRATION).is_file():
         save_tensors(job.work / CALIBRATION, {"ids": calibration})
     return job
@@ -250,7 +250,7 @@ def commit(job: PruneJob) -> Manifest:
     )
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     write_json(job.workspace / "model.safetensors.index.json", index)
-    try:
+    with writing(job.out, then="run the same command again: finished layers are not repeated"):
         config = job.source.config()
         (with_counts(config, job.counts) if job.counts else config).save_pretrained(job.workspace)
         for path in sorted(Path(job.source.directory).iterdir()):
@@ -262,11 +262,6 @@ def commit(job: PruneJob) -> Manifest:
             left.unlink(missing_ok=True)
         write_checksums(job.workspace, digests)
         _appear(job)
-    except OSError as error:
-        raise StorageError(
-            f"{job.out} cannot be written ({error}); free some space or check permissions, then run the same command "
-            "again: finished layers are not repeated"
-        ) from None
     return read_manifest(job.out)
 
 

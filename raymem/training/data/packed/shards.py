@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from raymem.errors import DataError, StorageError
 from raymem.recipe.data import DataSection, Source
+from raymem.storage.errors import writing
 from raymem.storage.publish import digest, publish
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import Example, Format, resolve_format, to_example, without_targets
@@ -330,6 +331,7 @@ def _write_arrow(packed: Packed, path: Path) -> None:
     # A lost task is started again while the first one may still be writing: each writes its own file, the name comes
     # last.
     unnamed = path.with_name(f"{_UNNAMED}{path.name}-{uuid.uuid4().hex}")
-    with pa.OSFile(str(unnamed), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    unnamed.replace(path)
+    with writing(path):
+        with pa.OSFile(str(unnamed), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        unnamed.replace(path)

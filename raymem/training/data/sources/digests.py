@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import DataError
+from raymem.errors import DataError, StorageError
+from raymem.storage.folders import make_shared, share_published
 from raymem.storage.publish import digest, file_sha256, seal, unseal
 from raymem.training.data.readers import BLOCK_BYTES, FileBlock, index_file
 
@@ -121,12 +121,18 @@ def _is_untouched(then: dict[str, Any], now: dict[str, Any]) -> bool:
 def _remember(path: Path, name: str, before: dict[str, Any], kind: list[Any], value: Any, cache_dir: Path) -> None:
     if is_rewritten(before, stamp(path, name)):
         raise DataError(f"{name} changed while it was read: run again when it is complete.")
-    if time.time_ns() - max(before["mtime_ns"], before["ctime_ns"]) < _SETTLED_NS:
-        return
-    with contextlib.suppress(OSError):  # reading it again costs time only
+    with contextlib.suppress(OSError, StorageError):  # reading it again costs time only
         folder = cache_dir / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        for key in _keys(before, kind):
-            scratch = folder / f".{key}-{uuid.uuid4().hex[:8]}"
-            scratch.write_text(json.dumps(seal({"looks": before, "value": value})))
-            os.replace(scratch, folder / f"{key}.json")
+        make_shared(folder)
+        probe = folder / f".{uuid.uuid4().hex}"
+        try:
+            for key in _keys(before, kind):
+                probe.write_text(json.dumps(seal({"looks": before, "value": value})))
+                # The file may lie where the cache lies, on a server with a clock of its own, or on this node.
+                now = min(time.time_ns(), probe.stat().st_mtime_ns)
+                if now - max(before["mtime_ns"], before["ctime_ns"]) < _SETTLED_NS:
+                    return
+                share_published(probe)
+                probe.replace(folder / f"{key}.json")
+        finally:
+            probe.unlink(missing_ok=True)

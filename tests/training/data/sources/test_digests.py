@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,12 @@ def test_a_file_that_was_just_written_is_not_trusted_yet(
     for _ in range(2):
         index_of(path, "x", tmp_path / "cache", 1)
     assert len(reads) == 2
+    hours = time.time_ns() + 5 * 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: hours)  # by the clock of the node only
+    for _ in range(2):
+        index_of(path, "x", tmp_path / "cache", 1)
+    assert len(reads) == 4
+    assert os.listdir(tmp_path / "cache" / digests.FOLDER) == []
 
 
 def test_new_permissions_while_it_is_read_do_no_harm(
