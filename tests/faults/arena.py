@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import hashlib
 import json
-import logging
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from raymem.testing.tiny import save_tiny_model, write_examples
 from tests.faults.cases import NAME, Case
 from tests.faults.nodes import Cluster
 from tests.faults.sessions import Session, Spec, start_server
+from tests.helpers.ray_processes import free_ports
 from tests.helpers.runs import train_here
 
 NEW_MOUNTS = 0x00020000  # of unshare(2)
@@ -197,20 +200,26 @@ def open_arena(
 
 @contextlib.contextmanager
 def _running_bucket() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
     from pyarrow import fs
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server.start()
+    (port,) = free_ports(1)
+    # In a process of its own: the sessions of several rounds wait for it.
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
-    host, port = server.get_host_and_port()
-    options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    fs.FileSystem.from_uri(f"s3://{BUCKET}?{options}")[0].create_dir(BUCKET)
+    options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
     try:
-        yield f"{host}:{port}"
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+                break
+            assert server.poll() is None and time.monotonic() < deadline, "moto's server did not start"
+            time.sleep(0.2)
+        fs.FileSystem.from_uri(f"s3://{BUCKET}?{options}")[0].create_dir(BUCKET)
+        yield f"127.0.0.1:{port}"
     finally:
-        server.stop()
+        server.kill()
+        server.wait()
 
 
 @contextlib.contextmanager

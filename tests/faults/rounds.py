@@ -178,7 +178,7 @@ def run_round(seed: int, case: Case, fault: Fault, arena: Arena) -> Record:
 def _play(round_: Round, moment: Moment) -> str:
     """Run sessions until one succeeds; returns the outcome so far."""
     fault, struck, stopped = round_.fault, False, False
-    timeout_s = fault.timeout_s + (180.0 if round_.case.workers else 60.0)
+    timeout_s = fault.timeout_s + (240.0 if round_.case.workers else 120.0)
     for number in range(1, MOST_SESSIONS + 1):
         strikes = fault.repeats(number)
         if number > 1:

@@ -226,7 +226,7 @@ def _become(spec: Spec) -> None:
     if spec.uid is not None:
         from tests.helpers import users
 
-        users._open_way(Path(sys.base_prefix))
+        users.open_way(Path(sys.base_prefix))
         users.become(users.User(spec.uid, 0o022, Path(f"/tmp/raymem-faults-home-{spec.uid}")))
     os.environ.update(spec.environment)
     os.chdir(spec.folder)
