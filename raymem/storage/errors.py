@@ -24,7 +24,7 @@ _CREDENTIALS = (
 _SPACE = "free some, or set {key} to a larger disk"
 _NOT_A_DIRECTORY = "a part of the path is a file: remove it, or set {key} to another directory"
 _MISSING = "it does not exist: check the path, or create it"
-_DISK = "check the disk or the mount (`dmesg` may say more), then run the same command again"
+_DISK = "check the disk or the mount (`dmesg` may say more)"
 
 _BY_ERRNO = {
     errno.EACCES: ("permission denied", _PERMISSION),

@@ -8,12 +8,10 @@ cannot disturb each other: the second rename fails and its copy is thrown away.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,11 @@ from raymem.storage.errors import writing
 from raymem.storage.folders import make_shared, share_published
 from raymem.storage.inside import is_inside
 from raymem.storage.json_files import as_object, parse
+from raymem.storage.unfinished import unfinished, unfinished_name
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_TEMPORARY = ".writing-"
-_ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 def digest(value: Any) -> str:
@@ -128,23 +125,18 @@ def publish(directory: Path, write: Callable[[Path], dict[str, Any]]) -> dict[st
     Raises:
         StorageError: the file system refuses (permissions, space).
     """
-    temporary = directory.parent / f"{_TEMPORARY}{directory.name}-{uuid.uuid4().hex}"
-    try:
-        with writing(directory):
-            if directory.exists():
-                try:
-                    return _read_whole(directory)
-                except _Damaged as damage:
-                    log.warning("%s is damaged and made again: %s", directory, damage)
-            make_shared(directory.parent)
-            temporary.mkdir()
-            _remove_abandoned(directory.parent, now=temporary.stat().st_mtime)
+    with writing(directory):
+        if directory.exists():
+            try:
+                return _read_whole(directory)
+            except _Damaged as damage:
+                log.warning("%s is damaged and made again: %s", directory, damage)
+        make_shared(directory.parent)
+        with unfinished(directory.parent, directory.name) as temporary:
             manifest = seal({"facts": write(temporary), "files": _describe(temporary)})
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             share_published(temporary)
             _rename(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 
@@ -162,7 +154,7 @@ def _rename(temporary: Path, directory: Path) -> None:
             _read_whole(directory)
         except _Damaged:
             # A damaged copy holds the name (raymem never renames one there). Move it aside in one step, then remove it.
-            doomed = directory.parent / f"{_TEMPORARY}{directory.name}-{uuid.uuid4().hex}"
+            doomed = directory.parent / unfinished_name(directory.name)
             directory.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
     try:
@@ -170,15 +162,3 @@ def _rename(temporary: Path, directory: Path) -> None:
     except OSError:
         if read_manifest(directory) is None:  # otherwise another process finished the same content first
             raise
-
-
-def _remove_abandoned(parent: Path, now: float) -> None:
-    """Remove leftovers of killed runs; a live writer touches its directory far more often than once a day.
-
-    Args:
-        now: the time of the file system, which may not be this node's, in the same seconds as its files have.
-    """
-    for path in parent.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            if now - max(item.stat().st_mtime for item in (path, *path.rglob("*"))) > _ABANDONED_AFTER_SECONDS:
-                shutil.rmtree(path)

@@ -23,16 +23,15 @@ from pyarrow import fs as pafs
 from raymem.errors import StorageError, TransientStorageError
 from raymem.storage import json_files
 from raymem.storage.connect import connect
+from raymem.storage.copies import CHUNK_BYTES, copy_file, verify, verify_names
 from raymem.storage.errors import explain
 from raymem.storage.folders import make_directory
-from raymem.storage.inside import is_inside
 from raymem.storage.publish import seal, unseal
 from raymem.storage.retry import RETRY_FOR_S, retried, retrying
 from raymem.storage.uris import CURE, secret_in
 
 MARKER = "manifest.json"
 _DAMAGED = "the file is damaged: delete it, or restore it from a copy"
-_CHUNK_BYTES = 8 << 20
 
 
 class Storage:
@@ -147,7 +146,7 @@ class Storage:
         """Return the hex SHA-256 of a file's bytes. Raises StorageError if it is missing or unreadable."""
         digest = hashlib.sha256()
         with self._explained("read", name), self._opened(name) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
+            while chunk := stream.read(CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
 
@@ -226,7 +225,7 @@ class Storage:
         with self._explained("write", name):
             target = self._at(name)
             self._make_parent(target)
-            copied = _copy(pafs.LocalFileSystem(), str(local), self.filesystem, target)
+            copied = copy_file(pafs.LocalFileSystem(), str(local), self.filesystem, target)
             if self.is_local:
                 sync(target)
             return copied
@@ -255,10 +254,10 @@ class Storage:
         scratch = local.parent / f".{local.name}.part-{uuid.uuid4().hex[:8]}"
         try:
             files = self._files(name)
-            _verify_names(self.join(name), expected, files)
+            verify_names(self.join(name), expected, files)
             for file in files:
                 copies[file] = self._download(f"{name}/{file}", scratch / file)
-                _verify(self.join(name, file), expected.get(file), copies[file])
+                verify(self.join(name, file), expected.get(file), copies[file])
             with self._explained("download", name):
                 scratch.mkdir(parents=True, exist_ok=True)
                 os.rename(scratch, local)
@@ -278,7 +277,7 @@ class Storage:
     def _download(self, name: str, local: Path) -> dict[str, Any]:
         with self._explained("download", name):
             local.parent.mkdir(parents=True, exist_ok=True)
-            return _copy(self.filesystem, self._at(name), pafs.LocalFileSystem(), str(local))
+            return copy_file(self.filesystem, self._at(name), pafs.LocalFileSystem(), str(local))
 
     @retried
     def delete_dir(self, name: str, last: str | None = MARKER) -> None:
@@ -312,7 +311,7 @@ class Storage:
     @retried
     def _copy_within(self, name: str, new: str) -> None:
         with self._explained("rename", name):
-            _copy(self.filesystem, self._at(name), self.filesystem, self._at(new))
+            copy_file(self.filesystem, self._at(name), self.filesystem, self._at(new))
 
     @retried
     def check_writable(self) -> None:
@@ -386,19 +385,6 @@ def _clean(name: str) -> str:
     return "" if str(path) == "." else str(path)
 
 
-def _copy(source: pafs.FileSystem, path: str, target: pafs.FileSystem, to: str) -> dict[str, Any]:
-    """Copy one file in chunks; return size and digest of the copy as ``{bytes, sha256}``."""
-    digest, size = hashlib.sha256(), 0
-    # By default pyarrow unpacks and packs a file whose name ends as an archive's does.
-    reader, writer = source.open_input_stream(path, compression=None), target.open_output_stream(to, compression=None)
-    with reader, writer:
-        while chunk := reader.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-            writer.write(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
 def sync(path: str | Path) -> None:
     """Flush a file or directory to disk: the marker must not survive a power cut that its files do not."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -406,20 +392,3 @@ def sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _verify_names(directory: str, expected: dict[str, Any], files: list[str]) -> None:
-    if odd := [name for name in files if not is_inside(name)]:
-        raise StorageError(
-            f"{directory} holds a file by the name of {odd[0][:80]!r}, which leads out of it; delete that"
-        )
-    if missing := sorted(set(expected) - set(files)):
-        raise StorageError(f"{directory} is damaged: {missing[0]} is listed but missing; use another one")
-
-
-def _verify(directory: str, expected: dict[str, Any] | None, actual: dict[str, Any]) -> None:
-    for key, value in actual.items():
-        if expected is not None and expected.get(key, value) != value:
-            raise StorageError(
-                f"{directory} is damaged: it has {key} {value}, its manifest says {expected[key]}; use another one"
-            )

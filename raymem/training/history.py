@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+from pathlib import Path
 
 from raymem.storage.errors import explain
+from raymem.storage.identity import check
 from raymem.storage.retry import retrying
 from raymem.storage.storage import Storage
 from raymem.training.reporter import Row
@@ -99,6 +101,7 @@ class History:
             self._written, self._waiting = self._written + self._waiting, b""
 
     def _sync(self) -> None:
+        check(Path(self._run.root))  # else a mount that is gone would be a file that is not there
         try:
             self._append(durably=True)
         except OSError as error:

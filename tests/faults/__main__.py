@@ -9,18 +9,32 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import queue
 import shlex
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 
 from tests.faults.arena import Arena, open_arena
+from tests.faults.nodes import running_cluster
 from tests.faults.report import read_records, write_report
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tests.faults.fault import Fault
+
+CLUSTERS = 5
+"""Clusters that are started one after the other; on a busy machine Ray itself may fail to start."""
 
 
 def main() -> int:
@@ -36,6 +50,8 @@ def main() -> int:
     parser.add_argument("--local", action="store_true", help="no rounds on Ray")
     parser.add_argument("--report", type=Path, help="Markdown file to write")
     asked = parser.parse_args()
+    # Read by the libraries of every process that is started below; one BLAS thread makes sums repeatable.
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     kinds = {name: KINDS[name] for name in asked.kinds or KINDS}
     records = asked.work / "rounds.jsonl"
     seeds = range(asked.seed, asked.seed + asked.rounds)
@@ -53,7 +69,7 @@ def main() -> int:
     return int(any(raw["outcome"] == "failed" for raw in ours))
 
 
-def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path) -> None:  # type: ignore[type-arg]
+def _soak(seeds: list[int], kinds: Mapping[str, type[Fault]], arena: Arena, jobs: int, records: Path) -> None:
     """Play rounds in threads: one for those on Ray, the others for those of one process."""
     from tests.faults.rounds import draw_round, run_round
 
@@ -68,15 +84,18 @@ def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path)
         (on_ray if case.workers else local).put(seed)
     lock = threading.Lock()
 
-    def play(waiting: queue.SimpleQueue[int]) -> None:
+    def play(waiting: queue.SimpleQueue[int], *, again: bool = False) -> None:
         while not waiting.empty():
             seed = waiting.get()
             case, fault, _ = draw_round(seed, kinds, arena)
             began = time.monotonic()
             try:
-                record = dataclasses.asdict(run_round(seed, case, fault, arena))
+                record = {**dataclasses.asdict(run_round(seed, case, fault, arena)), "commit": _commit()}
             except Exception:
                 print(f"{seed}: the harness itself failed:\n{traceback.format_exc()}", flush=True)
+                if again:
+                    waiting.put(seed)
+                    raise
                 continue
             with lock, records.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -88,15 +107,31 @@ def _soak(seeds: list[int], kinds: dict, arena: Arena, jobs: int, records: Path)
                 flush=True,
             )
 
+    def play_on_ray() -> None:
+        for _ in range(CLUSTERS):
+            if on_ray.empty():
+                return
+            try:
+                with running_cluster() as arena.cluster:
+                    play(on_ray, again=True)
+            except (Exception, pytest.fail.Exception) as error:
+                print(f"the cluster is started again: {error}", flush=True)
+
     if jobs == 1:
         play(local)
-        play(on_ray)
+        play_on_ray()
         return
-    threads = [threading.Thread(target=play, args=(waiting,)) for waiting in (on_ray, *[local] * (jobs - 1))]
+    threads = [threading.Thread(target=play_on_ray, daemon=True)]
+    threads += [threading.Thread(target=play, args=(local,), daemon=True) for _ in range(jobs - 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 def _facts() -> dict[str, str]:

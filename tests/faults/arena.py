@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import hashlib
 import json
-import logging
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +26,9 @@ from raymem.storage.storage import Storage
 from raymem.testing.processes import in_processes
 from raymem.testing.tiny import save_tiny_model, write_examples
 from tests.faults.cases import NAME, Case
-from tests.faults.nodes import Cluster, running_cluster
+from tests.faults.nodes import Cluster
 from tests.faults.sessions import Session, Spec, start_server
+from tests.helpers.ray_processes import free_ports
 from tests.helpers.runs import train_here
 
 NEW_MOUNTS = 0x00020000  # of unshare(2)
@@ -51,6 +54,8 @@ class Arena:
     folder: Path
     can_mount: bool = False
     """Whether this process has mounts of its own."""
+    has_cluster: bool = False
+    """Whether there are rounds on Ray, for which somebody starts the cluster."""
     cluster: Cluster | None = None
     bucket: str | None = None
     """``host:port`` of the object store."""
@@ -72,7 +77,8 @@ class Arena:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
         if not (self.model / "config.json").exists():
-            save_tiny_model(self.model)
+            for file in save_tiny_model(self.model).iterdir():
+                file.chmod(0o644)  # two users read it
         self.examples.mkdir(exist_ok=True)
         write_examples(self.examples / "train.jsonl", 40, seed=0)
         write_examples(self.examples / "eval.jsonl", 8, seed=1)
@@ -135,9 +141,9 @@ class Arena:
         shutil.rmtree(folder)
 
 
-def digest_of(storage: Storage, case: Case) -> str:
+def digest_of(storage: Storage, case: Case, name: str = NAME) -> str:
     """SHA-256 over all tensors that a run leaves for its user."""
-    run = storage.child(NAME)
+    run = storage.child(name)
     folders = ("adapter", "recovered") if case.is_staged else ("adapter", "model")
     digest, num_files = hashlib.sha256(), 0
     for folder in folders:
@@ -183,33 +189,37 @@ def open_arena(
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="raymem-faults-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        arena = Arena(folder.resolve(), can_mount)
+        arena = Arena(folder.resolve(), can_mount, with_cluster)
         arena.build()
         if with_bucket:
             arena.bucket = stack.enter_context(_running_bucket())
         if with_tracking:
             arena.tracking = stack.enter_context(_running_tracking(arena.folder / "tracking"))
-        if with_cluster:
-            arena.cluster = stack.enter_context(running_cluster())
         yield arena
 
 
 @contextlib.contextmanager
 def _running_bucket() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
     from pyarrow import fs
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server.start()
+    (port,) = free_ports(1)
+    # In a process of its own: the sessions of several rounds wait for it.
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
-    host, port = server.get_host_and_port()
-    options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    fs.FileSystem.from_uri(f"s3://{BUCKET}?{options}")[0].create_dir(BUCKET)
+    options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
     try:
-        yield f"{host}:{port}"
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+                break
+            assert server.poll() is None and time.monotonic() < deadline, "moto's server did not start"
+            time.sleep(0.2)
+        fs.FileSystem.from_uri(f"s3://{BUCKET}?{options}")[0].create_dir(BUCKET)
+        yield f"127.0.0.1:{port}"
     finally:
-        server.stop()
+        server.kill()
+        server.wait()
 
 
 @contextlib.contextmanager

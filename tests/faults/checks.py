@@ -24,8 +24,8 @@ TEMPORARY = re.compile(
     r"(^|/)(\.raymem-probe-|\.writing-|\.step_\d+\.part|\..*\.part-[0-9a-f]+|\..*\.tmp$|\..*\.[0-9a-f]{8}$|.*\.incomplete$)"
 )
 """Names that raymem gives to what is not finished."""
-STAYS = ("raymem-cache-", "ray")
-"""Beginnings of names in the temporary directory of what is kept for other runs, or belongs to Ray."""
+STAYS = "raymem-cache-"
+"""Beginning of the name of what is kept in the temporary directory for other runs."""
 PATIENCE_S = 20.0
 
 
@@ -35,7 +35,7 @@ def left_behind(round_: Round) -> list[str]:
     cluster = round_.arena.cluster
     if round_.case.workers and cluster is not None:
         found += _wait_until_none(cluster.leftovers)
-        found += _temporary_in(cluster.temporary)
+        found += [name for name in _temporary_in(cluster.temporary) if "raymem" in name]
     if not round_.case.remote:
         found += _locked(Path(round_.storage))
     found += [f"temporary file {name}" for name in names_in(round_.storage) if TEMPORARY.search(name)]
@@ -95,4 +95,8 @@ def _locked(storage: Path) -> list[str]:
 def _temporary_in(folder: Path) -> list[str]:
     if not folder.exists():
         return []
-    return [f"left in TMPDIR: {entry.name}" for entry in folder.iterdir() if not entry.name.startswith(STAYS)]
+    return [
+        f"left in TMPDIR: {entry.name}"
+        for entry in folder.iterdir()
+        if not entry.name.startswith(STAYS) and entry.name != "ray"
+    ]

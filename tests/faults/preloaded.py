@@ -17,6 +17,7 @@ for name in (
     "raymem.cluster.connection",
     "raymem.cluster.train.controller",
     "raymem.cluster.doctor.checks",
+    "mlflow",
     "tests.faults.sessions",
     "tests.helpers.ray_fixtures",
 ):

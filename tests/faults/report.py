@@ -32,10 +32,10 @@ def write_report(records: Sequence[dict[str, Any]], facts: dict[str, str]) -> st
         f"{sum(raw['identical'] for raw in played)} ended bit-identical to the undisturbed run",
         f"* another {len(records) - len(played)} rounds were over before their fault struck, and count for nothing",
         "",
-        "A round is a real run of a tiny model, into which one fault is injected at a random moment. The same command is "
-        "given again, as a user would, until it succeeds. *Recovered*: nobody had to do anything but that. *Stopped with "
-        "a named error*: a session ended with a sentence and an exit status above 0, what it named was mended, and the "
-        "same command went on. *Failed*: another result, a traceback, a hang, or something left behind.",
+        "A round is a real run of a tiny model, into which one fault is injected at a random moment. The same command "
+        "is given again, as a user would, until it succeeds. *Recovered*: nobody had to do anything but that. *Stopped "
+        "with a named error*: a session ended with a sentence and an exit status above 0, what it named was mended, "
+        "and the same command went on. *Failed*: another result, a traceback, a hang, or something left behind.",
         "",
         _table(COLUMNS, [_row(kind, [raw for raw in played if raw["kind"] == kind]) for kind in kinds]),
         "",
@@ -71,9 +71,9 @@ def _spread(values: Iterable[float | None], form: str) -> str:
     return f"{form.format(statistics.median(known))}, {form.format(max(known))}" if known else "-"
 
 
-def _by_case(raws: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+def _by_case(raws: Sequence[dict[str, Any]]) -> list[Sequence[str]]:
     cases = sorted({raw["case"] for raw in raws})
-    rows = []
+    rows: list[Sequence[str]] = []
     for case in cases:
         ours = [raw for raw in raws if raw["case"] == case]
         rows.append((case, str(len(ours)), str(sum(raw["outcome"] == "failed" for raw in ours))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -55,13 +56,18 @@ class Spec:
 
 def start_server() -> None:
     """Let the server that forks sessions begin its imports; they go on in the background."""
-    root = str(Path(__file__).parents[2])
-    # The server is not told sys.path and skips what it cannot find; one BLAS thread makes sums repeatable.
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([root, *filter(None, [os.environ.get("PYTHONPATH")])]))
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.preloaded"])
-    forkserver.ensure_running()
+    before = os.environ.get("PYTHONPATH")
+    # The server is not told sys.path and skips what it cannot find.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), before]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 @dataclass
@@ -155,7 +161,7 @@ class _Halt:
         self.is_waiting = False
 
     def install(self) -> None:
-        from raymem.training import loop
+        loop: Any = importlib.import_module("raymem.training.loop")
 
         original = loop.train_step
 
@@ -165,7 +171,7 @@ class _Halt:
             self.steps_done += 1
             return result
 
-        loop.train_step = train_step  # type: ignore[attr-defined]
+        loop.train_step = train_step
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -212,15 +218,16 @@ def run_session(spec: Spec, pipe: Connection) -> None:
 
 def _become(spec: Spec) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     log = os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
     if spec.uid is not None:
-        os.umask(0o002)
-        os.setgroups([])
-        os.setgid(spec.uid)
-        os.setuid(spec.uid)
+        from tests.helpers import users
+
+        users.open_way(Path(sys.base_prefix))
+        users.become(users.User(spec.uid, 0o022, Path(f"/tmp/raymem-faults-home-{spec.uid}")))
     os.environ.update(spec.environment)
     os.chdir(spec.folder)
     tempfile.tempdir = None

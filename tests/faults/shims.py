@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 def nan_gradients(step: int) -> None:
     """Make the gradients of the ``step``-th step NaN, once a step was taken by this process so often."""
-    from raymem.training import loop
+    loop: Any = importlib.import_module("raymem.training.loop")
 
     original, taken = loop.train_step, [0]
 
@@ -25,12 +26,12 @@ def nan_gradients(step: int) -> None:
                 handle.remove()
         return original(model, *arguments, **options)
 
-    loop.train_step = train_step  # type: ignore[attr-defined]
+    loop.train_step = train_step
 
 
 def clock_jumps(step: int, seconds: float) -> None:
     """Set this process's wall clock forward or back before the ``step``-th step; files keep the system's clock."""
-    from raymem.training import loop
+    loop: Any = importlib.import_module("raymem.training.loop")
 
     real, real_ns, original, taken = time.time, time.time_ns, loop.train_step, [0]
 
@@ -43,7 +44,7 @@ def clock_jumps(step: int, seconds: float) -> None:
 
     time.time = lambda: real() + offset()
     time.time_ns = lambda: real_ns() + int(offset() * 1e9)
-    loop.train_step = train_step  # type: ignore[attr-defined]
+    loop.train_step = train_step
 
 
 def slow_disk(folder: str, seconds: float) -> None:
@@ -57,13 +58,12 @@ def slow_disk(folder: str, seconds: float) -> None:
 
     real = os.fsync
 
-    def fsync(descriptor: int) -> None:
+    def fsync(descriptor: Any) -> None:
         time.sleep(10 * seconds)
         real(descriptor)
 
     sys.addaudithook(audit)
-    os.fsync = fsync
-
+    os.fsync = fsync  # type: ignore[assignment]
 
 
 def paced_workers(seconds: float, nan_at: int = 0) -> None:
@@ -77,7 +77,7 @@ def paced_workers(seconds: float, nan_at: int = 0) -> None:
     original = worker.train_worker
 
     def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
-        from raymem.training import loop
+        loop: Any = importlib.import_module("raymem.training.loop")
         from tests.faults import shims
 
         if nan_at:
@@ -88,10 +88,10 @@ def paced_workers(seconds: float, nan_at: int = 0) -> None:
             time.sleep(seconds)
             return step(*arguments, **options)
 
-        loop.train_step = train_step  # type: ignore[attr-defined]
+        loop.train_step = train_step
         try:
             return original(config)
         finally:
-            loop.train_step = step  # type: ignore[attr-defined]
+            loop.train_step = step
 
     controller.train_worker = train_worker  # type: ignore[attr-defined]

@@ -36,7 +36,7 @@ def run_as(user: User, commands: Sequence[Sequence[str]]) -> list[subprocess.Com
         What each one left, or None where this process may not act as another user.
     """
     with contextlib.suppress(PermissionError):
-        _open_way(Path(sys.base_prefix))
+        open_way(Path(sys.base_prefix))
         become(user)
         return [run_command(*command) for command in commands]
     return None
@@ -56,7 +56,7 @@ def become(user: User) -> None:
     ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE
 
 
-def _open_way(place: Path) -> None:
+def open_way(place: Path) -> None:
     """Let other users reach a directory below one that is root's alone, for this process and its children.
 
     The interpreter may lie in root's home; nothing outside of this process changes.

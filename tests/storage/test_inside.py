@@ -9,9 +9,10 @@ import pytest
 
 from raymem.errors import ModelError, StorageError
 from raymem.storage import publish
+from raymem.storage.copies import verify_names
 from raymem.storage.inside import is_inside, leads_out
 from raymem.storage.safetensors_io import shard_files
-from raymem.storage.storage import Storage, _verify_names
+from raymem.storage.storage import Storage
 from raymem.training.artifacts.vllm import copy_adapter
 from raymem.training.model.companions import copy_companions
 
@@ -41,7 +42,7 @@ def test_a_manifest_names_files_of_its_directory(tmp_path: Path, name: str) -> N
     (made / "manifest.json").write_text(json.dumps(publish.seal(manifest)))
     assert publish.read_manifest(made) is None
     with pytest.raises(StorageError, match="leads out of it"):
-        _verify_names("s3://bucket/made", {}, [name])
+        verify_names("s3://bucket/made", {}, [name])
     with pytest.raises(StorageError, match="listed but missing"):  # a download copies what is listed there, not here
         Storage.open(str(tmp_path)).download_dir("made", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

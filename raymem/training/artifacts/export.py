@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from raymem import __version__
+from raymem.errors import StorageError
 from raymem.recipe.axes import ADAPTERS, BASES
 from raymem.recipe.schema import Recipe
 from raymem.storage.checksums import write_checksums

@@ -6,13 +6,11 @@ import random
 from typing import TYPE_CHECKING
 
 from raymem.storage.storage import Storage
-from tests.faults.cases import Case
 from tests.faults.checks import names_in
 from tests.faults.fault import Fault
 from tests.faults.sessions import Session
 
 if TYPE_CHECKING:
-    from tests.faults.arena import Arena
     from tests.faults.rounds import Round
 
 
@@ -92,7 +90,9 @@ class Garbled(_Damage):
     name = "file garbled"
 
     def damage(self, storage: Storage, name: str, content: bytes) -> None:
-        other = self.draw.choice((b"[]", b"{}", b"null\n", bytes(len(content)), random.Random(1).randbytes(len(content))))
+        other = self.draw.choice(
+            (b"[]", b"{}", b"null\n", bytes(len(content)), random.Random(1).randbytes(len(content)))
+        )
         _write(storage, name, other)
 
 
@@ -117,12 +117,19 @@ class Strays(Fault):
             "cache/data/README": b"mine",
             "cache/data/0123/manifest.json": b"{}",
         }
+        if not latest_steps(round_):  # a run whose only checkpoint is damaged stops, and rightly
+            del strays["run/checkpoints/step_00000098/manifest.json"]
         if not storage.is_local:  # there a save is staged on the node
             del strays["run/checkpoints/.step_00000097.part/manifest.json"]
         chosen = self.draw.sample(sorted(strays), k=self.draw.randint(1, 4))
         for name in chosen:
             _write(storage, name, strays[name])
         round_.detail = ", ".join(chosen)
+
+
+def latest_steps(round_: Round) -> list[str]:
+    """The checkpoints of the run."""
+    return [name for name in round_.run.list_dirs("checkpoints") if name.startswith("step_")]
 
 
 def _is_file(storage: Storage, name: str) -> bool:

@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from tests.faults.cases import STEPS, Case
 from tests.faults.fault import Fault
+from tests.faults.sessions import Moment
 
 if TYPE_CHECKING:
     from tests.faults.arena import Arena
 
 
-class NanGradients(Fault):
+class _FromStart(Fault):
+    """A fault that is in the session's process from its first step on."""
+
+    def moment(self, case: Case, file_uses: int) -> Moment:
+        return Moment("step", 1)
+
+
+class NanGradients(_FromStart):
     """The gradients of one step are not numbers, once."""
 
     name = "NaN gradients"
@@ -28,7 +36,7 @@ class NanGradients(Fault):
         return (("nan_gradients", {"step": self._step}),) if number == 1 else ()
 
 
-class ClockJumps(Fault):
+class ClockJumps(_FromStart):
     """The wall clock jumps by hours, days or years, forward or back."""
 
     name = "clock jumps"
