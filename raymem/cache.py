@@ -32,9 +32,12 @@ def read_json(file: Path) -> dict[str, Any] | None:
         return None
     try:
         content = read_object(file, ValueError)
-        values = unseal(content) if "sha256" in content else None
     except ValueError:
         values = None
+    else:
+        if "sha256" not in content:  # of an earlier version
+            return None
+        values = unseal(content)
     if values is None:
         log.warning("%s is not as it was written, and is made again", file)
     return values or None
