@@ -103,7 +103,7 @@ def test_a_start_that_takes_too_long_is_tried_again(base: Path, monkeypatch: pyt
 
     monkeypatch.setenv("RAY_TMPDIR", str(base))
     monkeypatch.setattr(local, "_own", None)
-    monkeypatch.setattr(local.ray, "init", init)
+    monkeypatch.setattr("ray.init", init)
     local.start()
     assert [str(path) for path in base.iterdir()] == started[1:], "the first try left nothing"
     with pytest.raises(OSError, match="No space left"):
