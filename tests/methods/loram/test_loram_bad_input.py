@@ -174,7 +174,7 @@ def test_counts_that_somebody_has_changed_are_named(counts: Any) -> None:
     ],
 )
 def test_a_manifest_that_somebody_has_changed_is_named(tmp_path: Path, field: str, value: Any, words: str) -> None:
-    source = {"name": "m", "revision": None, "identity": {}}
+    source: dict[str, Any] = {"name": "m", "revision": None, "identity": {}}
     plain = {"format": 1, "key": "k", "options": {}, "model_type": "llama", "source": source, "kept": {}, "files": {}}
     (tmp_path / "loram_manifest.json").write_text(json.dumps({**plain, field: value}))
     with pytest.raises(ModelError, match=rf"loram_manifest\.json.*{words}.*; prune again"):
