@@ -1,7 +1,8 @@
 """Tries many random inputs: ``python -m tests.fuzz --recipes 50000 --data-files 10000 --artefacts 2000 --out fuzz``.
 
-The cases of a target are made in parts, each from a seed of its own, by as many processes as asked for. A process is
-ended if a case takes more than twice its time or the process more memory than allowed. Parts that are done lie in the
+The cases of a target are made in parts, each from a seed of its own, by as many processes as asked for. A case that
+computes for ten seconds is a find; a process that computes or waits for a minute on one, or takes more memory than
+allowed, is ended. Parts that are done lie in the
 output folder and are not repeated by the same command; ``report.md`` and ``report.json`` sum them up.
 """
 
