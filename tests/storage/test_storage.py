@@ -124,7 +124,7 @@ def test_marker_is_written_last_and_removed_first(tmp_path: Path, monkeypatch: p
     storage = Storage.open(str(tmp_path / "root"))
     local = checkpoint(tmp_path / "ck", z=b"late", a=b"early")
     seen: list[str] = []
-    copy = module._copy
+    copy = module.copy_file
 
     def failing_copy(source: Any, path: str, target: Any, to: str) -> dict[str, Any]:
         assert not storage.exists("c/manifest.json")
@@ -134,13 +134,13 @@ def test_marker_is_written_last_and_removed_first(tmp_path: Path, monkeypatch: p
         return copy(source, path, target, to)
 
     storage.upload_dir(local, "c")
-    monkeypatch.setattr(module, "_copy", failing_copy)
+    monkeypatch.setattr(module, "copy_file", failing_copy)
     with pytest.raises(StorageError, match=r"cannot write .*c/sub/z: no space left on the device .* free\); free some"):
         storage.upload_dir(local, "c")
     assert [os.path.basename(p) for p in seen] == ["a", "z"]
     assert not storage.exists("c")
 
-    monkeypatch.setattr(module, "_copy", copy)
+    monkeypatch.setattr(module, "copy_file", copy)
     storage.upload_dir(local, "c")
 
     class Stuck:
