@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from raymem.storage.storage import Storage
+from raymem.storage.unfinished import temporary
 from raymem.training.artifacts.export import FACTS
 
 
@@ -23,7 +23,7 @@ def local_copy(location: str) -> Iterator[str]:
         return
     parent, _, rest = location.partition("?")
     base, _, name = parent.rpartition("/")
-    with tempfile.TemporaryDirectory(prefix="raymem-artifact-") as folder:
+    with temporary("artifact") as folder:
         directory = Path(folder) / name
         Storage.open(f"{base}?{rest}" if rest else base).download_dir(name, directory, last=FACTS)
         yield str(directory)

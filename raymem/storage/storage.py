@@ -28,6 +28,7 @@ from raymem.storage.errors import explain
 from raymem.storage.folders import make_directory
 from raymem.storage.publish import seal, unseal
 from raymem.storage.retry import RETRY_FOR_S, retried, retrying
+from raymem.storage.unfinished import scratch
 from raymem.storage.uris import CURE, secret_in
 
 MARKER = "manifest.json"
@@ -320,18 +321,15 @@ class Storage:
         Raises:
             StorageError: names the path, the system's words and the cure.
         """
-        probe = f".raymem-probe-{uuid.uuid4().hex}"
-        data = probe.encode()
+        data = uuid.uuid4().bytes
         action = "create" if self.is_local and not os.path.isdir(self.root) else "write to"
         try:
-            self._put(probe, data)
-            with self.filesystem.open_input_stream(self._at(probe)) as stream:
-                back = stream.read()
+            with scratch(self, "probe") as folder:
+                self._put(f"{folder}/probe", data)
+                with self.filesystem.open_input_stream(self._at(f"{folder}/probe")) as stream:
+                    back = stream.read()
         except OSError as error:
             raise explain(error, action, self.path) from error
-        finally:
-            with contextlib.suppress(OSError):
-                self.filesystem.delete_file(self._at(probe))
         if back != data:
             raise StorageError(f"storage: {self.path} gave back other bytes than were written; check its mount")
 

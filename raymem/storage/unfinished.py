@@ -13,12 +13,21 @@ import hashlib
 import os
 import platform
 import shutil
+import tempfile
 import uuid
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raymem.storage.folders import make_directory
+
+if TYPE_CHECKING:
+    from raymem.storage.storage import Storage
 
 PREFIX = ".writing-"
+TEMPORARY_PREFIX = "raymem-tmp-"
 ABANDONED_AFTER_S = 24 * 3600
 """Age at which another node's directory counts as left: a live writer touches its own far more often."""
 
@@ -37,33 +46,73 @@ def unfinished(parent: Path, name: str) -> Iterator[Path]:
     Raises:
         OSError: the system refuses to make it.
     """
-    directory, lock = _make_locked(parent, name)
+    lock = None
+    while lock is None:
+        directory = parent / unfinished_name(name)
+        directory.mkdir()
+        lock = _lock(directory)
     try:
-        _remove_abandoned(parent, now=directory.stat().st_mtime)
+        _remove_abandoned(directory, PREFIX)
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
 
 
-def _make_locked(parent: Path, name: str) -> tuple[Path, int]:
-    while True:
-        directory = parent / unfinished_name(name)
-        directory.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # another process took it for left, and was faster
-            lock = os.open(directory, os.O_RDONLY)
-            if _locks(lock) is not False and directory.exists():
-                return directory, lock
-            os.close(lock)
+def temporary(name: str) -> tempfile.TemporaryDirectory[str]:
+    """Make a temporary directory, and remove what killed processes left of such.
 
-
-def _remove_abandoned(parent: Path, now: float) -> None:
-    """Remove what killed writers left.
-
-    Args:
-        now: the time of the file system, which may not be this node's, in the same seconds as its files have.
+    Raises:
+        OSError: the system refuses to make it.
     """
-    for path in parent.glob(f"{PREFIX}*"):
+    lock = None
+    while lock is None:
+        directory = tempfile.TemporaryDirectory(
+            prefix=f"{TEMPORARY_PREFIX}{name}-{_node()}-", ignore_cleanup_errors=True
+        )
+        lock = _lock(Path(directory.name))
+    weakref.finalize(directory, os.close, lock)
+    _remove_abandoned(Path(directory.name), TEMPORARY_PREFIX)
+    return directory
+
+
+@contextlib.contextmanager
+def scratch(storage: Storage, purpose: str) -> Iterator[str]:
+    """Yield the name of a new directory of a storage, which is deleted with the block.
+
+    On a disk what killed processes left of such goes, too.
+
+    Raises:
+        OSError, StorageError: the system refuses to make it, or to delete it.
+    """
+    if storage.is_local:
+        make_directory(Path(storage.root))
+        with unfinished(Path(storage.root), purpose) as directory:
+            yield directory.name
+        return
+    name = f".raymem-{purpose}-{uuid.uuid4().hex}"
+    try:
+        yield name
+    finally:
+        storage.delete_dir(name, last=None)
+
+
+def _lock(directory: Path) -> int | None:
+    """Return the locked descriptor of a new directory; None if another process took it for left, and was faster."""
+    try:
+        lock = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    if _locks(lock) is not False and directory.exists():
+        return lock
+    os.close(lock)
+    return None
+
+
+def _remove_abandoned(own: Path, prefix: str) -> None:
+    """Remove what killed writers left beside a new directory, whose time is that of the file system."""
+    now = own.stat().st_mtime
+    for path in own.parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             lock = os.open(path, os.O_RDONLY)
             try:

@@ -33,6 +33,7 @@ from raymem.storage.folders import make_directory
 from raymem.storage.publish import file_sha256, seal
 from raymem.storage.retry import Outage, retrying
 from raymem.storage.storage import Storage, sync
+from raymem.storage.unfinished import temporary
 from raymem.training.dist_env import DistEnv
 from raymem.training.manifest import MANIFEST, Damaged, Manifest, parse
 
@@ -103,7 +104,7 @@ class Checkpoints:
     def _fresh_copy(self, step: int) -> Path:
         """Return the directory for the files of a checkpoint, in place of that of an earlier one."""
         self._drop_copy()
-        self._copy = step, tempfile.TemporaryDirectory(prefix="raymem-checkpoint-")
+        self._copy = step, temporary("checkpoint")
         return Path(self._copy[1].name) / "files"
 
     def _drop_copy(self) -> None:
@@ -119,8 +120,8 @@ class Checkpoints:
         """
         name = _name(manifest.step)
         staging = self._dist_env.on_main(lambda: self._again(lambda: self._make_staging(name)))
-        if not self._run.is_local:
-            staging = Path(tempfile.mkdtemp(prefix="raymem-checkpoint-"))
+        scratch = None if self._run.is_local else temporary("checkpoint")
+        staging = staging if scratch is None else Path(scratch.name)
         try:
             self._write(tensors, staging)
             written = self._dist_env.on_all(lambda: self._finish(staging, name))
@@ -129,8 +130,9 @@ class Checkpoints:
         except RaymemError:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        if not self._run.is_local:
-            shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            if scratch is not None:
+                scratch.cleanup()
         self._dist_env.on_main(lambda: prune(self._run, keep, num_to_keep, self._undeleted))
 
     def load(self, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:

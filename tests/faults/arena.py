@@ -77,8 +77,9 @@ class Arena:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
         if not (self.model / "config.json").exists():
-            for file in save_tiny_model(self.model).iterdir():
-                file.chmod(0o644)  # two users read it
+            save_tiny_model(self.model)
+        for file in self.model.iterdir():
+            file.chmod(0o644)  # two users read it
         self.examples.mkdir(exist_ok=True)
         write_examples(self.examples / "train.jsonl", 40, seed=0)
         write_examples(self.examples / "eval.jsonl", 8, seed=1)

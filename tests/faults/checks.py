@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.faults.rounds import Round
 
 TEMPORARY = re.compile(
-    r"(^|/)(\.raymem-probe-|\.writing-|\.step_\d+\.part|\..*\.part-[0-9a-f]+|\..*\.tmp$|\..*\.[0-9a-f]{8}$|.*\.incomplete$)"
+    r"(^|/)(\.raymem-probe-|\.raymem-check-|\.writing-|\.step_\d+\.part|\..*\.part-[0-9a-f]+|\..*\.tmp$|\..*\.[0-9a-f]{8}$|.*\.incomplete$)"
 )
 """Names that raymem gives to what is not finished."""
 STAYS = "raymem-cache-"
@@ -35,12 +35,12 @@ def left_behind(round_: Round) -> list[str]:
     cluster = round_.arena.cluster
     if round_.case.workers and cluster is not None:
         found += _wait_until_none(cluster.leftovers)
-        found += [name for name in _temporary_in(cluster.temporary) if "raymem" in name]
+        found += [name for name in temporary_in(cluster.temporary) if "raymem" in name and name not in round_.before]
     if not round_.case.remote:
         found += _locked(Path(round_.storage))
     found += [f"temporary file {name}" for name in names_in(round_.storage) if TEMPORARY.search(name)]
-    found += _temporary_in(round_.folder / "tmp")
-    kept = [name for name in round_.run.list_dirs("checkpoints") if name.startswith("step_")]
+    found += temporary_in(round_.folder / "tmp")
+    kept = [name for name in round_.run.list_dirs("checkpoints") if re.fullmatch(r"step_000000[01]\d", name)]
     if len(kept) > 3:
         found.append(f"{len(kept)} checkpoints are kept: {kept}")
     return found
@@ -92,7 +92,8 @@ def _locked(storage: Path) -> list[str]:
     return found
 
 
-def _temporary_in(folder: Path) -> list[str]:
+def temporary_in(folder: Path) -> list[str]:
+    """What a temporary directory holds that is not kept for other runs, in words."""
     if not folder.exists():
         return []
     return [

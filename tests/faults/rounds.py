@@ -19,7 +19,7 @@ from raymem.storage.storage import Storage
 from raymem.training.checkpoint import FOLDER
 from tests.faults.arena import BUCKET, Arena, digest_of, losses_of, unmount_below
 from tests.faults.cases import ALL, NAME, STEPS, Case
-from tests.faults.checks import left_behind
+from tests.faults.checks import left_behind, temporary_in
 from tests.faults.fault import Fault
 from tests.faults.sessions import MARK, Moment, Session, Spec
 
@@ -71,6 +71,8 @@ class Round:
     """What exactly the fault did."""
     problems: list[str] = field(default_factory=list)
     uid: int | None = None
+    before: frozenset[str] = frozenset()
+    """What lay in the cluster's temporary directory before the round."""
     struck_at: float | None = None
     steps_then: int | None = None
 
@@ -157,6 +159,7 @@ def run_round(seed: int, case: Case, fault: Fault, arena: Arena) -> Record:
         Path(round_.storage).mkdir()
     if case.workers and arena.cluster is not None:
         arena.cluster.fill_up()
+        round_.before = frozenset(temporary_in(arena.cluster.temporary))
     moment = fault.moment(case, reference.file_uses)
     fault.prepare(round_)
     round_.write_recipe()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from raymem.storage import unfinished as room
-from raymem.storage.unfinished import PREFIX, unfinished, unfinished_name
+from raymem.storage.unfinished import PREFIX, temporary, unfinished, unfinished_name
 
 LONG_AGO = 1e9
 
@@ -60,3 +61,29 @@ def test_without_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     os.utime(left, (LONG_AGO, LONG_AGO))
     with unfinished(tmp_path, "data"):
         assert not left.exists()
+
+
+def hold_until_killed(ready: Connection) -> None:
+    directory = temporary("checkpoint")
+    ready.send(directory.name)
+    signal.pause()
+
+
+def test_temporary_directories_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "raymem-cache-0").mkdir()
+    os.utime(tmp_path / "raymem-cache-0", (LONG_AGO, LONG_AGO))
+    ours, theirs = multiprocessing.Pipe()
+    holder = multiprocessing.get_context("fork").Process(target=hold_until_killed, args=(theirs,))
+    holder.start()
+    left = Path(ours.recv())
+    try:
+        with temporary("export") as mine:
+            assert left.is_dir() and Path(mine).stat().st_mode & 0o777 == 0o700
+    finally:
+        holder.kill()
+        holder.join()
+    assert {path.name for path in tmp_path.iterdir()} == {"raymem-cache-0", left.name}
+    with temporary("export"):
+        assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["raymem-cache-0"]

@@ -24,6 +24,7 @@ from raymem.cluster.jobs.client import TokenRefused, cluster_version, connect_jo
 from raymem.errors import ClusterError, RaymemError, StorageError
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
+from raymem.storage.unfinished import scratch
 from raymem.tracking import check_tracking
 
 __all__ = ["Check", "check_storage_shared", "run_doctor"]
@@ -91,8 +92,8 @@ def check_storage_shared(storage_path: str) -> int:
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if set(nodes) == {ray.get_runtime_context().get_node_id()}:
         return 1
-    folder, token = f".raymem-check-{uuid.uuid4().hex}", uuid.uuid4().hex
-    try:
+    token = uuid.uuid4().hex
+    with scratch(storage, "check") as folder:
         storage.write_json(f"{folder}/driver", token)
         visit = ray.remote(_visit)
         pending = {
@@ -111,8 +112,6 @@ def check_storage_shared(storage_path: str) -> int:
                     f"storage.path: {storage_path} is not one place for all nodes: {where} {problem}; mount the same "
                     "directory on every node (NFS, a ReadWriteMany volume), or use s3:// or gs://"
                 )
-    finally:
-        storage.delete_dir(folder, last=None)
     return len(nodes)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from raymem.methods.loram.source import Source, open_source
 from raymem.seeds import generator
 from raymem.storage.checksums import check_files
 from raymem.storage.safetensors_io import read_header, read_tensor
+from raymem.storage.unfinished import temporary
 
 _TOLERANCE = 1e-4
 """Largest difference of logits relative to the largest logit, in fp32."""
@@ -135,7 +135,7 @@ def _compare_logits(adapter: Path, pruned: Path, recovered: Path, coupling: Coup
     ids = torch.randint(small.config.vocab_size, (_TEXTS, _LENGTH), generator=generator(0, "loram", "verify"))
 
     def logits(model: Any, directory: Path) -> torch.Tensor:
-        with tempfile.TemporaryDirectory(prefix="raymem-verify-") as folder:
+        with temporary("verify") as folder:
             if read_adapter_config(directory)["peft_type"] == "MORAM":  # it loads on the weights that it names only
                 directory = rebased(directory, model, Path(folder) / "adapter")
             adapted = PeftModel.from_pretrained(model.eval(), directory)

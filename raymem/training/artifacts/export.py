@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from raymem.storage.errors import writing
 from raymem.storage.folders import make_directory
 from raymem.storage.json_files import read_object
 from raymem.storage.storage import Storage
+from raymem.storage.unfinished import temporary
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import DistEnv
 from raymem.training.model.base_name import base_name
@@ -109,13 +109,14 @@ def _complete(directory: Path, recipe: Recipe) -> None:
 @contextlib.contextmanager
 def _staging(run: Storage) -> Iterator[Path]:
     """Yield a directory to write in, which is deleted afterwards unless it was moved."""
-    if run.is_local:
-        # Beside its place and always of the same name: what a killed run left there does not stay.
-        staging = Path(run.join(".export"))
-        shutil.rmtree(staging, ignore_errors=True)
-        make_directory(staging)
-    else:
-        staging = Path(tempfile.mkdtemp(prefix="raymem-export-"))
+    if not run.is_local:
+        with temporary("export") as folder:
+            yield Path(folder)
+        return
+    # Beside its place and always of the same name: what a killed run left there does not stay.
+    staging = Path(run.join(".export"))
+    shutil.rmtree(staging, ignore_errors=True)
+    make_directory(staging)
     try:
         yield staging
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import subprocess
@@ -142,7 +143,17 @@ class NoMoreFiles(Fault):
         spare = self.draw.choice((0, 0, 1, 2, 4))
         _, hard = resource.prlimit(session.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(session.pid, resource.RLIMIT_NOFILE, (in_use + spare, hard))
+        self._hard = hard
         round_.detail = f"{spare} to spare"
+
+    @property
+    def lasts_s(self) -> float:
+        return 8.0  # no socket can be opened either: an object store is waited for
+
+    def heal(self, round_: Round, session: Session) -> None:
+        if not session.is_over and hasattr(self, "_hard"):
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(session.pid, resource.RLIMIT_NOFILE, (min(65536, self._hard), self._hard))
 
 
 class NoLargeFiles(Fault):
