@@ -76,7 +76,8 @@ def train(
 
 
 def evaluate(recipe: RecipeLike, *, artifact: str | Path | None = None) -> EvaluationResult:
-    """Loss and perplexity over the recipe's evaluation data.
+    """Return loss and perplexity over the recipe's evaluation data.
+
 
     Args:
         artifact: PEFT or model directory, or ``base`` for the model without an adapter; by default the run's result.

@@ -85,7 +85,8 @@ def key_of(facts: Any) -> str:
 
 
 def remembered(folder: str, facts: Any, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The answer to a question that depends on ``facts`` alone; asked once on this machine.
+    """Return the answer to a question that depends on ``facts`` alone; asked once on this machine.
+
 
     Args:
         folder: of the cache, in which the answer is kept.

@@ -8,11 +8,11 @@ import torch
 
 
 def derive(seed: int, *purpose: int | str) -> int:
-    """A 63-bit seed for one purpose, for example ``derive(0, "dropout", step, rank)``."""
+    """Return a 63-bit seed for one purpose, for example ``derive(0, "dropout", step, rank)``."""
     text = "/".join([str(seed), *map(str, purpose)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def generator(seed: int, *purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A private generator; the global stream is untouched."""
+    """Return a private generator; the global stream is untouched."""
     return torch.Generator(device).manual_seed(derive(seed, *purpose))

@@ -55,8 +55,9 @@ class AdapterKind(Kind[OptionsT]):
         raise AssertionError(f"{type(self).__name__}.initial_value knows no start of {name}, which attach added")
 
     def buffers(self, model: Any) -> dict[str, Any]:
-        """Buffers of the attached model that a checkpoint and the saved adapter must hold beside what is trained: all
-        whose values :meth:`initial_value` does not give again."""
+        """Return buffers of the attached model that a checkpoint and the saved adapter must hold beside what is
+        trained: all whose values :meth:`initial_value` does not give again.
+        """
         return {}
 
     def save(self, model: Any, directory: Path, tensors: Mapping[str, Any], options: OptionsT) -> None:

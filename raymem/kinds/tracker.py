@@ -13,4 +13,4 @@ class TrackerKind(Kind[OptionsT]):
 
     @abstractmethod
     def load(self) -> type[Any]:
-        """The class of its trackers, a :class:`raymem.tracking.Tracker`; nothing heavy is imported before."""
+        """Return the class of its trackers, a :class:`raymem.tracking.Tracker`; nothing heavy is imported before."""

@@ -34,7 +34,7 @@ class StreamingSketch:
         self.sum_KN.addmm_(sketch_CK.mT, block_CN)
 
     def gram(self) -> torch.Tensor:
-        """``Y.T @ Y`` [K, K] of the rows seen, fp64: in fp32 it would lose half of the digits of Y."""
+        """Return ``Y.T @ Y`` [K, K] of the rows seen, fp64: in fp32 it would lose half of the digits of Y."""
         rows, width = self.sketch_MK.shape
         gram_KK = self.sketch_MK.new_zeros(width, width, dtype=torch.float64)
         for chunk in row_chunks(rows, 8 * width, 1 << 17):

@@ -152,13 +152,13 @@ class _Product(torch.autograd.Function):
 
 
 def dequantize_blockwise(A: torch.Tensor, state: QuantState) -> torch.Tensor:
-    """As bitsandbytes.functional's of that name, of scales."""
+    """Do for scales what bitsandbytes.functional's of that name does."""
     values: torch.Tensor = torch.ops.raymem.dequantize_blockwise.default(A, state.dtype)
     return values
 
 
 def dequantize_4bit(A: torch.Tensor, state: QuantState) -> torch.Tensor:
-    """As bitsandbytes.functional's of that name."""
+    """Do what bitsandbytes.functional's of that name does."""
     absmax = state.absmax
     if state.state2 is not None:
         absmax = dequantize_blockwise(absmax, state.state2)
@@ -170,7 +170,7 @@ def dequantize_4bit(A: torch.Tensor, state: QuantState) -> torch.Tensor:
 
 
 def functional(state: Any) -> Any:
-    """The library that reads weights with this state: bitsandbytes.functional, or this module."""
+    """Return the library that reads weights with this state: bitsandbytes.functional, or this module."""
     if isinstance(state, QuantState):
         import raymem.memory.nf4 as own
 

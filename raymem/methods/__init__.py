@@ -8,7 +8,8 @@ from typing import Any
 
 
 def lazy_exports(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
-    """A ``__getattr__`` for a method's package, which imports what it exports on first use.
+    """Return a ``__getattr__`` for a method's package, which imports what it exports on first use.
+
 
     Reading a recipe needs a method's options only, and must not load torch.
 

@@ -43,7 +43,7 @@ def class_of(model: Any) -> Any:
 
 
 def why_not(error: Exception) -> str:
-    """Says in words why a clone gives no answer."""
+    """Say in words why a clone gives no answer."""
     return f"a small clone of it cannot be run ({type(error).__name__}: {first_line(error)})"
 
 

@@ -52,7 +52,7 @@ class Axis(Generic[KindT]):
         self._entry_points_read = False
 
     def __iter__(self) -> Iterator[str]:
-        """Names of all kinds, raymem's own first."""
+        """Return names of all kinds, raymem's own first."""
         self._read_entry_points()
         return iter([*self.builtin, *self._outside])
 
@@ -60,7 +60,8 @@ class Axis(Generic[KindT]):
         return name in self.builtin or name in list(self)
 
     def __getitem__(self, name: str) -> KindT:
-        """The kind of that name.
+        """Return the kind of that name.
+
 
         Raises:
             RecipeError: there is none, or one of others cannot be imported, is none, or has another name.
@@ -80,7 +81,7 @@ class Axis(Generic[KindT]):
         return self._kinds[name]
 
     def kinds(self) -> list[KindT]:
-        """All that can be used; imports their rooms. What is wrong with others, :meth:`problems` says."""
+        """Return all that can be used; imports their rooms. What is wrong with others, :meth:`problems` says."""
         usable = []
         for name in self:
             with contextlib.suppress(RecipeError):
@@ -88,7 +89,7 @@ class Axis(Generic[KindT]):
         return usable
 
     def problems(self) -> list[str]:
-        """A sentence for each kind of others that cannot be used; recipes that do not name it are not concerned."""
+        """Return a sentence for each kind of others that cannot be used; recipes that do not name it are not concerned."""
         sentences = {}
         for name in self:
             try:
@@ -98,15 +99,15 @@ class Axis(Generic[KindT]):
         return list({**sentences, **self._unusable}.values())
 
     def of(self, recipe: Any) -> KindT:
-        """The kind that a recipe has chosen."""
+        """Return the kind that a recipe has chosen."""
         return self[getattr(recipe, self.name).kind]
 
     def initial_options(self) -> Any:
-        """Options of a recipe that says nothing of the axis."""
+        """Return options of a recipe that says nothing of the axis."""
         return self[self.initial].options()
 
     def spelled_out(self, value: Any) -> Any:
-        """A kind's bare name, options without a kind, or an options object as a mapping with its kind."""
+        """Return a kind's bare name, options without a kind, or an options object as a mapping with its kind."""
         if isinstance(value, str):
             return {"kind": value}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -276,12 +277,12 @@ AXES: dict[str, Axis[Any]] = {**MEMORY_AXES, TRACKERS.name: TRACKERS}
 
 
 def chosen(recipe: Any) -> list[Kind[Any]]:
-    """The kinds that a recipe has chosen, axis by axis."""
+    """Return the kinds that a recipe has chosen, axis by axis."""
     return [axis.of(recipe) for axis in AXES.values()]
 
 
 def all_kinds() -> Iterable[Kind[Any]]:
-    """Every kind of every axis that can be used."""
+    """Return every kind of every axis that can be used."""
     for axis in AXES.values():
         yield from axis.kinds()
 
@@ -296,22 +297,22 @@ def building(config: Any) -> Iterator[None]:
 
 
 def why_not_of_model(directory: Path) -> str | None:
-    """Why an adapter does not go with the model that it names, and what to do; None if it does."""
+    """Say why an adapter does not go with the model that it names, and what to do; None if it does."""
     return next((why for kind in BASES.kinds() if (why := kind.why_not_of_model(directory)) is not None), None)
 
 
 def full_base() -> Any:
-    """Options of the base that is the recipe's own model, whole and unquantised."""
+    """Return options of the base that is the recipe's own model, whole and unquantised."""
     return BASES["full"].options()
 
 
 def no_adapter() -> Any:
-    """Options of the adapter axis for a whole model."""
+    """Return options of the adapter axis for a whole model."""
     return ADAPTERS["none"].options()
 
 
 def registered() -> dict[str, dict[str, str]]:
-    """Axis -> name -> ``module:class`` of others' kinds, for :func:`register_again` in another process."""
+    """Return axis -> name -> ``module:class`` of others' kinds, for :func:`register_again` in another process."""
     return {name: axis.outside() for name, axis in AXES.items() if axis.outside()}
 
 
@@ -322,7 +323,7 @@ def register_again(kinds: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def problems() -> list[str]:
-    """A sentence for each kind of others, of whichever axis, that cannot be used."""
+    """Return a sentence for each kind of others, of whichever axis, that cannot be used."""
     return [sentence for axis in AXES.values() for sentence in axis.problems()]
 
 

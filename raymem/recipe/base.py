@@ -23,7 +23,7 @@ class RecipeModel(BaseModel):
 
 
 def is_recipe_model(value: Any) -> bool:
-    """Whether this is a class that the recipe validates: a :class:`RecipeModel` or the options of a method."""
+    """Say whether this is a class that the recipe validates: a :class:`RecipeModel` or the options of a method."""
     return isinstance(value, type) and (issubclass(value, RecipeModel) or dataclasses.is_dataclass(value))
 
 

@@ -224,5 +224,5 @@ class Recipe(RecipeModel):
         return not ADAPTERS.of(self).trains_base
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON types; ``Recipe.model_validate(recipe.to_dict()) == recipe``."""
+        """Return the recipe as plain JSON types; ``Recipe.model_validate(recipe.to_dict()) == recipe``."""
         return self.model_dump(mode="json")

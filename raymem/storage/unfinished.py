@@ -141,7 +141,7 @@ def _newest(path: Path) -> float:
 
 @cache
 def _node() -> str:
-    """A name for this node as long as it runs."""
+    """Return a name for this node as long as it runs."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     started = boot.read_text() if boot.exists() else ""
     return hashlib.sha256(f"{platform.node()} {started}".encode()).hexdigest()[:8]

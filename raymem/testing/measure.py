@@ -89,7 +89,9 @@ class _MallInfo(ctypes.Structure):
 
 
 def heap_in_use_bytes() -> int:
-    """Bytes that glibc malloc has handed out; the difference around a forward pass is what it saved for backward.
+    """Return bytes that glibc malloc has handed out; the difference around a forward pass is what it saved for
+    backward.
+
 
     Raises:
         OSError: the C library has no ``mallinfo2`` (glibc before 2.33, musl).

@@ -80,13 +80,15 @@ class ConformanceSuite:
     """Largest relative distance of the planned peak from the measured one."""
 
     def make_fragment(self, model: Path, folder: Path) -> Mapping[str, Any]:
-        """``fragment``; override where it names files that have to be made from the model first, below ``folder``."""
+        """Return ``fragment``; override where it names files that have to be made from the model first, below
+        ``folder``.
+        """
         return self.fragment
 
     @pytest.fixture(scope="class")
     @classmethod
     def plain(cls, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-        """The recipe on the suite's own model and data, made once per class."""
+        """Return the recipe on the suite's own model and data, made once per class."""
         start_server()
         folder = tmp_path_factory.mktemp("conformance")
         model = save_tiny_model(folder / "model", cls.model_config)
@@ -98,7 +100,7 @@ class ConformanceSuite:
 
     @pytest.fixture
     def recipe(self, plain: Mapping[str, Any], tmp_path: Path) -> Recipe:
-        """The recipe under test, whose runs lie in a folder of this test."""
+        """Return the recipe under test, whose runs lie in a folder of this test."""
         return parse_recipe(merged(plain, {"storage": {"path": str(tmp_path / "runs")}}))
 
     def test_training_lowers_the_loss(self, recipe: Recipe) -> None:
@@ -196,7 +198,9 @@ class ConformanceSuite:
 
 
 def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts laid over each other; a later value wins, and another ``kind`` drops the options of the former."""
+    """Return nested dicts laid over each other; a later value wins, and another ``kind`` drops the options of the
+    former.
+    """
     result: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
@@ -232,7 +236,7 @@ class Worker:
         return [(shares[self.dist_env.rank], num_targets(*shares))]
 
     def step(self, number: int) -> StepResult:
-        """The hooks, and one optimizer step."""
+        """Call the hooks, and take one optimizer step."""
         for hook in self.hooks:
             hook.before_step(number, self.view)
         [(batch, targets)] = self.batches(number)
@@ -263,7 +267,7 @@ def train(recipe: Recipe, *, stop_after: int = 0) -> tuple[Outcome, list[Row]]:
 
 
 def prepare_split(recipe: Recipe, split: Literal["train", "eval"]) -> Prepared:
-    """The rows of a split that the recipe has, cached beside their file."""
+    """Return the rows of a split that the recipe has, cached beside their file."""
     tokenizer = recipe.model.tokenizer or recipe.model.name or ""
     return prepare(recipe.data, split, tokenizer, Path(recipe.data.train[0].path).parent / "cache")
 
@@ -276,12 +280,12 @@ def run_storage(recipe: Recipe) -> Storage:
 
 
 def losses(rows: Sequence[Row]) -> list[float]:
-    """The training loss of each step."""
+    """Return the training loss of each step."""
     return [row["loss"] for row in rows]
 
 
 def final_state(recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's last checkpoint."""
+    """Return every tensor of a run's last checkpoint."""
     manifest = latest_manifest(run_storage(recipe))
     assert manifest is not None and manifest.step == recipe.train.steps
     updater = build_updater(build_model(recipe), recipe)

@@ -9,12 +9,12 @@ from torch import nn
 
 
 def snapshot(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies that later steps leave alone."""
+    """Return copies that later steps leave alone."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def frozen(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter that is not trained, and every buffer."""
+    """Return every parameter that is not trained, and every buffer."""
     parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     return {**parameters, **dict(model.named_buffers())}
 

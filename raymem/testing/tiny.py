@@ -87,5 +87,5 @@ def random_batch(rows: int, length: int, seed: int = 0, *, packed: bool = True) 
 
 
 def num_targets(*batches: Batch) -> int:
-    """Tokens that have a loss."""
+    """Return the number of tokens that have a loss."""
     return sum(int((batch.labels != -100).sum()) for batch in batches)

@@ -23,7 +23,7 @@ _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_S
 
 
 def connect(uri: str) -> Any:
-    """An ``MlflowClient``; for a new sqlite file this creates the tables (some seconds, once)."""
+    """Return an ``MlflowClient``; for a new sqlite file this creates the tables (some seconds, once)."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -44,7 +44,7 @@ def connect(uri: str) -> Any:
 
 @contextlib.contextmanager
 def _alone(database: Path) -> Iterator[None]:
-    """One process at a time: mlflow's migrations fail when two drivers make the tables of a new file at once."""
+    """Let in one process at a time: mlflow's migrations fail when two drivers make the tables of a new file at once."""
     make_directory(database.parent)
     with open_lock(Path(f"{database}.lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -72,6 +72,6 @@ def limits(timeout_s: int, retries: int) -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """One line of an mlflow error; its texts run to pages."""
+    """Return one line of an mlflow error; its texts run to pages."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."

@@ -61,7 +61,7 @@ class MlflowResult:
         )
 
     def summary_lines(self) -> list[str]:
-        """The run, and the registered model if there is one."""
+        """Return the run, and the registered model if there is one."""
         lines = [f"MLflow run {self.run_id} at {self.uri}"]
         return [*lines, f"registered as {self.model_version}"] if self.model_version else lines
 
@@ -115,7 +115,7 @@ class MlflowTracker:
 
     @classmethod
     def attach(cls, spec: Mapping[str, Any]) -> Self:
-        """An existing run, by its id."""
+        """Return an existing run, by its id."""
         return cls(spec["tracking_uri"], spec["run_id"])
 
     @classmethod
@@ -124,11 +124,11 @@ class MlflowTracker:
         return check_server(options, storage_path)
 
     def spec(self) -> dict[str, Any]:
-        """Arguments that rebuild this tracker."""
+        """Return arguments that rebuild this tracker."""
         return {"tracking_uri": self.tracking_uri, "run_id": self.run_id}
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """One request per call; while the server is away at most one attempt per 30 s."""
+        """Send one request per call; while the server is away at most one attempt per 30 s."""
         now = time.time_ns() // 1_000_000
         for row in rows:
             step = int(row["step"])
@@ -171,7 +171,7 @@ class MlflowTracker:
         return self.result()
 
     def result(self) -> MlflowResult:
-        """Counts so far."""
+        """Return counts so far."""
         return MlflowResult(
             uri=self.tracking_uri,
             run_id=self.run_id,

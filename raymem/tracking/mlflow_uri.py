@@ -78,7 +78,7 @@ def resolve_tracking(uri: str | None, storage_path: str) -> TrackingAddress:
 
 
 def database_file(uri: str) -> Path | None:
-    """The file of an sqlite address; None for any other."""
+    """Return the file of an sqlite address; None for any other."""
     if not uri.startswith(("sqlite:", "sqlite+")):
         return None
     path = uri.split(":///", 1)[1]
@@ -105,5 +105,5 @@ def _sqlite_uri(path: str) -> str:
 
 
 def _is_odd(path: str) -> bool:
-    """Whether a path holds a character that has a meaning of its own in a URI."""
+    """Say whether a path holds a character that has a meaning of its own in a URI."""
     return not {"%", "?", "#"}.isdisjoint(path)

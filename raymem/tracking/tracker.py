@@ -42,7 +42,7 @@ class TrackingResult(Protocol):
         """A command that shows the run, if there is one."""
 
     def summary_lines(self) -> list[str]:
-        """Lines about what was recorded, and where."""
+        """Return lines about what was recorded, and where."""
 
 
 class Tracker(Protocol):
@@ -62,7 +62,7 @@ class Tracker(Protocol):
 
     @classmethod
     def attach(cls, spec: Mapping[str, Any]) -> Self:
-        """The tracker of a run that was started elsewhere; nothing is contacted yet."""
+        """Return the tracker of a run that was started elsewhere; nothing is contacted yet."""
 
     @classmethod
     def check(cls, options: Mapping[str, Any], storage_path: str) -> str:

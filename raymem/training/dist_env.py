@@ -106,7 +106,8 @@ class DistEnv:
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], dist_env: DistEnv) -> None:
-    """Shards the model by FSDP2: every transformer block is a unit; the rest (embeddings, head) belongs to the root.
+    """Shard the model by FSDP2: every transformer block is a unit; the rest (embeddings, head) belongs to the root.
+
 
     Works on meta parameters, so that no rank ever holds more than its shard.
     """

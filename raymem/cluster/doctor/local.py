@@ -65,7 +65,7 @@ def _version(name: str, installed: str, fits: bool, required: str, cure: str) ->
 
 
 def check_kinds() -> list[Check]:
-    """Kinds from outside: those that can be used, and a line for each that cannot."""
+    """Return kinds from outside: those that can be used, and a line for each that cannot."""
     usable = [
         f"{name}: {', '.join(others)}"
         for name, axis in AXES.items()

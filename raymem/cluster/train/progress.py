@@ -72,7 +72,7 @@ class MetricsMailbox:
 
 
 def new_mailbox() -> Any:
-    """A mailbox on the driver's own node, which must outlive every other one."""
+    """Return a mailbox on the driver's own node, which must outlive every other one."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return MetricsMailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 

@@ -77,7 +77,7 @@ def _forward(
     hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_N: torch.Tensor, positions_T: torch.Tensor,
     dtype: torch.dtype, *, needs_hidden: bool, needs_head: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, _HeadGradient | None]:  # fmt: skip
-    """The loss, and the gradients that are needed."""
+    """Return the loss, and the gradients that are needed."""
     device, vocabulary = hidden_NH.device, head_VH.shape[0]
     is_fp32 = dtype == torch.float32
     rows = rows_per_chunk(vocabulary, 4 if is_fp32 else dtype.itemsize + 4 // _PARTS, device)
@@ -143,7 +143,7 @@ class _HeadGradient:
                 sums.add_((grad_CB.T @ hidden_CH).float())
 
     def finish(self) -> torch.Tensor:
-        """The gradient in the dtype of the head."""
+        """Return the gradient in the dtype of the head."""
         if self._whole_VH is not None:
             return self._whole_VH
         with attributed("gradients"):

@@ -14,7 +14,8 @@ FEWEST_ROWS = {"cpu": 16, "cuda": 128}
 
 
 def rows_per_chunk(vocabulary: int, bytes_per_logit: int, device: torch.device) -> int:
-    """Positions of one chunk, a multiple of 16.
+    """Return the number of positions of one chunk, a multiple of 16.
+
 
     Args:
         vocabulary: logits of one position.

@@ -74,7 +74,7 @@ class NormFunction(torch.autograd.Function):
 
 
 def _rstd(x_TN: torch.Tensor, form: NormForm) -> torch.Tensor:
-    """1/std [T, 1], fp32."""
+    """Return 1/std [T, 1], fp32."""
     if form.centred:
         variance_T1 = torch.var(x_TN.float(), -1, correction=0, keepdim=True)
     else:
@@ -96,7 +96,8 @@ def _normalised(
 
 
 def recognise(module: nn.Module, hidden_size: int) -> NormForm | None:
-    """The formula of a norm over the hidden size, found by trying its class out; None if it is no such norm.
+    """Return the formula of a norm over the hidden size, found by trying its class out; None if it is no such norm.
+
 
     Forward and backward pass of :class:`NormFunction` are compared with the stock module's on random input and random
     weights, so that it does not matter where the module's own are (meta device, sharded, quantised).
@@ -123,7 +124,7 @@ _EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 
 
 def _hides_features(weight: torch.Tensor | None, form: NormForm) -> bool:
-    """Whether a feature has the weight zero, so that the output does not tell its value; seen in loaded weights."""
+    """Say whether a feature has the weight zero, so that the output does not tell its value; seen in loaded weights."""
     if weight is None or weight.is_meta or isinstance(weight, DTensor):
         return False
     return bool((weight + form.offset == 0).any())
@@ -132,7 +133,7 @@ def _hides_features(weight: torch.Tensor | None, form: NormForm) -> bool:
 def _with_random_weights(
     module: nn.Module, size: int, source: torch.Generator, *, has_bias: bool, has_weight: bool
 ) -> nn.Module:
-    """A module of the same class and settings with weights of its own on the CPU, without hooks or patches."""
+    """Return a module of the same class and settings with weights of its own on the CPU, without hooks or patches."""
     probe = object.__new__(type(module))
     probe.__dict__ = {**module.__dict__, "_parameters": {}}
     probe.__dict__.pop("forward", None)
@@ -143,7 +144,7 @@ def _with_random_weights(
 
 
 def _agrees(probe: nn.Module, x_TN: torch.Tensor, form: NormForm) -> bool:
-    """Whether values and all gradients of the formula are those of the module."""
+    """Say whether values and all gradients of the formula are those of the module."""
     leaves = [p for p in (probe._parameters["weight"], probe._parameters["bias"]) if p is not None]
     grad_TN = x_TN.flip(0).sin()
     with torch.enable_grad():

@@ -25,7 +25,7 @@ class Held(Protocol):
     """Something that gives a tensor back; it is alive as long as a node of the autograd graph needs it."""
 
     def restore(self) -> torch.Tensor:
-        """The tensor, or its approximation; possibly with the leading dimensions flattened."""
+        """Return the tensor, or its approximation; possibly with the leading dimensions flattened."""
 
     @property
     def num_bytes(self) -> int:

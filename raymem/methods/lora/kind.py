@@ -93,8 +93,9 @@ class LoraKind(PeftAdapterKind[LoraOptions]):
 
 
 def _experts_shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """A and B of weights that several experts share; PEFT has rules of its own for their ranks, which are taken as they
-    come out. None for other layers."""
+    """Return A and B of weights that several experts share; PEFT has rules of its own for their ranks, which are taken
+    as they come out. None for other layers.
+    """
     from peft.tuners.lora.layer import ParamWrapper
 
     if not isinstance(layer, ParamWrapper):

@@ -70,7 +70,7 @@ def compress_activations(
 
 
 def compression_of(model: nn.Module) -> Compression:
-    """The handle that :func:`compress_activations` gave for this model; the last one, if it was removed."""
+    """Return the handle that :func:`compress_activations` gave for this model; the last one, if it was removed."""
     assert _ATTRIBUTE in model.__dict__, "compress_activations comes first"
     handle: Compression = model.__dict__[_ATTRIBUTE]
     return handle

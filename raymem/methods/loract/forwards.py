@@ -74,11 +74,11 @@ class Patched:
         return self.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward pass; the first argument is a tensor."""
+        """Run the forward pass; the first argument is a tensor."""
         raise NotImplementedError
 
     def observed(self, tensor: torch.Tensor) -> bool:
-        """Whether a calibration pass is under way; it has then seen the tensor."""
+        """Say whether a calibration pass is under way; it has then seen the tensor."""
         if self.packer.observer is None:
             return False
         self.packer.visits += 1
@@ -155,7 +155,7 @@ class Layer(Patched):
         return self.plain(*args, **kwargs)
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer itself, without transformers' checkpointing around it."""
+        """Return the layer itself, without transformers' checkpointing around it."""
         if not getattr(self.module, "gradient_checkpointing", False):
             return self.inner(*args, **kwargs)
         switched: Any = self.module

@@ -173,7 +173,7 @@ class Packer:
         return saved_tensors_hooks(pack, self.unpack)
 
     def unpack(self, saved: Saved) -> torch.Tensor:
-        """The tensor, when backward asks for it."""
+        """Return the tensor, when backward asks for it."""
         if not self._reported:
             self._reported = True
             log.info("LoRAct: %s", self.report)
@@ -221,7 +221,7 @@ class Packer:
 def factorise(
     matrix_TN: torch.Tensor, rank: int, power_iterations: int, seed: int, position: int, name: str
 ) -> LowRank:
-    """Row-sampled QB factors with the sketch of one (seed, step, site); outside autograd and autocast."""
+    """Return row-sampled QB factors with the sketch of one (seed, step, site); outside autograd and autocast."""
     source = generator(seed, "loract", position, name)
     with torch.no_grad(), without_autocast(matrix_TN):
         return row_sampled_qb(matrix_TN, min(rank, *matrix_TN.shape), source, power_iterations)
@@ -229,19 +229,20 @@ def factorise(
 
 @torch.no_grad()
 def squared_error(matrix_TN: torch.Tensor, low_rank: LowRank) -> torch.Tensor:
-    """Squared Frobenius norm of what the factors miss; 0-dim, fp32."""
+    """Return the squared Frobenius norm of what the factors miss; 0-dim, fp32."""
     with without_autocast(matrix_TN):
         return (matrix_TN - low_rank.reconstruct()).float().square().sum()
 
 
 def relative_error(matrix_TN: torch.Tensor, low_rank: LowRank) -> torch.Tensor:
-    """Frobenius norm of what the factors miss, relative to the matrix; 0-dim, fp32."""
+    """Return the Frobenius norm of what the factors miss, relative to the matrix; 0-dim, fp32."""
     energy = matrix_TN.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
     return (squared_error(matrix_TN, low_rank) / energy).sqrt()
 
 
 def key_of(tensor: torch.Tensor) -> Key:
-    """Tells one saved value from every other: storage, place in it, layout, dtype and version.
+    """Tell one saved value from every other: storage, place in it, layout, dtype and version.
+
 
     Views that differ only in how the leading dimensions are split are the same value, because autograd saves the input
     of a linear layer as two-dimensional view. Writes through ``.data`` do not count versions and are not seen.
@@ -256,7 +257,7 @@ def key_of(tensor: torch.Tensor) -> Key:
 
 
 def weak_storage(tensor: torch.Tensor) -> StorageWeakRef:
-    """Does not keep the storage's memory, but keeps its identity (part of the key) from being used again."""
+    """Keep a storage's identity (part of the key) from being used again, but not its memory."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 

@@ -75,7 +75,7 @@ def hidden_size(name: str, layer: nn.Module) -> int:
 
 
 def linear_modules(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every linear layer inside a transformer layer."""
+    """Return (name, module) of every linear layer inside a transformer layer."""
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, *conv1d_types())
     for inner, module in layer.named_modules(prefix=name):
         if isinstance(module, kinds):
@@ -83,7 +83,7 @@ def linear_modules(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module
 
 
 def sublayers(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, child) of the direct children; those of a list that only holds others in their place (T5 nests so)."""
+    """Return (name, child) of the direct children; those of a list that only holds others in their place (T5 nests so)."""
     for inner, child in layer.named_children():
         full = f"{name}.{inner}" if name else inner
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
@@ -118,6 +118,6 @@ def _layer_types() -> tuple[type[nn.Module], ...]:
 
 
 def conv1d_types() -> tuple[type[nn.Module], ...]:
-    """How GPT-2 writes its linear layers."""
+    """Return the classes with which GPT-2 writes its linear layers."""
     utilities = sys.modules.get("transformers.pytorch_utils")
     return (utilities.Conv1D,) if utilities else ()

@@ -75,7 +75,8 @@ class PruneOptions:
         return self.criterion in ("taylor", "wanda", "sparsegpt")
 
     def ratio_of(self, layer: int, num_layers: int) -> Fraction:
-        """The exact ratio of one layer: decimals mean what they say (0.9 is nine tenths, not the nearest float).
+        """Return the exact ratio of one layer: decimals mean what they say (0.9 is nine tenths, not the nearest float).
+
 
         Raises:
             RecipeError: ``layer_ratios`` is for a model of another depth.

@@ -41,14 +41,14 @@ class Member:
         return sum(width for _, width in self.segments)
 
     def indices(self, units_U: torch.Tensor) -> torch.Tensor:
-        """Indices [U * width] (int64, ascending if the units are) that these units own along this side."""
+        """Return indices [U * width] (int64, ascending if the units are) that these units own along this side."""
         parts = [
             (offset + units_U[:, None] * width + torch.arange(width)).reshape(-1) for offset, width in self.segments
         ]
         return torch.cat(parts)
 
     def per_unit(self, values: torch.Tensor, num_units: int) -> torch.Tensor:
-        """Sums [N] of ``values`` [N * width], one per index of this side, over the indices of each unit."""
+        """Return sums [N] of ``values`` [N * width], one per index of this side, over the indices of each unit."""
         parts = [
             values[offset : offset + num_units * width].view(num_units, width).sum(1) for offset, width in self.segments
         ]
@@ -82,14 +82,14 @@ class Coupling:
         return f"{self.layers}.{layer}."
 
     def locate(self, name: str) -> tuple[int, str] | None:
-        """(layer, path below it) of a dotted name inside a decoder layer, else None."""
+        """Return (layer, path below it) of a dotted name inside a decoder layer, else None."""
         if not name.startswith(f"{self.layers}."):
             return None
         number, _, rest = name[len(self.layers) + 1 :].partition(".")
         return (int(number), rest) if number.isdigit() else None
 
     def member(self, module: str, side: Side) -> tuple[Group, Member] | None:
-        """The group and member that a side of a linear layer belongs to, if it is coupled."""
+        """Return the group and member that a side of a linear layer belongs to, if it is coupled."""
         for group in self.groups:
             for member in group.members:
                 if (member.module, member.side) == (module, side):
@@ -116,7 +116,8 @@ class Family:
 
 
 def couple(config: Any) -> Coupling:
-    """The coupling of a transformers config.
+    """Return the coupling of a transformers config.
+
 
     Raises:
         ModelError: the architecture is not among :data:`FAMILIES`.
@@ -126,7 +127,8 @@ def couple(config: Any) -> Coupling:
 
 
 def family_of(config: Any) -> Family:
-    """The family of a transformers config.
+    """Return the family of a transformers config.
+
 
     Raises:
         ModelError: the architecture is not among :data:`FAMILIES`.
@@ -175,7 +177,7 @@ def _llama_like(config: Any) -> tuple[Group, ...]:
 
 
 def _phi3(config: Any) -> tuple[Group, ...]:
-    """One linear layer with rows [q | k | v], one with rows [gate | up]."""
+    """Couple one linear layer with rows [q | k | v], one with rows [gate | up]."""
     width, neurons = _head_dim(config), config.intermediate_size
     queries = width * (config.num_attention_heads // config.num_key_value_heads)
     keys_at = width * config.num_attention_heads
@@ -198,7 +200,7 @@ def _phi3(config: Any) -> tuple[Group, ...]:
 
 
 def _gpt_neox(config: Any) -> tuple[Group, ...]:
-    """One linear layer with rows [head][q | k | v]."""
+    """Couple one linear layer with rows [head][q | k | v]."""
     width = _head_dim(config)
     return (
         _attention(

@@ -24,7 +24,7 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
     replaces_model = True
 
     def directory(self, options: LoRAMOptions) -> str:
-        """The pruned model."""
+        """Return the pruned model."""
         if options.artifact is None:
             raise ModelError(
                 "base.kind: loram: the model is not pruned yet; run `raymem loram prune` with this recipe, or give the "

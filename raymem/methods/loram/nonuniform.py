@@ -37,14 +37,14 @@ Counts = Mapping[int, Mapping[str, int]]
 
 
 def with_counts(config: Any, counts: Counts) -> Any:
-    """A copy of a full model's config that describes the pruned model."""
+    """Return a copy of a full model's config that describes the pruned model."""
     pruned = copy.deepcopy(config)
     setattr(pruned, PRUNING_KEY, {str(layer): dict(kept) for layer, kept in sorted(counts.items())})
     return pruned
 
 
 def without_counts(config: Any) -> Any:
-    """A copy of a pruned model's config that describes the full model."""
+    """Return a copy of a pruned model's config that describes the full model."""
     full = copy.deepcopy(config)
     if hasattr(full, PRUNING_KEY):
         delattr(full, PRUNING_KEY)
@@ -52,7 +52,8 @@ def without_counts(config: Any) -> Any:
 
 
 def counts_of(config: Any) -> dict[int, dict[str, int]]:
-    """The counts that :func:`with_counts` wrote; empty for a model that is not pruned.
+    """Return the counts that :func:`with_counts` wrote; empty for a model that is not pruned.
+
 
     Raises:
         ModelError: somebody has changed them.
@@ -93,7 +94,7 @@ def pruned_layers(config: Any) -> Iterator[None]:
 
 
 def from_config(config: Any, **options: Any) -> Any:
-    """``AutoModelForCausalLM.from_config`` for pruned and full configs alike."""
+    """Return ``AutoModelForCausalLM.from_config`` for pruned and full configs alike."""
     from transformers import AutoModelForCausalLM
 
     with built_in_only(getattr(config, "_name_or_path", "")), pruned_layers(config):
@@ -101,7 +102,8 @@ def from_config(config: Any, **options: Any) -> Any:
 
 
 def load_pruned(directory: str | Path, **options: Any) -> Any:
-    """``AutoModelForCausalLM.from_pretrained`` for a pruned model.
+    """Return ``AutoModelForCausalLM.from_pretrained`` for a pruned model.
+
 
     Args:
         directory: what :func:`raymem.methods.loram.prune_model` wrote, or such a model saved again.
@@ -120,7 +122,8 @@ def load_pruned(directory: str | Path, **options: Any) -> Any:
 
 
 def read_config(directory: str | Path) -> Any:
-    """The transformers config of a model directory.
+    """Return the transformers config of a model directory.
+
 
     Raises:
         ModelError: it cannot be read, or the model is quantised.
@@ -141,7 +144,7 @@ def read_config(directory: str | Path) -> Any:
 
 
 def meta_model(config: Any) -> Any:
-    """The model on the meta device: names and shapes, no weights; tied parameters are one."""
+    """Return the model on the meta device: names and shapes, no weights; tied parameters are one."""
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
@@ -151,7 +154,7 @@ def meta_model(config: Any) -> Any:
 
 
 def _resizing(layer_class: Any) -> Any:
-    """A subclass that shrinks itself. The name stays: device maps and FSDP policies match layers by class name."""
+    """Return a subclass that shrinks itself. The name stays: device maps and FSDP policies match layers by class name."""
 
     def __init__(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         layer_class.__init__(self, config, layer_idx, *args, **kwargs)

@@ -57,7 +57,8 @@ def recover_moram(
     file: Path, config: Mapping[str, Any], shapes: Mapping[str, list[int]], coupling: Coupling, manifest: Manifest,
     full: Source,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Tensors of the full model's adapter; one full weight is in memory at a time.
+    """Return tensors of the full model's adapter; one full weight is in memory at a time.
+
 
     Args:
         shapes: name -> shape of the pruned model's weights.
@@ -109,7 +110,7 @@ def compare_moram(
 
 
 def rebased(adapter: Path, model: nn.Module, target: Path) -> Path:
-    """A copy of a MoRAM adapter that names the weights of ``model`` as its base, to be loaded on a stand-in."""
+    """Return a copy of a MoRAM adapter that names the weights of ``model`` as its base, to be loaded on a stand-in."""
     shutil.copytree(adapter, target)
     file = target / "adapter_model.safetensors"
     tensors: dict[str, torch.Tensor] = {}
@@ -121,7 +122,7 @@ def rebased(adapter: Path, model: nn.Module, target: Path) -> Path:
 
 
 def base_fingerprint(weight_OI: torch.Tensor) -> torch.Tensor:
-    """The fingerprint that MoRAM records of a base weight, int64 [3]."""
+    """Return the fingerprint that MoRAM records of a base weight, int64 [3]."""
     from raymem.methods.moram.base import fingerprint
 
     layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")

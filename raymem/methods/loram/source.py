@@ -32,11 +32,13 @@ class Source:
     """Identifies the content: fingerprints of all weight files and the digest of ``config.json``."""
 
     def config(self) -> Any:
-        """The transformers config."""
+        """Return the transformers config."""
         return read_config(self.directory)
 
     def stored_name(self, model: Any, name: str) -> str | None:
-        """The name under which a parameter of ``model`` (built from this config) is stored: of tied ones any may be."""
+        """Return the name under which a parameter of ``model`` (built from this config) is stored: of tied ones any may
+        be.
+        """
         if name in self.tensors:
             return name
         ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -44,16 +46,16 @@ class Source:
         return next((other for other in others if other in self.tensors), None)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in its stored dtype."""
+        """Return one tensor, in its stored dtype."""
         return read_tensor(Path(self.directory), self.tensors[name])
 
     def layer(self, coupling: Coupling, layer: int) -> dict[str, Entry]:
-        """The tensors of one decoder layer, by full name."""
+        """Return the tensors of one decoder layer, by full name."""
         prefix = coupling.prefix(layer)
         return {name: entry for name, entry in self.tensors.items() if name.startswith(prefix)}
 
     def rest(self, coupling: Coupling) -> dict[str, Entry]:
-        """The tensors outside the decoder layers: embeddings, last norm, output head."""
+        """Return the tensors outside the decoder layers: embeddings, last norm, output head."""
         return {name: entry for name, entry in self.tensors.items() if coupling.locate(name) is None}
 
 

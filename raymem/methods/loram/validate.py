@@ -60,12 +60,12 @@ def validate_coupling(config: Any) -> float:
 
 
 def zeroed(coupling: Coupling, kept: Kept, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A full state dict with zeros in all rows, columns and biases of pruned units."""
+    """Return a full state dict with zeros in all rows, columns and biases of pruned units."""
     return {name: put(coupling, kept, name, take(coupling, kept, name, value)) for name, value in state.items()}
 
 
 def _some(num_units: int, layer: int, group: str) -> list[int]:
-    """A random non-empty proper subset where there is one; more than half, so that an order can go wrong."""
+    """Return a random non-empty proper subset where there is one; more than half, so that an order can go wrong."""
     order = torch.randperm(num_units, generator=generator(0, "loram", "validate", layer, group))
     return sorted(order[: max(1, num_units - num_units // 4 - layer + 1)].tolist())
 

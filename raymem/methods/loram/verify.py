@@ -106,7 +106,7 @@ def _compare_factors(adapter: Path, recovered: Path, coupling: Coupling, manifes
 
 
 def _compare_weights(source: Source, full: Source, coupling: Coupling, manifest: Manifest) -> int | None:
-    """Every pruned weight is a slice of the full model's, or (zeros in dense weights) it with zeros."""
+    """Check that every pruned weight is a slice of the full model's, or (zeros in dense weights) it with zeros."""
     if manifest.aligned is not None or manifest.options["criterion"] == "sparsegpt":
         return None  # both change weights that stay
     for name in source.tensors:

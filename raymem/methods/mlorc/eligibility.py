@@ -10,7 +10,8 @@ import torch
 
 
 def is_compressed(name: str, shape: torch.Size, group: Mapping[str, Any]) -> bool:
-    """Whether the moments of a parameter are held as factors: a matrix whose shorter side has ``min_dim`` or more.
+    """Say whether the moments of a parameter are held as factors: a matrix whose shorter side has ``min_dim`` or more.
+
 
     Args:
         shape: shape of the whole parameter, over all ranks.

@@ -78,7 +78,8 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step from the gradients that are there; parameters without one are left alone.
+        """Take one step from the gradients that are there; parameters without one are left alone.
+
 
         Raises:
             NonFiniteError: a gradient with NaN or infinity; nothing has been changed.
@@ -144,7 +145,7 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
         return torch.stack(list(self._squared_norms.values())).sum().sqrt()
 
     def summary(self) -> StateSummary:
-        """Counts and bytes of compressed and of whole moments."""
+        """Return counts and bytes of compressed and of whole moments."""
         compressed = plain_ones = compressed_bytes = plain_bytes = whole_bytes = 0
         for group, parameter in self._walk():
             whole = 4 * len(self.moments) * parameter.numel()

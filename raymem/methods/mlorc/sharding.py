@@ -13,12 +13,12 @@ from raymem.linalg.local import local
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether the tensor has a shape but no values."""
+    """Say whether the tensor has a shape but no values."""
     return isinstance(local(tensor), FakeTensor)
 
 
 def is_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no rank has NaN or infinity in any of them; waits for the device."""
+    """Say whether no rank has NaN or infinity in any of them; waits for the device."""
     norm = torch.nn.utils.get_total_norm(list(tensors))
     return bool(torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm))
 
@@ -30,7 +30,8 @@ def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def zero_factors(parameter: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors [M, R] and [R, N] of a zero matrix, spread as the parameter [M, N] is.
+    """Return factors [M, R] and [R, N] of a zero matrix, spread as the parameter [M, N] is.
+
 
     Rows of the left one lie with the parameter's rows, the right one is whole on every rank.
 
@@ -55,7 +56,7 @@ def zero_factors(parameter: torch.Tensor, rank: int, dtype: torch.dtype) -> tupl
 
 
 def sum_over_ranks(parameter: torch.Tensor) -> Callable[[torch.Tensor], object] | None:
-    """Adds a tensor up, in place, over the ranks that hold other rows of the parameter; None if there are none."""
+    """Add a tensor up, in place, over the ranks that hold other rows of the parameter; None if there are none."""
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh

@@ -42,7 +42,7 @@ class BaseWeight:
         return int(self.quant_state.blocksize) // math.gcd(int(self.quant_state.blocksize), self.quant_state.shape[1])
 
     def rows(self) -> RowReader:
-        """A reader for one pass over the rows."""
+        """Return a reader for one pass over the rows."""
         return RowReader(self)
 
 
@@ -88,7 +88,7 @@ class RowReader:
 
 
 def base_weight(layer: nn.Module) -> BaseWeight:
-    """How ``layer`` holds its weight; opaque unless it computes exactly ``x W^T + b`` with nothing hooked in."""
+    """Say how ``layer`` holds its weight; opaque unless it computes exactly ``x W^T + b`` with nothing hooked in."""
     from transformers.pytorch_utils import Conv1D
 
     hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
@@ -117,7 +117,8 @@ def compute_dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
 
 
 def fan(layer: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer.
+    """Return (outputs, inputs) of a linear layer.
+
 
     Raises:
         AdapterError: it is no linear layer.
@@ -139,7 +140,8 @@ _ROW_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 
 @torch.no_grad()
 def fingerprint(layer: nn.Module) -> torch.Tensor:
-    """Identifies the stored bits of a layer's weight; collective for sharded weights.
+    """Identify the stored bits of a layer's weight; collective for sharded weights.
+
 
     Integer sums are exact in any order (they wrap around), so every device, thread count and sharding finds the same.
 

@@ -95,13 +95,13 @@ def export_lora(
 
 
 def _shira_r(layer: MoRAMLinear, adapter_name: str) -> int:
-    """The least r that gives SHiRA as many values as the layer has connections."""
+    """Return the least r that gives SHiRA as many values as the layer has connections."""
     count: int = layer.moram_index[adapter_name].numel()
     return -(-count // (layer.out_features + layer.in_features))
 
 
 def _found(model: nn.Module, adapter_name: str) -> list[tuple[str, MoRAMLinear]]:
-    """Layers under their names in a PEFT file."""
+    """Return layers under their names in a PEFT file."""
     named_layers = layers(model, adapter_name)
     if not named_layers:
         raise AdapterError(f"{type(model).__name__} has no MoRAM adapter {adapter_name!r} to export")
@@ -109,7 +109,7 @@ def _found(model: nn.Module, adapter_name: str) -> list[tuple[str, MoRAMLinear]]
 
 
 def _shared(model: Any, named_layers: list[tuple[str, MoRAMLinear]], adapter_name: str) -> dict[str, Any]:
-    """The options that the exported config shares with the adapter's own."""
+    """Return the options that the exported config shares with the adapter's own."""
     config = model.peft_config[adapter_name]
     return {
         "target_modules": [name.removeprefix(_PREFIX) for name, _ in named_layers],

@@ -17,12 +17,13 @@ _BITS_8 = tuple(1 << i for i in range(8))
 
 
 def rows_at_once(row_bytes: int, chunk_bytes: int = _ROWS_AT_ONCE_BYTES) -> int:
-    """Rows that fit into a chunk; at least one."""
+    """Return how many rows fit into a chunk; at least one."""
     return max(1, chunk_bytes // max(1, row_bytes))
 
 
 def top_columns(score_OI: torch.Tensor, k: int) -> torch.Tensor:
-    """The ``k`` columns of highest score of every row; of equal scores the leftmost ones.
+    """Return the ``k`` columns of highest score of every row; of equal scores the leftmost ones.
+
 
     Args:
         score_OI: any real dtype, no NaN.
@@ -81,7 +82,8 @@ def pack_indices(index_OK: torch.Tensor, inputs: int) -> torch.Tensor:
 
 
 def unpack_indices(packed: torch.Tensor, k: int, inputs: int) -> torch.Tensor:
-    """The inverse of :func:`pack_indices`.
+    """Return the inverse of :func:`pack_indices`.
+
 
     Returns:
         int32 [O, K] on the device of ``packed``.
@@ -109,6 +111,6 @@ def unpack_indices(packed: torch.Tensor, k: int, inputs: int) -> torch.Tensor:
 
 
 def valid(index_OK: torch.Tensor, inputs: int) -> bool:
-    """Whether every row is strictly ascending within [0, ``inputs``)."""
+    """Say whether every row is strictly ascending within [0, ``inputs``)."""
     inside = bool((index_OK[:, 0] >= 0).all()) and bool((index_OK[:, -1] < inputs).all())
     return inside and bool((index_OK[:, 1:] > index_OK[:, :-1]).all())

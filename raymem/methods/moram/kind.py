@@ -48,7 +48,7 @@ class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
         )
 
     def initial_value(self, name: str, shape: Sequence[int], seed: int) -> Any:
-        """As PEFT starts factors; connections are not chosen yet."""
+        """Start factors as PEFT does; connections are not chosen yet."""
         import torch
 
         if ".moram_index." in name:

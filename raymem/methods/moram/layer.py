@@ -144,7 +144,8 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._selected.discard(adapter_name)
 
     def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        """As the base layer: [..., I] -> [..., O].
+        """Compute what the base layer does, with the update: [..., I] -> [..., O].
+
 
         Raises:
             AdapterError: an active adapter has no connections yet.
@@ -198,7 +199,8 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         )
 
     def selected_delta(self, name: str) -> torch.Tensor:
-        """The update at the selected places [O, K], in fp32 at least.
+        """Return the update at the selected places [O, K], in fp32 at least.
+
 
         Raises:
             AdapterError: the adapter has no connections yet.
@@ -208,7 +210,7 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The whole update [O, I] (for Conv1D [I, O]) as a dense matrix, in fp32 at least."""
+        """Return the whole update [O, I] (for Conv1D [I, O]) as a dense matrix, in fp32 at least."""
         values_OK = self.selected_delta(adapter)
         dense_OI = torch.zeros(self.out_features, self.in_features, dtype=values_OK.dtype, device=values_OK.device)
         dense_OI.scatter_(1, self.moram_index[adapter].long(), values_OK)
@@ -272,7 +274,8 @@ def layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str,
 
 
 def check_bases(recorded: dict[str, torch.Tensor], adapted: list[tuple[str, MoRAMLinear]]) -> None:
-    """:meth:`MoRAMLinear.check_base` for all layers; one warning for those that cannot be compared.
+    """Do :meth:`MoRAMLinear.check_base` for all layers; warn once of those that cannot be compared.
+
 
     Args:
         recorded: layer name -> int64 [3].
@@ -287,7 +290,7 @@ def check_bases(recorded: dict[str, torch.Tensor], adapted: list[tuple[str, MoRA
 
 
 def _requantised(base: BaseWeight, index_OK: torch.Tensor, values_OK: torch.Tensor) -> nn.Parameter:
-    """A 4-bit weight with the update in it; the update is exact, quantising rounds it."""
+    """Return a 4-bit weight with the update in it; the update is exact, quantising rounds it."""
     import bitsandbytes as bnb
 
     old: Any = base.weight

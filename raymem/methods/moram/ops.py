@@ -41,7 +41,8 @@ _ROWS_TOGETHER = 64
 def choose_formulation(
     density: float, dtype: torch.dtype, device_type: str, *, save_memory: bool = False
 ) -> Chosen:  # fmt: skip
-    """The faster formulation for a layer, or the one with the smaller temporaries.
+    """Return the faster formulation for a layer, or the one with the smaller temporaries.
+
 
     Args:
         density: K / I.
@@ -130,11 +131,11 @@ class _Chunks:
         return torch.empty(self._buffer_shape, dtype=self.work_dtype, device=self._A_RI.device)
 
     def buffer(self, rows: slice) -> torch.Tensor:
-        """The buffer's part for these rows; whatever it held is overwritten."""
+        """Return the buffer's part for these rows; whatever it held is overwritten."""
         return self._buffer_CI[: rows.stop - rows.start]
 
     def index(self, rows: slice) -> torch.Tensor:
-        """The selected columns of these rows [C, K], as gathers want them: CPUs take int32."""
+        """Return the selected columns of these rows [C, K], as gathers want them: CPUs take int32."""
         index_CK = self._index_OK[rows]
         return index_CK if device_kind(index_CK.device) == "cpu" else index_CK.long()
 
@@ -142,13 +143,13 @@ class _Chunks:
         return self._B_OR[rows].to(self.work_dtype)
 
     def weight(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of W + s M * (B A) [C, I]; valid until the buffer is used again."""
+        """Return rows of W + s M * (B A) [C, I]; valid until the buffer is used again."""
         delta_CK = self.delta(rows)
         self._reader.read(rows, self.buffer(rows))
         return self.buffer(rows).scatter_add_(1, self.index(rows), delta_CK).to(dtype)
 
     def delta(self, rows: slice) -> torch.Tensor:
-        """Rows of the update at the selected places, d [C, K]; may overwrite the buffer."""
+        """Return rows of the update at the selected places, d [C, K]; may overwrite the buffer."""
         index_CK = self.index(rows)
         if self._A_IR is not None:
             return row_dots(self.factor_B(rows), self._A_IR, index_CK).mul_(self._scale)
@@ -156,13 +157,13 @@ class _Chunks:
         return dense_CI.gather(1, index_CK).mul_(self._scale)
 
     def sampled(self, rows: slice, grad_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
-        """Rows of the sampled gradient S [C, K], picked from a chunk of the dense weight gradient."""
+        """Return rows of the sampled gradient S [C, K], picked from a chunk of the dense weight gradient."""
         grad_CT, buffer_CI = grad_TO[:, rows].mT, self.buffer(rows)
         dense_CI = torch.mm(grad_CT, x_TI, out=buffer_CI if buffer_CI.dtype == x_TI.dtype else None)
         return dense_CI.gather(1, self.index(rows))
 
     def factor_gradients(self, rows: slice, sampled_CK: torch.Tensor, grad_A_RI: torch.Tensor) -> torch.Tensor:
-        """Rows of grad B [C, R]; adds their part to grad A."""
+        """Return rows of grad B [C, R]; adds their part to grad A."""
         dense_CI = self.buffer(rows).zero_()
         dense_CI.scatter_(1, self.index(rows), sampled_CK.to(self.work_dtype) * self._scale)
         grad_A_RI.addmm_(self.factor_B(rows).mT, dense_CI)
@@ -250,7 +251,8 @@ def sampled_dots(grad_TO: torch.Tensor, x_TI: torch.Tensor, index_OK: torch.Tens
 
 
 def row_dots(left_OT: torch.Tensor, right_IT: torch.Tensor, index_OK: torch.Tensor) -> torch.Tensor:
-    """<left_i, right_{J_ik}> [O, K], in the dtype of both.
+    """Return <left_i, right_{J_ik}> [O, K], in the dtype of both.
+
 
     The kernel is the one behind the gradient of ``F.embedding_bag``'s per-sample weights, with every row of
     ``index_OK`` as a bag. It sums low-precision products in fp32.
@@ -268,7 +270,7 @@ def row_dots(left_OT: torch.Tensor, right_IT: torch.Tensor, index_OK: torch.Tens
 def selected_delta(
     index_OK: torch.Tensor, factor_A_RI: torch.Tensor, factor_B_OR: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The update at the selected places, d_ik = s <B_i, A[:, J_ik]> [O, K], in fp32 at least."""
+    """Return the update at the selected places, d_ik = s <B_i, A[:, J_ik]> [O, K], in fp32 at least."""
     formulation = choose_formulation(0.0, torch.float32, device_kind(index_OK.device))
     call = _Call(transposed=False, quant_state=None, scale=scale, formulation=formulation)
     chunks = _Chunks(None, index_OK, factor_A_RI, factor_B_OR, call)

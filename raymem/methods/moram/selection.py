@@ -136,7 +136,7 @@ def check_base(model: nn.Module, adapter_name: str = "default") -> None:
 def _groups(
     named_layers: Sequence[tuple[str, MoRAMLinear]], group_bytes: int | None
 ) -> Iterator[list[tuple[str, MoRAMLinear]]]:  # fmt: skip
-    """The layers from the last to the first, in groups whose sums fit into the limit."""
+    """Return the layers from the last to the first, in groups whose sums fit into the limit."""
     sizes = {name: 4 * layer.out_features * layer.in_features for name, layer in named_layers}
     limit = max(_LEAST_GROUP_BYTES, sum(sizes.values()) // _GROUPS) if group_bytes is None else group_bytes
     group: list[tuple[str, MoRAMLinear]] = []
@@ -169,12 +169,13 @@ def _listen(
 
 
 def _deaf(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """In the place of a listener, for layers of other groups."""
+    """Stand in the place of a listener, for layers of other groups."""
     return y
 
 
 def _best(score_OI: torch.Tensor, k: int, name: str) -> torch.Tensor:
-    """Columns of highest score over all ranks. Collective.
+    """Return columns of highest score over all ranks. Collective.
+
 
     Raises:
         AdapterError: a gradient that cannot rank anything.
@@ -224,7 +225,7 @@ class _Listener:
         return heard
 
     def add(self, grad_y: torch.Tensor, x: torch.Tensor) -> None:
-        """Called in backward with a layer's output gradient [..., O] and input [..., I]."""
+        """Take, in backward, a layer's output gradient [..., O] and input [..., I]."""
         grad_TO, x_TI = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1]).to(grad_y.dtype)
         step = rows_at_once(self.score_OI[0].nbytes, 1 << 20)
         for start in range(0, self.score_OI.shape[0], step):
@@ -250,7 +251,7 @@ class _Listen(torch.autograd.Function):
 
 
 def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The loss that a model's forward returns: ``.loss``, ``["loss"]``, or the output itself if it is a number."""
+    """Return the loss that a model's forward returns: ``.loss``, ``["loss"]``, or the output itself if it is a number."""
     output: Any = model(**batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -263,7 +264,7 @@ def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
 @torch.no_grad()
 def _largest_weights(layer: MoRAMLinear, layer_name: str, adapter_name: str) -> torch.Tensor:
-    """Columns of largest |weight|, of a readable weight of any kind."""
+    """Return columns of largest |weight|, of a readable weight of any kind."""
     module: Any = layer.get_base_layer()
     base = base_weight(module)
     if isinstance(module.weight, DTensor):
@@ -285,7 +286,7 @@ def _largest_weights(layer: MoRAMLinear, layer_name: str, adapter_name: str) -> 
 
 
 def _random_columns(layer: MoRAMLinear, name: str, adapter_name: str, seed: int) -> torch.Tensor:
-    """Columns drawn without replacement, the same on every rank and device."""
+    """Return columns drawn without replacement, the same on every rank and device."""
     index_OK = layer.moram_index[adapter_name]
     source = generator(seed, "connections", name)
     step = rows_at_once(4 * layer.in_features)

@@ -26,7 +26,8 @@ SUPPORTED_PEFT = "0.21"
 
 
 def _extend_peft(name: str) -> Any:
-    """A new member of PEFT's enum of methods.
+    """Add a new member to PEFT's enum of methods.
+
 
     Raises:
         ImportError: another release of PEFT.
@@ -125,7 +126,8 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, adapter_name: str, **options: Any) -> dict[str, torch.Tensor]:
-        """PEFT's choice of tensors, with packed indices.
+        """Return PEFT's choice of tensors, with packed indices.
+
 
         Raises:
             AdapterError: a layer has no connections yet.
@@ -149,7 +151,8 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The tensors of a file under the names of the model, indices unpacked.
+        """Return the tensors of a file under the names of the model, indices unpacked.
+
 
         Raises:
             AdapterError: the file is for layers of another shape, is incomplete or damaged, or was trained on other
@@ -190,7 +193,9 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
 def model_state(
     model: Any, tensors: dict[str, torch.Tensor], adapter_name: str = "default"
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Tensors of an adapter's file under the names of a model that has the adapter attached. Collective if sharded.
+    """Return tensors of an adapter's file under the names of a model that has the adapter attached. Collective if
+    sharded.
+
 
     Raises:
         AdapterError: the file does not belong to this model; see :meth:`MoRAMModel._remap_adapter_state_dict_for_load`.

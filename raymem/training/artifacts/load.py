@@ -72,7 +72,9 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
 
 
 def _with_own_kind(directory: Path) -> Any:
-    """The model of an adapter that PEFT does not know, attached and filled by its kind, in the base's stored dtype."""
+    """Return the model of an adapter that PEFT does not know, attached and filled by its kind, in the base's stored
+    dtype.
+    """
     options = continuing(directory)
     if not (directory / FACTS).is_file():
         raise ModelError(f"it holds no {FACTS}, which names its base; take the whole directory of the run")

@@ -71,7 +71,8 @@ Turn = tuple[dict[str, Any], bool]
 
 
 def resolve_format(source: Source, first_row: Row, where: str) -> Format:
-    """The format of a source: as the recipe says, or, for ``auto``, by the columns of its first row.
+    """Return the format of a source: as the recipe says, or, for ``auto``, by the columns of its first row.
+
 
     Raises:
         DataError: ``columns`` names a column that does not exist, or the columns fit no format.
@@ -102,7 +103,8 @@ def resolve_format(source: Source, first_row: Row, where: str) -> Format:
 
 
 def to_example(row: Row, row_format: Format, columns: dict[str, str], where: str, *, calls: bool = True) -> Example:
-    """One row as an example.
+    """Return one row as an example.
+
 
     Args:
         calls: the chat template reads ``tool_calls``; otherwise a function call stays as it is written.
@@ -137,7 +139,7 @@ def to_example(row: Row, row_format: Format, columns: dict[str, str], where: str
 
 
 def without_targets(example: Example) -> str:
-    """Why nothing of an example is to be predicted, in words for a count of such examples."""
+    """Say why nothing of an example is to be predicted, in words for a count of such examples."""
     if isinstance(example, Tokens):
         return "every label is -100"
     if not isinstance(example, Messages):
@@ -151,13 +153,13 @@ def without_targets(example: Example) -> str:
 
 
 def columns_read(row: Row, row_format: Format) -> tuple[str, ...]:
-    """Names of the columns that :func:`to_example` reads of a row in our names, were they there."""
+    """Return names of the columns that :func:`to_example` reads of a row in our names, were they there."""
     optional = _OPTIONAL[row_format] if row_format != "prompt_completion" or _has_turns(row) else ()
     return (*COLUMNS[row_format], *optional)
 
 
 def in_our_names(row: Row, columns: dict[str, str]) -> Row:
-    """The row with the columns that the recipe renames under our names, and no longer under theirs."""
+    """Return the row with the columns that the recipe renames under our names, and no longer under theirs."""
     kept = {name: value for name, value in row.items() if name not in columns.values()}
     return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
@@ -172,7 +174,7 @@ def _alpaca(row: Row, where: str) -> list[Turn]:
 
 
 def _conversation(row: Row, turns: list[Turn], where: str) -> Messages:
-    """The turns with what the columns beside them say."""
+    """Return the turns with what the columns beside them say."""
     system = row.get("system")
     system = text_of(system, f"{where} column 'system'") if isinstance(system, list) else system
     if system is not None and not isinstance(system, str):
@@ -190,7 +192,9 @@ def _has_turns(row: Row) -> bool:
 
 
 def _side(row: Row, column: str, role: str, where: str, calls: bool) -> list[Turn]:
-    """One half of a prompt and completion of which at least one is a list of turns; a text is a turn of ``role``."""
+    """Return one half of a prompt and completion of which at least one is a list of turns; a text is a turn of
+    ``role``.
+    """
     value = _value(row, column, where)
     if isinstance(value, list):
         return _read_turns(row, column, where, calls) if value else []
@@ -225,7 +229,7 @@ def _text(row: Row, column: str, where: str) -> str:
 
 
 def _answer(row: Row, column: str, where: str) -> str | None:
-    """A text that may be null: an answer that got lost."""
+    """Return a text that may be null: an answer that got lost."""
     return None if _value(row, column, where) is None else _text(row, column, where)
 
 

@@ -31,7 +31,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def mark(value: Any) -> bool | None:
-    """Whether a mark says that its turn is learned: True, False, or None where it says neither."""
+    """Say whether a mark says that its turn is learned: True, False, or None where it says neither."""
     word = value.strip().lower() if isinstance(value, str) else value
     if word in (0, "0", "0.0", "false", "no"):  # False == 0
         return False
@@ -44,7 +44,8 @@ def is_learned(turn: dict[str, Any]) -> bool:
 
 
 def message(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
-    """A turn with role and content, without marks and nulls; ``content`` is a string, or None beside tool calls.
+    """Return a turn with role and content, without marks and nulls; ``content`` is a string, or None beside tool calls.
+
 
     Args:
         calls: give a call in the layout of before tools, ``function_call``, as ``tool_calls``.
@@ -73,7 +74,8 @@ def message(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
 
 
 def text_of(parts: list[Any], where: str) -> str:
-    """The text of a list of parts, one after the other.
+    """Return the text of a list of parts, one after the other.
+
 
     Raises:
         DataError: a part is no text; begins with ``where``.
@@ -95,7 +97,8 @@ def text_of(parts: list[Any], where: str) -> str:
 
 
 def sharegpt(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
-    """A turn with from and value as :func:`message` has it.
+    """Return a turn with from and value as :func:`message` has it.
+
 
     Args:
         calls: give a function call as ``tool_calls``; otherwise as the text that it is written in.
@@ -123,7 +126,7 @@ def sharegpt(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
 
 
 def _calls(text: str) -> list[dict[str, Any]]:
-    """The calls that a text of JSON says, as a chat template takes them; none where it says something else."""
+    """Return the calls that a text of JSON says, as a chat template takes them; none where it says something else."""
     try:
         value = parsed_text(text)
     except ValueError:
@@ -136,7 +139,7 @@ def _calls(text: str) -> list[dict[str, Any]]:
 
 
 def with_arguments(messages: list[dict[str, Any]], *, as_text: bool) -> list[dict[str, Any]]:
-    """The messages with the arguments of their tool calls as JSON text, or as what such a text says."""
+    """Return the messages with the arguments of their tool calls as JSON text, or as what such a text says."""
 
     def changed(call: Any) -> Any:
         function: Any = call.get("function") if isinstance(call, dict) else None
@@ -153,7 +156,9 @@ def with_arguments(messages: list[dict[str, Any]], *, as_text: bool) -> list[dic
 
 
 def miswritten_arguments(messages: Sequence[dict[str, Any]], text: str) -> Literal["text", "object"] | None:
-    """The form in which calls have arguments that ``text``, a rendering, holds quoted once more or as Python does."""
+    """Return the form in which calls have arguments that ``text``, a rendering, holds quoted once more or as Python
+    does.
+    """
     for said in messages:
         for call in calls if isinstance(calls := said.get("tool_calls"), list) else []:
             function: Any = call.get("function") if isinstance(call, dict) else None
@@ -168,7 +173,9 @@ def miswritten_arguments(messages: Sequence[dict[str, Any]], text: str) -> Liter
 
 
 def schemas(value: Any, where: str) -> list[dict[str, Any]] | None:
-    """A ``tools`` column: a list of schemas, the JSON text of one, or a list of such texts; None where it is empty.
+    """Return a ``tools`` column: a list of schemas, the JSON text of one, or a list of such texts; None where it is
+    empty.
+
 
     Raises:
         DataError: it is none of these; begins with ``where``.
@@ -186,7 +193,8 @@ def schemas(value: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def history(value: Any, where: str) -> list[dict[str, Any]]:
-    """A ``history`` column, pairs of what the user and the assistant said before, as turns.
+    """Return a ``history`` column, pairs of what the user and the assistant said before, as turns.
+
 
     Raises:
         DataError: it is something else; begins with ``where``.
@@ -210,7 +218,7 @@ def history(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def roles_of(messages: Sequence[dict[str, Any]]) -> str:
-    """The roles of messages for an error message."""
+    """Return the roles of messages for an error message."""
     roles = [str(message["role"]) for message in messages]
     return ", ".join(roles if len(roles) <= 8 else [*roles[:6], "...", roles[-1]]) or "none"
 

@@ -39,7 +39,7 @@ def attach(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by its name, each once."""
+    """Return every parameter and buffer by its name, each once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -90,12 +90,12 @@ def _type(config: dict[str, Any]) -> str:
 
 
 def is_peft(directory: str | Path) -> bool:
-    """Whether a directory holds an adapter of PEFT, rather than a whole model or an adapter of a kind of its own."""
+    """Say whether a directory holds an adapter of PEFT, rather than a whole model or an adapter of a kind of its own."""
     return (Path(directory) / "adapter_config.json").is_file() and not is_of_own_kind(directory)
 
 
 def is_of_own_kind(directory: str | Path) -> bool:
-    """Whether a directory holds an adapter whose kind has a file format of its own."""
+    """Say whether a directory holds an adapter whose kind has a file format of its own."""
     return (Path(directory) / "adapter_config.json").is_file() and "raymem_kind" in read_config(directory)
 
 

@@ -245,7 +245,8 @@ def tokenizer_path(recipe: Recipe, dist_env: DistEnv | None = None) -> str:
 
 
 def on_meta(config: Any, recipe: Recipe) -> Any:
-    """The bare model without weights, tied ones joined.
+    """Return the bare model without weights, tied ones joined.
+
 
     Raises:
         ModelError: it cannot be built.

@@ -94,7 +94,7 @@ def _adapted(model: Any, recipe: Recipe) -> list[Line]:
 
 
 def _setting(recipe: Recipe, option: str) -> str:
-    """The setting that leaves modules out: an option of the adapter, if its kind has that one."""
+    """Return the setting that leaves modules out: an option of the adapter, if its kind has that one."""
     return f"adapter.{option}" if hasattr(recipe.adapter, option) else f"adapter.kind: {recipe.adapter.kind}"
 
 

@@ -254,7 +254,7 @@ def tied_names(model: Any) -> dict[str, str]:
 
 
 def _without_value(names: set[str], held: set[str], tied: Mapping[str, str]) -> set[str]:
-    """Names of tensors that are held under no name."""
+    """Return names of tensors that are held under no name."""
     held = held | {origin for target, origin in tied.items() if target in held}
     return names - held - {target for target, origin in tied.items() if origin in held}
 

@@ -140,7 +140,8 @@ def open_job(
 
 
 def is_committed(job: PruneJob) -> bool:
-    """Whether the result is there.
+    """Say whether the result is there.
+
 
     Raises:
         ModelError: something else is there.

@@ -208,7 +208,7 @@ def _read(directory: Path, file: str, key: str) -> torch.Tensor:
 
 
 def _batches(job: PruneJob) -> list[range]:
-    """Texts that go through a layer together: their activations stay small beside its weights."""
+    """Return texts that go through a layer together: their activations stay small beside its weights."""
     count, length = calibration(job).shape
     size = max(1, _BATCH_TOKENS // length)
     return [range(start, min(start + size, count)) for start in range(0, count, size)]

@@ -60,7 +60,8 @@ class LayerwiseModel:
         self._loss = choose(self._model)
 
     def embed(self, ids_nT: torch.Tensor) -> torch.Tensor:
-        """The input of the first layer, [n, T, H].
+        """Return the input of the first layer, [n, T, H].
+
 
         Reads everything outside the layers but the output head; :meth:`drop_rest` forgets it.
         """
@@ -92,7 +93,7 @@ class LayerwiseModel:
         self._hollow(self._rest)
 
     def load_layer(self, layer: int) -> nn.Module:
-        """A decoder layer with its weights in fp32; it keeps them until :meth:`drop_layer`."""
+        """Return a decoder layer with its weights in fp32; it keeps them until :meth:`drop_layer`."""
         module, prefix = self._layers[layer], self.coupling.prefix(layer)
         for name, _ in list(module.named_parameters()):
             _assign(module, name, self._read(prefix + name).to(self.device))
@@ -143,7 +144,7 @@ class LayerwiseModel:
         raise AssertionError("the model never called its last layer")
 
     def _without(self, module: nn.Module) -> list[str]:
-        """Names outside the layers, less the parameters of one module that shares none with another in use."""
+        """Return names outside the layers, less the parameters of one module that shares none with another in use."""
         tied = self._model.get_input_embeddings().weight is self._model.get_output_embeddings().weight
         skipped = set() if tied else {id(parameter) for parameter in module.parameters()}
         parameters = dict(self._model.named_parameters())

@@ -68,15 +68,15 @@ class Pruning:
         self.job, self.device = job, device
 
     def is_committed(self) -> bool:
-        """Whether the pruned model is there."""
+        """Say whether the pruned model is there."""
         return is_committed(self.job)
 
     def steps(self) -> list[Step]:
-        """All steps, in an order in which they can be done."""
+        """Return all steps, in an order in which they can be done."""
         return steps(self.job)
 
     def is_done(self, step: Step) -> bool:
-        """Whether a step's result is there, whole."""
+        """Say whether a step's result is there, whole."""
         return is_done(self.job, step)
 
     def memory_bytes(self, step: Step) -> int:

@@ -24,12 +24,13 @@ _CHUNK_ELEMENTS = 1 << 17
 
 
 def random_scores(group: Group, layer: int, seed: int) -> torch.Tensor:
-    """Scores [U] in fp64 that depend on the seed, the layer and the kind of unit only."""
+    """Return scores [U] in fp64 that depend on the seed, the layer and the kind of unit only."""
     return torch.rand(group.num_units, dtype=torch.float64, generator=generator(seed, "loram", layer, group.name))
 
 
 def magnitude_scores(group: Group, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Squared Frobenius norms [U] in fp64 of everything that belongs to each unit.
+    """Return squared Frobenius norms [U] in fp64 of everything that belongs to each unit.
+
 
     Args:
         weights: member path -> weight [O, I] of any floating dtype.
@@ -52,7 +53,8 @@ def taylor_scores(
 def wanda_scores(
     group: Group, weights: Mapping[str, torch.Tensor], square_sums: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Weights times input norms, summed: [U] in fp64.
+    """Return weights times input norms, summed: [U] in fp64.
+
 
     Args:
         weights: member path -> weight [O, I].
@@ -63,7 +65,7 @@ def wanda_scores(
 
 
 def best(scores_U: torch.Tensor, num_kept: int) -> list[int]:
-    """The ``num_kept`` units of highest score, ascending; of equal ones the first."""
+    """Return the ``num_kept`` units of highest score, ascending; of equal ones the first."""
     order = torch.sort(scores_U, descending=True, stable=True).indices
     return sorted(order[:num_kept].tolist())
 

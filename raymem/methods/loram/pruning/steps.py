@@ -49,7 +49,7 @@ class Step:
 
 
 def steps(job: PruneJob) -> list[Step]:
-    """All steps of a job in an order that respects ``after``."""
+    """Return all steps of a job in an order that respects ``after``."""
     pruned, options = job.pruned_layers, job.options
     all_steps = [Step("rest")]
     if options.needs_calibration and pruned:
@@ -129,7 +129,7 @@ def _return_freed_memory() -> None:
 
 
 def is_done(job: PruneJob, step: Step) -> bool:
-    """Whether the results of a step are there, whole: in the workspace, or in the committed result."""
+    """Say whether the results of a step are there, whole: in the workspace, or in the committed result."""
     if not job.workspace.is_dir() and is_committed(job):
         return True
     if step.kind in ("rest", "layer"):
@@ -158,7 +158,8 @@ def memory_bytes(job: PruneJob, step: Step) -> int:
 
 
 def layerwise_model(job: PruneJob, device: torch.device | str = "cpu") -> LayerwiseModel:
-    """The model that the steps of a calibrated criterion compute with.
+    """Return the model that the steps of a calibrated criterion compute with.
+
 
     Raises:
         ModelError: the calibration file of the job is missing.
@@ -196,7 +197,7 @@ def _write_layer(job: PruneJob, layer: int) -> None:
 
 
 def _choose(job: PruneJob, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
-    """The units that stay, by the criterion."""
+    """Return the units that stay, by the criterion."""
     prefix = job.coupling.prefix(layer)
     stored = layer_passes.scores(job, layer) if job.options.needs_calibration else {}
     kept = {}

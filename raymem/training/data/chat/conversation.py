@@ -81,7 +81,9 @@ class Chat:
         """Assistant turns that became targets."""
 
     def pieces(self, example: Messages, where: str) -> list[list[Piece]]:
-        """The examples that a conversation gives, each in pieces of text; at least one, perhaps without a target.
+        """Return the examples that a conversation gives, each in pieces of text; at least one, perhaps without a
+        target.
+
 
         Raises:
             DataError: the template does not render this conversation; begins with ``where``.
@@ -124,14 +126,14 @@ class Chat:
             self.noted[MISWRITTEN[form]] += 1
 
     def _is_lost(self, message: Turn) -> bool:
-        """Whether a turn says nothing: an answer that got lost, or calls alone that the template does not write."""
+        """Say whether a turn says nothing: an answer that got lost, or calls alone that the template does not write."""
         calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
         return not (message["content"] or reasoning_of(message) or any(map(self._template.reads, calls)))
 
     # Finding the turns by their prompts
 
     def _turns(self, messages: list[Turn], learned: list[int], full: str, tools: Any, where: str) -> dict[int, _Said]:
-        """The learned turns; ``full`` is the whole conversation in text."""
+        """Return the learned turns; ``full`` is the whole conversation in text."""
         if len(learned) > _FEW and (turns := self._turns_by_exchange(messages, learned, full, tools)) is not None:
             return turns
         render = self._template.render
@@ -148,7 +150,7 @@ class Chat:
         return _Said(prompt, text[:end], end is not None)
 
     def _said(self, messages: list[Turn], index: int, prompt: str, turn: str, tools: Any, where: str) -> str:
-        """The text behind the prompt of a turn that is rendered as ``turn``."""
+        """Return the text behind the prompt of a turn that is rendered as ``turn``."""
         message = messages[index]
         if is_doubled(prompt, turn, message):
             message = split_off(prompt, message)
@@ -181,7 +183,9 @@ class Chat:
     def _behind_header(
         self, before: list[Turn], prompt: str, turn: str, message: Turn, tools: Any, where: str
     ) -> str | None:
-        """The text behind what the generation prompt adds, where ``before`` is written otherwise once more follows."""
+        """Return the text behind what the generation prompt adds, where ``before`` is written otherwise once more
+        follows.
+        """
         (text,) = self._template.render([before], tools, where)
         text = self._template.cut(text)
         header = prompt[len(text) :] if prompt.startswith(text) else ""
@@ -198,7 +202,8 @@ class Chat:
     def _turns_by_exchange(
         self, messages: list[Turn], learned: list[int], full: str, tools: Any
     ) -> dict[int, _Said] | None:
-        """The learned turns in a time linear in their number; None where that fails.
+        """Return the learned turns in a time linear in their number; None where that fails.
+
 
         An exchange is a user's turns and all that follows up to the next user's turn. Each is rendered behind the first
         one alone. If ``full`` is these renderings one after the other, and the last turn has also in full the prompt
@@ -259,7 +264,8 @@ class Chat:
     def _joined(
         self, turns: dict[int, _Said], full: str, begin: Callable[[int], str], length: int
     ) -> list[list[Piece]]:
-        """Examples of turns that continue one another.
+        """Return examples of turns that continue one another.
+
 
         Args:
             full: the whole conversation of ``length`` turns.
@@ -288,7 +294,7 @@ class Chat:
         return [_merged(pieces) for pieces in examples]
 
     def _following(self, text: str, full: str, begin: Callable[[int], str], last: int) -> str:
-        """The text that follows ``text``, which ends with turn ``last``; at least its first token."""
+        """Return the text that follows ``text``, which ends with turn ``last``; at least its first token."""
         whole = full if full.startswith(text) else begin(last + 2)
         return whole[len(text) :] if whole.startswith(text) else self._template.user_marker or ""
 
@@ -305,7 +311,7 @@ class Chat:
     def _of_learned(
         self, spans: list[Span], messages: list[Turn], learned: list[int], tools: Any, where: str
     ) -> list[Span]:
-        """The marks without those of turns that are not learned: a turn has those that come with it."""
+        """Return the marks without those of turns that are not learned: a turn has those that come with it."""
         left_out: set[int] = set()
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and index not in learned:
@@ -317,7 +323,7 @@ class Chat:
         return [span for number, span in enumerate(spans) if number not in left_out]
 
     def _between(self, text: str, spans: list[Span]) -> list[Piece]:
-        """The text in pieces; where a mark ends before the token that stops generation, that is a target too."""
+        """Return the text in pieces; where a mark ends before the token that stops generation, that is a target too."""
         template = self._template
         pieces: list[Piece] = []
         at = 0
@@ -338,7 +344,7 @@ class Chat:
 
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
-    """Pieces without empty ones, neighbours of one kind joined."""
+    """Return pieces without empty ones, neighbours of one kind joined."""
     merged: list[Piece] = []
     for text, is_target in pieces:
         if text and merged and merged[-1][1] == is_target:

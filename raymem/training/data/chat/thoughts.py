@@ -29,7 +29,7 @@ def reasoning_of(message: dict[str, Any]) -> str:
 
 
 def written_thought(message: dict[str, Any]) -> str:
-    """The reasoning in a block at the beginning of a turn's text, or ""."""
+    """Return the reasoning in a block at the beginning of a turn's text, or ""."""
     content = message["content"]
     block = _BLOCK.match(content) if isinstance(content, str) else None
     return block[2].strip() if block else ""

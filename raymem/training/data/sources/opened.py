@@ -160,7 +160,7 @@ def _refuse_loop(directory: Path, link: Path, named: str) -> None:
 
 
 def _warn_of_doubles(where: str, files: Sequence[SourceFile], contents: Sequence[str]) -> None:
-    """Warns of files with the same contents, such as a file and its compressed copy in a directory."""
+    """Warn of files with the same contents, such as a file and its compressed copy in a directory."""
     first: dict[str, str] = {}
     for file, content in zip(files, contents, strict=True):
         if (other := first.setdefault(content, file.name)) != file.name:
