@@ -12,7 +12,7 @@ import typer
 
 from raymem.cli import console
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
-from raymem.cli.signals import Stopped, say_and_exit
+from raymem.cli.signals import say_and_exit
 from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _pipeline(
             listeners = [] if quiet else [display.show]
             status = (lambda text: None) if quiet else display.status
             yield Pipeline(recipe, status=status, listeners=listeners, fresh=fresh)
-    except (KeyboardInterrupt, Stopped) as stop:
+    except (KeyboardInterrupt, SystemExit) as stop:
         raise say_and_exit(stop, "the same command goes on where it was") from None
 
 

@@ -14,7 +14,7 @@ import typer
 from raymem import __version__
 from raymem.cli import console, data, k8s, loram, plan, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
-from raymem.cli.signals import Stopped, say_and_exit, unwind_on_signals
+from raymem.cli.signals import say_and_exit, unwind_on_signals
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
 from raymem.storage.errors import refusal
@@ -79,7 +79,7 @@ def train(
     try:
         with console.TrainingDisplay(loaded.train.steps) as display:
             finished = launch(loaded, fresh=fresh, force=force, listeners=[display.show], status=display.status)
-    except (KeyboardInterrupt, Stopped) as stop:
+    except (KeyboardInterrupt, SystemExit) as stop:
         raise say_and_exit(stop, "the same command resumes from the last checkpoint") from None
     outcome, tracking = finished.outcome, finished.tracking
     say = console.out.print

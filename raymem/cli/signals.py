@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from types import FrameType
 
 from raymem.cli import console
 
-
-class Stopped(SystemExit):
-    """A signal that ends the command."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.number = number
+_received: list[int] = []
+"""Signals that end the command. Their exceptions do not say: Ray replaces those that are raised while it waits."""
 
 
 def unwind_on_signals() -> None:
-    """Raise Stopped on SIGTERM (``ray job stop``, Kubernetes) and SIGHUP (a closed terminal; not under nohup)."""
+    """End the command on SIGTERM (``ray job stop``, Kubernetes) and SIGHUP (a closed terminal; not under nohup)."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
@@ -26,16 +22,19 @@ def unwind_on_signals() -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # the same again would interrupt the ending
-    raise Stopped(number)
+    _received.append(number)
+    sys.exit(128 + number)
 
 
-def say_and_exit(stop: KeyboardInterrupt | Stopped, cure: str) -> SystemExit:
+def say_and_exit(stop: KeyboardInterrupt | SystemExit, cure: str) -> BaseException:
     """Say what ended the command and how it goes on; returns what the command is to raise.
 
     Args:
         cure: the rest of a sentence.
     """
-    number = getattr(stop, "number", signal.SIGINT)
+    if not _received and isinstance(stop, SystemExit):
+        return stop
+    number = _received[-1] if _received else signal.SIGINT
     word = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
     with contextlib.suppress(OSError):  # the terminal may be gone
         console.err.print(f"{word}; {cure}")

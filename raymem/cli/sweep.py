@@ -9,7 +9,7 @@ import typer
 
 from raymem.cli import console
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
-from raymem.cli.signals import Stopped, say_and_exit
+from raymem.cli.signals import say_and_exit
 from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def sweep(
     try:
         with SweepDisplay(metrics[0], samples) as display:
             done = sweeps.sweep(named, dimensions, options, fresh=fresh, status=display.status, watch=display.show)
-    except (KeyboardInterrupt, Stopped) as stop:
+    except (KeyboardInterrupt, SystemExit) as stop:
         raise say_and_exit(stop, "the same command goes on") from None
     say = console.out.print
     say((done.folder / "report" / "pareto.md").read_text(), markup=False)

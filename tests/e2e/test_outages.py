@@ -20,7 +20,7 @@ from raymem.runs.train import launch
 from raymem.storage.storage import Storage
 from raymem.training.history import read_history
 from raymem.training.reporter import Row
-from tests.helpers.faulty_proxy import FaultyProxy, proxy_before
+from tests.helpers.faulty_proxy import FaultyProxy, ends_when_noticed, proxy_before
 from tests.helpers.support import make_recipe, run_fragment
 
 
@@ -54,15 +54,17 @@ def undisturbed(llama: Path, examples: Path, tmp_path_factory: pytest.TempPathFa
 
 def test_a_run_goes_on_when_its_bucket_is_back(
     proxy: FaultyProxy, s3_uri: str, llama: Path, examples: Path, tmp_path: Path, undisturbed: bytes,
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    """Three seconds each time, from when it is noticed."""
     remote = Storage.open(s3_uri).child(tmp_path.name)
+    ends_when_noticed(proxy, monkeypatch, after_s=3.0)
 
     def disturb(rows: Sequence[Row]) -> None:
         if rows[-1]["step"] == 2:
-            proxy.away(for_s=3.0)
+            proxy.away()
         if rows[-1]["step"] == 5:
-            proxy.away("reset", at="step_00000006/shard", for_s=3.0)
+            proxy.away("reset", at="step_00000006/shard")
 
     launch(recipe_on(proxy.uri(remote.path), llama, examples, 9), listeners=[disturb])
     assert result(remote, tmp_path / "fetched") == undisturbed

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
+
+import pytest
 
 Absence = Literal["refuse", "reset", "hang"]
 
@@ -200,6 +204,18 @@ def proxy_before(s3_uri: str) -> FaultyProxy:
     """Return a proxy before the server that an ``s3://`` URI names."""
     host, _, port = dict(parse_qsl(urlsplit(s3_uri).query))["endpoint_override"].partition(":")
     return FaultyProxy(host, int(port))
+
+
+def ends_when_noticed(proxy: FaultyProxy, patch: pytest.MonkeyPatch, *, after_s: float = 0.0) -> None:
+    """End a fault some seconds after raymem waits for the second time because of it; its own waits take no time."""
+    waits = itertools.count(1)
+
+    def wait(seconds: float) -> None:
+        if next(waits) % 2 == 0:
+            time.sleep(after_s)
+            proxy.back()
+
+    patch.setattr("raymem.storage.retry.time", SimpleNamespace(sleep=wait, monotonic=time.monotonic))
 
 
 class _Listener(ThreadingHTTPServer):

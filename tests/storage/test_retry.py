@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from raymem.storage import retry
 from raymem.storage.connect import connect
 from raymem.storage.errors import explain
 from raymem.storage.storage import Storage
-from tests.helpers.faulty_proxy import FaultyProxy, proxy_before
+from tests.helpers.faulty_proxy import FaultyProxy, ends_when_noticed, proxy_before
 
 FILES = {"a": b"alpha", "b": os.urandom(100_000), "manifest.json": b"{}"}
 
@@ -31,10 +30,9 @@ def proxy(s3_uri: str) -> Iterator[FaultyProxy]:
 
 @pytest.fixture
 def away(proxy: FaultyProxy, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
-    """A storage behind the proxy, with files in ``here``; it is waited for in short steps, and by raymem alone."""
+    """A storage behind the proxy, with files in ``here``; raymem alone waits for it, and soon no more."""
     monkeypatch.setattr("raymem.storage.connect._TRIES", 1)
-    monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.05)
-    monkeypatch.setattr(retry, "_LONGEST_WAIT_S", 0.1)
+    ends_when_noticed(proxy, monkeypatch)
     storage = Storage.open(proxy.uri(s3_uri)).child(tmp_path.name)
     (tmp_path / "local").mkdir()
     for name, content in FILES.items():
@@ -42,10 +40,6 @@ def away(proxy: FaultyProxy, s3_uri: str, tmp_path: Path, monkeypatch: pytest.Mo
     storage.upload_dir(tmp_path / "local", "here")
     yield storage
     proxy.back()
-
-
-def back_after(proxy: FaultyProxy, seconds: float) -> None:
-    threading.Timer(seconds, proxy.back).start()
 
 
 OPERATIONS: dict[str, Callable[[Storage, Path], object]] = {
@@ -87,7 +81,6 @@ def test_every_operation_waits_until_the_store_is_back(
     expected = OPERATIONS[name](plain, tmp_path / "straight")
     failed = proxy.failed
     FAULTS[fault](proxy)
-    back_after(proxy, 0.3)
     value = OPERATIONS[name](away, tmp_path)
     assert value == (["here", "plain"] if name == "list_dirs" else expected)
     assert fault == "refuse" or proxy.failed > failed
@@ -102,21 +95,24 @@ def test_an_outage_is_said_once_and_its_end_too(
     away: Storage, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy.throttle()
-    back_after(proxy, 0.6)
     before = proxy.requests
     assert away.read_bytes("here/a") == b"alpha"
-    assert proxy.requests - before > 4, "tried again and again"
+    assert proxy.requests - before >= 3, "tried again and again"
     began, ended = (record.getMessage() for record in caplog.records if record.name == "raymem.storage.retry")
     assert began.startswith(f"storage: cannot read {away.join('here/a')}: ")
     assert began.endswith("trying again for up to 5 min")
     assert ended.startswith(f"storage: {away.path} is back after ")
 
 
-def test_after_its_time_it_is_an_error_that_says_how_long(away: Storage, proxy: FaultyProxy, s3_uri: str) -> None:
+def test_after_its_time_it_is_an_error_that_says_how_long(
+    proxy: FaultyProxy, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raymem.storage.connect._TRIES", 1)
     impatient = Storage.open(proxy.uri(s3_uri), 0.2).child("x")
     proxy.away()
     with pytest.raises(TransientStorageError, match=r"cannot read .*/x/a.*; check the network.* tried for \d s: run"):
         impatient.read_bytes("a")
+    proxy.back()
 
 
 @pytest.mark.parametrize("status", [403, 404])
@@ -132,7 +128,10 @@ def test_what_waiting_does_not_mend_fails_at_once(
     assert not caplog.records
 
 
-def test_many_single_failures_cost_nothing(away: Storage, proxy: FaultyProxy, tmp_path: Path) -> None:
+def test_many_single_failures_cost_nothing(
+    away: Storage, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
     proxy.errors(rate=0.3)
     for number in range(2):
         away.upload_dir(tmp_path / "local", f"d{number}")

@@ -73,10 +73,8 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[L
                 raise error from None
             failures = ray.get(mailbox.failures.remote())
             raise ClusterError(explain(failure, failures, watch.killed, scaling)) from failure
-        except SystemExit as end:
-            if end.code == 0:  # Ray's answer to Ctrl-C
-                raise KeyboardInterrupt from None
-            raise
+        except SystemExit:  # Ray's answer to Ctrl-C, and what its waits make of another signal
+            raise KeyboardInterrupt from None
         if (error := ray.get(mailbox.error.remote())) is not None:
             raise error
     return Outcome(**result.return_value)

@@ -19,7 +19,7 @@ from raymem.training.data.packed.shards import prepare
 from raymem.training.data.readers import read_block
 from raymem.training.data.sources import OpenedSource, copies, open_source
 from raymem.training.data.sources.remote import RemoteDirectory, below, shown
-from tests.helpers.faulty_proxy import proxy_before
+from tests.helpers.faulty_proxy import ends_when_noticed, proxy_before
 
 ROWS = [{"text": f"one two {n}"} for n in range(9)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -88,15 +88,16 @@ def test_a_store_that_is_away_is_waited_for(
     bucket: Bucket, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the middle of a file, which is then read from its start, and while it is looked for."""
-    monkeypatch.setattr("raymem.storage.retry._LONGEST_WAIT_S", 0.1)
     monkeypatch.setattr("raymem.storage.connect._TRIES", 1)
-    with proxy_before(s3_uri) as proxy:
+    with monkeypatch.context() as patch, proxy_before(s3_uri) as proxy:
         uri = proxy.uri(bucket.write("x.jsonl", LINES * 100))
         for number, how in enumerate(("reset", "refuse")):
-            proxy.away(how, for_s=0.3)  # type: ignore[arg-type]
+            ends_when_noticed(proxy, patch)
+            proxy.away(how)  # type: ignore[arg-type]
             source = opened(uri, tmp_path / str(number))
             assert [row for _, row in rows_of(source)] == ROWS * 100
-        monkeypatch.setattr("raymem.training.data.sources.remote.RETRY_FOR_S", 0.1)
+        patch.undo()
+        patch.setattr("raymem.training.data.sources.remote.RETRY_FOR_S", 0.1)
         proxy.away()
         with pytest.raises(TransientStorageError, match=r"^data\.train\[0\]\.path=.* cannot be read .*tried for"):
             opened(uri, tmp_path / "never")
