@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _QUIET = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
 """Turns off Ray's collection for its dashboard: on a laptop nobody looks, and it costs cores that train."""
+_ATTEMPTS = 3
+"""Tries to start; a limit of Ray's, which has no setting, is too short for a busy machine."""
 _PREFIX = "raymem-ray-"
 _OWNER = "owner"
 """A file that the owner of a directory holds locked, for as long as its process lives."""
@@ -40,9 +42,18 @@ def start(**options: Any) -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor; nobody takes this node
     remove_abandoned()
-    directory = str(_own_directory())
-    with _on_loopback(), _environment(_MARK, directory):
-        ray.init(address="local", include_dashboard=False, _temp_dir=directory, **options)
+    for attempt in range(_ATTEMPTS):
+        directory = _own_directory()
+        try:
+            with _on_loopback(), _environment(_MARK, str(directory)):
+                ray.init(address="local", include_dashboard=False, _temp_dir=str(directory), **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            _remove(directory)
+            if "timed out during startup" not in str(error) or attempt == _ATTEMPTS - 1:
+                raise
+            log.warning("Ray did not start within its limit of 30 s, as on a busy machine; it is started again")
 
 
 def _private_token() -> None:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -50,6 +51,14 @@ def marked(base: Path) -> list[psutil.Process]:
     return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
 
 
+def name_of(process: psutil.Process) -> str:
+    """What a process calls itself; nothing if it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def listeners(processes: list[psutil.Process]) -> set[str]:
     """Addresses on which processes listen, as ``ss`` sees them."""
     pids = {process.pid for process in processes}
@@ -81,12 +90,32 @@ def test_what_dead_drivers_left_is_removed_and_what_living_ones_have_stays(
             helper.wait()
 
 
+def test_a_start_that_takes_too_long_is_tried_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def init(_temp_dir: str, **options: Any) -> None:
+        assert (Path(_temp_dir) / "owner").exists()
+        started.append(_temp_dir)
+        if len(started) == 1:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+        if len(started) == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("RAY_TMPDIR", str(base))
+    monkeypatch.setattr(local, "_own", None)
+    monkeypatch.setattr("ray.init", init)
+    local.start()
+    assert [str(path) for path in base.iterdir()] == started[1:], "the first try left nothing"
+    with pytest.raises(OSError, match="No space left"):
+        local.start()
+    assert list(base.iterdir()) == []
+
+
 @pytest.mark.ray
 @pytest.mark.skipif(shutil.which("ss") is None, reason="ss (iproute2) is not on the PATH")
 def test_it_listens_on_loopback_only_wants_a_token_and_leaves_nothing(
     base: Path, llama: Path, examples: Path, tmp_path: Path
 ) -> None:
-    """While a worker trains, and after the end."""
     scaling = {"num_workers": 1, "resources_per_worker": {"CPU": 1}}
     train = {"steps": 300, "global_batch": 4, "micro_batch": 2, "save_every": 300, "eval_every": 300}
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path, llama, examples, scaling=scaling, train=train)
@@ -95,18 +124,16 @@ def test_it_listens_on_loopback_only_wants_a_token_and_leaves_nothing(
     )
     try:
         assert driver.stdout is not None
-        for line in driver.stdout:
-            if line.startswith("step "):
-                break
+        assert any(line.startswith("step ") for line in driver.stdout)
         own = psutil.Process(driver.pid)
         processes = [own, *own.children(recursive=True)]
-        (worker,) = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
+        (worker,) = [process for process in processes if "RayTrainWorker" in name_of(process)]
         worker.suspend()  # so that it is still there
         ports = listeners(processes)
         assert len(ports) > 5
         loopback = re.compile(r"(127\.0\.0\.1|\[::ffff:127\.0\.0\.1\]|\[::1\]):\d+")
         assert {port for port in ports if not loopback.fullmatch(port)} == set()
-        (gcs,) = listeners([process for process in processes if "gcs_server" in process.name()])
+        (gcs,) = listeners([process for process in processes if "gcs_server" in name_of(process)])
         worker.resume()
         assert "AuthenticationError" in asked_without_token(f"127.0.0.1:{gcs.rpartition(':')[2]}")
         driver.stdout.read()
@@ -137,7 +164,7 @@ def asked_without_token(gcs: str) -> str:
 @pytest.mark.parametrize("after", ["gcs_server", "raylet", "dashboard/agent.py"])
 def test_what_a_driver_leaves_that_is_killed_while_ray_starts_goes_with_the_next_start(base: Path, after: str) -> None:
     driver = subprocess.Popen([sys.executable, "-c", START + "import time; time.sleep(60)"], env=environment(base))
-    while not any(after in " ".join(process.cmdline()) + process.name() for process in marked(base)):
+    while not any(after in name_of(process) for process in marked(base)):
         assert driver.poll() is None
         time.sleep(0.05)
     driver.kill()
