@@ -235,7 +235,7 @@ def _what_is_wrong(session: Session) -> str | None:
     if "Traceback (most recent call last)" in output:
         return "a traceback: " + output.strip().splitlines()[-1][:300]
     if session.status in (-6, -7, -11, -4):
-        return f"it crashed with signal {-session.status}"  # type: ignore[operator]
+        return f"it crashed with signal {-session.status}"
     if not _was_killed(session) and not re.search(r"^error: .{20,}", output, re.MULTILINE):
         return f"exit status {session.status} without an error in words: {output[-300:]!r}"
     return None

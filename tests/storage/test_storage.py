@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import StorageError
+from raymem.storage.copies import copy_file
 from raymem.storage.errors import user_name
 from raymem.storage.storage import Storage
 from tests.helpers.support import let_anyone_in
@@ -124,7 +125,7 @@ def test_marker_is_written_last_and_removed_first(tmp_path: Path, monkeypatch: p
     storage = Storage.open(str(tmp_path / "root"))
     local = checkpoint(tmp_path / "ck", z=b"late", a=b"early")
     seen: list[str] = []
-    copy = module.copy_file
+    copy = copy_file
 
     def failing_copy(source: Any, path: str, target: Any, to: str) -> dict[str, Any]:
         assert not storage.exists("c/manifest.json")

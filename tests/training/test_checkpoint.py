@@ -17,6 +17,7 @@ import torch
 
 from raymem.errors import CheckpointError, StorageError
 from raymem.storage import storage as storage_module
+from raymem.storage.copies import copy_file
 from raymem.storage.publish import seal
 from raymem.storage.storage import Storage
 from raymem.training import checkpoint
@@ -87,8 +88,8 @@ def test_on_an_object_store_every_byte_is_read_once(
     def read_again(*_: Any) -> str:
         raise AssertionError("a file is read for its digest alone")
 
-    original = storage_module._copy
-    monkeypatch.setattr(storage_module, "_copy", copy)
+    original = copy_file
+    monkeypatch.setattr(storage_module, "copy_file", copy)
     monkeypatch.setattr(Storage, "sha256", read_again)
     monkeypatch.setattr(checkpoint, "file_sha256", read_again)
     save(run, 1)
