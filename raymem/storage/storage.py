@@ -22,8 +22,7 @@ from pyarrow import fs as pafs
 
 from raymem.errors import StorageError, TransientStorageError
 from raymem.storage import json_files
-from raymem.storage.connect import connect
-from raymem.storage.copies import CHUNK_BYTES, copy_file, verify, verify_names
+from raymem.storage.connect import CHUNK_BYTES, connect, copy_file, verify, verify_names
 from raymem.storage.errors import explain
 from raymem.storage.folders import make_directory
 from raymem.storage.publish import seal, unseal

@@ -143,7 +143,7 @@ class Arena:
 
 
 def digest_of(storage: Storage, case: Case, name: str = NAME) -> str:
-    """SHA-256 over all tensors that a run leaves for its user."""
+    """SHA-256 over all tensors that a run leaves for its user. Raises LookupError where there are none."""
     run = storage.child(name)
     folders = ("adapter", "recovered") if case.is_staged else ("adapter", "model")
     digest, num_files = hashlib.sha256(), 0
@@ -152,7 +152,8 @@ def digest_of(storage: Storage, case: Case, name: str = NAME) -> str:
             if name.endswith(".safetensors"):
                 digest.update(run.read_bytes(f"{folder}/{name}"))
                 num_files += 1
-    assert num_files, f"{run.path} has no result"
+    if not num_files:
+        raise LookupError(f"{run.path} has no result")
     return digest.hexdigest()
 
 

@@ -99,18 +99,19 @@ class Cluster:
 
     def drain(self, node: subprocess.Popen[bytes], notice_s: float) -> bool:
         """Tell the cluster that a node will be taken away; False if it declines."""
-        import ray
         from ray.core.generated import autoscaler_pb2
 
         raylet: Any = importlib.import_module("ray._raylet")
-        pids = {node.pid} | {child.pid for child in psutil.Process(node.pid).children(recursive=True)}
-        for info in ray.nodes():
-            if info["Alive"] and _raylet_pid(info["RayletSocketName"], pids) is not None:
-                deadline_ms = int((time.time() + notice_s) * 1000)
-                reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-                client = raylet.GcsClient(address=self.head.gcs)
-                accepted, _ = client.drain_node(info["NodeID"], reason, "taken back", deadline_ms)
-                return bool(accepted)
+        for process in psutil.Process(node.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for argument in process.cmdline():
+                    if argument.startswith("--node_id="):
+                        deadline_ms = int((time.time() + notice_s) * 1000)
+                        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+                        client = raylet.GcsClient(address=self.head.gcs)
+                        name = argument.partition("=")[2]
+                        accepted, _ = client.drain_node(name, reason, "taken back", deadline_ms)
+                        return bool(accepted)
         return False
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
@@ -134,14 +135,6 @@ class Cluster:
         ray.shutdown()
         for node in self._nodes:
             end_session(node)
-
-
-def _raylet_pid(socket: str, pids: set[int]) -> int | None:
-    for pid in pids:
-        with contextlib.suppress(psutil.Error):
-            if any(socket in part for part in psutil.Process(pid).cmdline()):
-                return pid
-    return None
 
 
 def worker_environment(temporary: Path) -> dict[str, str]:

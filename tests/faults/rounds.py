@@ -260,7 +260,10 @@ def _judge(round_: Round, moment: Moment, outcome: str) -> Record:
     ended = time.monotonic()
     identical = False
     if outcome != "failed":
-        identical = digest_of(Storage.open(round_.storage), case) == reference.digest
+        try:
+            identical = digest_of(Storage.open(round_.storage), case) == reference.digest
+        except LookupError as error:
+            round_.problems.append(str(error))
         if not identical:
             round_.problems.append("the result differs from that of the undisturbed run")
         if not case.remote:

@@ -58,9 +58,9 @@ def slow_disk(folder: str, seconds: float) -> None:
 
     real = os.fsync
 
-    def fsync(descriptor: Any) -> None:
+    def fsync(fd: Any) -> None:
         time.sleep(10 * seconds)
-        real(descriptor)
+        real(fd)
 
     sys.addaudithook(audit)
     os.fsync = fsync  # type: ignore[assignment]

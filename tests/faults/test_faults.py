@@ -14,7 +14,7 @@ from tests.faults.kinds import KINDS
 from tests.faults.kinds.files import Strays
 from tests.faults.kinds.machine import ClockJumps
 from tests.faults.kinds.processes import DriverStopped
-from tests.faults.kinds.storage import NoMoreFiles
+from tests.faults.kinds.storage import NoLargeFiles
 from tests.faults.report import write_report
 from tests.faults.rounds import Record, Round, run_round
 from tests.faults.sessions import Moment, Session, start_server
@@ -42,7 +42,7 @@ def at(fault: Fault, moment: Moment) -> Fault:
         (ClockJumps, Moment("step", 1), "recovered"),
         (DriverStopped, Moment("step", 5), "recovered"),
         (Strays, Moment("step", 6), "recovered"),
-        (NoMoreFiles, Moment("step", 5), "stopped"),
+        (NoLargeFiles, Moment("step", 5), "stopped"),
     ],
 )
 def test_a_run_is_the_same_in_spite_of(kind: type[Fault], moment: Moment, outcome: str, arena: Arena) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from raymem.errors import ModelError, StorageError
 from raymem.storage import publish
-from raymem.storage.copies import verify_names
+from raymem.storage.connect import verify_names
 from raymem.storage.inside import is_inside, leads_out
 from raymem.storage.safetensors_io import shard_files
 from raymem.storage.storage import Storage

@@ -104,7 +104,10 @@ def check_storage_shared(storage_path: str) -> int:
         }
         for node, reference in pending.items():
             where = f"node {nodes[node]} ({node[:8]})"
-            problem = _answer(reference, where)
+            try:
+                problem = _answer(reference, where)
+            except ray.exceptions.TaskUnschedulableError:  # it is being drained, or gone: no worker will run there
+                continue
             if problem is None and not _appears(storage, f"{folder}/{node}", token):
                 problem = "writes there what this machine does not see"
             if problem is not None:
@@ -146,6 +149,8 @@ def _answer(reference: Any, where: str) -> str | None:
         raise ClusterError(
             f"{where} did not run a small task within {_NODE_TIMEOUT_S:.0f} s; look at its raylet.log, or remove it"
         ) from None
+    except ray.exceptions.TaskUnschedulableError:
+        raise
     except ray.exceptions.RayError as error:
         text = " ".join(str(error).split())[-300:]
         raise ClusterError(

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -320,3 +321,34 @@ def test_wrong_token_is_a_line_of_the_report(
         f"{ray_head.gcs}: not tried, its dashboard refused the token",
     )
     assert "not-the-token" not in str(checks)
+
+
+def test_a_node_that_is_being_drained_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no tasks, so that no worker will see another storage there; every other node has to see this one."""
+    import ray
+
+    from raymem.cluster.doctor import checks
+
+    visited: list[str] = []
+
+    class Visit:
+        def options(self, scheduling_strategy: Any, **_: Any) -> Visit:
+            return self
+
+        def remote(self, *arguments: str) -> tuple[str, ...]:
+            return arguments
+
+    def get(arguments: tuple[str, str, str, str], timeout: float) -> str | None:
+        if arguments[3] == leaving:
+            raise ray.exceptions.TaskUnschedulableError("the node is infeasible")
+        visited.append(arguments[3])
+        return checks._visit(*arguments)
+
+    here, leaving, other = (28 * letter for letter in ("aa", "bb", "cc"))
+    nodes = [{"NodeID": name, "NodeManagerAddress": "10.0.0.1", "Alive": True} for name in (here, leaving, other)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: here))
+    monkeypatch.setattr(ray, "remote", lambda function: Visit())
+    monkeypatch.setattr(ray, "get", get)
+    checks.check_storage_shared(str(tmp_path / "runs"))
+    assert visited == [here, other] and not list((tmp_path / "runs").iterdir())

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from tests.faults.cases import NAME, Case
 from tests.faults.fault import Fault
-from tests.faults.sessions import Session
+from tests.faults.sessions import Moment, Session
 
 if TYPE_CHECKING:
     from tests.faults.arena import Arena
     from tests.faults.rounds import Round
+
+FIRST_USES = 30
+"""Uses of files in which a session makes itself known to a storage, and a few more."""
 
 
 class _OnMount(Fault):
@@ -94,6 +97,11 @@ class Vanished(_OnMount):
     """The storage is unmounted, and mounted again when the command has stopped."""
 
     name = "storage vanished"
+
+    def moment(self, case: Case, file_uses: int) -> Moment:
+        """Not before the storage has its identity: a run cannot miss what it has not seen."""
+        drawn = super().moment(case, file_uses)
+        return Moment("step", 1) if drawn.kind == "file" and drawn.number < FIRST_USES else drawn
 
     def prepare(self, round_: Round) -> None:
         self._disk = round_.folder / "disk"
