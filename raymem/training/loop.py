@@ -248,13 +248,8 @@ class _Session:
         eval_loss = self.eval_loss if self._is_evaluated(done) else None
         # Delivered before the checkpoint is: whatever the last report did not carry is in the manifest.
         self.reporter.flush()
-<<<<<<< HEAD
         self.reporter.progress(f"the checkpoint of step {done}", brief=False)
         self.dist_env.on_main(self.history.save)
-=======
-        self.dist_env.on_main(self.history.save)
-        self.reporter.progress(f"the checkpoint of step {done}", brief=False)
->>>>>>> soak
         manifest = Manifest(
             done, self.identity, self.recipe.to_dict(), eval_loss, self.recent, states_of(self.hooks),
             self.peak_bytes, self._elapsed_s(),

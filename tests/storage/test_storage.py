@@ -16,11 +16,7 @@ from typing import Any
 import pytest
 
 from raymem.errors import StorageError
-<<<<<<< HEAD
-from raymem.storage.copies import copy_file
-=======
 from raymem.storage.connect import copy_file
->>>>>>> soak
 from raymem.storage.errors import user_name
 from raymem.storage.storage import Storage
 from tests.helpers.support import let_anyone_in

@@ -214,7 +214,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def end_of(recipe: Recipe) -> dict[str, Any] | None:
     run = Storage.open(recipe.storage.path).child("t-0003")
-    return run.read_json(trial_module.RESULT) if run.exists(trial_module.RESULT) else None
+    return run.read_record(trial_module.RESULT) if run.exists(trial_module.RESULT) else None
 
 
 @pytest.mark.parametrize(

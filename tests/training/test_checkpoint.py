@@ -17,7 +17,7 @@ import torch
 
 from raymem.errors import CheckpointError, StorageError
 from raymem.storage import storage as storage_module
-from raymem.storage.copies import copy_file
+from raymem.storage.connect import copy_file
 from raymem.storage.publish import seal
 from raymem.storage.storage import Storage
 from raymem.training import checkpoint

@@ -57,7 +57,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     device = ray.train.torch.get_device() if recipe.scaling.use_gpu else None
     pulse = Pulse(mailbox, recipe.scaling.hang_timeout_s)
     try:
-<<<<<<< HEAD
         with pulse:
             dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
             storage = recipe.storage.open()
@@ -67,15 +66,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 run_storage = Storage.open(config["run"], storage.retry_for_s)
                 reporter = RayReporter(dist_env, pulse)
                 return run(recipe, dist_env, run_storage, train_data, eval_data, reporter).to_dict()
-=======
-        dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
-        storage = recipe.storage.open()
-        with pulse, held(Path(storage.root), config["storage_id"]) if storage.is_local else nullcontext():
-            train_data = localise(config["train_data"], storage)
-            eval_data = config["eval_data"] and localise(config["eval_data"], storage)
-            run_storage, reporter = Storage.open(config["run"], storage.retry_for_s), RayReporter(dist_env, pulse)
-            return run(recipe, dist_env, run_storage, train_data, eval_data, reporter).to_dict()
->>>>>>> soak
     except TransientStorageError:
         raise  # a crash: Ray starts the group again, when the storage may be back
     except RaymemError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_rows_whose_delivery_failed_are_delivered_again() -> None:
 
 @pytest.mark.parametrize("error", [StorageError("full"), TransientStorageError("away")])
 def test_a_storage_that_is_away_is_a_crash_and_not_the_users_mistake(
-    error: RaymemError, monkeypatch: pytest.MonkeyPatch
+    error: RaymemError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is sent to the mailbox ends the run; the rest Ray tries again."""
     from raymem.cluster.train import worker
@@ -162,8 +163,16 @@ def test_a_storage_that_is_away_is_a_crash_and_not_the_users_mistake(
     monkeypatch.setattr(ray, "get", lambda value: value)
     monkeypatch.setattr(ray.train, "get_context", Context)
     monkeypatch.setattr(worker, "localise", localise)
-    recipe = make_recipe({"scaling": {"hang_timeout": None}}).to_dict()
-    config = {"recipe": recipe, "kinds": {}, "run": "r", "train_data": {}, "eval_data": None, "mailbox": Box()}
+    recipe = make_recipe({"scaling": {"hang_timeout": None}, "storage": {"path": str(tmp_path)}}).to_dict()
+    config = {
+        "recipe": recipe,
+        "kinds": {},
+        "run": str(tmp_path / "r"),
+        "storage_id": None,
+        "train_data": {},
+        "eval_data": None,
+        "mailbox": Box(),
+    }
     with pytest.raises(type(error)):
         worker.train_worker(config)
     assert sent == ([] if isinstance(error, TransientStorageError) else [error])

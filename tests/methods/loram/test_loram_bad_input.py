@@ -96,7 +96,7 @@ def test_a_full_disk_is_one_sentence_and_the_job_goes_on(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(StorageError, match=r"No space left on device.*finished layers are not repeated"):
+        with pytest.raises(StorageError, match=r"no space left on the device.*finished layers are not repeated"):
             prune_model(full, tmp_path / "pruned", RANDOM)
     assert not (tmp_path / "pruned").exists()
     assert not list(tmp_path.rglob("*.tmp"))

@@ -108,7 +108,7 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", max_shard_size="20KB")
     index = directory / "model.safetensors.index.json"
     index.write_text(index.read_text()[:50])
-    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json: not an index .*; fetch it again"):
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json is not JSON .*; fetch it again"):
         build(directory)
 
 
