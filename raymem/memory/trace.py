@@ -188,7 +188,7 @@ class Tracer(TorchDispatchMode):
         ]
 
     def _is_shape_arithmetic(self) -> bool:
-        """Say whether a distributed tensor is working out shapes, on fake tensors of its own that stand for no memory."""
+        """Say whether a distributed tensor is working out shapes, on fake tensors of its own, which take no memory."""
         if not self._distributed:
             return False
         from torch._guards import active_fake_mode

@@ -89,7 +89,7 @@ class Axis(Generic[KindT]):
         return usable
 
     def problems(self) -> list[str]:
-        """Return a sentence for each kind of others that cannot be used; recipes that do not name it are not concerned."""
+        """Return a sentence for each kind of others that cannot be used; it concerns recipes that name it."""
         sentences = {}
         for name in self:
             try:

@@ -102,7 +102,7 @@ def check_server(tracking: Mapping[str, Any], storage_path: str) -> str:
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Return nested mappings as ``("train.steps", "30")``, in names and lengths that MLflow takes; lists become JSON."""
+    """Return nested mappings as ``("train.steps", "30")``, in names and lengths that MLflow takes; lists as JSON."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))

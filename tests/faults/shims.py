@@ -63,7 +63,7 @@ def slow_disk(folder: str, seconds: float) -> None:
         real(fd)
 
     sys.addaudithook(audit)
-    os.fsync = fsync  # type: ignore[assignment]
+    os.fsync = fsync
 
 
 def paced_workers(seconds: float, nan_at: int = 0) -> None:

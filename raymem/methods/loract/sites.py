@@ -83,7 +83,7 @@ def linear_modules(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module
 
 
 def sublayers(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Return (name, child) of the direct children; those of a list that only holds others in their place (T5 nests so)."""
+    """Return (name, child) of the direct children; for a list that only holds others, theirs (T5 nests so)."""
     for inner, child in layer.named_children():
         full = f"{name}.{inner}" if name else inner
         if isinstance(child, nn.ModuleList | nn.ModuleDict):

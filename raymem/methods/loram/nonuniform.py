@@ -154,7 +154,7 @@ def meta_model(config: Any) -> Any:
 
 
 def _resizing(layer_class: Any) -> Any:
-    """Return a subclass that shrinks itself. The name stays: device maps and FSDP policies match layers by class name."""
+    """Return a subclass that shrinks itself. The name stays: device maps and FSDP policies match by it."""
 
     def __init__(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         layer_class.__init__(self, config, layer_idx, *args, **kwargs)

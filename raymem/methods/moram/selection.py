@@ -251,7 +251,7 @@ class _Listen(torch.autograd.Function):
 
 
 def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return the loss that a model's forward returns: ``.loss``, ``["loss"]``, or the output itself if it is a number."""
+    """Return the loss that a model's forward returns: ``.loss``, ``["loss"]``, or the output if it is a number."""
     output: Any = model(**batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
