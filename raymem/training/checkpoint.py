@@ -103,11 +103,12 @@ class Checkpoints:
 
     def _fresh_copy(self, step: int) -> Path:
         """Return the directory for the files of a checkpoint, in place of that of an earlier one."""
-        self._drop_copy()
+        self.drop_copy()
         self._copy = step, temporary("checkpoint")
         return Path(self._copy[1].name) / "files"
 
-    def _drop_copy(self) -> None:
+    def drop_copy(self) -> None:
+        """Delete the local copy of a checkpoint that was found good and is not loaded."""
         if self._copy is not None:
             self._copy[1].cleanup()
         self._copy = None
@@ -152,7 +153,7 @@ class Checkpoints:
         try:
             _read_shards(tensors, directory)
         finally:
-            self._drop_copy()
+            self.drop_copy()
 
     def _again(self, action: Callable[[], T]) -> T:
         return retrying(self._run.path, self._run.retry_for_s, action)

@@ -173,6 +173,7 @@ class _Session:
         if best.step != self.total_steps:
             self.checkpoints.load(best, self.updater.state())
             log.info("the checkpoint of step %d has the lowest evaluation loss and is the result", best.step)
+        self.checkpoints.drop_copy()  # a worker of Ray ends without tidying up
         self.eval_loss = best.eval_loss
         return best.step
 

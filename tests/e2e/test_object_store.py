@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from raymem.recipe.schema import Recipe
 from raymem.runs.evaluate import evaluate_recipe
 from raymem.runs.train import launch
 from raymem.storage.storage import Storage
+from raymem.training.artifacts.export import export_final
 from tests.helpers.support import make_recipe, run_fragment
 
 
@@ -95,3 +97,21 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(
     launch(recipe_on(str(tmp_path / "disk"), llama, examples, steps=8))
     on_disk = (tmp_path / "disk" / "remote" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert adapter(remote, tmp_path / "fetched") == on_disk
+
+
+def test_the_best_checkpoint_leaves_no_copy(
+    s3_uri: str, llama: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even until the process ends: a worker of Ray does so without tidying up."""
+    remote, node = Storage.open(s3_uri).child(tmp_path.name), tmp_path / "node"
+    another_machine(monkeypatch, node)
+    left: list[list[str]] = []
+
+    def export(*arguments: Any) -> str:
+        left.append([path.name for path in node.iterdir() if "checkpoint" in path.name])
+        return export_final(*arguments)
+
+    monkeypatch.setattr("raymem.training.loop.export_final", export)
+    recipe = recipe_on(remote.path, llama, examples, steps=2)
+    launch(recipe.model_copy(update={"storage": recipe.storage.model_copy(update={"keep": "best"})}))
+    assert left == [[]]
