@@ -90,7 +90,7 @@ def _type(config: dict[str, Any]) -> str:
 
 
 def is_peft(directory: str | Path) -> bool:
-    """Say whether a directory holds an adapter of PEFT, rather than a whole model or an adapter of a kind of its own."""
+    """Say whether a directory holds an adapter of PEFT, not a whole model or an adapter of a kind of its own."""
     return (Path(directory) / "adapter_config.json").is_file() and not is_of_own_kind(directory)
 
 
