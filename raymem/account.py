@@ -89,7 +89,6 @@ def refuse_not_finite(tensor: torch.Tensor, what: str, cure: str) -> torch.Tenso
 def of_no_use(model: Any, key: str, header: Header) -> str | None:
     """Say why a tensor that ``model`` has no place for is of no use; None if that is not known.
 
-
     Args:
         key: its name in the model, as transformers renames it.
     """
@@ -109,7 +108,6 @@ def of_no_use(model: Any, key: str, header: Header) -> str | None:
 
 def unused(model: Any, where: object, stored: Mapping[str, tuple[str, Header]]) -> dict[str, str]:
     """Return the tensors of a checkpoint that are of no use, each with the reason; every other one has its place.
-
 
     Args:
         model: bare transformers model, on any device.

@@ -78,7 +78,6 @@ def train(
 def evaluate(recipe: RecipeLike, *, artifact: str | Path | None = None) -> EvaluationResult:
     """Return loss and perplexity over the recipe's evaluation data.
 
-
     Args:
         artifact: PEFT or model directory, or ``base`` for the model without an adapter; by default the run's result.
 

@@ -87,7 +87,6 @@ def key_of(facts: Any) -> str:
 def remembered(folder: str, facts: Any, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the answer to a question that depends on ``facts`` alone; asked once on this machine.
 
-
     Args:
         folder: of the cache, in which the answer is kept.
         ask: gives plain values.

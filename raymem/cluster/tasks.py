@@ -33,7 +33,6 @@ def ray_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[R
 def function_of(function: Callable[[Item], Result], item: Item, kinds: Mapping[str, Mapping[str, str]]) -> Result:
     """Make one call, under a name: Ray cannot make a task of a ``functools.partial``.
 
-
     Args:
         kinds: what the driver has registered.
     """

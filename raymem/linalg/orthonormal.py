@@ -17,7 +17,6 @@ _TINY = torch.finfo(torch.float32).tiny
 def orthonormalize(tall_MK: torch.Tensor) -> torch.Tensor:
     """Return an orthonormal basis [M, K] of the columns of ``tall_MK``, in fp32.
 
-
     Householder QR on CPU, where it costs no more than anything else; two passes of Cholesky QR (Fukaya et al. 2014)
     on accelerators, which is matrix products only. Columns that depend on others (or are zero) give some orthonormal
     filling on CPU and vectors of norm up to one elsewhere; neither adds anything to a projection on the basis.
@@ -56,7 +55,6 @@ def cholesky(gram_KK: torch.Tensor) -> torch.Tensor:
 
 def whitening(gram_KK: torch.Tensor) -> torch.Tensor:
     """Return ``T`` [K, K], fp32, such that the columns of ``Y @ T`` are orthonormal where ``gram_KK = Y.T @ Y`` (fp64).
-
 
     This is how a matrix is orthonormalised that is never held whole, only streamed: its Gram matrix is the sum of
     those of its row blocks. Eigenvectors are used because they cannot fail. Directions with an eigenvalue below 1e-10

@@ -19,7 +19,6 @@ def row_sampled_qb(
     """Return factors of rank ``rank`` in the dtype of the matrix, from a sketch by randomly chosen rows of it (LoRAct,
     row-sampled QB): ``Q = orth(A (A_S)^T)``, ``A ~ Q (Q^T A)``.
 
-
     It works on the matrix or its transpose, whichever has fewer rows, so that only thin matrices of the short side are
     orthonormalised. Sampled rows are themselves orthonormalised where nothing else keeps half precision from losing
     the small directions: the sketch has the square of the matrix's condition.

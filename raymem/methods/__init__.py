@@ -10,7 +10,6 @@ from typing import Any
 def lazy_exports(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
     """Return a ``__getattr__`` for a method's package, which imports what it exports on first use.
 
-
     Reading a recipe needs a method's options only, and must not load torch.
 
     Args:

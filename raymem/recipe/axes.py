@@ -62,7 +62,6 @@ class Axis(Generic[KindT]):
     def __getitem__(self, name: str) -> KindT:
         """Return the kind of that name.
 
-
         Raises:
             RecipeError: there is none, or one of others cannot be imported, is none, or has another name.
         """

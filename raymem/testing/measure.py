@@ -92,7 +92,6 @@ def heap_in_use_bytes() -> int:
     """Return bytes that glibc malloc has handed out; the difference around a forward pass is what it saved for
     backward.
 
-
     Raises:
         OSError: the C library has no ``mallinfo2`` (glibc before 2.33, musl).
     """

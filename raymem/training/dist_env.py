@@ -108,7 +108,6 @@ class DistEnv:
 def shard(model: nn.Module, blocks: list[nn.Module], dist_env: DistEnv) -> None:
     """Shard the model by FSDP2: every transformer block is a unit; the rest (embeddings, head) belongs to the root.
 
-
     Works on meta parameters, so that no rank ever holds more than its shard.
     """
     from torch.distributed.device_mesh import init_device_mesh

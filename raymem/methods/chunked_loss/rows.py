@@ -16,7 +16,6 @@ FEWEST_ROWS = {"cpu": 16, "cuda": 128}
 def rows_per_chunk(vocabulary: int, bytes_per_logit: int, device: torch.device) -> int:
     """Return the number of positions of one chunk, a multiple of 16.
 
-
     Args:
         vocabulary: logits of one position.
         bytes_per_logit: all copies of a logit that are alive at once, together.

@@ -53,7 +53,6 @@ class GateFunction(torch.autograd.Function):
 def is_gated_mlp(module: nn.Module) -> bool:
     """Say whether a module computes ``down_proj(silu(gate_proj(x)) * up_proj(x))``, found by trying its class out.
 
-
     The projections are replaced by small ones for that, so that it does not matter what and where they are.
     """
     members = {name for name in _MEMBERS if hasattr(module, name)}

@@ -98,7 +98,6 @@ def _normalised(
 def recognise(module: nn.Module, hidden_size: int) -> NormForm | None:
     """Return the formula of a norm over the hidden size, found by trying its class out; None if it is no such norm.
 
-
     Forward and backward pass of :class:`NormFunction` are compared with the stock module's on random input and random
     weights, so that it does not matter where the module's own are (meta device, sharded, quantised).
     """

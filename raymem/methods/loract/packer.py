@@ -243,7 +243,6 @@ def relative_error(matrix_TN: torch.Tensor, low_rank: LowRank) -> torch.Tensor:
 def key_of(tensor: torch.Tensor) -> Key:
     """Tell one saved value from every other: storage, place in it, layout, dtype and version.
 
-
     Views that differ only in how the leading dimensions are split are the same value, because autograd saves the input
     of a linear layer as two-dimensional view. Writes through ``.data`` do not count versions and are not seen.
     """

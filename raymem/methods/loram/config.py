@@ -77,7 +77,6 @@ class PruneOptions:
     def ratio_of(self, layer: int, num_layers: int) -> Fraction:
         """Return the exact ratio of one layer: decimals mean what they say (0.9 is nine tenths, not the nearest float).
 
-
         Raises:
             RecipeError: ``layer_ratios`` is for a model of another depth.
         """

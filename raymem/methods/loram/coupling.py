@@ -118,7 +118,6 @@ class Family:
 def couple(config: Any) -> Coupling:
     """Return the coupling of a transformers config.
 
-
     Raises:
         ModelError: the architecture is not among :data:`FAMILIES`.
     """
@@ -128,7 +127,6 @@ def couple(config: Any) -> Coupling:
 
 def family_of(config: Any) -> Family:
     """Return the family of a transformers config.
-
 
     Raises:
         ModelError: the architecture is not among :data:`FAMILIES`.

@@ -71,7 +71,6 @@ class Manifest:
 def read_manifest(directory: str | Path, *, with_weights: bool = True) -> Manifest:
     """Return the manifest of a pruned model, or (``with_weights=False``) of an adapter.
 
-
     Raises:
         ModelError: there is none, it is unreadable, of another format, or not as it was written; weight files are
             missing or cut short.

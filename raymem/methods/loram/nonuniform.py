@@ -54,7 +54,6 @@ def without_counts(config: Any) -> Any:
 def counts_of(config: Any) -> dict[int, dict[str, int]]:
     """Return the counts that :func:`with_counts` wrote; empty for a model that is not pruned.
 
-
     Raises:
         ModelError: somebody has changed them.
     """
@@ -104,7 +103,6 @@ def from_config(config: Any, **options: Any) -> Any:
 def load_pruned(directory: str | Path, **options: Any) -> Any:
     """Return ``AutoModelForCausalLM.from_pretrained`` for a pruned model.
 
-
     Args:
         directory: what :func:`raymem.methods.loram.prune_model` wrote, or such a model saved again.
         options: as of ``from_pretrained`` (``dtype``, ``device_map``, ``quantization_config``, ...).
@@ -123,7 +121,6 @@ def load_pruned(directory: str | Path, **options: Any) -> Any:
 
 def read_config(directory: str | Path) -> Any:
     """Return the transformers config of a model directory.
-
 
     Raises:
         ModelError: it cannot be read, or the model is quantised.

@@ -141,7 +141,6 @@ def recover_adapter(
 def recover_factor(tensor: torch.Tensor, factor: str, axis: Axis | None) -> torch.Tensor:
     """Return one LoRA factor in full size.
 
-
     Args:
         tensor: ``lora_A`` [r, in], ``lora_B`` [out, r] or the bias [out] of ``lora_B``, of the pruned layer.
         factor: "A" or "B".
@@ -155,7 +154,6 @@ def recover_factor(tensor: torch.Tensor, factor: str, axis: Axis | None) -> torc
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
     """Return ``adapter_config.json`` of a PEFT LoRA or MoRAM.
-
 
     Raises:
         ModelError: there is none.

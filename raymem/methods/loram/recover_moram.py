@@ -59,7 +59,6 @@ def recover_moram(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Return tensors of the full model's adapter; one full weight is in memory at a time.
 
-
     Args:
         shapes: name -> shape of the pruned model's weights.
         full: the full model, whose weights identify the base that the adapter asks for.

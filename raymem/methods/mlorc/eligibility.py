@@ -12,7 +12,6 @@ import torch
 def is_compressed(name: str, shape: torch.Size, group: Mapping[str, Any]) -> bool:
     """Say whether the moments of a parameter are held as factors: a matrix whose shorter side has ``min_dim`` or more.
 
-
     Args:
         shape: shape of the whole parameter, over all ranks.
         group: its parameter group; ``rank: None`` leaves all of the group as it is.

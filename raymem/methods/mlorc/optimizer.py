@@ -80,7 +80,6 @@ class MLorcOptimizer(torch.optim.Optimizer, abc.ABC):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step from the gradients that are there; parameters without one are left alone.
 
-
         Raises:
             NonFiniteError: a gradient with NaN or infinity; nothing has been changed.
             ValueError: a sparse gradient; nothing has been changed.

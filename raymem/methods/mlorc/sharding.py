@@ -32,7 +32,6 @@ def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
 def zero_factors(parameter: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return factors [M, R] and [R, N] of a zero matrix, spread as the parameter [M, N] is.
 
-
     Rows of the left one lie with the parameter's rows, the right one is whole on every rank.
 
     Raises:

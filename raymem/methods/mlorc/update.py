@@ -77,7 +77,6 @@ class Momentum:
     ) -> StreamingSketch:
         """Return the sketch along last step's directions and the fresh ones.
 
-
         Before the first step there are none; passes over the gradient find some, by power iteration.
 
         Args:
@@ -102,7 +101,6 @@ class Momentum:
 
 def _test_matrix(right_RN: torch.Tensor, fresh_NP: torch.Tensor) -> torch.Tensor:
     """Return columns [N, K] of length one: known directions, and fresh ones orthogonal to them.
-
 
     Along what is known already the fresh columns would all see the same large singular values, and what is new would
     drown in rounding errors.

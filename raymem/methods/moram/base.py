@@ -119,7 +119,6 @@ def compute_dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
 def fan(layer: nn.Module) -> tuple[int, int]:
     """Return (outputs, inputs) of a linear layer.
 
-
     Raises:
         AdapterError: it is no linear layer.
     """
@@ -141,7 +140,6 @@ _ROW_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 @torch.no_grad()
 def fingerprint(layer: nn.Module) -> torch.Tensor:
     """Identify the stored bits of a layer's weight; collective for sharded weights.
-
 
     Integer sums are exact in any order (they wrap around), so every device, thread count and sharding finds the same.
 

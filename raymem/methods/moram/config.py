@@ -20,7 +20,6 @@ DEFAULT_DENSITY = 0.03
 def check_sizes(rank: int, k: int | None, density: float | None, alpha: float, *, rank_name: str = "rank") -> None:
     """Check the rules that a recipe and a PEFT config share.
 
-
     Raises:
         ValueError: names the option, its value, the rule and the cure.
     """
@@ -38,7 +37,6 @@ def check_sizes(rank: int, k: int | None, density: float | None, alpha: float, *
 
 def connections(k: int | None, density: float | None, fan_in: int, layer: str) -> int:
     """Return how many connections every output of a layer with ``fan_in`` inputs keeps (at least one).
-
 
     Raises:
         ValueError: ``k`` is more than the layer has inputs; ``where`` names the layer.

@@ -24,7 +24,6 @@ def rows_at_once(row_bytes: int, chunk_bytes: int = _ROWS_AT_ONCE_BYTES) -> int:
 def top_columns(score_OI: torch.Tensor, k: int) -> torch.Tensor:
     """Return the ``k`` columns of highest score of every row; of equal scores the leftmost ones.
 
-
     Args:
         score_OI: any real dtype, no NaN.
 
@@ -83,7 +82,6 @@ def pack_indices(index_OK: torch.Tensor, inputs: int) -> torch.Tensor:
 
 def unpack_indices(packed: torch.Tensor, k: int, inputs: int) -> torch.Tensor:
     """Return the inverse of :func:`pack_indices`.
-
 
     Returns:
         int32 [O, K] on the device of ``packed``.

@@ -146,7 +146,6 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """Compute what the base layer does, with the update: [..., I] -> [..., O].
 
-
         Raises:
             AdapterError: an active adapter has no connections yet.
         """
@@ -200,7 +199,6 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def selected_delta(self, name: str) -> torch.Tensor:
         """Return the update at the selected places [O, K], in fp32 at least.
-
 
         Raises:
             AdapterError: the adapter has no connections yet.
@@ -275,7 +273,6 @@ def layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str,
 
 def check_bases(recorded: dict[str, torch.Tensor], adapted: list[tuple[str, MoRAMLinear]]) -> None:
     """Do :meth:`MoRAMLinear.check_base` for all layers; warn once of those that cannot be compared.
-
 
     Args:
         recorded: layer name -> int64 [3].

@@ -43,7 +43,6 @@ def choose_formulation(
 ) -> Chosen:  # fmt: skip
     """Return the faster formulation for a layer, or the one with the smaller temporaries.
 
-
     Args:
         density: K / I.
         dtype: in which the layer multiplies.
@@ -252,7 +251,6 @@ def sampled_dots(grad_TO: torch.Tensor, x_TI: torch.Tensor, index_OK: torch.Tens
 
 def row_dots(left_OT: torch.Tensor, right_IT: torch.Tensor, index_OK: torch.Tensor) -> torch.Tensor:
     """Return <left_i, right_{J_ik}> [O, K], in the dtype of both.
-
 
     The kernel is the one behind the gradient of ``F.embedding_bag``'s per-sample weights, with every row of
     ``index_OK`` as a bag. It sums low-precision products in fp32.

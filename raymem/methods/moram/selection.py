@@ -176,7 +176,6 @@ def _deaf(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _best(score_OI: torch.Tensor, k: int, name: str) -> torch.Tensor:
     """Return columns of highest score over all ranks. Collective.
 
-
     Raises:
         AdapterError: a gradient that cannot rank anything.
     """

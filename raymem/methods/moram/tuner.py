@@ -28,7 +28,6 @@ SUPPORTED_PEFT = "0.21"
 def _extend_peft(name: str) -> Any:
     """Add a new member to PEFT's enum of methods.
 
-
     Raises:
         ImportError: another release of PEFT.
     """
@@ -128,7 +127,6 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
     def _get_adapter_state_dict(cls, model: nn.Module, adapter_name: str, **options: Any) -> dict[str, torch.Tensor]:
         """Return PEFT's choice of tensors, with packed indices.
 
-
         Raises:
             AdapterError: a layer has no connections yet.
         """
@@ -152,7 +150,6 @@ class MoRAMModel(BaseTuner):  # type: ignore[misc]
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Return the tensors of a file under the names of the model, indices unpacked.
-
 
         Raises:
             AdapterError: the file is for layers of another shape, is incomplete or damaged, or was trained on other
@@ -195,7 +192,6 @@ def model_state(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Return tensors of an adapter's file under the names of a model that has the adapter attached. Collective if
     sharded.
-
 
     Raises:
         AdapterError: the file does not belong to this model; see :meth:`MoRAMModel._remap_adapter_state_dict_for_load`.

@@ -73,7 +73,6 @@ Turn = tuple[dict[str, Any], bool]
 def resolve_format(source: Source, first_row: Row, where: str) -> Format:
     """Return the format of a source: as the recipe says, or, for ``auto``, by the columns of its first row.
 
-
     Raises:
         DataError: ``columns`` names a column that does not exist, or the columns fit no format.
     """
@@ -104,7 +103,6 @@ def resolve_format(source: Source, first_row: Row, where: str) -> Format:
 
 def to_example(row: Row, row_format: Format, columns: dict[str, str], where: str, *, calls: bool = True) -> Example:
     """Return one row as an example.
-
 
     Args:
         calls: the chat template reads ``tool_calls``; otherwise a function call stays as it is written.

@@ -46,7 +46,6 @@ def is_learned(turn: dict[str, Any]) -> bool:
 def message(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
     """Return a turn with role and content, without marks and nulls; ``content`` is a string, or None beside tool calls.
 
-
     Args:
         calls: give a call in the layout of before tools, ``function_call``, as ``tool_calls``.
 
@@ -76,7 +75,6 @@ def message(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
 def text_of(parts: list[Any], where: str) -> str:
     """Return the text of a list of parts, one after the other.
 
-
     Raises:
         DataError: a part is no text; begins with ``where``.
     """
@@ -98,7 +96,6 @@ def text_of(parts: list[Any], where: str) -> str:
 
 def sharegpt(turn: Any, where: str, *, calls: bool = True) -> dict[str, Any]:
     """Return a turn with from and value as :func:`message` has it.
-
 
     Args:
         calls: give a function call as ``tool_calls``; otherwise as the text that it is written in.
@@ -176,7 +173,6 @@ def schemas(value: Any, where: str) -> list[dict[str, Any]] | None:
     """Return a ``tools`` column: a list of schemas, the JSON text of one, or a list of such texts; None where it is
     empty.
 
-
     Raises:
         DataError: it is none of these; begins with ``where``.
     """
@@ -194,7 +190,6 @@ def schemas(value: Any, where: str) -> list[dict[str, Any]] | None:
 
 def history(value: Any, where: str) -> list[dict[str, Any]]:
     """Return a ``history`` column, pairs of what the user and the assistant said before, as turns.
-
 
     Raises:
         DataError: it is something else; begins with ``where``.

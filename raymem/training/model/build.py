@@ -247,7 +247,6 @@ def tokenizer_path(recipe: Recipe, dist_env: DistEnv | None = None) -> str:
 def on_meta(config: Any, recipe: Recipe) -> Any:
     """Return the bare model without weights, tied ones joined.
 
-
     Raises:
         ModelError: it cannot be built.
     """

@@ -142,7 +142,6 @@ def open_job(
 def is_committed(job: PruneJob) -> bool:
     """Say whether the result is there.
 
-
     Raises:
         ModelError: something else is there.
     """

@@ -62,7 +62,6 @@ class LayerwiseModel:
     def embed(self, ids_nT: torch.Tensor) -> torch.Tensor:
         """Return the input of the first layer, [n, T, H].
 
-
         Reads everything outside the layers but the output head; :meth:`drop_rest` forgets it.
         """
         self._fill(self._without(self._model.get_output_embeddings()))

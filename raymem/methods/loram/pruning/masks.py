@@ -23,7 +23,6 @@ _DAMPING = 0.01
 def magnitude_mask(weight_OI: torch.Tensor, structure: Structure, ratio: Fraction) -> torch.Tensor:
     """Return which weights stay, bool [O, I]: the largest of each n:m block, or of the whole layer.
 
-
     Raises:
         ModelError: the inputs do not divide into blocks.
     """
@@ -37,7 +36,6 @@ def wanda_mask(
     weight_OI: torch.Tensor, square_sums_I: torch.Tensor, structure: Structure, ratio: Fraction
 ) -> torch.Tensor:
     """Return which weights stay, bool [O, I], by abs(w) times the norm of its input (arXiv 2306.11695, eq. (1)).
-
 
     Compared inside each n:m block or each output row.
 
@@ -55,7 +53,6 @@ def wanda_mask(
 
 def sparsegpt(weight_OI: torch.Tensor, gram_II: torch.Tensor, structure: Structure, ratio: Fraction) -> torch.Tensor:
     """Return the weights [O, I] in fp32 after SparseGPT (arXiv 2301.00774, algorithm 1): zeros, the others moved.
-
 
     Blocks of 128 columns, damping of 1 % of the mean diagonal, as its authors' code. Memory: about three fp32 matrices
     [I, I] beside the weight.

@@ -111,7 +111,6 @@ def plan_pruning(config: Any, options: PruneOptions) -> Plan:
 def kept_units(group: Group, ratio: Fraction, round_to: int, layer: int) -> int:
     """Return units that stay: the paper rounds shared KV groups up and single heads and neurons down.
 
-
     Raises:
         RecipeError: none would.
     """

@@ -31,7 +31,6 @@ def random_scores(group: Group, layer: int, seed: int) -> torch.Tensor:
 def magnitude_scores(group: Group, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return squared Frobenius norms [U] in fp64 of everything that belongs to each unit.
 
-
     Args:
         weights: member path -> weight [O, I] of any floating dtype.
     """
@@ -54,7 +53,6 @@ def wanda_scores(
     group: Group, weights: Mapping[str, torch.Tensor], square_sums: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """Return weights times input norms, summed: [U] in fp64.
-
 
     Args:
         weights: member path -> weight [O, I].

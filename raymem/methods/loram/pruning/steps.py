@@ -160,7 +160,6 @@ def memory_bytes(job: PruneJob, step: Step) -> int:
 def layerwise_model(job: PruneJob, device: torch.device | str = "cpu") -> LayerwiseModel:
     """Return the model that the steps of a calibrated criterion compute with.
 
-
     Raises:
         ModelError: the calibration file of the job is missing.
     """

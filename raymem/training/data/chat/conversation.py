@@ -84,7 +84,6 @@ class Chat:
         """Return the examples that a conversation gives, each in pieces of text; at least one, perhaps without a
         target.
 
-
         Raises:
             DataError: the template does not render this conversation; begins with ``where``.
             ModelError: the tokenizer has no chat template, or one that cannot be read.
@@ -204,7 +203,6 @@ class Chat:
     ) -> dict[int, _Said] | None:
         """Return the learned turns in a time linear in their number; None where that fails.
 
-
         An exchange is a user's turns and all that follows up to the next user's turn. Each is rendered behind the first
         one alone. If ``full`` is these renderings one after the other, and the last turn has also in full the prompt
         and the text that were found so, every turn is rendered the same whatever stands around it.
@@ -265,7 +263,6 @@ class Chat:
         self, turns: dict[int, _Said], full: str, begin: Callable[[int], str], length: int
     ) -> list[list[Piece]]:
         """Return examples of turns that continue one another.
-
 
         Args:
             full: the whole conversation of ``length`` turns.
