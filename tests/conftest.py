@@ -52,11 +52,15 @@ def _libraries_are_no_garbage() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _mlflow_leaves_nothing_behind() -> Iterator[None]:
-    """mlflow writes its tracking URI into the environment, where the runs of other modules would find it."""
-    before = {name: value for name, value in os.environ.items() if "MLFLOW" in name}
+def _environment_is_left_as_it_was() -> Iterator[None]:
+    """mlflow writes its tracking URI there, and raymem the token of its local Ray: other modules would use them."""
+
+    def theirs() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if "MLFLOW" in name or name.startswith("RAY_")}
+
+    before = theirs()
     yield
-    for name in [name for name in os.environ if "MLFLOW" in name and name not in before]:
+    for name in theirs().keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
 
