@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from raymem.cli.main import run_app
 from raymem.cluster.jobs.submit import submit
 from raymem.k8s.render import render
+from tests.helpers.jobs import jobs_sent
 from tests.helpers.manifests import needs_kubectl
 from tests.helpers.run_files import write_recipe
 
@@ -74,20 +74,7 @@ def test_no_command_writes_or_says_one(
 def test_a_job_is_sent_without_one(
     tmp_path: Path, llama: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent: list[dict[str, Any]] = []
-
-    class Client:
-        def get_address(self) -> str:
-            return "http://head"
-
-        def list_jobs(self) -> list[Any]:
-            return []
-
-        def submit_job(self, **arguments: Any) -> str:
-            sent.append(arguments)
-            return str(arguments["submission_id"])
-
-    monkeypatch.setattr("raymem.cluster.jobs.submit.connect_jobs", lambda address: Client())
+    sent = jobs_sent(monkeypatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     (tmp_path / "work").mkdir()
     recipe = write_recipe(tmp_path / "work" / "run.yaml", tmp_path, Path("/shared/model"), Path("/shared/data"))

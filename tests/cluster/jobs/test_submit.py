@@ -24,6 +24,7 @@ from raymem.cluster.jobs.client import connect_jobs
 from raymem.cluster.jobs.submit import COMMAND_METADATA, RUN_METADATA, follow_logs, status, stop, submit
 from raymem.cluster.jobs.upload import check_package, packaged_files
 from raymem.errors import ClusterError, RecipeError
+from tests.helpers.jobs import jobs_sent
 from tests.helpers.ray_processes import RayHead
 from tests.helpers.support import make_recipe
 
@@ -492,20 +493,7 @@ def test_what_the_command_line_sends(
 ) -> None:
     from raymem.cli.main import run_app
 
-    sent: list[dict[str, Any]] = []
-
-    class Client:
-        def get_address(self) -> str:
-            return "http://head"
-
-        def list_jobs(self) -> list[Any]:
-            return []
-
-        def submit_job(self, **arguments: Any) -> str:
-            sent.append(arguments)
-            return str(arguments["submission_id"])
-
-    monkeypatch.setattr("raymem.cluster.jobs.submit.connect_jobs", lambda address: Client())
+    sent = jobs_sent(monkeypatch)
     monkeypatch.chdir(project)
     space = "adapter.rank: {type: choice, choices: [2, 4]}\n"
     (project / "mine.yaml").write_text(space)
