@@ -18,10 +18,14 @@ import raymem
 PRELOADED = "raymem.testing.preloaded"
 
 
-def start_server() -> ForkServerContext:
-    """Let the server of :func:`in_processes` begin its imports; they go on in the background."""
+def start_server(preloaded: str = PRELOADED) -> ForkServerContext:
+    """Let the server that forks processes begin its imports; they go on in the background.
+
+    Args:
+        preloaded: the module that it imports; a server that runs keeps its own.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([PRELOADED])
+    context.set_forkserver_preload([preloaded])
     before = os.environ.get("PYTHONPATH")
     # The server is not told sys.path and skips what it cannot find.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(raymem.__file__).parents[1]), *([before] if before else [])])

@@ -23,11 +23,11 @@ import yaml
 
 from raymem.recipe.load import parse_recipe
 from raymem.storage.storage import Storage
-from raymem.testing.processes import in_processes
+from raymem.testing.processes import in_processes, start_server
 from raymem.testing.tiny import save_tiny_model, write_examples
 from tests.faults.cases import NAME, Case
 from tests.faults.nodes import Cluster
-from tests.faults.sessions import Session, Spec, start_server
+from tests.faults.sessions import PRELOADED, Session, Spec
 from tests.helpers.ray_processes import free_ports
 from tests.helpers.runs import train_here
 
@@ -186,7 +186,7 @@ def open_arena(
 ) -> Iterator[Arena]:
     """Start what rounds need. Everything ends with the block."""
     can_mount = own_mounts and take_own_mounts()
-    start_server()
+    start_server(PRELOADED)
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="raymem-faults-"))

@@ -14,11 +14,12 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+PRELOADED = "tests.faults.preloaded"
+"""What the server imports that forks sessions."""
 MARK = "RAYMEM_FAULTS_ROUND"
 """Environment variable that tells which round a process belongs to."""
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "os.truncate"}
@@ -52,22 +53,6 @@ class Spec:
     shims: tuple[tuple[str, dict[str, Any]], ...] = ()
     """Functions of :mod:`tests.faults.shims` with their options, called before the command begins."""
     uid: int | None = None
-
-
-def start_server() -> None:
-    """Let the server that forks sessions begin its imports; they go on in the background."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.preloaded"])
-    before = os.environ.get("PYTHONPATH")
-    # The server is not told sys.path and skips what it cannot find.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), before]))
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 @dataclass

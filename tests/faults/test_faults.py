@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from raymem.testing.processes import start_server
 from tests.faults.arena import Arena
 from tests.faults.cases import NAME, Case
 from tests.faults.fault import Fault
@@ -17,7 +18,7 @@ from tests.faults.kinds.processes import DriverStopped
 from tests.faults.kinds.storage import NoLargeFiles
 from tests.faults.report import write_report
 from tests.faults.rounds import Record, Round, run_round
-from tests.faults.sessions import Moment, Session, start_server
+from tests.faults.sessions import PRELOADED, Moment, Session
 
 CASE = Case("lora", 0)
 
@@ -25,7 +26,7 @@ CASE = Case("lora", 0)
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     """Without Ray, object store and mounts."""
-    start_server()
+    start_server(PRELOADED)
     made = Arena(tmp_path_factory.mktemp("faults"))
     made.build()
     return made
