@@ -15,7 +15,7 @@ from pathlib import Path
 
 from raymem.errors import RaymemError, StorageError
 from raymem.storage.inside import is_inside
-from raymem.storage.publish import file_sha256
+from raymem.storage.publish import compared_sha256, file_sha256
 from raymem.storage.safetensors_io import atomic_file
 
 CHECKSUMS = "raymem.sha256"
@@ -23,9 +23,6 @@ _LINE = re.compile(r"(?P<sha256>[0-9a-f]{64})  (?P<name>[^\0\n]+)")
 _WEIGHTS = ".safetensors"
 _SHOWN = 12
 _LIMIT_BYTES = 16 << 20
-
-_good: set[tuple[str, str, int, int, int]] = set()
-"""Files that this process has compared, as they were then: reading them once is enough."""
 
 
 def write_checksums(directory: Path, known: Mapping[str, str] | None = None) -> None:
@@ -87,13 +84,9 @@ def difference(directory: str | Path, *, weights: bool = True) -> str | None:
             continue
         path = directory / name
         try:
-            facts = path.stat()
-            if not stat.S_ISREG(facts.st_mode):
+            if not stat.S_ISREG(path.stat().st_mode):
                 return f"{name} is listed in {CHECKSUMS} but is no file"
-            state = (str(path), expected, facts.st_ino, facts.st_mtime_ns, facts.st_size)
-            if state in _good:
-                continue
-            actual = file_sha256(path)
+            actual = compared_sha256(path, expected)
         except OSError as problem:
             return f"{name} is listed in {CHECKSUMS} but cannot be read ({problem.strerror})"
         if actual != expected:
@@ -101,7 +94,6 @@ def difference(directory: str | Path, *, weights: bool = True) -> str | None:
                 f"{name} is not as raymem wrote it (SHA-256 {actual[:_SHOWN]}..., {CHECKSUMS} says "
                 f"{expected[:_SHOWN]}...)"
             )
-        _good.add(state)
     return None
 
 

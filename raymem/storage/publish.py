@@ -39,6 +39,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_good: set[tuple[str, str, int, int, int]] = set()
+"""Files whose bytes this process has compared with a digest, as they were then: reading them once is enough."""
+
+
+def compared_sha256(path: Path, expected: str) -> str:
+    """Return the hex SHA-256 of a file; one that this process has found to be ``expected`` is not read again."""
+    facts = path.stat()
+    state = (str(path), expected, facts.st_ino, facts.st_mtime_ns, facts.st_size)
+    if state in _good:
+        return expected
+    if (actual := file_sha256(path)) == expected:
+        _good.add(state)
+    return actual
+
+
 def seal(raw: dict[str, Any]) -> dict[str, Any]:
     """Return a manifest with the SHA-256 of all its other values, which every later schema writes in the same way."""
     values = json.loads(json.dumps({key: value for key, value in raw.items() if key != "sha256"}))
@@ -92,24 +107,16 @@ class _Damaged(Exception):
     """A directory is not as it was written: the file, and what is wrong with it."""
 
 
-_good: set[tuple[Any, ...]] = set()
-"""Directories whose bytes this process has checked, as they were then: reading them once is enough."""
-
-
 def _read_whole(directory: Path) -> dict[str, Any]:
     """Return the manifest of a directory whose every byte is as it was written. Raises _Damaged."""
     manifest = read_manifest(directory)
     if manifest is None:
         raise _Damaged(f"{MANIFEST} or a file's size is not as it was written")
-    stats = [(directory / name).stat() for name in manifest["files"]]
-    state = (str(directory), manifest.get("sha256"), *((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
-    if state not in _good:
-        for name, entry in manifest["files"].items():
-            if "sha256" not in entry:
-                raise _Damaged(f"{MANIFEST} lists {name} without its SHA-256")
-            if (actual := file_sha256(directory / name)) != entry["sha256"]:
-                raise _Damaged(f"{name} has SHA-256 {actual}, its manifest says {entry['sha256']}")
-        _good.add(state)
+    for name, entry in manifest["files"].items():
+        if "sha256" not in entry:
+            raise _Damaged(f"{MANIFEST} lists {name} without its SHA-256")
+        if (actual := compared_sha256(directory / name, entry["sha256"])) != entry["sha256"]:
+            raise _Damaged(f"{name} has SHA-256 {actual}, its manifest says {entry['sha256']}")
     return manifest
 
 
