@@ -39,7 +39,6 @@ RUNTIME_BYTES = 4 << 30
 """... plus this: Ray's daemons, Python and torch (2 GiB), and shared memory, which counts as the Pod's (2 GiB)."""
 
 _GIB = 1 << 30
-_MIB = 1 << 20
 _JOB = "raymem-finetune"
 _WORKERS = "/spec/rayClusterSpec/workerGroupSpecs/0"
 _HEAD = "/spec/rayClusterSpec/headGroupSpec/template"
