@@ -111,6 +111,7 @@ def test_a_start_that_takes_too_long_is_tried_again(base: Path, monkeypatch: pyt
     assert list(base.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.skipif(shutil.which("ss") is None, reason="ss (iproute2) is not on the PATH")
 def test_it_listens_on_loopback_only_wants_a_token_and_leaves_nothing(

@@ -52,6 +52,7 @@ def undisturbed(llama: Path, examples: Path, tmp_path_factory: pytest.TempPathFa
     return (disk / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_its_bucket_is_back(
     proxy: FaultyProxy, s3_uri: str, llama: Path, examples: Path, tmp_path: Path, undisturbed: bytes,
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,

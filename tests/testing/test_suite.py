@@ -56,6 +56,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 def test_a_lost_state_and_a_moving_base_fail(tmp_path: Path) -> None:
     """In a folder that knows nothing of raymem's own tests."""
     (tmp_path / "test_mine.py").write_text(PATCHED)

@@ -572,6 +572,7 @@ def test_unknown_job(ray_head: RayHead, login: Callable[..., None], monkeypatch:
         follow_logs(connect_jobs(ray_head.dashboard), "raymem-none")
 
 
+@pytest.mark.slow  # tests/e2e/test_installed.py sends jobs in the default tier
 def test_a_job_from_start_to_end(
     ray_head: RayHead,
     login: Callable[..., None],
