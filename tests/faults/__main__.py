@@ -47,7 +47,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="rounds at a time; of those on Ray there is one at a time")
     parser.add_argument("--kinds", nargs="*", choices=sorted(KINDS), help="only these faults")
     parser.add_argument("--work", type=Path, default=Path("/tmp/raymem-faults"), help="folder of the runs")
-    parser.add_argument("--local", action="store_true", help="no rounds on Ray")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--local", action="store_true", help="no rounds on Ray")
+    where.add_argument("--on-ray", action="store_true", help="of these seeds, only the rounds on Ray")
     parser.add_argument("--report", type=Path, help="Markdown file to write")
     asked = parser.parse_args()
     # Read by the libraries of every process that is started below; one BLAS thread makes sums repeatable.
@@ -61,7 +63,7 @@ def main() -> int:
         if not arena.can_mount:
             print("no mounts of its own: faults of mounted storage are left out", flush=True)
         done = {raw["seed"] for raw in read_records(records)}
-        _soak([seed for seed in seeds if seed not in done], kinds, arena, asked.jobs, records)
+        _soak([seed for seed in seeds if seed not in done], kinds, arena, asked, records)
     ours = [raw for raw in read_records(records) if raw["seed"] in seeds]
     print(Counter(raw["outcome"] for raw in ours))
     if asked.report:
@@ -69,7 +71,9 @@ def main() -> int:
     return int(any(raw["outcome"] == "failed" for raw in ours))
 
 
-def _soak(seeds: list[int], kinds: Mapping[str, type[Fault]], arena: Arena, jobs: int, records: Path) -> None:
+def _soak(
+    seeds: list[int], kinds: Mapping[str, type[Fault]], arena: Arena, asked: argparse.Namespace, records: Path
+) -> None:
     """Play rounds in threads: one for those on Ray, the others for those of one process."""
     from tests.faults.rounds import draw_round, run_round
 
@@ -81,7 +85,10 @@ def _soak(seeds: list[int], kinds: Mapping[str, type[Fault]], arena: Arena, jobs
         except LookupError as error:
             print(f"{seed}: left out: {error}", flush=True)
             continue
-        (on_ray if case.workers else local).put(seed)
+        if case.workers:
+            on_ray.put(seed)
+        elif not asked.on_ray:
+            local.put(seed)
     lock = threading.Lock()
 
     def play(waiting: queue.SimpleQueue[int], *, again: bool = False) -> None:
@@ -117,12 +124,12 @@ def _soak(seeds: list[int], kinds: Mapping[str, type[Fault]], arena: Arena, jobs
             except (Exception, pytest.fail.Exception) as error:
                 print(f"the cluster is started again: {error}", flush=True)
 
-    if jobs == 1:
+    if asked.jobs == 1:
         play(local)
         play_on_ray()
         return
     threads = [threading.Thread(target=play_on_ray, daemon=True)]
-    threads += [threading.Thread(target=play, args=(local,), daemon=True) for _ in range(jobs - 1)]
+    threads += [threading.Thread(target=play, args=(local,), daemon=True) for _ in range(asked.jobs - 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
