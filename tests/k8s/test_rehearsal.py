@@ -28,8 +28,7 @@ import psutil
 import pytest
 import yaml
 
-from raymem.k8s import render as k8s
-from raymem.k8s.render import render
+from raymem.k8s import checks, render
 from tests.helpers.ray_processes import RayHead, clean_environment, end_session, free_ports, wait_until_up
 from tests.helpers.runs import ray_recipe
 
@@ -109,19 +108,19 @@ class Pods:
 
 def manifests(recipe: Path, tmp_path: Path, tracking: str) -> Pods:
     """Render the recipe, put its ConfigMap where the entrypoint looks, and read the rest."""
-    rendered = render(recipe, overlay="cpu-demo", workers="2", cpus=1, worker_memory="1Gi")
+    rendered = render.render(recipe, overlay="cpu-demo", workers="2", cpus=1, worker_memory="1Gi")
     found = list(yaml.safe_load_all(rendered.manifests))
     (job,) = [d for d in found if d["kind"] == "RayJob"]
     (server,) = [d for d in found if d["kind"] == "Deployment"]
     settings = {d["metadata"]["name"]: d["data"] for d in found if d["kind"] == "ConfigMap"}
-    Path(k8s.RECIPE_FILE).parent.mkdir(exist_ok=True)
-    Path(k8s.RECIPE_FILE).write_text(settings["rehearsal-recipe"]["recipe.yaml"])
+    Path(render.RECIPE_FILE).parent.mkdir(exist_ok=True)
+    Path(render.RECIPE_FILE).write_text(settings["rehearsal-recipe"]["recipe.yaml"])
     (mlflow,) = server["spec"]["template"]["spec"]["containers"]
     port = tracking.rpartition(":")[2]
     here = {"--port=5000": f"--port={port}", "--host=0.0.0.0": "--host=127.0.0.1"}
     arguments = [here.get(a, a).replace("/mlflow/", f"{tmp_path}/mlflow/") for a in mlflow["args"]]
     environment = {
-        name: value.replace("/shared/", f"{k8s.MOUNT}/")
+        name: value.replace("/shared/", f"{checks.MOUNT}/")
         for name, value in {**settings["raymem-settings"], "MLFLOW_TRACKING_URI": tracking}.items()
     }
     cluster = job["spec"]["rayClusterSpec"]
@@ -244,8 +243,8 @@ def test_a_rendered_job(
     image: Image, home: Path, tmp_path: Path, llama: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = tmp_path / "shared"
-    monkeypatch.setattr(k8s, "MOUNT", str(shared))
-    monkeypatch.setattr(k8s, "RECIPE_FILE", str(tmp_path / "etc" / "recipe.yaml"))
+    monkeypatch.setattr(checks, "MOUNT", str(shared))
+    monkeypatch.setattr(render, "RECIPE_FILE", str(tmp_path / "etc" / "recipe.yaml"))
     shutil.copytree(llama, shared / "model")
     shutil.copytree(examples, shared / "data", ignore=shutil.ignore_patterns("cache"))
     steps = {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "eval_every": 100, "save_every": 4, "warmup": 0}

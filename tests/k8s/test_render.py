@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -11,11 +12,22 @@ import pytest
 import yaml
 
 from raymem.errors import ClusterError, RecipeError
-from raymem.k8s import render as k8s
-from raymem.k8s.render import GPU_PRODUCTS, MARGIN, MAX_NAME, RUNTIME_BYTES, memory_request_bytes, render
+from raymem.k8s.checks import CRON_SUFFIX, MAX_NAME
+from raymem.k8s.kustomize import to_yaml
+from raymem.k8s.overlays import GPU_PRODUCTS, OVERLAYS
+from raymem.k8s.render import MARGIN, RUNTIME_BYTES, memory_request_bytes, render
 from raymem.planner import plan_recipe
 from raymem.recipe.load import load_recipe
-from tests.helpers.manifests import cluster_specs, documents, needs_kubectl, of_kind, quantity, validate
+from tests.helpers.manifests import (
+    ROOT,
+    cluster_specs,
+    documents,
+    job_specs,
+    needs_kubectl,
+    of_kind,
+    quantity,
+    validate,
+)
 
 RECIPE: dict[str, Any] = {
     "model": {"name": "some/model"},
@@ -43,30 +55,47 @@ def made(recipe: Path, **arguments: Any) -> Any:
 # ---- what is filled in
 
 
+RUNS = {"loram": "loram run", "sweep": "sweep", "scheduled-evaluation": "evaluate"}
+"""Overlay -> the command that it runs, where that is not train."""
+
+
 @needs_kubectl
-@pytest.mark.parametrize("overlay", k8s.OVERLAYS)
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay(recipe: Path, overlay: str) -> None:
-    workers = "2-8" if overlay == "gpu-spot-elastic" else "4"
-    found = documents(made(recipe, overlay=overlay, workers=workers, image="reg.io:5000/me/raymem:1.2").manifests)
+    shape = OVERLAYS[overlay]
+    workers = "2-8" if shape.elastic else "4"
+    image, name = "reg.io:5000/me/raymem:1.2", "my-run-v1" if shape.job else "raymem-interactive"
+    rendered = made(recipe, overlay=overlay, workers=workers, image=image, gpu="L4" if shape.gpu is not False else None)
+    found = documents(rendered.manifests)
     for document in found:
         validate(document)
-    (job,) = of_kind(found, "RayJob")
-    assert job["metadata"]["name"] == "my-run-v1"
-    assert job["spec"]["entrypoint"] == "python -m raymem train /etc/raymem/recipe.yaml"
-    assert job["metadata"]["labels"]["raymem.io/run"] == "my-run-v1"
+    ray_objects = [d for d in found if d["kind"].startswith("Ray")]
+    assert [(d["kind"], d["metadata"]["name"]) for d in ray_objects] == [(shape.kind, name)]
+    assert (rendered.kind, rendered.name) == (shape.kind, name)
     assert "registry.example.com" not in yaml.safe_dump(found)
 
     ((_, cluster),) = cluster_specs(found)
     head, (group,) = cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
-    assert container["image"] == "reg.io:5000/me/raymem:1.2"
+    assert container["image"] == image
     assert container["resources"]["requests"] == container["resources"]["limits"]
     assert quantity(container["resources"]["requests"]["memory"]) == memory_request_bytes(10 << 30) == 15 << 30
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (overlay != "cpu-demo")
-    assert (group["minReplicas"], group["maxReplicas"]) == ((2, 8) if overlay == "gpu-spot-elastic" else (4, 4))
-    for template in (head, group["template"]):
-        assert template["metadata"]["labels"]["raymem.io/run"] == "my-run-v1"
+    if overlay != "cpu-demo":
+        assert group["template"]["spec"]["nodeSelector"]["nvidia.com/gpu.product"] == GPU_PRODUCTS["L4"]
+    assert (group["minReplicas"], group["maxReplicas"]) == ((2, 8) if shape.elastic else (4, 4))
+    advertised = group["rayStartParams"].get("resources")
+    assert (advertised is not None) == (overlay == "sweep")
+    if advertised is not None:
+        assert json.loads(json.loads(advertised)) == {"gpu_memory_mib": 22560}, "one shell takes the outer quotes"
+    if shape.job is None:
+        assert not [c for c in of_kind(found, "ConfigMap") if c["metadata"]["name"].endswith("-recipe")]
+        return
 
+    ((_, job),) = job_specs(found)
+    assert job["entrypoint"] == f"python -m raymem {RUNS.get(overlay, 'train')} /etc/raymem/recipe.yaml"
+    labelled = [ray_objects[0], head, group["template"], job["submitterPodTemplate"]]
+    assert {document["metadata"]["labels"]["raymem.io/run"] for document in labelled} == {"my-run-v1"}
     (settings,) = [c for c in of_kind(found, "ConfigMap") if c["metadata"]["name"] == "my-run-v1-recipe"]
     assert {"name": "recipe", "configMap": {"name": "my-run-v1-recipe"}} in head["spec"]["volumes"]
     mounts = head["spec"]["containers"][0]["volumeMounts"]
@@ -75,10 +104,57 @@ def test_every_overlay(recipe: Path, overlay: str) -> None:
     inside.write_text(settings["data"]["recipe.yaml"])
     loaded = load_recipe(inside)
     assert loaded.name == "my_Run.v1"  # the run keeps its name, and so its checkpoints
-    assert loaded.scaling.num_workers == ((2, 8) if overlay == "gpu-spot-elastic" else 4)
+    own = 1 if overlay == "sweep" else 4
+    assert loaded.scaling.num_workers == ((2, 8) if overlay == "gpu-spot-elastic" else own)
     assert loaded.scaling.use_gpu == (overlay != "cpu-demo")
     assert loaded.scaling.resources_per_worker is not None
     assert loaded.scaling.resources_per_worker["CPU"] <= float(container["resources"]["limits"]["cpu"])
+
+
+@needs_kubectl
+def test_a_cluster_that_stays_grows_from_none_and_a_nightly_job_may_have_gpus(recipe: Path) -> None:
+    ((_, cluster),) = cluster_specs(documents(made(recipe, overlay="interactive", workers="6").manifests))
+    (group,) = cluster["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (0, 0, 6)
+    assert "nvidia.com/gpu" not in group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert made(recipe, overlay="interactive", name="team").name == "team"
+    on_a_bucket = {"overlay": "scheduled-evaluation", "overrides": ["storage.path=s3://bucket/runs"], "gpu": "T4"}
+    found = documents(made(recipe, **on_a_bucket).manifests)
+    for document in found:
+        validate(document)
+    assert "raymem-shared" not in yaml.safe_dump(found)
+    ((_, cluster),) = cluster_specs(found)
+    assert cluster["workerGroupSpecs"][0]["template"]["spec"]["nodeSelector"]["nvidia.com/gpu.product"] == "Tesla-T4"
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", ["gpu-spot-elastic", "interactive"])
+def test_a_namespace_and_a_storage_class_of_ones_own(recipe: Path, overlay: str) -> None:
+    found = documents(made(recipe, overlay=overlay, namespace="team-a", storage_class="nfs.csi").manifests)
+    for document in found:
+        validate(document)
+    (namespace,) = of_kind(found, "Namespace")
+    assert namespace["metadata"]["name"] == "team-a"
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert {d["metadata"].get("namespace") for d in found if d is not namespace} == {"team-a"}
+    classes = {
+        claim["metadata"]["name"]: claim["spec"].get("storageClassName")
+        for claim in of_kind(found, "PersistentVolumeClaim")
+    }
+    assert classes == {"raymem-shared": "nfs.csi", "raymem-mlflow": None}
+    assert "raymem.svc" not in yaml.safe_dump(found), (
+        "the tracking server is reached by a name with the namespace in it"
+    )
+
+
+@needs_kubectl
+def test_the_recipe_can_be_read_in_the_manifests(recipe: Path) -> None:
+    for only_job in (False, True):
+        text = made(recipe, only_job=only_job).manifests
+        assert "\n  recipe.yaml: |\n    name: my_Run.v1\n" in text
+        assert text.endswith("\n") and not text.endswith("\n\n")
+    prompt = "two lines\nand: 'a quote', \\t and ümlauts\n\n"
+    assert yaml.safe_load(to_yaml({"a": prompt, "b": "x" * 500})) == {"a": prompt, "b": "x" * 500}
 
 
 @needs_kubectl
@@ -129,7 +205,7 @@ def test_runs_on_an_object_store_have_no_shared_volume(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("planned_here")
 def test_the_memory_request_is_the_figure_with_its_margin() -> None:
     overrides = ["storage.path=/shared/runs", "scaling.num_workers=2"]
-    path = Path(k8s.__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml"
+    path = ROOT / "jobs" / "recipes" / "quickstart.yaml"
     done = render(path, overlay="cpu-demo", overrides=overrides)
     assert done.figure_bytes == plan_recipe(load_recipe(path, overrides)).capacity_bytes
     assert done.request_bytes >= done.figure_bytes * MARGIN + RUNTIME_BYTES
@@ -142,8 +218,22 @@ def test_the_memory_request_is_the_figure_with_its_margin() -> None:
 @pytest.mark.usefixtures("planned_here")
 def test_a_model_that_is_not_here_needs_a_figure(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", model={"name": "/shared/models/big"})
-    with pytest.raises(ClusterError, match=r"cannot be planned here .*big does not exist.*--worker-memory, for"):
+    with pytest.raises(
+        ClusterError, match=r"cannot be planned here .*big does not exist.*--model-config, or say.*--worker-memory"
+    ):
         render(path, overlay="gpu")
+
+
+@needs_kubectl
+@pytest.mark.usefixtures("planned_here")
+def test_the_config_of_a_model_that_cannot_be_downloaded_is_enough(tmp_path: Path, llama: Path) -> None:
+    path = write(tmp_path / "a.yaml", model={"name": "some/model", "revision": "main"})
+    for given in (llama / "config.json", llama):
+        figure = render(path, overlay="cpu-demo", model_config=given).figure_bytes
+        here = load_recipe(write(tmp_path / "b.yaml", model={"name": str(llama)}))
+        assert figure == plan_recipe(here).capacity_bytes
+    with pytest.raises(ClusterError, match=r"--model-config .*none: No such file or directory; give the config.json"):
+        render(path, overlay="gpu", model_config=tmp_path / "none")
 
 
 # ---- what is refused
@@ -152,7 +242,7 @@ def test_a_model_that_is_not_here_needs_a_figure(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"overlay": "gppu"}, r"--overlay gppu: is not one of cpu-demo, gpu, gpu-spot-elastic, kueue; choose"),
+        ({"overlay": "gppu"}, r"--overlay gppu: is not one of cpu-demo, gpu, .*, scheduled-evaluation; choose"),
         ({"command": "loram runn"}, r"--command loram runn: no command .*; did you mean 'loram run'\?"),
         ({"arguments": ["--fresh"]}, r"--fresh: each attempt of a RayJob would start over, .*; give the run another"),
         ({"gpu": "B300"}, r"--gpu B300: is not in the table \(T4, .*short: A100, H100"),
@@ -163,6 +253,21 @@ def test_a_model_that_is_not_here_needs_a_figure(tmp_path: Path) -> None:
         ({"name": "x" * (MAX_NAME + 1)}, rf"--name x+ has 48 characters, KubeRay allows {MAX_NAME}; give another"),
         ({"name": "Upper"}, r"--name Upper is not a name for Kubernetes .*give another one with --name"),
         ({"name": "1st"}, r"--name 1st is not a name for Kubernetes"),
+        (
+            {"overlay": "scheduled-evaluation", "name": "x" * 37},
+            rf"37 characters, KubeRay allows {MAX_NAME - CRON_SUFFIX}",
+        ),
+        (
+            {"overlay": "interactive", "command": "train"},
+            r"--command train: overlay interactive is a cluster that stays",
+        ),
+        ({"namespace": "Team"}, r"--namespace Team: is not a name for a namespace"),
+        ({"namespace": "n" * 64}, r"--namespace n+: is not a name"),
+        ({"storage_class": "a b"}, r"--storage-class a b: is not a name for a storage class; `kubectl get"),
+        (
+            {"storage_class": "nfs", "overrides": ["storage.path=s3://b/runs"]},
+            r"--storage-class nfs: storage\.path is s3://b/runs, so that there is no shared volume; leave it out",
+        ),
         ({"image": "raymem"}, r"--image raymem: needs a tag that stays"),
         ({"image": "host:5000/raymem"}, r"--image host:5000/raymem: needs a tag"),
         ({"image": "raymem:latest"}, r"--image raymem:latest: needs a tag that stays \(not latest\)"),
