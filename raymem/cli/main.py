@@ -14,6 +14,7 @@ import typer
 from raymem import __version__
 from raymem.cli import console, data, k8s, loram, plan, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
+from raymem.cli.results import evaluate, generate
 from raymem.cli.signals import say_and_exit, unwind_on_signals
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
@@ -107,58 +108,8 @@ def train(
 data.register(app)
 plan.register(app)
 sweep.register(app)
-
-
-@app.command()
-def evaluate(
-    recipe: RecipeFile,
-    set_: Overrides = [],  # noqa: B006
-    artifact: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="PEFT or model directory, or 'base'; by default the run's own result."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    verbose: Verbose = False,
-) -> None:
-    """Loss and perplexity on the recipe's evaluation data."""
-    console.log_to_stderr(verbose)
-    from raymem.recipe.load import load_recipe
-
-    loaded = load_recipe(recipe, set_)
-    from raymem.runs.evaluate import evaluate_recipe
-
-    result = evaluate_recipe(loaded, artifact)
-    if as_json:
-        typer.echo(
-            json.dumps({"artifact": result.artifact, **result.result.metrics, "num_targets": result.num_targets})
-        )
-        return
-    console.out.print(f"{result.artifact}")
-    console.out.print(
-        f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f} over {result.num_targets} target tokens"
-    )
-    for name, part in result.result.by_name.items():
-        console.out.print(
-            f"  {name}: loss {part.loss:.4f}, perplexity {part.perplexity:.2f} over {part.num_targets} target tokens"
-        )
-
-
-@app.command()
-def generate(
-    artifact: Annotated[str, typer.Argument(help="Adapter or model directory of a run.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-) -> None:
-    """Continue a text with what a run left."""
-    console.log_to_stderr(False)
-    from raymem.runs.artifacts import local_copy
-    from raymem.training.artifacts import load
-
-    text = sys.stdin.read() if prompt == "-" else prompt
-    with local_copy(artifact) as directory:
-        typer.echo(load.generate(directory, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+evaluate.register(app)
+generate.register(app)
 
 
 @app.command()
