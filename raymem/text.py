@@ -1,13 +1,30 @@
-"""Cuts what errors show: a value may be as long as the file that it stands in."""
+"""Makes texts fit to be shown: cut where they are long, without characters that a terminal obeys."""
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 _VALUE = 120
 _TEXT = 600
 MESSAGE = 3500
 """Characters of one error, all lines together."""
+
+
+_UNPRINTABLE = ("Cc", "Cs")
+"""Categories of Unicode: control characters, which a terminal obeys, and halves of characters, which none can show."""
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters after which a terminal shows text in another order than it is in."""
+
+
+def printable(text: str) -> str:
+    """Return a text that a terminal shows and does not obey: control characters but line breaks and tabs are written
+    out, such as ``\\x1b``.
+    """
+    return "".join(
+        repr(c)[1:-1] if (unicodedata.category(c) in _UNPRINTABLE and c not in "\n\t") or c in _REORDERING else c
+        for c in text
+    )
 
 
 def shown(value: Any) -> str:

@@ -14,7 +14,7 @@ import typer
 from raymem import __version__
 from raymem.cli import console, data, k8s, loram, plan, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
-from raymem.cli.results import evaluate, generate
+from raymem.cli.results import chat, evaluate, generate
 from raymem.cli.signals import say_and_exit, unwind_on_signals
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
@@ -110,6 +110,7 @@ plan.register(app)
 sweep.register(app)
 evaluate.register(app)
 generate.register(app)
+chat.register(app)
 
 
 @app.command()

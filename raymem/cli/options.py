@@ -21,7 +21,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Set an earlier run of this
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what workers and libraries log.")]
 
 _ADDRESS = re.compile(r"(?:--?[\w-]+=)?(?:[\w.\[\]-]+=)?[A-Za-z][\w+.-]*://\S+")
-_TEXT_AFTER = ("--prompt", "-p")
+_TEXT_AFTER = ("--prompt", "-p", "--system")
 
 
 def refuse_secrets(arguments: Sequence[str]) -> None:

@@ -6,9 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from raymem.errors import ModelError
+from raymem.recipe.paths import is_local
 from raymem.storage.storage import Storage
 from raymem.storage.unfinished import temporary
 from raymem.training.artifacts.export import FACTS
+from raymem.training.dist_env import DistEnv
+from raymem.training.model.build import fetch
 
 
 @contextlib.contextmanager
@@ -27,3 +31,22 @@ def local_copy(location: str) -> Iterator[str]:
         directory = Path(folder) / name
         Storage.open(f"{base}?{rest}" if rest else base).download_dir(name, directory, last=FACTS)
         yield str(directory)
+
+
+@contextlib.contextmanager
+def local_or_downloaded(location: str) -> Iterator[str]:
+    """Yield as :func:`local_copy`; an id of the Hugging Face hub is downloaded into its cache.
+
+    Raises:
+        StorageError: it cannot be fetched.
+        ModelError: no directory and no such id.
+    """
+    if "://" in location or is_local(location) or location.count("/") != 1:
+        with local_copy(location) as directory:
+            yield directory
+        return
+    try:
+        downloaded = fetch(location, None, DistEnv(), weights_too=True)
+    except ModelError as error:
+        raise ModelError(str(error).removeprefix("model.name: ")) from None
+    yield str(downloaded)

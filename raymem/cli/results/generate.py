@@ -1,30 +1,53 @@
-"""``raymem generate``: text from what a run left."""
+"""``raymem generate``: one answer, or the continuation of a text, by what a run left."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from raymem.cli import console
+from raymem.text import printable
+
+Artifact = Annotated[
+    str, typer.Argument(metavar="DIR", help="Adapter or model directory, a URI of one, or a Hugging Face id.")
+]
+System = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--system", help="System text that the conversation begins with.", show_default=False),
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides what is drawn where the temperature is above 0.")]
 
 
 def generate(
-    artifact: Annotated[str, typer.Argument(help="Adapter or model directory of a run.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    artifact: Artifact,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Question, or text to continue; - reads standard input.")
+    ],
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    system: System = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut.")] = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
 ) -> None:
-    """Continue a text with what a run left."""
+    """Answer a prompt with what a run left: in the chat template, or as a plain text where there is none."""
     console.log_to_stderr(False)
-    from raymem.runs.artifacts import local_copy
-    from raymem.training.artifacts import load
+    from raymem.runs.artifacts import local_or_downloaded
+    from raymem.training.artifacts.generate import generate as answer
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with local_copy(artifact) as directory:
-        typer.echo(load.generate(directory, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+    with local_or_downloaded(artifact) as directory:
+        found = answer(
+            directory, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw, system=system
+        )
+    if found.text.strip():
+        typer.echo(printable(found.text))
+        return
+    cure = "give another prompt" if raw else "give another prompt, or try --raw"
+    why = "the model ends its turn at once" if found.is_whole else f"nothing to see in {max_new_tokens} tokens"
+    console.err.print(f"the answer is empty ({why}); {cure}", markup=False)
 
 
 def register(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""Uses the artefacts of training: loads a PEFT or model directory, generates text, merges adapters."""
+"""Uses the artefacts of training: loads a PEFT or model directory, merges adapters."""
 
 from __future__ import annotations
 
@@ -165,32 +165,6 @@ def _directory(name: str, revision: str | None) -> Path:
     from transformers.utils import cached_file
 
     return Path(str(cached_file(name, "config.json", revision=revision))).parent
-
-
-@torch.no_grad()
-def generate(directory: str | Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
-    """Continue ``prompt``; temperature 0 is greedy.
-
-    Raises:
-        ModelError: see :func:`load_artifact`.
-    """
-    model, tokenizer = load_artifact(directory)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # A rendered conversation may begin with the begin token already; in training there was one.
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    inputs = tokenizer(prompt, add_special_tokens=not begins, return_tensors="pt", return_token_type_ids=False)
-    inputs = inputs.to(device)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    output = model.to(device).generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        trust_remote_code=False,
-        **sampling,
-    )
-    return str(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def merge(adapter: str | Path, output: str | Path) -> Path:

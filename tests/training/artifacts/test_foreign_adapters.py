@@ -12,7 +12,8 @@ from raymem.errors import ModelError
 from raymem.methods.plain.losses import FullLoss, FullLossKind
 from raymem.recipe.schema import Recipe
 from raymem.runs.evaluate import evaluate_recipe
-from raymem.training.artifacts.load import generate, load_artifact, merge
+from raymem.training.artifacts.generate import generate
+from raymem.training.artifacts.load import load_artifact, merge
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import evaluate
@@ -77,7 +78,7 @@ def test_it_is_evaluated_as_plain_peft_has_it_and_merged_and_generated_with(
     expected = by_peft(base, adapter, recipe)
     assert expected != pytest.approx(evaluate_recipe(recipe, "base").result.loss, rel=1e-4)
     assert evaluate_recipe(recipe, str(adapter)).result.loss == pytest.approx(expected, rel=1e-6)
-    assert generate(adapter, "w1 w2", max_new_tokens=2, temperature=0.0, seed=0)
+    assert generate(adapter, "w1 w2", max_new_tokens=2, temperature=0.0, seed=0).text
     merged = merge(adapter, tmp_path / "merged")
     assert evaluate_recipe(recipe, str(merged)).result.loss == pytest.approx(expected, rel=1e-4)
 
@@ -119,4 +120,4 @@ def test_what_peft_cannot_merge_is_one_sentence_and_still_used(kind: str, tmp_pa
     with pytest.raises(ModelError, match=r"adapter: PEFT cannot merge this adapter: \w+: .*; use it beside its base"):
         merge(tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-    assert generate(tmp_path / "adapter", "w1 w2", max_new_tokens=2, temperature=0.0, seed=0)
+    assert generate(tmp_path / "adapter", "w1 w2", max_new_tokens=2, temperature=0.0, seed=0).text

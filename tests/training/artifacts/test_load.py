@@ -14,7 +14,8 @@ import torch
 from raymem.errors import ModelError, StorageError
 from raymem.recipe.axes import ADAPTERS
 from raymem.storage.checksums import CHECKSUMS
-from raymem.training.artifacts.load import generate, load_artifact, merge
+from raymem.training.artifacts.generate import generate
+from raymem.training.artifacts.load import load_artifact, merge
 from tests.helpers import toy_kinds
 from tests.helpers.support import make_recipe, random_batch, run_fragment, save_model, train
 
@@ -33,7 +34,7 @@ def results(llama: Path, examples: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("kind", ["adapter", "model"])
 def test_a_result_continues_a_text(results: dict[str, Path], kind: str) -> None:
     def continued(temperature: float, seed: int = 0) -> str:
-        return generate(results[kind], "w1 w3 w9", max_new_tokens=6, temperature=temperature, seed=seed)
+        return generate(results[kind], "w1 w3 w9", max_new_tokens=6, temperature=temperature, seed=seed).text
 
     greedy = continued(0.0)
     assert greedy == continued(0.0, seed=1), "the likeliest token needs no luck"
@@ -61,7 +62,7 @@ def test_a_prompt_begins_once(results: dict[str, Path], monkeypatch: pytest.Monk
         return input_ids
 
     monkeypatch.setattr(model, "generate", continued)
-    monkeypatch.setattr("raymem.training.artifacts.load.load_artifact", lambda _: (model, tokenizer))
+    monkeypatch.setattr("raymem.training.artifacts.generate.load_artifact", lambda _: (model, tokenizer))
     generate(results["model"], prompt, max_new_tokens=1, temperature=0, seed=0)
     words = tokenizer.backend_tokenizer.encode("w1 w3 w9", add_special_tokens=False).ids
     assert seen == [[begin, *words]]

@@ -16,7 +16,7 @@ from raymem.runs.evaluate import evaluate_recipe
 from raymem.runs.loram.pipeline import Pipeline
 from raymem.runs.plan import plan_run
 from raymem.runs.train import launch
-from raymem.training.artifacts.load import generate
+from raymem.training.artifacts.generate import generate
 from tests.helpers.support import make_recipe, run_fragment
 
 CODE = """
