@@ -31,6 +31,9 @@ class AdapterKind(Kind[OptionsT]):
 
     trains_base: ClassVar[bool] = False
     """Says whether the result is a whole model rather than an adapter."""
+    usage: ClassVar[str | None] = None
+    """Lines of Python that load a result from "DIR" into ``model`` and ``tokenizer``, for model cards; None where only
+    :func:`raymem.load` does."""
 
     @abstractmethod
     def attach(self, model: Any, options: OptionsT, context: AttachContext) -> Any:

@@ -10,7 +10,7 @@ from raymem.errors import ModelError
 from raymem.recipe.paths import is_local
 from raymem.storage.storage import Storage
 from raymem.storage.unfinished import temporary
-from raymem.training.artifacts.export import FACTS
+from raymem.training.artifacts.facts import FACTS
 from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import fetch
 

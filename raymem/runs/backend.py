@@ -64,7 +64,10 @@ class LocalBackend:
         """Run the loop."""
         reporter = LocalReporter(*listeners, tracker.log)
         dist_env = DistEnv.current(prepared.recipe)
-        return run(prepared.recipe, dist_env, prepared.run, prepared.train_data, prepared.eval_data, reporter)
+        return run(
+            prepared.recipe, dist_env, prepared.run, prepared.train_data, prepared.eval_data, reporter,
+            predicted_peak_bytes=prepared.predicted_peak_bytes,
+        )  # fmt: skip
 
     def run_steps(self, job: StepJob, progress: Progress) -> None:
         """Do step after step."""

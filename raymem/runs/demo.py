@@ -13,7 +13,7 @@ from raymem.recipe.schema import Recipe
 from raymem.storage.folders import make_shared, share_published
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
-from raymem.training.artifacts.export import FACTS
+from raymem.training.artifacts.facts import FACTS
 from raymem.training.data.demo import ensure_demo
 from raymem.training.data.packed.shared import cache_dir
 

@@ -15,7 +15,8 @@ from raymem.runs.resolve import resolve
 from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import EvaluationResult
 from raymem.storage.checksums import check_files
-from raymem.training.artifacts.export import FACTS, artifact_name
+from raymem.training.artifacts.export import artifact_name
+from raymem.training.artifacts.facts import FACTS
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.packed.shared import localise, to_dict
 from raymem.training.dist_env import DistEnv

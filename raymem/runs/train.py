@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from raymem.errors import BudgetExceeded, RaymemError
@@ -103,6 +103,7 @@ def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions)
         options.status(f"resuming from step {checkpoint.step}")
     earlier = [] if checkpoint is None else read_history(run.run, checkpoint.step)
     predicted = _predicted_bytes(run, options)
+    prepared = replace(prepared, predicted_peak_bytes=predicted)
     if options.fresh:  # only now: a recipe that was refused above leaves the earlier run where it is
         set_aside(run.storage, run.recipe.name)
     note_start(run)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from raymem.errors import RaymemError, StorageError
 from raymem.storage.inside import is_inside
+from raymem.storage.permissions import by_umask
 from raymem.storage.publish import compared_sha256, file_sha256
 from raymem.storage.safetensors_io import atomic_file
 
@@ -28,6 +29,9 @@ _LIMIT_BYTES = 16 << 20
 def write_checksums(directory: Path, known: Mapping[str, str] | None = None) -> None:
     """List every file below a directory; descriptions for people (``*.md``) may change and are left out.
 
+    It is the last thing that is written into a directory that leaves raymem, so the files also get the rights that the
+    umask gives (:func:`raymem.storage.permissions.by_umask`), whichever library wrote them.
+
     Args:
         known: digests that the writers of files have computed; other files are read.
 
@@ -35,6 +39,7 @@ def write_checksums(directory: Path, known: Mapping[str, str] | None = None) -> 
         OSError: a file cannot be read.
         StorageError: the list cannot be written.
     """
+    by_umask(directory)
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     names = sorted(name for name in files if name != CHECKSUMS and not name.endswith(".md"))
     _write(directory, {name: (known or {}).get(name) or file_sha256(files[name]) for name in names})

@@ -53,6 +53,27 @@ def share_contents(path: Path) -> None:
         share(one, path.parent)
 
 
+def by_umask(directory: Path) -> None:
+    """Give every file below a directory at least the rights that a file gets which this process opens there.
+
+    Libraries write weights for their owner alone (safetensors into a temporary file of mode 0600, then renamed), so
+    that a server that runs as another user could not read them. Files of other users stay as they are.
+
+    Raises:
+        OSError: no file can be made in the directory.
+    """
+    probe = directory / f".mode-{uuid.uuid4().hex}"  # tells the umask, which no thread-safe call does, and default ACLs
+    try:
+        probe.touch()
+        rights = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for path in directory.rglob("*"):
+        own = path.lstat()
+        if stat.S_ISREG(own.st_mode) and own.st_uid == os.geteuid() and rights & ~own.st_mode:
+            path.chmod(stat.S_IMODE(own.st_mode) | rights)
+
+
 def make_file(path: Path, text: str = "", *, writable: bool = False) -> None:
     """Make a shared file that has content and rights when it appears; one that is there already stays.
 

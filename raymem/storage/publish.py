@@ -21,6 +21,7 @@ from raymem.storage.errors import writing
 from raymem.storage.folders import make_shared, share_published
 from raymem.storage.inside import is_inside
 from raymem.storage.json_files import as_object, parse
+from raymem.storage.permissions import by_umask
 from raymem.storage.unfinished import unfinished, unfinished_name
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,9 @@ def publish(directory: Path, write: Callable[[Path], dict[str, Any]]) -> dict[st
                 log.warning("%s is damaged and made again: %s", directory, damage)
         make_shared(directory.parent)
         with unfinished(directory.parent, directory.name) as temporary:
-            manifest = seal({"facts": write(temporary), "files": _describe(temporary)})
+            facts = write(temporary)
+            by_umask(temporary)
+            manifest = seal({"facts": facts, "files": _describe(temporary)})
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             share_published(temporary)
             _rename(temporary, directory)

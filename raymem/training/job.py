@@ -21,6 +21,8 @@ class PreparedRun:
     """The run's own directory in the storage."""
     train_data: Prepared
     eval_data: Prepared | None
+    predicted_peak_bytes: int | None = None
+    """What the planner says, where it was asked; the result tells it beside what was measured."""
 
 
 class StepJob(Protocol):

@@ -65,18 +65,20 @@ class Outcome:
 
 def run(
     recipe: Recipe, dist_env: DistEnv, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
-    reporter: Reporter, *, metered_steps: Collection[int] = METERED_STEPS,
+    reporter: Reporter, *, metered_steps: Collection[int] = METERED_STEPS, predicted_peak_bytes: int | None = None,
 ) -> Outcome:  # fmt: skip
     """Train a recipe to its end from wherever its last checkpoint stands. Collective over all ranks.
 
     Args:
         metered_steps: numbers of the steps of this session, from 1, whose peak memory is measured; that makes a step of
             a tiny model many times slower.
+        predicted_peak_bytes: goes into the facts about the result.
 
     Raises:
         RaymemError: see the rooms that it calls; on any error the last good checkpoint stays.
     """
     session = _Session(recipe, dist_env, run_storage, train_data, eval_data, reporter, metered_steps)
+    session.predicted_peak_bytes = predicted_peak_bytes
     return session.run()
 
 
@@ -88,6 +90,7 @@ class _Session:
         reporter: Reporter, metered_steps: Collection[int],
     ) -> None:  # fmt: skip
         self.metered_steps = metered_steps
+        self.predicted_peak_bytes: int | None = None
         self.recipe, self.dist_env, self.run_storage, self.reporter = recipe, dist_env, run_storage, reporter
         self.identity = identity_of(recipe, train_data)
         self.checkpoints = Checkpoints(run_storage, dist_env)
@@ -103,6 +106,7 @@ class _Session:
         self.peak_bytes: int | None = None
         self.eval_loss: float | None = None
         self.recent: list[Row] = []
+        self.last_row: Row = {}
         self.earlier_s = 0.0
         self.began = time.perf_counter()
 
@@ -129,6 +133,7 @@ class _Session:
             if self._is_evaluated(done):
                 row |= self._evaluate(done)
             self.recent.append(row)
+            self.last_row = row
             if self.dist_env.is_main:
                 self.history.add(row)
             self.reporter.log(row)
@@ -137,7 +142,13 @@ class _Session:
         self.reporter.flush()
         self.reporter.progress("the export of the result", brief=False)
         exported = self._load_best() if self.recipe.storage.keep == "best" else self.total_steps
-        facts = {"step": exported, "eval_loss": self.eval_loss, "peak_bytes": self.peak_bytes}
+        facts = {
+            "step": exported,
+            "loss": self.last_row.get("loss"),
+            "eval_loss": self.eval_loss,
+            "peak_bytes": self.peak_bytes,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+        }
         artifact = export_final(self.unwrapped, self.recipe, self.dist_env, self.run_storage, facts)
         return Outcome(
             steps=self.total_steps,
@@ -164,6 +175,7 @@ class _Session:
         log.info("resuming from step %d (%s)", manifest.step, checkpoint_path)
         for row in manifest.rows:
             self.reporter.log(row)
+            self.last_row = row
         return manifest.step
 
     def _load_best(self) -> int:
@@ -175,6 +187,7 @@ class _Session:
             log.info("the checkpoint of step %d has the lowest evaluation loss and is the result", best.step)
         self.checkpoints.drop_copy()  # a worker of Ray ends without tidying up
         self.eval_loss = best.eval_loss
+        self.last_row = best.rows[-1] if best.rows else {}
         return best.step
 
     def _step(self, step: int, first: int) -> Row:

@@ -10,7 +10,7 @@ import pytest
 
 from raymem.storage.folders import make_shared, share_published
 from raymem.storage.identity import identify
-from raymem.storage.permissions import make_file, open_lock, share
+from raymem.storage.permissions import by_umask, make_file, open_lock, share
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +82,18 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
     make_file(tmp_path / "x", "second")
     assert (tmp_path / "x").read_text() == "first"
     assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_file_that_a_library_kept_for_its_owner_gets_what_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    os.umask(umask)
+    (tmp_path / "below").mkdir()
+    kept, shared = tmp_path / "below" / "weights", tmp_path / "shared"
+    for path, own in ((kept, 0o600), (shared, 0o666)):
+        path.touch()
+        path.chmod(own)
+    (tmp_path / "link").symlink_to("/etc/hostname")
+    by_umask(tmp_path)
+    assert mode(kept) == 0o666 & ~umask
+    assert mode(shared) == 0o666, "what others may do already stays"
+    assert sorted(os.listdir(tmp_path)) == ["below", "link", "shared"]

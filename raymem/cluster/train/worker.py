@@ -33,6 +33,7 @@ def config_of(prepared: PreparedRun) -> dict[str, Any]:
         "storage_id": identify(Path(prepared.storage.root)) if prepared.storage.is_local else None,
         "train_data": to_dict(prepared.train_data),
         "eval_data": prepared.eval_data and to_dict(prepared.eval_data),
+        "predicted_peak_bytes": prepared.predicted_peak_bytes,
     }
 
 
@@ -65,7 +66,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 eval_data = config["eval_data"] and localise(config["eval_data"], storage)
                 run_storage = Storage.open(config["run"], storage.retry_for_s)
                 reporter = RayReporter(dist_env, pulse)
-                return run(recipe, dist_env, run_storage, train_data, eval_data, reporter).to_dict()
+                predicted = config["predicted_peak_bytes"]
+                outcome = run(
+                    recipe, dist_env, run_storage, train_data, eval_data, reporter, predicted_peak_bytes=predicted
+                )
+                return outcome.to_dict()
     except TransientStorageError:
         raise  # a crash: Ray starts the group again, when the storage may be back
     except RaymemError as error:

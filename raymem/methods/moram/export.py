@@ -17,6 +17,7 @@ from torch import nn
 from raymem.errors import AdapterError
 from raymem.methods.moram.base import base_weight
 from raymem.methods.moram.layer import MoRAMLinear, layers
+from raymem.storage.permissions import by_umask
 
 # O outputs, I inputs, R rank of the LoRA, K connections per row, N values of a layer
 
@@ -124,4 +125,5 @@ def _write(directory: Path, config: Any, tensors: dict[str, torch.Tensor]) -> Pa
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(directory))
     save_file(tensors, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
+    by_umask(directory)
     return directory

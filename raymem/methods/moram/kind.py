@@ -24,6 +24,7 @@ class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
     """
 
     options = MoRAMOptions
+    usage = f"import raymem.methods.moram  # teaches PEFT the method\n{PeftAdapterKind.usage}"
     peft_type = "MORAM"
     free = ("alpha", "selection_batches")
     meaning = {"r": "rank", "k": "k", "density": "density", "alpha": "alpha"}

@@ -34,6 +34,12 @@ OptionsT = TypeVar("OptionsT", bound=PeftOptions)
 class PeftAdapterKind(AdapterKind[OptionsT]):
     """An adapter that PEFT attaches, in PEFT's file format."""
 
+    usage = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")"""
     peft_type: ClassVar[str]
     paths = ("init_from",)
     grows: ClassVar[tuple[str, ...]] = ("rank",)

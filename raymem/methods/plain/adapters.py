@@ -27,6 +27,11 @@ class FullTrainingKind(AdapterKind[NoAdapter]):
 
     options = NoAdapter
     trains_base = True
+    usage = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")"""
 
     def attach(self, model: Any, options: NoAdapter, context: AttachContext) -> Any:
         from raymem.methods.peft.linear_layers import freeze_unused

@@ -57,7 +57,8 @@ from raymem.storage.folders import make_shared, share_published
 from raymem.storage.permissions import share
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
-from raymem.training.artifacts.export import FACTS
+from raymem.training.artifacts.card import write_card
+from raymem.training.artifacts.facts import FACTS
 from raymem.training.reporter import Listener
 from raymem.training.resume_rules import identity_of
 
@@ -198,6 +199,8 @@ class Pipeline:
         for left in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
         recover_adapter(adapter, base.directory, out, base.source)
+        with writing(out):
+            write_card(out)
         self.status(f"recovered: {out}")
         return out
 

@@ -23,15 +23,14 @@ from raymem.storage.folders import make_directory
 from raymem.storage.json_files import read_object
 from raymem.storage.storage import Storage
 from raymem.storage.unfinished import temporary
+from raymem.training.artifacts.card import write_card
+from raymem.training.artifacts.facts import FACTS
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import DistEnv
 from raymem.training.model.base_name import base_name
 from raymem.training.model.build import fetch, tokenizer_path
 from raymem.training.model.companions import copy_companions
 from raymem.training.model.weights import slots
-
-FACTS = "raymem.json"
-"""The file with raymem's own facts, beside the standard files and written last: with it the directory is whole."""
 
 
 def artifact_name(recipe: Recipe) -> str:
@@ -85,6 +84,7 @@ def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Stor
         BASES.of(recipe).stamp(staging, recipe.base)
         contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
         (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
+        write_card(staging)
         write_checksums(staging)
         if run.is_local:
             run.delete_dir(name, last=FACTS)

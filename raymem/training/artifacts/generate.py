@@ -142,7 +142,7 @@ class Responder:
     def _fitting(self, ids: list[int]) -> list[int]:
         if self.context is not None and len(ids) >= self.context:
             raise ContextFull(
-                f"the prompt is {len(ids)} tokens long, and the {self.context} tokens of the model's context have to hold "
+                f"the prompt is {len(ids)} tokens long, and the model's context of {self.context} tokens has to hold "
                 "the answer too; shorten it"
             )
         return ids

@@ -22,7 +22,8 @@ from raymem.recipe.schema import Recipe
 from raymem.storage.checksums import check_files, write_checksums
 from raymem.storage.errors import writing
 from raymem.storage.json_files import read_object
-from raymem.training.artifacts.export import FACTS
+from raymem.training.artifacts.card import write_card
+from raymem.training.artifacts.facts import FACTS
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
 from raymem.training.dist_env import DistEnv
 from raymem.training.model.adapter import continuing, is_of_own_kind, tensors_of
@@ -206,6 +207,7 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
             tokenizer.save_pretrained(staging)
             copy_companions(base, staging, same_tokenizer=_same_tokenizer(tokenizer, base))
             (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
+            write_card(staging)
             write_checksums(staging)
             staging.rename(target)
     finally:

@@ -21,6 +21,7 @@ from raymem.storage.checksums import check_files
 from raymem.storage.errors import writing
 from raymem.storage.inside import leads_out
 from raymem.storage.json_files import read_object
+from raymem.storage.permissions import by_umask
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that ``--max-lora-rank`` may have."""
@@ -107,6 +108,7 @@ def copy_adapter(adapter: str | Path, output: Path) -> None:
         with writing(output, where="--output"):
             shutil.rmtree(staging, ignore_errors=True)
             shutil.copytree(adapter, staging)
+            by_umask(staging)
             staging.rename(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -15,7 +15,7 @@ from raymem.recipe.load import MODELS
 from raymem.recipe.schema import ModelSection, Recipe
 from raymem.storage import json_files
 from raymem.storage.storage import Storage
-from raymem.training.artifacts.export import FACTS
+from raymem.training.artifacts.facts import FACTS
 from raymem.training.checkpoint import FOLDER, latest_recipe
 from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import fetch
