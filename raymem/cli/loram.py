@@ -109,7 +109,7 @@ def _pipeline(
         with console.TrainingDisplay(None) as display:
             listeners = [] if quiet else [display.show]
             status = (lambda text: None) if quiet else display.status
-            yield Pipeline(recipe, status=status, listeners=listeners, fresh=fresh)
+            yield Pipeline(recipe, status=status, listeners=listeners, fresh=fresh, source=path)
     except (KeyboardInterrupt, SystemExit) as stop:
         raise say_and_exit(stop, "the same command goes on where it was") from None
 

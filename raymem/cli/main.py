@@ -79,7 +79,9 @@ def train(
 
     try:
         with console.TrainingDisplay(loaded.train.steps) as display:
-            finished = launch(loaded, fresh=fresh, force=force, listeners=[display.show], status=display.status)
+            finished = launch(
+                loaded, fresh=fresh, force=force, listeners=[display.show], status=display.status, source=recipe
+            )
     except (KeyboardInterrupt, SystemExit) as stop:
         raise say_and_exit(stop, "the same command resumes from the last checkpoint") from None
     outcome, tracking = finished.outcome, finished.tracking

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from raymem.errors import BudgetExceeded, RaymemError
 from raymem.memory.budget import Exceeds, bytes_text, parse_bytes
@@ -55,6 +56,8 @@ class TrainOptions:
     """Functions that get every metric row, in this process."""
     status: Status = log.info
     """A function that is told about progress before the first step."""
+    source: Path | None = None
+    """The recipe's file, for the tracked run."""
     sweep: InSweep | None = None
     """The sweep of a run that is a trial; the artefact of a trial is not copied to the tracking system."""
 
@@ -66,11 +69,12 @@ def launch(
     force: bool = False,
     listeners: Sequence[Listener] = (),
     status: Status = log.info,
+    source: Path | None = None,
 ) -> TrainResult:
     """Train a recipe from its data to its artefact; a run of the same name on the same storage is resumed.
 
     Args:
-        fresh, force, listeners, status: see :class:`TrainOptions`.
+        fresh, force, listeners, status, source: see :class:`TrainOptions`.
 
     Raises:
         RaymemError: anything that is the user's to mend; the last good checkpoint stays.
@@ -80,7 +84,7 @@ def launch(
         status(f"warning: {storage.path} is the job's temporary copy and goes with the cluster; set storage.path")
     with only_one(storage, recipe.name):
         run = resolve(recipe, fresh=fresh, build_demo=partial(build_demo, status=status), status=status)
-        return _train(run, None, TrainOptions(fresh, force, listeners, status))
+        return _train(run, None, TrainOptions(fresh, force, listeners, status, source))
 
 
 def train(run: ResolvedRun, options: TrainOptions, *, train_data: Prepared | None = None) -> TrainResult:
@@ -114,6 +118,7 @@ def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions)
             resume=checkpoint is not None,
             device="cuda" if run.recipe.scaling.use_gpu else "cpu",
             parent_run_id=None if options.sweep is None else options.sweep.parent_run_id,
+            source=options.source,
         )
     )
     return _train_tracked(run, prepared, predicted, tracker, options, earlier)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +29,11 @@ RUN_TAG = "raymem.run_id"
 _PARAMS_PER_BATCH = 100
 _MAX_PARAM_LENGTH = 6000
 _VERSIONS = ("torch", "ray", "transformers", "peft")
+_AXES = ("base", "adapter", "activations", "loss", "optimizer")
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets this variable for the driver of a job."""
+_EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
+"""Without this tag MLflow asks what an experiment is for, or opens it as one of prompts and agents."""
 
 
 def run_key(storage_path: str, run_name: str) -> str:
@@ -52,14 +60,15 @@ def start_run(start: RunStart) -> tuple[str, str]:
             key = run_key(start.storage_path, name)
             run = _previous(client, experiment_id, key) if start.resume else None
             all_tags = {
-                **_provenance(),
+                **_provenance(start.source),
                 "raymem.device": start.device,
                 RUN_TAG: key,
                 **({"mlflow.parentRunId": start.parent_run_id} if start.parent_run_id else {}),
                 **start.tags,
             }
             if run is None:
-                run = client.create_run(experiment_id, run_name=name, tags=all_tags)
+                note = {"mlflow.note.content": _note(recipe)}  # later it is the user's
+                run = client.create_run(experiment_id, run_name=name, tags={**note, **all_tags})
             else:
                 client.update_run(run.info.run_id, status="RUNNING")
                 _log(client, run.info.run_id, tags=all_tags)
@@ -117,7 +126,8 @@ def _experiment(client: Any, name: str, address: TrackingAddress) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=address.artifact_location))
+            location, tags = address.artifact_location, dict([_EXPERIMENT_KIND])
+            return str(client.create_experiment(name, artifact_location=location, tags=tags))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -133,6 +143,7 @@ def _experiment(client: Any, name: str, address: TrackingAddress) -> str:
             f"tracking.experiment: {name!r} of {address.uri} keeps its artifacts in {location}, outside of "
             "storage.path; this storage was moved or copied: move it back, or choose another tracking.experiment"
         )
+    _set_kind(client, experiment)
     return str(experiment.experiment_id)
 
 
@@ -153,15 +164,42 @@ def _log(client: Any, run_id: str, *, params: Mapping[str, str] = {}, tags: Mapp
         client.log_batch(run_id, params=items[start : start + _PARAMS_PER_BATCH])
 
 
-def _provenance() -> dict[str, str]:
-    tags = {"mlflow.source.name": "raymem", "raymem.version": raymem.__version__}
+def _provenance(source: Path | None) -> dict[str, str]:
+    """Return what started a run, and with which versions.
+
+    Args:
+        source: the recipe's file; without it the working directory stands for its own.
+    """
+    tags = {
+        "mlflow.source.name": "raymem" if source is None else source.name,
+        "mlflow.source.type": "JOB" if _RAY_JOB in os.environ else "LOCAL",
+        "raymem.version": raymem.__version__,
+    }
+    with contextlib.suppress(KeyError, OSError, ImportError):  # in a container this user may have no name
+        tags["mlflow.user"] = getpass.getuser()
     for package in _VERSIONS:
         tags[f"raymem.{package}"] = importlib.metadata.version(package)
     if git := shutil.which("git"):
-        done = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)  # noqa: S603
-        if done.returncode == 0:
-            tags["mlflow.source.git.commit"] = done.stdout.strip()
+        where = Path.cwd() if source is None else source.resolve().parent
+        command = [git, "-C", str(where), "rev-parse", "HEAD"]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)  # noqa: S603
+            if done.returncode == 0:
+                tags["mlflow.source.git.commit"] = done.stdout.strip()
     return tags
+
+
+def _note(recipe: Mapping[str, Any]) -> str:
+    """Return the description of a run that MLflow's page of it shows."""
+    model = recipe["model"].get("name") or "random weights"
+    kinds = [f"{axis}: {recipe[axis]['kind']}" for axis in _AXES if axis in recipe]
+    return "; ".join([f"raymem, fine-tuning of {model}", *kinds])
+
+
+def _set_kind(client: Any, experiment: Any) -> None:
+    """Have MLflow's pages show an experiment as one of training, unless its user has chosen another kind."""
+    if _EXPERIMENT_KIND[0] not in experiment.tags:
+        client.set_experiment_tag(experiment.experiment_id, *_EXPERIMENT_KIND)
 
 
 def _check_alias(alias: str) -> None:

@@ -21,6 +21,7 @@ CALL_TIMEOUT_S = 5
 RETRY_AFTER_S = 30.0
 MAX_WAITING = 50_000
 _METRICS_PER_BATCH = 1000
+_BYTES = "_bytes"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,9 @@ class MlflowTracker:
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                     self._waiting.append(_Value(key, float(value), now, step))
+                    if key.endswith(_BYTES):  # MLflow's pages show bytes as they are
+                        gib = f"{key.removesuffix(_BYTES)}_gib"
+                        self._waiting.append(_Value(gib, float(value) / (1 << 30), now, step))
         if (excess := len(self._waiting) - MAX_WAITING) > 0:
             del self._waiting[:excess]
             self._dropped += excess

@@ -24,6 +24,8 @@ class RunStart:
     parent_run_id: str | None = None
     """The tracked run of the sweep that this run is a trial of."""
     tags: Mapping[str, str] = field(default_factory=dict)
+    source: Path | None = None
+    """The recipe's file, if it is known."""
 
 
 class TrackingResult(Protocol):

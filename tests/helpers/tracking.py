@@ -21,7 +21,7 @@ def recipe(**tracking: Any) -> dict[str, Any]:
 
 def start(storage: str, resume: bool = False, **changes: Any) -> MlflowTracker:
     """The tracker of a run; ``changes`` to its recipe, and to how it starts."""
-    options = {k: changes.pop(k) for k in ("parent_run_id", "device", "tags") if k in changes}
+    options = {k: changes.pop(k) for k in ("parent_run_id", "device", "tags", "source") if k in changes}
     tracker = start_tracking(RunStart({**recipe(), **changes}, storage, resume, **options))
     assert isinstance(tracker, MlflowTracker)
     return tracker

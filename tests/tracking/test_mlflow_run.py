@@ -36,6 +36,49 @@ def test_a_new_run_is_complete(storage: str) -> None:
     assert yaml.safe_load(text)["train"] == {"steps": 30}
 
 
+def test_the_system_tags_say_who_started_what_and_where_it_is_shown(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "ann")
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"],
+    ):
+        subprocess.run(["git", "-C", str(checkout), *command], check=True)
+    head = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+    tracker = start(storage, source=checkout / "my.yaml")
+    client = connect(tracker.tracking_uri)
+    run = client.get_run(tracker.run_id)
+    expected = {
+        "mlflow.source.name": "my.yaml",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": head.stdout.strip(),
+        "mlflow.user": "ann",
+        "mlflow.note.content": "raymem, fine-tuning of org/base",
+    }
+    assert {name: run.data.tags.get(name) for name in expected} == expected
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.experimentKind", "mine")
+    client.set_tag(tracker.run_id, "mlflow.note.content", "my own words")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    again = start(storage, resume=True, source=tmp_path / "my.yaml")
+    tags = client.get_run(again.run_id).data.tags
+    assert again.run_id == tracker.run_id
+    assert (tags["mlflow.note.content"], tags["mlflow.source.type"]) == ("my own words", "JOB")
+    assert client.get_experiment(experiment.experiment_id).tags["mlflow.experimentKind"] == "mine"
+
+
+def test_bytes_are_logged_in_gib_too(storage: str) -> None:
+    tracker = start(storage)
+    tracker.log([{"step": 3, "peak_bytes": 3 << 29}])
+    metrics = connect(tracker.tracking_uri).get_run(tracker.run_id).data.metrics
+    assert metrics == {"peak_bytes": 3 << 29, "peak_gib": 1.5}
+
+
 def test_no_commit_outside_of_a_checkout(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tracker = start(storage)

@@ -90,6 +90,7 @@ class Pipeline:
         listeners: get the metric rows of trainings.
         fresh: take the model as the hub has it today, whatever an earlier run of this name began with.
         run: the same recipe, if it is resolved already.
+        source: the recipe's file, for tracked runs.
 
     Raises:
         RecipeError: another kind of base.
@@ -98,7 +99,7 @@ class Pipeline:
 
     def __init__(
         self, recipe: Recipe, *, status: Status = log.info, listeners: Sequence[Listener] = (), fresh: bool = False,
-        run: ResolvedRun | None = None,
+        run: ResolvedRun | None = None, source: Path | None = None,
     ) -> None:  # fmt: skip
         if not BASES.of(recipe).replaces_model:
             raise RecipeError(f"base.kind: {recipe.base.kind} is not pruned; set base: {{kind: loram, ...}}")
@@ -112,6 +113,7 @@ class Pipeline:
         self.recipe, self.base = recipe, recipe.base
         self.status, self.listeners, self.fresh = status, listeners, fresh
         self.run_storage = self.storage.child(recipe.name)
+        self.source = source
         self._run = run
         self._ready: PrunedBase | None = None
 
@@ -160,7 +162,7 @@ class Pipeline:
             self.status(f"aligned before: {model}")
             return _beside_full(run, model, site.source)
         self.status(f"aligning the pruned model (run {aligning.recipe.name})")
-        options = TrainOptions(listeners=self.listeners, status=self.status)
+        options = TrainOptions(listeners=self.listeners, status=self.status, source=self.source)
         finished = train(aligning, options, train_data=site.alignment.train_data)
         sources = [source.path for source in finished.recipe.data.train]
         mark_aligned(model, site.directory, {"run": aligning.recipe.name, "steps": finished.steps, "data": sources})
@@ -323,7 +325,7 @@ class Pipeline:
                 self.status(f"trained before: {before['outcome']['artifact']}")
                 return dict(before["outcome"])
             log.warning("%s: %s; it is written again", before["outcome"]["artifact"], damage)
-        options = TrainOptions(fresh=fresh, listeners=self.listeners, status=self.status)
+        options = TrainOptions(fresh=fresh, listeners=self.listeners, status=self.status, source=self.source)
         outcome = train(run, options, train_data=train_data).outcome.to_dict()
         run.run.write_record("loram/train.json", {"key": key, "outcome": outcome})
         return outcome
