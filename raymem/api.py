@@ -75,18 +75,20 @@ def train(
     return launch(load_recipe(recipe), fresh=fresh, force=force, listeners=list(on_metrics))
 
 
-def evaluate(recipe: RecipeLike, *, artifact: str | Path | None = None) -> EvaluationResult:
+def evaluate(recipe: RecipeLike, *, artifact: str | Path | None = None, predictions: int = 0) -> EvaluationResult:
     """Return loss and perplexity over the recipe's evaluation data.
 
     Args:
         artifact: PEFT or model directory, or ``base`` for the model without an adapter; by default the run's result.
+        predictions: so many evaluation examples are continued by the model, greedily.
 
     Raises:
         RaymemError: no evaluation data, or nothing to evaluate.
     """
     from raymem.runs.evaluate import evaluate_recipe
 
-    return evaluate_recipe(load_recipe(recipe), None if artifact is None else str(artifact))
+    named = None if artifact is None else str(artifact)
+    return evaluate_recipe(load_recipe(recipe), named, predictions=predictions)
 
 
 def sweep(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +14,13 @@ import typer
 
 from raymem.cli import console
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
+from raymem.cli.results import generate
 from raymem.cli.signals import say_and_exit
 from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
     from raymem.runs.loram.pipeline import Pipeline, PrunedBase
+    from raymem.runs.suggest import Suggestion
 
 app = typer.Typer(
     help="LoRAM: prune a model, train an adapter on what is left, recover it for the full model.", no_args_is_help=True
@@ -28,7 +32,9 @@ Forward = Annotated[
         "--forward/--no-forward", help="Also run both models in fp32; by default where they take 16 GiB at most."
     ),
 ]
-WithLora = Annotated[bool, typer.Option("--with-lora", help="Also train the adapter on the full model, to compare.")]
+WithLora = Annotated[
+    bool, typer.Option("--with-lora", help="Also train the adapter on the full model: how much of its gain is kept?")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -58,7 +64,7 @@ def train(recipe: RecipeFile, set_: Overrides = [], fresh: Fresh = False, verbos
 def recover(recipe: RecipeFile, set_: Overrides = [], verbose: Verbose = False) -> None:  # noqa: B006
     """Write the adapter of the full model, a plain PEFT directory."""
     with _pipeline(recipe, set_, verbose) as pipeline:
-        _show_recovery(pipeline.recover())
+        _show_recovery(pipeline.recover(), pipeline.suggestion())
 
 
 @app.command()
@@ -92,7 +98,7 @@ def run(
         _show_verification(pipeline.verify(forward=forward))
         if pipeline.recipe.data.eval is not None:
             _show_evaluation(pipeline.evaluate(with_lora=with_lora), as_json=False)
-        _show_recovery(recovered)
+        _show_recovery(recovered, pipeline.suggestion())
 
 
 @contextmanager
@@ -137,9 +143,11 @@ def _show_training(outcome: dict[str, Any]) -> None:
     say(f"adapter of the pruned model: {outcome['artifact']}")
 
 
-def _show_recovery(directory: Path) -> None:
-    console.out.print(f"adapter of the full model: {directory}")
-    console.out.print(f"next: raymem generate {directory} --prompt '...'   or   raymem export {directory} --check vllm")
+def _show_recovery(directory: Path, suggestion: Suggestion | None) -> None:
+    say = console.out.print
+    say(f"adapter of the full model: {directory}", markup=False)
+    say(f"serve it: raymem export {shlex.quote(str(directory))} --check vllm", markup=False)
+    say(f"next: {generate.command(str(directory), suggestion)}", markup=False)
 
 
 def _show_verification(checked: Any) -> None:
@@ -159,5 +167,24 @@ def _show_evaluation(rows: dict[str, dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows))
         return
+    console.out.print(evaluation_text(rows), markup=False)
+
+
+def evaluation_text(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the comparison as a table, with what each adapter gains on the full model, and LoRAM's share of that."""
+    lines = [f"{'':18}{'eval loss':>11}{'perplexity':>12}{'gain':>10}"]
+    gains: dict[str, float] = {}
     for name, row in rows.items():
-        console.out.print(f"{name:18} eval loss {row['loss']:.4f}")
+        gain = ""
+        if name in ("full + recovered", "full + lora"):
+            gains[name] = rows["full"]["loss"] - row["loss"]
+            gain = f"{gains[name]:.4f}"
+        lines.append(f"{name:18}{row['loss']:>11.4f}{math.exp(min(row['loss'], 700.0)):>12.2f}{gain:>10}".rstrip())
+    if "full + lora" not in gains:
+        lines.append("(--with-lora also trains the adapter on the full model, and says how much of its gain is kept)")
+    elif gains["full + lora"] > 0:
+        kept = gains["full + recovered"] / gains["full + lora"]
+        lines.append(f"LoRAM keeps {kept:.0%} of what the adapter gains when it is trained on the full model")
+    else:
+        lines.append("the adapter gains nothing on the full model either: there is no share to keep")
+    return "\n".join(lines)

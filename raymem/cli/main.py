@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -102,9 +103,11 @@ def train(
         say(line)
     if tracking.problem:
         console.err.print(f"warning: {tracking.problem}")
-    say(f"next: raymem generate {outcome.artifact} --prompt '...'   or   raymem evaluate {recipe}")
     if tracking.hint:
         say(tracking.hint)
+    if finished.recipe.data.eval is not None:
+        say(f"evaluate it: raymem evaluate {shlex.quote(str(recipe))}", markup=False)
+    say(f"next: {generate.command(outcome.artifact, finished.suggestion)}", markup=False)
 
 
 data.register(app)

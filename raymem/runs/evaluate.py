@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError, ModelError
+from raymem.methods.probe import first_line
 from raymem.methods.sentences import first_step
 from raymem.recipe.axes import BASES, full_base, no_adapter
 from raymem.recipe.schema import Recipe
@@ -19,17 +21,22 @@ from raymem.training.artifacts.export import artifact_name
 from raymem.training.artifacts.facts import FACTS
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.packed.shared import localise, to_dict
+from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.model.adapter import continuing, is_peft
-from raymem.training.model.build import build_model
+from raymem.training.model.build import build_model, tokenizer_path
+from raymem.training.predictions import Prediction, predict
+
+log = logging.getLogger(__name__)
 
 
-def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> EvaluationResult:
+def evaluate_recipe(recipe: Recipe, artifact: str | None = None, *, predictions: int = 0) -> EvaluationResult:
     """Compute the evaluation loss of a run's artefact, on the revision of the base that it was trained on.
 
     Args:
         artifact: PEFT or model directory; ``base`` is the model without an adapter; by default the run's own result.
+        predictions: so many evaluation examples are continued by the model.
 
     Raises:
         DataError: the recipe has no evaluation data.
@@ -39,13 +46,18 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None) -> EvaluationRe
     artifact = artifact or _own_artifact(recipe)
     run = resolve(recipe, artifact=artifact)
     run.require_base()
-    return evaluate_run(run, artifact, prepare_split(run, "eval"))
+    return evaluate_run(run, artifact, prepare_split(run, "eval"), predictions=predictions)
 
 
-def evaluate_run(run: ResolvedRun, artifact: str, data: Prepared) -> EvaluationResult:
-    """Compute the evaluation loss of an artefact on prepared data."""
-    config = {"recipe": run.recipe.to_dict(), "artifact": artifact, "data": to_dict(data)}
-    return EvaluationResult(artifact, run.backend.call(evaluation_task, config))
+def evaluate_run(run: ResolvedRun, artifact: str, data: Prepared, *, predictions: int = 0) -> EvaluationResult:
+    """Compute the evaluation loss of an artefact on prepared data; see :func:`evaluate_recipe`."""
+    config = {
+        "recipe": run.recipe.to_dict(),
+        "artifact": artifact,
+        "data": to_dict(data),
+        "predictions": predictions,
+    }
+    return EvaluationResult(artifact, *run.backend.call(evaluation_task, config))
 
 
 def check_has_eval(recipe: Recipe) -> None:
@@ -54,24 +66,34 @@ def check_has_eval(recipe: Recipe) -> None:
         raise DataError("data.eval: this recipe has no evaluation data; add it, or --set data.eval=<path>")
 
 
-def evaluation_task(config: dict[str, Any]) -> Evaluation:
+def evaluation_task(config: dict[str, Any]) -> tuple[Evaluation, list[Prediction]]:
     """Evaluate in one process; takes plain data and returns plain values."""
     recipe = Recipe.model_validate(config["recipe"])
     with local_copy(config["artifact"]) as directory:
         if directory != "base":
             check_files(directory, ModelError)
         adapter = Path(directory) if is_peft(directory) else None
-        return _evaluate(_with_weights(recipe, directory), adapter, config["data"])
+        return _evaluate(_with_weights(recipe, directory), adapter, config)
 
 
-def _evaluate(recipe: Recipe, adapter: Path | None, plain_data: dict[str, Any]) -> Evaluation:
-    prepared = localise(plain_data, recipe.storage.open())
+def _evaluate(
+    recipe: Recipe, adapter: Path | None, config: dict[str, Any]
+) -> tuple[Evaluation, list[Prediction]]:  # fmt: skip
+    prepared = localise(config["data"], recipe.storage.open())
     dist_env = DistEnv.current(recipe)
     model = build_model(recipe, dist_env, adapter_at=adapter)
     mixed = recipe.train.is_mixed
     rows = evaluation_rows(prepared)
     with first_step(model, is_first=True):
-        return evaluate(model, rows, dist_env, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
+        result = evaluate(model, rows, dist_env, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
+    if not config["predictions"]:
+        return result, []
+    try:
+        tokenizer = load_tokenizer(tokenizer_path(Recipe.model_validate(config["recipe"])))
+        return result, predict(model, rows, tokenizer, config["predictions"], mixed=mixed)
+    except Exception as error:  # code of models may raise anything, and the figures are worth having
+        log.warning("no predictions: %s cannot generate (%s)", type(model).__name__, first_line(error))
+        return result, []
 
 
 def _own_artifact(recipe: Recipe) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raymem.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from raymem.runs.suggest import Suggestion
     from raymem.tracking import TrackingResult
     from raymem.training.evaluate import Evaluation
     from raymem.training.loop import Outcome
+    from raymem.training.predictions import Prediction
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class TrainResult:
     """Predicted peak of a step; None if the recipe has no budget and was not planned before."""
     train_s: float = 0.0
     """Seconds from building the model to the artefact."""
+    suggestion: Suggestion | None = None
+    """A prompt of the run's own data, to try the artefact with."""
 
     @property
     def artifact(self) -> str:
@@ -65,6 +70,8 @@ class EvaluationResult:
     artifact: str
     result: Evaluation
     """Sums and counts over all rows."""
+    predictions: Sequence[Prediction] = ()
+    """Evaluation examples with what the model says, as many as were asked for."""
 
     @property
     def loss(self) -> float:

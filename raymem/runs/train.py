@@ -16,10 +16,11 @@ from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
 from raymem.runs.backend import Status
 from raymem.runs.lock import only_one, set_aside
-from raymem.runs.prepare import prepare
+from raymem.runs.prepare import Split, prepare
 from raymem.runs.resolve import note_start, planned_recipes, resolve
 from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import TrainResult
+from raymem.runs.suggest import Suggestion, suggest
 from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.training.artifacts.export import artifact_name
 from raymem.training.checkpoint import latest_manifest
@@ -154,7 +155,15 @@ def _train_tracked(
         _log(tracker, rows)
         tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    return TrainResult(outcome, tracking, run.recipe, predicted, train_s)
+    suggestion = None if options.sweep is not None else _suggestion(run, prepared)
+    return TrainResult(outcome, tracking, run.recipe, predicted, train_s, suggestion)
+
+
+def _suggestion(run: ResolvedRun, prepared: PreparedRun) -> Suggestion | None:
+    """Return a prompt of the evaluation data, or else of the training data."""
+    split: Split = "train" if prepared.eval_data is None else "eval"
+    data = prepared.eval_data or prepared.train_data
+    return suggest(run.recipe.data, split, data, run.tokenizer, run.storage)
 
 
 def _log(tracker: Tracker, rows: Sequence[Row]) -> None:

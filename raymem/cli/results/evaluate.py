@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from raymem.cli import console
 from raymem.cli.options import Overrides, RecipeFile, Verbose
+from raymem.text import cut, printable
+
+if TYPE_CHECKING:
+    from raymem.training.predictions import Prediction
+
+_SHOWN = 300
+"""Characters of a text; of a longer one the middle is left out."""
+_WIDTH = 100
 
 
 def evaluate(
@@ -18,21 +26,24 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option(help="PEFT or model directory, or 'base'; by default the run's own result."),
     ] = None,
+    predictions: Annotated[
+        int, typer.Option(min=0, help="Evaluation examples that the model continues, to be read.")
+    ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Loss and perplexity on the recipe's evaluation data."""
+    """Loss and perplexity on the recipe's evaluation data, and a few predictions beside the references."""
     console.log_to_stderr(verbose)
     from raymem.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, set_)
     from raymem.runs.evaluate import evaluate_recipe
 
-    result = evaluate_recipe(loaded, artifact)
+    result = evaluate_recipe(loaded, artifact, predictions=predictions)
     if as_json:
-        typer.echo(
-            json.dumps({"artifact": result.artifact, **result.result.metrics, "num_targets": result.num_targets})
-        )
+        shown = {"predictions": [one.to_dict() for one in result.predictions]} if predictions else {}
+        figures = {"artifact": result.artifact, **result.result.metrics, "num_targets": result.num_targets}
+        typer.echo(json.dumps({**figures, **shown}))
         return
     console.out.print(f"{result.artifact}")
     console.out.print(
@@ -42,6 +53,22 @@ def evaluate(
         console.out.print(
             f"  {name}: loss {part.loss:.4f}, perplexity {part.perplexity:.2f} over {part.num_targets} target tokens"
         )
+    for number, prediction in enumerate(result.predictions, start=1):
+        _print(number, prediction)
+
+
+def _print(number: int, prediction: Prediction) -> None:
+    """Print what the model read, wrote and was to write, one below the other, in lines that fit the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False, width=min(console.out.width, _WIDTH))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in prediction.to_dict().items():
+        table.add_row(name, Text(printable(cut(" ".join(text.split()), _SHOWN)) or "(nothing)"))
+    console.out.print(f"\n--- prediction {number} ---", markup=False)
+    console.out.print(table)
 
 
 def register(app: typer.Typer) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from raymem.cli import console
 from raymem.text import printable
+
+if TYPE_CHECKING:
+    from raymem.runs.suggest import Suggestion
+
+_WHOLE, _LINES = 120, 3
+"""Characters and lines up to which a suggested prompt is the whole one."""
+_SYSTEM = 80
 
 Artifact = Annotated[
     str, typer.Argument(metavar="DIR", help="Adapter or model directory, a URI of one, or a Hugging Face id.")
@@ -48,6 +56,30 @@ def generate(
     cure = "give another prompt" if raw else "give another prompt, or try --raw"
     why = "the model ends its turn at once" if found.is_whole else f"nothing to see in {max_new_tokens} tokens"
     console.err.print(f"the answer is empty ({why}); {cure}", markup=False)
+
+
+def command(artifact: str, suggestion: Suggestion | None) -> str:
+    """Return the command line, for a shell, that tries an artefact with a prompt; of a long one with its beginning."""
+    words = ["raymem", "generate", artifact]
+    if suggestion is None:
+        return shlex.join([*words, "--prompt", "Hello"])
+    if suggestion.system is not None and len(suggestion.system) <= _SYSTEM and suggestion.system.isprintable():
+        words += ["--system", suggestion.system]
+    return shlex.join([*words, *(["--raw"] if suggestion.raw else []), "--prompt", _shortened(suggestion.prompt)])
+
+
+def _shortened(prompt: str) -> str:
+    """Return a prompt as it is, where it is short; else its first words. A shell gets no control characters of it."""
+    lines = prompt.rstrip("\n").split("\n")
+    if len(prompt) <= _WHOLE and len(lines) <= _LINES and all(map(str.isprintable, lines)):
+        return prompt
+    words = "".join(c if c.isprintable() else " " for c in prompt[: 4 * _WHOLE]).split()
+    shown = words[0][:_WHOLE] if words else "Hello"
+    for word in words[1:]:
+        if len(shown) + len(word) >= _WHOLE:
+            break
+        shown += f" {word}"
+    return shown
 
 
 def register(app: typer.Typer) -> None:

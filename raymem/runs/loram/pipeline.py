@@ -47,9 +47,10 @@ from raymem.runs.backend import Status
 from raymem.runs.evaluate import check_has_eval, evaluate_run
 from raymem.runs.loram.base import open_full_model
 from raymem.runs.loram.models import PlannedModel, PrunedModel, PruningSite
-from raymem.runs.prepare import prepare_split
+from raymem.runs.prepare import Split, prepare_split
 from raymem.runs.resolve import locate_again, note_start, on_full_model, resolve
 from raymem.runs.resolved import FullModel, ResolvedRun
+from raymem.runs.suggest import Suggestion, suggest
 from raymem.runs.train import TrainOptions, build_demo, train
 from raymem.storage.checksums import check_files, difference
 from raymem.storage.errors import writing
@@ -269,6 +270,12 @@ class Pipeline:
                 self.run_storage.write_record("loram/evaluate.json", stored)
             results[row] = {name: value for name, value in stored[row].items() if name != "key"}
         return results
+
+    def suggestion(self) -> Suggestion | None:
+        """Return a prompt of the run's data, to try the recovered adapter with."""
+        run = self.ready().run
+        split: Split = "train" if run.recipe.data.eval is None else "eval"
+        return suggest(run.recipe.data, split, prepare_split(run, split), run.tokenizer, run.storage)
 
     def ready(self) -> PrunedBase:
         """Return the base that is trained on, beside the full model; nothing is made.

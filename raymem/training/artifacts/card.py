@@ -15,7 +15,7 @@ from typing import Any
 
 from raymem.errors import ModelError
 from raymem.memory.budget import bytes_text
-from raymem.recipe.axes import ADAPTERS, BASES
+from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, OPTIMIZERS
 from raymem.recipe.schema import Recipe
 from raymem.recipe.yaml_text import write
 from raymem.storage.json_files import read_object
@@ -61,13 +61,19 @@ def write_card(directory: Path) -> None:
         tags=[
             *([f"base_model:{relation}:{hub}"] if hub else []),
             *([kind] if recipe.trains_adapter else []),
-            *(axis.kind for axis in (recipe.base, recipe.activations, recipe.optimizer) if axis.kind != kind),
+            *_unusual(recipe),
             "transformers",
             "raymem",
         ],
     )
     text = "\n".join(_body(directory, facts, recipe, is_adapter, is_of_model))
     (directory / CARD).write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")), encoding="utf-8")
+
+
+def _unusual(recipe: Recipe) -> list[str]:
+    """Return the kinds of the other axes that are not the ones that a recipe has without naming them."""
+    axes = ((BASES, recipe.base), (ACTIVATIONS, recipe.activations), (OPTIMIZERS, recipe.optimizer))
+    return [options.kind for registry, options in axes if options.kind != registry.initial_options().kind]
 
 
 def _body(directory: Path, facts: dict[str, Any], recipe: Recipe, is_adapter: bool, is_of_model: bool) -> list[str]:
@@ -124,7 +130,13 @@ def _usage(directory: Path, recipe: Recipe, is_adapter: bool, is_of_model: bool)
     kind = ADAPTERS.of(recipe) if is_adapter else next(kind for kind in ADAPTERS.kinds() if kind.trains_base)
     program = kind.usage
     lines += ["```python", program or RAYMEM_USAGE, "```", ""]
-    lines += ["```bash", "raymem generate DIR --prompt 'What can you do?'", *_serving(directory, is_adapter), "```", ""]
+    lines += [
+        "```bash",
+        "raymem generate DIR --prompt 'What can you do?'",
+        *_serving(directory, recipe.name, is_adapter),
+        "```",
+        "",
+    ]
     if not is_of_model:
         lines += ["It goes with the pruned model; `raymem loram recover` writes the adapter of the full one.", ""]
     return lines
@@ -136,7 +148,7 @@ import raymem
 model, tokenizer = raymem.load("DIR")"""
 
 
-def _serving(directory: Path, is_adapter: bool) -> list[str]:
+def _serving(directory: Path, name: str, is_adapter: bool) -> list[str]:
     """Return the command that serves it with vLLM, if that takes it."""
     if not is_adapter:
         return ["vllm serve DIR"]
@@ -145,7 +157,7 @@ def _serving(directory: Path, is_adapter: bool) -> list[str]:
     except ModelError:  # a format of its own
         return []
     words = [public(word) if word.startswith("/") else word for word in shlex.split(linted.command)]
-    return [] if linted.problems else [shlex.join(words)]
+    return [] if linted.problems else [shlex.join([*words[:-1], f"{name}=DIR"])]
 
 
 def public(value: Any) -> str:
@@ -159,7 +171,7 @@ def public(value: Any) -> str:
 def _shared(recipe: Recipe) -> dict[str, Any]:
     def shared(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: shared(one) for key, one in value.items() if one is not None}
+            return {key: shared(one) for key, one in value.items() if one not in (None, {})}
         if isinstance(value, list):
             return [shared(one) for one in value]
         return public(value) if isinstance(value, str) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,22 @@ def test_raymems_own_facts_lie_beside(llama: Path, tmp_path: Path) -> None:
     assert facts["step"] == 2
     assert Recipe.model_validate(facts["recipe"]) == recipe
     assert path.stat().st_mode & 0o055 == 0o055, "others may read it, as the files beside it"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("fragment", [FULL, {}], ids=["full", "lora"])
+def test_every_file_has_the_rights_of_the_umask(
+    llama: Path, tmp_path: Path, umask: int, fragment: dict[str, Any]
+) -> None:
+    recipe = make_recipe(fragment, model=llama)
+    before = os.umask(umask)
+    try:
+        path = export(build_model(recipe), recipe, tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
+    assert any(name.endswith(".safetensors") for name in files)
+    assert set(files.values()) == {0o666 & ~umask}, files
 
 
 def test_a_second_export_replaces_the_first(llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Lets a model continue evaluation examples greedily, to be read beside what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from raymem.training.artifacts.generate import continued, stop_ids
+from raymem.training.data.chat.template import Template
+from raymem.training.data.packed.dataset import PackedRows
+from raymem.training.evaluate import EvaluationRows
+
+MOST_TOKENS = 64
+"""The longest prediction, and the longest reference beside it."""
+_MORE_THAN_REFERENCE = 8
+"""Tokens by which a prediction may be longer than its reference: generating is the slow part."""
+_TEXT_PROMPT = 32
+"""The most tokens of a plain text, all of which are targets, that become the prompt; at most half of it."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An example with a model's own continuation."""
+
+    prompt: str
+    """All that the model reads, special tokens included."""
+    prediction: str
+    reference: str
+    """What the example says there, cut after :data:`MOST_TOKENS` tokens."""
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def predict(model: Any, rows: EvaluationRows, tokenizer: Any, count: int, *, mixed: bool) -> list[Prediction]:
+    """Continue the first ``count`` examples, one from each name in turn, each up to its first stretch of targets.
+
+    Args:
+        model: in evaluation mode afterwards as before.
+        mixed: run it under bf16 autocast.
+    """
+    sets = list(rows.values()) if isinstance(rows, Mapping) else [rows]
+    template = Template(tokenizer, "")
+    stops = stop_ids(model, tokenizer, template)
+    was_training, device = model.training, next(model.parameters()).device.type
+    model.eval()
+    predictions: list[Prediction] = []
+    try:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
+            for prompt, reference in islice(_in_turn([_examples(one) for one in sets]), count):
+                length = min(MOST_TOKENS, len(reference) + _MORE_THAN_REFERENCE)
+                new = continued(model, tokenizer, prompt, stops, max_new_tokens=length)
+                predictions.append(
+                    Prediction(
+                        str(tokenizer.decode(prompt, skip_special_tokens=False)),
+                        str(tokenizer.decode(new, skip_special_tokens=True)),
+                        str(tokenizer.decode(reference[:MOST_TOKENS], skip_special_tokens=True)),
+                    )
+                )
+    finally:
+        model.train(was_training)
+    return predictions
+
+
+def _in_turn(each: list[Iterator[tuple[list[int], list[int]]]]) -> Iterator[tuple[list[int], list[int]]]:
+    while each:
+        for one in list(each):
+            if (example := next(one, None)) is not None:
+                yield example
+            else:
+                each.remove(one)
+
+
+def _examples(rows: PackedRows) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the ids of each example before its first target, and of the targets there; of a plain text its beginning
+    and the rest.
+    """
+    for index in range(len(rows)):
+        row = rows.row(index)
+        for begin, end in pairwise([*np.flatnonzero(row.starts[: row.length]).tolist(), row.length]):
+            ids, targets = row.input_ids[begin:end].tolist(), row.targets[begin:end]
+            first, last = _first_stretch(targets.tolist())
+            if first == 1 and last > 2:  # behind a begin token, or the token that nothing precedes: a plain text
+                first = min(_TEXT_PROMPT, last // 2)
+            if 0 < first < last:
+                yield ids[:first], ids[first:last]
+
+
+def _first_stretch(targets: Sequence[bool]) -> tuple[int, int]:
+    """Return begin and end of the first targets in a row; (0, 0) if there is none."""
+    if True not in targets:
+        return 0, 0
+    first = targets.index(True)
+    rest = list(targets[first:])
+    return first, first + (rest.index(False) if False in rest else len(rest))
