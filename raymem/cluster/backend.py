@@ -10,7 +10,7 @@ from raymem.storage.storage import Storage
 from raymem.tracking import Tracker
 from raymem.training.job import PreparedRun, StepJob
 from raymem.training.loop import Outcome
-from raymem.training.reporter import Listener
+from raymem.training.reporter import Audience
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -51,11 +51,11 @@ class RayBackend:
 
         return call_as_worker(function, config, self.scaling)
 
-    def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
+    def train(self, prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
         """Train with Ray Train workers."""
         from raymem.cluster.train.controller import train_workers
 
-        return train_workers(prepared, tracker, listeners)
+        return train_workers(prepared, tracker, audience)
 
     def run_steps(self, job: StepJob, progress: Callable[[int, int], None]) -> None:
         """Run one task per step."""

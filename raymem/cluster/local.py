@@ -112,6 +112,12 @@ def _own_directory() -> Path:
     return _own
 
 
+def end_at_once() -> None:
+    """Kill the cluster of this process, if it has one, and remove its directory."""
+    if _own is not None:
+        _remove(_own)
+
+
 def _end(directory: Path, pid: int) -> None:
     if os.getpid() == pid:  # a fork is not the owner
         ray.shutdown()
