@@ -274,7 +274,7 @@ def main() -> None:
     """Entry point of the ``raymem`` script."""
     unwind_on_signals()
     gc.set_threshold(10_000, 10, 10)  # looking for garbage was a sixth of the time that it takes to import libraries
-    sys.exit(run_app())
+    signals.leave(run_app())
 
 
 if __name__ == "__main__":

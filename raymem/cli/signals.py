@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any, NoReturn
 
 from raymem.cli import console
 
 _SAME_S = 1.0
 """Seconds in which a second Ctrl-C is the first one again, as from a parent that passes on what we got ourselves."""
+_LATE_S = 10.0
+"""Seconds for what libraries do at exit; a cluster that a signal has ended as well would not answer them."""
 
 
 class _Ending:
@@ -54,10 +59,26 @@ def _leave() -> None:
     say(_ending.cure)
     with contextlib.suppress(OSError):
         console.out.show_cursor()
+    _end(_own_cluster(), status())
+
+
+def _own_cluster() -> Any:
+    """Return the module that has started a cluster for this command, or None."""
     local = sys.modules.get("raymem.cluster.local")
-    if local is not None:
-        local.end_at_once()
-    os._exit(status())
+    return local if local is not None and local.has_own() else None
+
+
+def _end(cluster: Any, code: int) -> NoReturn:
+    """Kill the cluster of this command, if it has one, and end its process."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if cluster is not None:
+        with open(os.devnull, "w") as nowhere:  # everything is said, and Ray's threads here would tell of the killing
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        cluster.end_at_once()
+    os._exit(code)  # the interpreter would wait for threads of Ray
 
 
 def status() -> int:
@@ -88,6 +109,24 @@ def end(stop: SystemExit) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     say(_ending.cure)
     return status()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit status.
+
+    Where a signal has ended a command with a cluster of its own, that is killed instead of being asked to end, which
+    takes seconds, and a minute if the signal has reached it too.
+    """
+    cluster = None if _ending.number is None else _own_cluster()
+    if cluster is None:
+        sys.exit(code)
+    cluster.leave_to_caller()
+    late = threading.Timer(_LATE_S, _end, (cluster, code))
+    late.daemon = True
+    late.start()
+    atexit._run_exitfuncs()  # of which Ray Tune's asks the cluster
+    late.cancel()
+    _end(cluster, code)
 
 
 def say(cure: str) -> None:

@@ -10,7 +10,7 @@ from raymem.storage.storage import Storage
 from raymem.tracking import Tracker
 from raymem.training.job import PreparedRun, StepJob
 from raymem.training.loop import Outcome
-from raymem.training.reporter import Audience
+from raymem.training.reporter import Audience, Status, unheard
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -26,9 +26,11 @@ class RayBackend:
     def __init__(self, scaling: ScalingSection) -> None:
         self.scaling = scaling
         self._connected = False
+        self._status: Status = unheard
 
     def connect(self, storage: Storage, status: Callable[[str], None]) -> None:
         """Join or start the cluster, and prove that all of its nodes see the storage."""
+        self._status = status
         if self._connected:
             return
         from raymem.cluster import connection
@@ -43,7 +45,7 @@ class RayBackend:
         """Run one task per item."""
         from raymem.cluster.tasks import ray_map
 
-        return ray_map(function, items)
+        return ray_map(function, items, self._status)
 
     def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
         """Run one task with a worker's resources."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import types
+from typing import Any
 
 import pytest
 
@@ -57,13 +58,42 @@ def test_a_command_that_leaves_nothing_half_done_says_what_ended_it(monkeypatch:
     assert words.get() == "interrupted\n"
 
 
-def test_only_a_second_ctrl_c_cuts_the_ending_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It kills the command's own cluster, says the sentence and leaves."""
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What was done to a cluster of the command's own, and with which status its process ended."""
     done: list[object] = []
-    cluster = types.ModuleType("raymem.cluster.local")
-    cluster.end_at_once = lambda: done.append("ended")  # type: ignore[attr-defined]
+    cluster: Any = types.ModuleType("raymem.cluster.local")
+    cluster.has_own = lambda: True
+    cluster.leave_to_caller = lambda: done.append("left to us")
+    cluster.end_at_once = lambda: done.append("ended")
     monkeypatch.setitem(sys.modules, "raymem.cluster.local", cluster)
-    monkeypatch.setattr("os._exit", done.append)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: done.append("functions at exit"))
+
+    def leave(code: int) -> None:
+        done.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.setattr("os._exit", leave)
+    return done
+
+
+def test_a_cluster_of_the_commands_own_is_killed_when_a_signal_ends_it(done: list[object]) -> None:
+    with pytest.raises(SystemExit):
+        signals._stop(signal.SIGTERM, None)
+    with pytest.raises(SystemExit):
+        signals.leave(143)
+    assert done == ["left to us", "functions at exit", "ended", 143]
+
+
+def test_without_a_signal_it_ends_as_it_does(done: list[object]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        signals.leave(1)
+    assert (raised.value.code, done) == (1, [])
+
+
+def test_only_a_second_ctrl_c_cuts_the_ending_short(done: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It kills the command's own cluster, says the sentence and leaves."""
     clock = 100.0
     monkeypatch.setattr("time.monotonic", lambda: clock)
 

@@ -53,8 +53,12 @@ class Follower:
 
     def look(self) -> None:
         """Say what the workers wait for, if they do and it is something else than before."""
-        if self._wanted is not None and (words := self._waiting.words(self._wanted)):
-            self._tell(words)
+        if self._wanted is None:
+            return
+        try:
+            self._tell(self._waiting.words(self._wanted))
+        except Exception as error:  # words are worth no run: the next look may know more
+            log.debug("Ray does not say what the workers wait for: %s", error)
 
     def _rows(self, event: Rows) -> None:
         self._wanted = None

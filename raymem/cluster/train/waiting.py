@@ -86,7 +86,7 @@ def autoscaler_words() -> str:
     """Say what the cluster's autoscaler is doing; empty without one, or while it does nothing."""
     report = internal_kv._internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
     if report is not None:  # the older one writes it there
-        return _words_of(json.loads(report).get("autoscaler_report") or {})
+        return words_of(json.loads(report).get("autoscaler_report") or {})
     try:
         from ray.autoscaler.v2.sdk import get_cluster_status
 
@@ -99,10 +99,11 @@ def autoscaler_words() -> str:
     )
 
 
-def _words_of(report: Mapping[str, Any]) -> str:
+def words_of(report: Mapping[str, Any]) -> str:
+    """Read the report of the older autoscaler, an ``AutoscalerSummary`` in JSON."""
     coming = sum(report.get("pending_launches", {}).values()) + len(report.get("pending_nodes", []))
     failures = report.get("node_availability_summary", {}).get("node_availabilities", {}).values()
-    causes = [failure.get("unavailable_node_information") or {} for failure in failures]
+    causes = [failure["unavailable_node_information"] or {} for failure in failures if not failure["is_available"]]
     return scaled(coming, [str(cause.get("description") or "no capacity") for cause in causes])
 
 

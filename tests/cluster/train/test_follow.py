@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import ray.train
+from ray.autoscaler._private.autoscaler import AutoscalerSummary
+from ray.autoscaler._private.node_provider_availability_tracker import (
+    NodeAvailabilityRecord,
+    NodeAvailabilitySummary,
+    UnavailableNodeInformation,
+)
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import state
 
@@ -16,7 +23,7 @@ from raymem.cluster.train.callbacks import GroupCallback
 from raymem.cluster.train.events import Event, Logged, Restarted, Rows, Scheduled, Told
 from raymem.cluster.train.follow import Follower
 from raymem.cluster.train.mailbox import Mailbox, warnings_to_driver
-from raymem.cluster.train.waiting import Waiting, scaled
+from raymem.cluster.train.waiting import Waiting, scaled, words_of
 from raymem.training.reporter import Audience, Row
 
 
@@ -166,3 +173,16 @@ def test_the_words_for_what_ray_is_doing() -> None:
         "starting workers (0 of 2 up, after their nodes have prepared working_dir and pip)"
     )
     assert Waiting({"CPU": 1.0}).starting(2, 2) == "connecting the workers"
+
+
+def test_the_report_of_an_autoscaler_is_read_as_ray_writes_it() -> None:
+    failed = NodeAvailabilityRecord("gpu", False, 0.0, UnavailableNodeInformation("InsufficientCapacity", "no p4d"))
+    there = NodeAvailabilityRecord("cpu", True, 0.0, None)
+    summary = AutoscalerSummary(
+        active_nodes={}, idle_nodes=None, pending_nodes=[("10.0.0.1", "cpu", "setting-up")],
+        pending_launches={"cpu": 2}, failed_nodes=[],
+        node_availability_summary=NodeAvailabilitySummary({"gpu": failed, "cpu": there}),
+    )  # fmt: skip
+    report = json.loads(json.dumps(dataclasses.asdict(summary)))
+    assert words_of(report) == "; its autoscaler is starting 3 nodes; a node could not be started: no p4d"
+    assert words_of({}) == ""
