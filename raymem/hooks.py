@@ -7,7 +7,7 @@ tensors without values. Neither knows what they do, and hooks know neither of th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class RunView:
     0-dim. A collective if the model is sharded."""
     planned: bool = False
     """Whether tensors are fake: they have shapes but no values, and only memory counts."""
+    doing: Callable[[str], None] = field(default=lambda what: None, repr=False, compare=False)
+    """Tells people in a few words what a hook begins that takes much longer than a step."""
 
 
 class Hook:

@@ -15,7 +15,7 @@ import typer
 from raymem.cli import console
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
 from raymem.cli.results import generate
-from raymem.cli.signals import say_and_exit
+from raymem.cli.signals import goes_on
 from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
@@ -109,15 +109,14 @@ def _pipeline(
 
     console.log_to_stderr(verbose)
     recipe = load_recipe(path, overrides)  # before the slow imports: a typo is answered at once
-    from raymem.runs.loram.pipeline import Pipeline
 
-    try:
-        with console.TrainingDisplay(None) as display:
+    with goes_on("the same command goes on where it was"):
+        from raymem.runs.loram.pipeline import Pipeline
+
+        with console.TrainingDisplay() as display:
             listeners = [] if quiet else [display.show]
             status = (lambda text: None) if quiet else display.status
-            yield Pipeline(recipe, status=status, listeners=listeners, fresh=fresh, source=path)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        raise say_and_exit(stop, "the same command goes on where it was") from None
+            yield Pipeline(recipe, status=status, listeners=listeners, begin=display.begin, fresh=fresh, source=path)
 
 
 def _show_plan(pruned: PrunedBase) -> None:

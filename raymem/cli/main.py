@@ -13,10 +13,10 @@ from typing import Annotated, Any, Optional
 import typer
 
 from raymem import __version__
-from raymem.cli import console, data, k8s, loram, plan, submit, sweep
+from raymem.cli import console, data, k8s, loram, plan, signals, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
 from raymem.cli.results import chat, evaluate, generate
-from raymem.cli.signals import say_and_exit, unwind_on_signals
+from raymem.cli.signals import goes_on, unwind_on_signals
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
 from raymem.storage.errors import refusal
@@ -76,15 +76,15 @@ def train(
     from raymem.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, set_)  # before the slow imports: a typo is answered at once
-    from raymem.runs.train import launch
 
-    try:
-        with console.TrainingDisplay(loaded.train.steps) as display:
+    with goes_on("the same command resumes from the last checkpoint"):
+        from raymem.runs.train import launch
+
+        with console.TrainingDisplay() as display:
             finished = launch(
-                loaded, fresh=fresh, force=force, listeners=[display.show], status=display.status, source=recipe
-            )
-    except (KeyboardInterrupt, SystemExit) as stop:
-        raise say_and_exit(stop, "the same command resumes from the last checkpoint") from None
+                loaded, fresh=fresh, force=force, listeners=[display.show], status=display.status, begin=display.begin,
+                source=recipe,
+            )  # fmt: skip
     outcome, tracking = finished.outcome, finished.tracking
     say = console.out.print
     if outcome.loss is None:
@@ -216,7 +216,7 @@ def run_app(*arguments: Any) -> int:
             console.err.print(f"error: {line}", markup=False)
         return 1
     except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else 1
+        return signals.end(exit_)
     except Exception as error:
         if (sentence := refusal(error)) is None:
             raise
@@ -229,7 +229,7 @@ def main() -> None:
     """Entry point of the ``raymem`` script."""
     unwind_on_signals()
     gc.set_threshold(10_000, 10, 10)  # looking for garbage was a sixth of the time that it takes to import libraries
-    sys.exit(run_app())
+    signals.leave(run_app())
 
 
 if __name__ == "__main__":

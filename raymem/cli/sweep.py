@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from rich.text import Text
 
 from raymem.cli import console
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose
-from raymem.cli.signals import say_and_exit
+from raymem.cli.signals import goes_on
 from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from raymem.sweeps.report import SweepRow
 
 _SHOWN = 12
+_NUMBERS_WIDTH = 56
+"""Columns that a table's numbers take beside the point."""
 
 
 def sweep(
@@ -75,14 +80,11 @@ def sweep(
         early_stopping=early_stopping,
         name=name,
     )
-    from raymem.sweeps import driver as sweeps
+    with goes_on("the same command goes on"):
+        from raymem.sweeps import driver as sweeps
 
-    metrics = options.objective.metrics
-    try:
-        with SweepDisplay(metrics[0], samples) as display:
+        with SweepDisplay(options.objective.metrics[0], samples) as display:
             done = sweeps.sweep(named, dimensions, options, fresh=fresh, status=display.status, watch=display.show)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        raise say_and_exit(stop, "the same command goes on") from None
     say = console.out.print
     say((done.folder / "report" / "pareto.md").read_text(), markup=False)
     if done.gave_up:
@@ -112,12 +114,12 @@ def options_of(
 
 
 class SweepDisplay:
-    """Shows the last trials as a table that renews itself on a terminal, one line per trial elsewhere."""
+    """Shows trials in a table that renews itself on a terminal; elsewhere a line when one begins and when it ends."""
 
     def __init__(self, metric: str, samples: int) -> None:
         self._metric, self._samples = metric, samples
         self._live: Any = None
-        self._told: set[int] = set()
+        self._told: dict[int, str] | None = None
 
     def __enter__(self) -> SweepDisplay:
         if console.out.is_terminal:
@@ -129,60 +131,90 @@ class SweepDisplay:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._live.stop()
 
     def status(self, text: str) -> None:
         """Show a line about the work before the first trial."""
-        console.out.print(f"[dim]{text}[/dim]" if console.out.is_terminal else text)
+        console.out.print(text, style="dim" if console.out.is_terminal else None, markup=False)
 
     def show(self, rows: list[SweepRow]) -> None:
         """Show all rows, as they are now."""
+        if self._told is None:
+            self._told = {row.number: row.status for row in rows if _ended(row)}  # by an earlier session
+            if self._told:
+                self.status(f"going on: {len(self._told)} of {self._samples} trials are done")
         if self._live is not None:
             self._live.update(self._table(rows))
             return
-        counts = Counter(row.status for row in rows)
         for row in rows:
-            if row.status not in ("running", "refused") and row.number not in self._told:
-                self._told.add(row.number)
-                started = len(rows) - counts["refused"]
-                console.out.print(
-                    f"[{started}/{self._samples}, {counts['refused']} refused] {self._line(row)}", markup=False
-                )
+            if (_ended(row) or row.status == "running") and self._told.get(row.number) != row.status:
+                self._told[row.number] = row.status
+                console.out.print(f"[{self._counts(rows)}] {self._line(row)}", markup=False)
+
+    def _counts(self, rows: Sequence[SweepRow]) -> str:
+        """Count what has been told so far, of which several may have come at once."""
+        told = Counter(map("running".__eq__, (self._told or {}).values()))
+        refused = sum(row.status == "refused" for row in rows)
+        return f"{told[False]}/{self._samples} done, {told[True]} running, {refused} refused"
 
     def _line(self, row: SweepRow) -> str:
         from raymem.sweeps.report import point_text
 
         value = row.metrics.get(self._metric)
-        parts = [f"trial {row.number} {row.status}", "" if value is None else f"{self._metric} {value:.4f}"]
+        parts = [f"trial {row.number} {row.status}", "" if value is None else f"{self._metric} {self._figure(value)}"]
         if row.measured_bytes:
             parts.append(f"peak {bytes_text(row.measured_bytes)}")
+        elif row.predicted_bytes is not None:
+            parts.append(f"predicted {bytes_text(row.predicted_bytes)}")
         if row.problem:
             parts.append(row.problem)
         return "  ".join([*filter(None, parts), point_text(row.point)])
 
-    def _table(self, rows: list[SweepRow]) -> Any:
+    def _table(self, rows: Sequence[SweepRow]) -> Any:
         from rich.table import Table
 
         from raymem.sweeps.report import point_text
 
         counts = Counter(row.status for row in rows)
-        refused = counts.pop("refused", 0)
-        told = ", ".join(f"{count} {status}" for status, count in counts.items())
-        title = f"{counts.total()} of {self._samples} trials: {told}; {refused} proposals refused"
+        refused, running, waiting = (counts.pop(status, 0) for status in ("refused", "running", "waiting"))
+        kinds = ", ".join(f"{count} {status}" for status, count in counts.items())
+        parts = [f"{counts.total()}/{self._samples} done{f' ({kinds})' if kinds else ''}", f"{running} running"]
+        parts += [f"{waiting} waiting"] * bool(waiting)
+        title = ", ".join([*parts, f"{refused} refused"])
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for column in ("trial", "status", self._metric, "peak", "predicted", "point"):
-            table.add_column(column, justify="left" if column in ("status", "point") else "right")
-        for row in [row for row in rows if row.status != "refused"][-_SHOWN:]:
+        for column in ("trial", "status", self._metric, "peak", "predicted"):
+            table.add_column(column, justify="left" if column == "status" else "right", no_wrap=True)
+        table.add_column("point", overflow="fold")
+        for row in self._fitting(rows):
             value = row.metrics.get(self._metric)
             sizes = (row.measured_bytes, row.predicted_bytes)
             table.add_row(
                 str(row.number),
                 row.status,
-                "" if value is None else f"{value:.4f}",
+                "" if value is None else self._figure(value),
                 *("" if size is None else bytes_text(size) for size in sizes),
-                point_text(row.point),
+                Text(point_text(row.point)),
             )
         return table
+
+    def _figure(self, value: float) -> str:
+        return bytes_text(int(value)) if self._metric.endswith("_bytes") else f"{value:.4f}"
+
+    def _fitting(self, rows: Sequence[SweepRow]) -> list[SweepRow]:
+        """Return the rows that there is room for: what runs, and what came last."""
+        from raymem.sweeps.report import point_text
+
+        trials = [row for row in rows if row.status != "refused"]
+        longest = max((len(point_text(row.point)) for row in trials), default=1)
+        lines_each = -(-longest // max(10, console.out.width - _NUMBERS_WIDTH))
+        room = max(2, min(_SHOWN, (console.out.height - 4) // lines_each))
+        by_interest = sorted(trials, key=lambda row: (row.status == "running", row.number), reverse=True)
+        return sorted(by_interest[:room], key=lambda row: row.number)
+
+
+def _ended(row: SweepRow) -> bool:
+    return row.status not in ("running", "waiting", "refused")
 
 
 def register(app: typer.Typer) -> None:

@@ -10,7 +10,7 @@ from raymem.storage.storage import Storage
 from raymem.tracking import Tracker
 from raymem.training.job import PreparedRun, StepJob
 from raymem.training.loop import Outcome
-from raymem.training.reporter import Listener
+from raymem.training.reporter import Audience, Status, unheard
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -26,9 +26,11 @@ class RayBackend:
     def __init__(self, scaling: ScalingSection) -> None:
         self.scaling = scaling
         self._connected = False
+        self._status: Status = unheard
 
     def connect(self, storage: Storage, status: Callable[[str], None]) -> None:
         """Join or start the cluster, and prove that all of its nodes see the storage."""
+        self._status = status
         if self._connected:
             return
         from raymem.cluster import connection
@@ -43,7 +45,7 @@ class RayBackend:
         """Run one task per item."""
         from raymem.cluster.tasks import ray_map
 
-        return ray_map(function, items)
+        return ray_map(function, items, self._status)
 
     def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
         """Run one task with a worker's resources."""
@@ -51,11 +53,11 @@ class RayBackend:
 
         return call_as_worker(function, config, self.scaling)
 
-    def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
+    def train(self, prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
         """Train with Ray Train workers."""
         from raymem.cluster.train.controller import train_workers
 
-        return train_workers(prepared, tracker, listeners)
+        return train_workers(prepared, tracker, audience)
 
     def run_steps(self, job: StepJob, progress: Callable[[int, int], None]) -> None:
         """Run one task per step."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
 import ray
+from ray._private import ray_constants, utils
 
 from raymem.cluster import local
 from raymem.cluster.jobs.client import knock
@@ -41,21 +40,35 @@ def connect(scaling: ScalingSection) -> None:
         verbose = logging.getLogger("raymem").isEnabledFor(logging.DEBUG)
         options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
         address = os.environ.get("RAY_ADDRESS")
-        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            if address:
-                if address != "auto":
-                    knock(address, "RAY_ADDRESS")
-                ray.init(address=address, **options)
-            else:
-                local.start(**options)
+            with _own_signals():
+                if address:
+                    if address != "auto":
+                        knock(address, "RAY_ADDRESS")
+                    ray.init(address=address, **options)
+                else:
+                    local.start(**options)
         except ClusterError:
             raise
         except Exception as error:  # ConnectionError, RuntimeError, ValueError, Ray's own, and bare ones
             raise ClusterError(_not_connected(error, address)) from None
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm or signal.SIG_DFL)  # Ray's own would exit with status 15
     _check_room(scaling)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Leave signals to this process while Ray starts.
+
+    Ray would answer SIGTERM in Python, by ending with status 15, and in C++, where abseil's handler for crashes prints
+    a stack first. Python's faulthandler, which Ray turns on too, still shows where a process has crashed.
+    """
+    in_python, in_cpp = utils.set_sigterm_handler, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    utils.set_sigterm_handler = lambda handler: None
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = in_python, in_cpp
 
 
 def _not_connected(error: Exception, address: str | None) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import utils
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def start(**options: Any) -> None:
     for attempt in range(_ATTEMPTS):
         directory = _own_directory()
         try:
-            with _on_loopback(), _environment(_MARK, str(directory)):
+            with _on_loopback(), _in_sessions_of_their_own(), _environment(_MARK, str(directory)):
                 ray.init(address="local", include_dashboard=False, _temp_dir=str(directory), **options)
             return
         except Exception as error:
@@ -84,6 +85,26 @@ def _on_loopback() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _in_sessions_of_their_own() -> Iterator[None]:
+    """Keep signals to this command's process group, as from a terminal or ``timeout``, from Ray's processes.
+
+    They would end at once, and whatever this process still asks Ray for on its way out would wait for a minute. Ray
+    calls the function that is replaced here in each process before it becomes one of Ray's.
+    """
+    fate_shared = utils.set_kill_on_parent_death_linux
+
+    def detached() -> None:
+        os.setsid()
+        fate_shared()
+
+    utils.set_kill_on_parent_death_linux = detached
+    try:
+        yield
+    finally:
+        utils.set_kill_on_parent_death_linux = fate_shared
+
+
+@contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
     """Set a variable for the processes that are started meanwhile."""
     before = os.environ.get(name)
@@ -110,6 +131,23 @@ def _own_directory() -> Path:
         os.rename(name, _own / _OWNER)
         atexit.register(_end, _own, os.getpid())
     return _own
+
+
+def has_own() -> bool:
+    """Whether this process has started a cluster, or begun to."""
+    return _own is not None
+
+
+def end_at_once() -> None:
+    """Kill the cluster of this process, which has one, and remove its directory; this process must end then."""
+    assert _own is not None
+    _remove(_own)
+
+
+def leave_to_caller() -> None:
+    """Do nothing about the cluster at exit: whoever calls this ends it."""
+    atexit.unregister(_end)
+    atexit.unregister(ray.shutdown)
 
 
 def _end(directory: Path, pid: int) -> None:

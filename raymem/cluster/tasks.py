@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -9,15 +10,24 @@ import torch
 
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import ScalingSection
+from raymem.training.reporter import Status, unheard
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ray_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+_TOLD_EVERY_S = 15.0
+
+
+def ray_map(
+    function: Callable[[Item], Result], items: Sequence[Item], status: Status = unheard
+) -> list[Result]:  # fmt: skip
     """Map with one Ray task per item; a lost task is repeated, so its function must write atomically.
 
     A single item is done here: a worker would have to start and import for longer than that takes.
+
+    Args:
+        status: told now and then how many are done, and if no core is free for the others.
     """
     if len(items) == 1:
         return [function(items[0])]
@@ -27,7 +37,16 @@ def ray_map(function: Callable[[Item], Result], items: Sequence[Item]) -> list[R
 
     remote = ray.remote(num_cpus=1)(function_of).options(max_retries=3)
     with named_losses("a task"):
-        return ray.get([remote.remote(function, item, registered()) for item in items])  # type: ignore[no-any-return]
+        results = [remote.remote(function, item, registered()) for item in items]
+        left, told = results, time.monotonic()
+        while left:
+            done, left = ray.wait(left, timeout=_TOLD_EVERY_S)
+            ray.get(done)  # raises what one of them raised
+            if left and time.monotonic() - told >= _TOLD_EVERY_S:
+                told = time.monotonic()
+                cores = f"{ray.available_resources().get('CPU', 0):g} of {ray.cluster_resources().get('CPU', 0):g}"
+                status(f"{len(items) - len(left)} of {len(items)} parts are done ({cores} CPU cores are free)")
+        return ray.get(results)  # type: ignore[no-any-return]
 
 
 def function_of(function: Callable[[Item], Result], item: Item, kinds: Mapping[str, Mapping[str, str]]) -> Result:

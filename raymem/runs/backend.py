@@ -11,13 +11,11 @@ from raymem.tracking import Tracker
 from raymem.training.dist_env import DistEnv
 from raymem.training.job import PreparedRun, StepJob
 from raymem.training.loop import Outcome, run
-from raymem.training.reporter import Listener, LocalReporter
+from raymem.training.reporter import Audience, LocalReporter, Status
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-Status = Callable[[str], None]
-"""A function that is told in a few words what is going on."""
 Progress = Callable[[int, int], None]
 """A function that is told how many of how many steps are done."""
 
@@ -39,8 +37,8 @@ class Backend(Protocol):
     def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
         """Make one call with the resources that the recipe gives to one worker."""
 
-    def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
-        """Train to the end; every row of metrics goes to the tracker and, in this process, to the listeners."""
+    def train(self, prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
+        """Train to the end; every row of metrics goes to the tracker and, in this process, to the audience."""
 
     def run_steps(self, job: StepJob, progress: Progress) -> None:
         """Do the steps of a job that are not done yet, and commit it."""
@@ -60,9 +58,10 @@ class LocalBackend:
         """Make the call."""
         return function(config)
 
-    def train(self, prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
+    def train(self, prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
         """Run the loop."""
-        reporter = LocalReporter(*listeners, tracker.log)
+        rows = [*audience.rows, tracker.log]
+        reporter = LocalReporter(*rows, new_rows=audience.new_rows, status=audience.status)
         dist_env = DistEnv.current(prepared.recipe)
         return run(
             prepared.recipe, dist_env, prepared.run, prepared.train_data, prepared.eval_data, reporter,

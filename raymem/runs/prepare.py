@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from raymem.errors import ModelError, StorageError
 from raymem.recipe.data import DataSection
-from raymem.runs.backend import Backend, Status
+from raymem.runs.backend import Backend
 from raymem.runs.resolved import ResolvedRun
 from raymem.storage.checksums import check_files
 from raymem.storage.publish import digest, publish
@@ -22,6 +22,7 @@ from raymem.training.job import PreparedRun
 from raymem.training.model.build import build_model, check_fit
 from raymem.training.model.check import check_weights_here
 from raymem.training.model.summary import what_is_trained
+from raymem.training.reporter import Status
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from raymem.planner import choose_micro_batch
 from raymem.recipe.axes import BASES, full_base
 from raymem.recipe.load import alignment
 from raymem.recipe.schema import Recipe
-from raymem.runs.backend import Backend, Status, backend_of
+from raymem.runs.backend import Backend, backend_of
 from raymem.runs.demo import resolve_demo, with_demo_tokenizer
 from raymem.runs.loram.base import find_site, is_made, manifest_of, named_model
 from raymem.runs.loram.models import Alignment, PlannedModel, PrunedModel, PruningSite
@@ -36,6 +36,7 @@ from raymem.training.model.revision import (
     resolve_revision,
     trained_from,
 )
+from raymem.training.reporter import Status
 
 log = logging.getLogger(__name__)
 

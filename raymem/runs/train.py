@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from raymem.memory.budget import Exceeds, bytes_text, parse_bytes
 from raymem.planner import Plan, known_plan, plan_recipe, prediction_error
 from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
-from raymem.runs.backend import Status
 from raymem.runs.lock import only_one, set_aside
 from raymem.runs.prepare import Split, prepare
 from raymem.runs.resolve import note_start, planned_recipes, resolve
@@ -27,11 +26,14 @@ from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.history import read_history
 from raymem.training.job import PreparedRun
-from raymem.training.reporter import Listener, Row
+from raymem.training.loop import total_steps
+from raymem.training.reporter import Audience, Listener, Row, Status
 from raymem.training.resume_rules import check_identity, identity_of
 
 log = logging.getLogger(__name__)
 
+Begin = Callable[[int], None]
+"""A function that is told how many steps a training has."""
 _ROWS_AT_ONCE = 1000
 
 
@@ -54,9 +56,13 @@ class TrainOptions:
     force: bool = False
     """Train even if the predicted peak is above the recipe's budget."""
     listeners: Sequence[Listener] = ()
-    """Functions that get every metric row, in this process."""
+    """Functions that get the metric row of each step that is taken, in this process."""
+    recorders: Sequence[Listener] = ()
+    """Functions that get every row, after a resume also those that an earlier session may have delivered."""
     status: Status = log.info
-    """A function that is told about progress before the first step."""
+    """A function that is told about progress before the first step and after the last one."""
+    begin: Begin = lambda total_steps: None
+    """A function that is told the number of the run's steps before the first one is taken."""
     source: Path | None = None
     """The recipe's file, for the tracked run."""
     sweep: InSweep | None = None
@@ -70,12 +76,13 @@ def launch(
     force: bool = False,
     listeners: Sequence[Listener] = (),
     status: Status = log.info,
+    begin: Begin = lambda total_steps: None,
     source: Path | None = None,
 ) -> TrainResult:
     """Train a recipe from its data to its artefact; a run of the same name on the same storage is resumed.
 
     Args:
-        fresh, force, listeners, status, source: see :class:`TrainOptions`.
+        fresh, force, listeners, status, begin, source: see :class:`TrainOptions`.
 
     Raises:
         RaymemError: anything that is the user's to mend; the last good checkpoint stays.
@@ -85,7 +92,8 @@ def launch(
         status(f"warning: {storage.path} is the job's temporary copy and goes with the cluster; set storage.path")
     with only_one(storage, recipe.name):
         run = resolve(recipe, fresh=fresh, build_demo=partial(build_demo, status=status), status=status)
-        return _train(run, None, TrainOptions(fresh, force, listeners, status, source))
+        options = TrainOptions(fresh, force, listeners, status=status, begin=begin, source=source)
+        return _train(run, None, options)
 
 
 def train(run: ResolvedRun, options: TrainOptions, *, train_data: Prepared | None = None) -> TrainResult:
@@ -138,7 +146,9 @@ def _train_tracked(
     try:
         _log(tracker, earlier)
         began = time.perf_counter()
-        outcome = run.backend.train(prepared, tracker, [rows.extend, *options.listeners])
+        options.begin(total_steps(prepared.recipe, prepared.train_data))
+        audience = Audience([rows.extend, *options.recorders], options.listeners, options.status)
+        outcome = run.backend.train(prepared, tracker, audience)
         train_s = time.perf_counter() - began
         _log(tracker, rows)  # mends what an outage swallowed; what is there already is left out
         if predicted is not None and outcome.peak_bytes is not None:

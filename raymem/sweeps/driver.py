@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from raymem.planner.admission import AdmissionController
 from raymem.recipe.schema import ModelSection, Recipe
 from raymem.recipe.space import AXES, Space, sample
 from raymem.recipe.space_load import recipe_at
-from raymem.runs.backend import Backend, Status
+from raymem.runs.backend import Backend
 from raymem.runs.lock import only_one, set_aside
 from raymem.runs.prepare import prepare_data
 from raymem.runs.resolve import resolve_shared
@@ -38,12 +39,13 @@ from raymem.sweeps.trial import TrialJob
 from raymem.sweeps.tune import early_stopping, tune
 from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.training.model.revision import Began
+from raymem.training.reporter import Status
 
 log = logging.getLogger(__name__)
 
 _FACTS = "sweep.json"
 Watch = Callable[[list[SweepRow]], None]
-"""A function that is told all rows whenever one has changed."""
+"""A function that is told all rows whenever one has changed; trials to be gone on with are ``waiting``."""
 
 
 def sweep(
@@ -147,13 +149,20 @@ def _search(
                 ),
                 recipe, storage, admitted,
                 early_stopping(recipe, options.objective) if options.early_stopping else None,
-                lambda: watch(rows_of(trials())),
+                lambda running: watch(_as_they_are(rows_of(trials()), running)),
             )  # fmt: skip
         finally:
             rows = write_report(folder / "report", trials(), recipe, options.objective, options.budget_bytes)
         if not any(row.status != "refused" for row in rows):
             raise _nothing_fits(space, recipe, gate, rows)
     return search, rows
+
+
+def _as_they_are(rows: list[SweepRow], running: Collection[int]) -> list[SweepRow]:
+    """Tell trials that run from those that an earlier driver left, which wait until there is room."""
+    return [
+        replace(row, status="waiting") if row.status == "running" and row.number not in running else row for row in rows
+    ]
 
 
 def _same_sweep(

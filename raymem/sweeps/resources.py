@@ -10,7 +10,7 @@ from raymem.cluster.connection import worker_resources
 from raymem.errors import BudgetError
 from raymem.memory.budget import bytes_text
 from raymem.recipe.schema import Recipe
-from raymem.runs.backend import Status
+from raymem.training.reporter import Status
 
 RUNTIME_BYTES = 1 << 30
 """Host memory of a trial's process besides its tensors: Python, Ray and torch."""

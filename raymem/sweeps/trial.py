@@ -173,7 +173,7 @@ def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> TrainResult:
     run = resolve(recipe)
     if isinstance(run.base, PlannedModel):
         run = _on_pruned_model(run)
-    return train(run, TrainOptions(listeners=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes)))
+    return train(run, TrainOptions(recorders=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes)))
 
 
 def _on_pruned_model(run: ResolvedRun) -> ResolvedRun:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from raymem.sweeps.trial import ATTEMPT, RESULT, TrialJob, run_trial
 
 log = logging.getLogger(__name__)
 
+Changed = Callable[[Collection[int]], None]
 CRASHES = 2
 """The number of times that a trial is tried again after its process died."""
 
 
 def tune(
     new_search: Callable[[], BudgetedSearch], recipe: Recipe, storage: Storage, admitted_bytes: int,
-    scheduler: ASHAScheduler | None, changed: Callable[[], None],
+    scheduler: ASHAScheduler | None, changed: Changed,
 ) -> BudgetedSearch:  # fmt: skip
     """Run a search to its end; returns the one that came there.
 
@@ -41,7 +42,7 @@ def tune(
         new_search: a search that goes on from the journal.
         admitted_bytes: what a worker of a trial may need at most.
         scheduler: stops trials early.
-        changed: called whenever a trial began or ended.
+        changed: called whenever a trial began or ended, with the numbers of those that run.
 
     Raises:
         ClusterError: nodes are out of memory before a trial begins.
@@ -119,7 +120,7 @@ def _fit(
 class Follow(ray_tune.Callback):  # type: ignore[misc]
     """Takes note of trials that end, and gives back the memory that they held."""
 
-    def __init__(self, search: BudgetedSearch, storage: Storage, changed: Callable[[], None]) -> None:
+    def __init__(self, search: BudgetedSearch, storage: Storage, changed: Changed) -> None:
         self._search, self._storage, self._changed = search, storage, changed
         self._running: dict[str, TrialJob] = {}
         self._ended: list[Recipe] = []
@@ -142,7 +143,7 @@ class Follow(ray_tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running[trial.trial_id] = TrialJob.of(trial.config)
-        self._changed()
+        self._tell()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         job = self._gone(trial)
@@ -155,7 +156,7 @@ class Follow(ray_tune.Callback):  # type: ignore[misc]
             prediction_error.record(recipe, job.predicted_bytes, int(measured))
         discard_checkpoints(recipe)
         self._ended.append(recipe)
-        self._changed()
+        self._tell()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._gone(trial)
@@ -163,11 +164,14 @@ class Follow(ray_tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         log.warning("trial %d failed: %s", self._gone(trial).number, _problem(trial))
-        self._changed()
+        self._tell()
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         for recipe in self._ended:  # workers of one that was stopped may have saved once more before they were gone
             discard_checkpoints(recipe)
+
+    def _tell(self) -> None:
+        self._changed({job.number for job in self._running.values()})
 
     def _gone(self, trial: Any) -> TrialJob:
         job = TrialJob.of(trial.config)

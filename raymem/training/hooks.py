@@ -15,7 +15,7 @@ from raymem.recipe.axes import MEMORY_AXES
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
 from raymem.training.loss import forward_loss_sum
-from raymem.training.reporter import Row
+from raymem.training.reporter import Row, unheard
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,9 @@ def hooks_of(recipe: Recipe, model: nn.Module) -> list[Hook]:
 
 
 def view_of(
-    model: nn.Module, batches: Callable[[int], list[tuple[Batch, int]]], *, mixed: bool, planned: bool = False
-) -> RunView:
+    model: nn.Module, batches: Callable[[int], list[tuple[Batch, int]]], *, mixed: bool, planned: bool = False,
+    doing: Callable[[str], None] = unheard,
+) -> RunView:  # fmt: skip
     """Build the view of a run that hooks get.
 
     Args:
@@ -45,7 +46,7 @@ def view_of(
     def loss(of: nn.Module, batch: tuple[Batch, int]) -> torch.Tensor:
         return forward_loss_sum(of, batch[0], mixed=mixed) / batch[1]
 
-    return RunView(model, batches, loss, planned)
+    return RunView(model, batches, loss, planned, doing)
 
 
 def metrics_of(hooks: Sequence[Hook], step: int, taken: Collection[str]) -> Row:

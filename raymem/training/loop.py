@@ -82,6 +82,19 @@ def run(
     return session.run()
 
 
+def total_steps(recipe: Recipe, train_data: Prepared) -> int:
+    """Return the number of steps of a run; one that is longer already stays what it is."""
+    return _total_steps(recipe, _sampler(recipe, PackedRows(train_data.directories)))
+
+
+def _sampler(recipe: Recipe, rows: PackedRows) -> Sampler:
+    return Sampler(recipe.seed, rows.sizes_and_weights, recipe.train.global_batch)
+
+
+def _total_steps(recipe: Recipe, sampler: Sampler) -> int:
+    return recipe.train.steps or sampler.steps_for(recipe.train.epochs or 1.0)
+
+
 class _Session:
     """A process's part in a run, from (re)start to end."""
 
@@ -97,8 +110,8 @@ class _Session:
         self.history = History(run_storage)
         self.rows = PackedRows(train_data.directories)
         self.eval_rows = None if eval_data is None else evaluation_rows(eval_data)
-        self.sampler = Sampler(recipe.seed, self.rows.sizes_and_weights, recipe.train.global_batch)
-        self.total_steps = recipe.train.steps or self.sampler.steps_for(recipe.train.epochs or 1.0)
+        self.sampler = _sampler(recipe, self.rows)
+        self.total_steps = _total_steps(recipe, self.sampler)
         tenth = -(-self.total_steps // 10)
         self.eval_every = recipe.train.eval_every or tenth
         self.save_every = recipe.train.save_every or tenth
@@ -111,11 +124,12 @@ class _Session:
         self.began = time.perf_counter()
 
     def run(self) -> Outcome:
+        self._doing("loading the weights")
         self._seed(step=0)
         self.unwrapped = build_model(self.recipe, self.dist_env)
         self.updater = build_updater(self.unwrapped, self.recipe)
         self.hooks = hooks_of(self.recipe, self.unwrapped)
-        self.view = view_of(self.unwrapped, self._micro_batches, mixed=self.mixed)
+        self.view = view_of(self.unwrapped, self._micro_batches, mixed=self.mixed, doing=self._doing)
         start = self._resume()
         self.dist_env.on_main(lambda: self.history.begin(start))
         self.total_steps = max(start, self.total_steps)  # a run that is longer already stays what it is
@@ -123,7 +137,10 @@ class _Session:
         row: Row = {}
         for step in range(start, self.total_steps):
             # The first step of a session also compiles and allocates: nobody knows how long that takes.
-            self.reporter.progress(f"step {step + 1}", brief=step > start)
+            if step == start:
+                self._doing(f"taking step {step + 1}, the first of this session")
+            else:
+                self.reporter.progress(f"step {step + 1}")
             with first_step(self.unwrapped, is_first=step == start), self._failures_named(step):
                 self._seed(step)
                 for hook in self.hooks:
@@ -140,7 +157,7 @@ class _Session:
             if self._due(done, self.save_every):
                 self._save(done)
         self.reporter.flush()
-        self.reporter.progress("the export of the result", brief=False)
+        self._doing("exporting the result")
         exported = self._load_best() if self.recipe.storage.keep == "best" else self.total_steps
         facts = {
             "step": exported,
@@ -161,6 +178,10 @@ class _Session:
             earlier_s=self.earlier_s,
         )
 
+    def _doing(self, what: str) -> None:
+        """Tell people what begins that takes as long as it takes."""
+        self.reporter.progress(what, brief=False, told=True)
+
     def _resume(self) -> int:
         manifest = self.checkpoints.latest()
         if manifest is None:
@@ -173,9 +194,9 @@ class _Session:
         self.eval_loss = manifest.eval_loss
         self.peak_bytes, self.earlier_s = manifest.peak_bytes, manifest.elapsed_s
         log.info("resuming from step %d (%s)", manifest.step, checkpoint_path)
-        for row in manifest.rows:
-            self.reporter.log(row)
-            self.last_row = row
+        self.reporter.replay(manifest.rows)
+        if manifest.rows:
+            self.last_row = manifest.rows[-1]
         return manifest.step
 
     def _load_best(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 Row = dict[str, float]
@@ -11,6 +12,24 @@ Row = dict[str, float]
 ``eval_loss``, ``eval_perplexity``, ``eval_loss/<name>`` of named evaluation data, and ``peak_bytes``."""
 
 Listener = Callable[[Sequence[Row]], None]
+Status = Callable[[str], None]
+"""A function that is told in a few words what is going on."""
+
+
+def unheard(text: str) -> None:
+    """Take a text and do nothing with it."""
+
+
+@dataclass(frozen=True)
+class Audience:
+    """The functions of the driver that learn how a training goes."""
+
+    rows: Sequence[Listener] = ()
+    """Get every row; after a resume also those that an earlier session may have delivered."""
+    new_rows: Sequence[Listener] = ()
+    """Get the rows of steps that have just been taken."""
+    status: Status = unheard
+    """Learns what the run does before its first step and after its last one."""
 
 
 class Reporter(Protocol):
@@ -19,30 +38,46 @@ class Reporter(Protocol):
     def log(self, row: Row) -> None:
         """Take a row; it must be cheap, since it is called between steps."""
 
+    def replay(self, rows: Sequence[Row]) -> None:
+        """Take rows of an earlier session again: some of them may not have been delivered."""
+
     def flush(self) -> None:
         """Deliver everything; called at checkpoints and at the end, on every rank."""
 
-    def progress(self, what: str, *, brief: bool = True) -> None:
+    def progress(self, what: str, *, brief: bool = True, told: bool = False) -> None:
         """Learn what this rank does from now on; it must be cheap, since each step and evaluated batch calls it.
 
         Args:
             what: for people, such as ``step 12``.
             brief: whether it must be over within ``scaling.hang_timeout``.
+            told: whether people are told, since no row of metrics will come soon.
         """
 
 
 class LocalReporter:
-    """Hands rows to listeners in this process, at once: a progress display, a tracking sink."""
+    """Hands rows at once to listeners in this process: a progress display, a tracking sink.
 
-    def __init__(self, *listeners: Listener) -> None:
-        self._listeners = listeners
+    Args:
+        listeners: get every row, as :attr:`Audience.rows`.
+        new_rows, status: as in :class:`Audience`.
+    """
+
+    def __init__(
+        self, *listeners: Listener, new_rows: Sequence[Listener] = (), status: Status = unheard
+    ) -> None:  # fmt: skip
+        self._listeners, self._new_rows, self._status = listeners, new_rows, status
 
     def log(self, row: Row) -> None:
-        for listener in self._listeners:
+        for listener in (*self._listeners, *self._new_rows):
             listener([row])
+
+    def replay(self, rows: Sequence[Row]) -> None:
+        for listener in self._listeners if rows else ():
+            listener(rows)
 
     def flush(self) -> None:
         pass
 
-    def progress(self, what: str, *, brief: bool = True) -> None:
-        pass
+    def progress(self, what: str, *, brief: bool = True, told: bool = False) -> None:
+        if told:
+            self._status(what)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
 from raymem.cluster.connection import named_losses, session_directory, worker_resources
+from raymem.cluster.train.callbacks import GroupCallback, ReportCallback
 from raymem.cluster.train.failures import START_ATTEMPTS, explain
-from raymem.cluster.train.progress import MetricsPoller, ReportCallback, new_mailbox
+from raymem.cluster.train.follow import Follow
+from raymem.cluster.train.mailbox import new_mailbox
 from raymem.cluster.train.rendezvous import Rendezvous
 from raymem.cluster.train.watchdog import Watch, collective_timeout_s
 from raymem.cluster.train.worker import config_of, train_worker
@@ -21,10 +23,21 @@ from raymem.recipe.axes import registered
 from raymem.tracking import Tracker
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
-from raymem.training.reporter import Listener
+from raymem.training.reporter import Audience
 
 
-def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[Listener]) -> Outcome:
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train's trainer, which a Ctrl-C ends like any other signal.
+
+    Its own answer to Ctrl-C waits for the controller to end the workers, is silent meanwhile, and does not hear a
+    second one; workers end with their driver anyway.
+    """
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
+def train_workers(prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
     """Run the worker group to its end; Ray restarts it after crashes, and the loop resumes from its checkpoints.
 
     raymem writes, finds and prunes checkpoints itself, so that local and Ray runs share them; Ray is not told of
@@ -41,7 +54,7 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[L
     waiting_s = int(collective_timeout_s(scaling.hang_timeout_s))
     # Ray's own check of processes that do not answer; the watchdog's comes before it and says more.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(waiting_s)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_worker,
         train_loop_config={
             **config_of(prepared),
@@ -59,13 +72,18 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[L
         run_config=ray.train.RunConfig(
             name=recipe.name,
             storage_path=tempfile.mkdtemp(prefix="train-", dir=session_directory()),
-            callbacks=[ReportCallback((recipe.tracking.kind, tracker.spec(), registered()), mailbox)],
+            callbacks=[
+                ReportCallback((recipe.tracking.kind, tracker.spec(), registered()), mailbox),
+                GroupCallback(mailbox),
+            ],
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
             ),
         ),
     )
-    with named_losses("the run"), MetricsPoller(mailbox, listeners), Watch(mailbox, scaling.hang_timeout_s) as watch:
+    audience.status("starting Ray Train")
+    follow = Follow(mailbox, audience, scaling)
+    with named_losses("the run"), follow, Watch(mailbox, scaling.hang_timeout_s) as watch:
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as failure:
@@ -73,7 +91,7 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, listeners: Sequence[L
                 raise error from None
             failures = ray.get(mailbox.failures.remote())
             raise ClusterError(explain(failure, failures, watch.killed, scaling)) from failure
-        except SystemExit:  # Ray's answer to Ctrl-C, and what its waits make of another signal
+        except SystemExit:  # what Ray's waits make of a signal
             raise KeyboardInterrupt from None
         if (error := ray.get(mailbox.error.remote())) is not None:
             raise error

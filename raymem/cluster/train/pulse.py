@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import ray.train
 import torch.distributed as dist
 
+from raymem.cluster.train.events import Told
 from raymem.cluster.train.watchdog import started_at
 
 _BEAT_EVERY_S = 5.0
@@ -49,11 +49,12 @@ class Pulse:
 
     Args:
         mailbox: where beats go; without one nothing is sent.
-        timeout_s: ``scaling.hang_timeout``; None sends nothing.
+        rank: of the worker.
+        timeout_s: ``scaling.hang_timeout``; None sends no beats.
     """
 
-    def __init__(self, mailbox: Any, timeout_s: float | None) -> None:
-        self._mailbox = mailbox
+    def __init__(self, mailbox: Any, rank: int, timeout_s: float | None) -> None:
+        self._mailbox, self._rank = mailbox, rank
         self._every_s = None if mailbox is None or timeout_s is None else min(_BEAT_EVERY_S, timeout_s / 4)
         self._what, self._brief = "its start", False
         self._progress = self._reports = self._number = 0
@@ -64,7 +65,7 @@ class Pulse:
         if self._every_s is not None:
             context = ray.get_runtime_context()
             self._who = {
-                "rank": ray.train.get_context().get_world_rank(),
+                "rank": self._rank,
                 "node_id": context.get_node_id(),
                 "node": ray.util.get_node_ip_address(),
                 "pid": os.getpid(),
@@ -80,9 +81,11 @@ class Pulse:
             self._stop.set()
             self._thread.join()
 
-    def progress(self, what: str, brief: bool) -> None:
+    def progress(self, what: str, brief: bool, told: bool) -> None:
         self._what, self._brief = what, brief
         self._progress += 1
+        if told and self._mailbox is not None:
+            self._mailbox.push.remote(Told(self._rank, what))
 
     def report(self) -> None:
         """Count a report, where Ray Train makes the ranks wait for each other."""

@@ -11,6 +11,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from raymem.cluster.train.mailbox import warnings_to_driver
 from raymem.cluster.train.progress import RayReporter
 from raymem.cluster.train.pulse import Pulse
 from raymem.errors import RaymemError, TransientStorageError
@@ -56,9 +57,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if recipe.scaling.use_gpu else None
-    pulse = Pulse(mailbox, recipe.scaling.hang_timeout_s)
+    rank = context.get_world_rank()
+    pulse = Pulse(mailbox, rank, recipe.scaling.hang_timeout_s)
     try:
-        with pulse:
+        with pulse, nullcontext() if mailbox is None else warnings_to_driver(mailbox, rank):
             dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
             storage = recipe.storage.open()
             with held(Path(storage.root), config["storage_id"]) if storage.is_local else nullcontext():

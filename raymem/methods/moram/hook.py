@@ -6,14 +6,10 @@ any number of workers up to the rounding of a sum over them.
 
 from __future__ import annotations
 
-import logging
-
 from raymem.errors import AdapterError, ModelError
 from raymem.hooks import Hook, RunView
 from raymem.methods.moram.config import MoRAMOptions
 from raymem.methods.moram.selection import check_base, mark_selected, rehearse_selection, select_indices
-
-log = logging.getLogger(__name__)
 
 
 class MoRAMHook(Hook):
@@ -38,7 +34,7 @@ class MoRAMHook(Hook):
             return
         count = self._options.selection_batches
         batches = [batch for ahead in range(count) for batch in run.batches(step + ahead)]
-        log.info("choosing connections by the gradients of %d global batches", count)
+        run.doing(f"choosing connections by the gradients of {count} global batches")
         try:
             select_indices(run.model, batches, criterion=self._options.criterion, loss=run.loss, seed=self._seed)
         except AdapterError as error:

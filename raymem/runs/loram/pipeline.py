@@ -43,7 +43,6 @@ from raymem.methods.loram.source import Source
 from raymem.recipe.axes import BASES
 from raymem.recipe.schema import Recipe
 from raymem.runs import demo
-from raymem.runs.backend import Status
 from raymem.runs.evaluate import check_has_eval, evaluate_run
 from raymem.runs.loram.base import open_full_model
 from raymem.runs.loram.models import PlannedModel, PrunedModel, PruningSite
@@ -51,7 +50,7 @@ from raymem.runs.prepare import Split, prepare_split
 from raymem.runs.resolve import locate_again, note_start, on_full_model, resolve
 from raymem.runs.resolved import FullModel, ResolvedRun
 from raymem.runs.suggest import Suggestion, suggest
-from raymem.runs.train import TrainOptions, build_demo, train
+from raymem.runs.train import Begin, TrainOptions, build_demo, train
 from raymem.storage.checksums import check_files, difference
 from raymem.storage.errors import writing
 from raymem.storage.folders import make_shared, share_published
@@ -60,7 +59,7 @@ from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.card import write_card
 from raymem.training.artifacts.facts import FACTS
-from raymem.training.reporter import Listener
+from raymem.training.reporter import Listener, Status
 from raymem.training.resume_rules import identity_of
 
 log = logging.getLogger(__name__)
@@ -89,6 +88,7 @@ class Pipeline:
         recipe: with ``base.kind: loram``.
         status: told in words what goes on.
         listeners: get the metric rows of trainings.
+        begin: told the number of steps of each training.
         fresh: take the model as the hub has it today, whatever an earlier run of this name began with.
         run: the same recipe, if it is resolved already.
         source: the recipe's file, for tracked runs.
@@ -99,8 +99,9 @@ class Pipeline:
     """
 
     def __init__(
-        self, recipe: Recipe, *, status: Status = log.info, listeners: Sequence[Listener] = (), fresh: bool = False,
-        run: ResolvedRun | None = None, source: Path | None = None,
+        self, recipe: Recipe, *, status: Status = log.info, listeners: Sequence[Listener] = (),
+        begin: Begin = lambda total_steps: None, fresh: bool = False, run: ResolvedRun | None = None,
+        source: Path | None = None,
     ) -> None:  # fmt: skip
         if not BASES.of(recipe).replaces_model:
             raise RecipeError(f"base.kind: {recipe.base.kind} is not pruned; set base: {{kind: loram, ...}}")
@@ -112,7 +113,7 @@ class Pipeline:
             )
         self.storage.check_writable()
         self.recipe, self.base = recipe, recipe.base
-        self.status, self.listeners, self.fresh = status, listeners, fresh
+        self.status, self.listeners, self.begin, self.fresh = status, listeners, begin, fresh
         self.run_storage = self.storage.child(recipe.name)
         self.source = source
         self._run = run
@@ -163,7 +164,7 @@ class Pipeline:
             self.status(f"aligned before: {model}")
             return _beside_full(run, model, site.source)
         self.status(f"aligning the pruned model (run {aligning.recipe.name})")
-        options = TrainOptions(listeners=self.listeners, status=self.status, source=self.source)
+        options = TrainOptions(listeners=self.listeners, status=self.status, begin=self.begin, source=self.source)
         finished = train(aligning, options, train_data=site.alignment.train_data)
         sources = [source.path for source in finished.recipe.data.train]
         mark_aligned(model, site.directory, {"run": aligning.recipe.name, "steps": finished.steps, "data": sources})
@@ -332,7 +333,9 @@ class Pipeline:
                 self.status(f"trained before: {before['outcome']['artifact']}")
                 return dict(before["outcome"])
             log.warning("%s: %s; it is written again", before["outcome"]["artifact"], damage)
-        options = TrainOptions(fresh=fresh, listeners=self.listeners, status=self.status, source=self.source)
+        options = TrainOptions(
+            fresh=fresh, listeners=self.listeners, status=self.status, begin=self.begin, source=self.source
+        )
         outcome = train(run, options, train_data=train_data).outcome.to_dict()
         run.run.write_record("loram/train.json", {"key": key, "outcome": outcome})
         return outcome

@@ -15,7 +15,6 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 from raymem.cluster import connection, local
 from raymem.cluster.connection import HeadCheck, connect, named_losses
 from raymem.cluster.train.failures import explain, first_rank
-from raymem.cluster.train.progress import MetricsMailbox
 from raymem.errors import ClusterError, DataError, RaymemError, StorageError, TransientStorageError
 from raymem.recipe.schema import ScalingSection
 
@@ -122,19 +121,6 @@ def test_a_head_that_has_gone_is_said_once(monkeypatch: pytest.MonkeyPatch, capl
     assert record.getMessage().startswith(f"Ray's head at 127.0.0.1:{port} does not answer (")
 
 
-def mailbox() -> Any:
-    return MetricsMailbox.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
-
-
-def test_rows_whose_delivery_failed_are_delivered_again() -> None:
-    box = mailbox()
-    box.push([{"step": 1.0}, {"step": 2.0}])
-    assert box.rows(0) == box.rows(0) == [{"step": 1.0}, {"step": 2.0}]
-    box.push([{"step": 3.0}])
-    assert box.rows(2) == [{"step": 3.0}]
-    assert box.rows(3) == []
-
-
 @pytest.mark.parametrize("error", [StorageError("full"), TransientStorageError("away")])
 def test_a_storage_that_is_away_is_a_crash_and_not_the_users_mistake(
     error: RaymemError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -158,6 +144,9 @@ def test_a_storage_that_is_away_is_a_crash_and_not_the_users_mistake(
 
     class Context:
         def get_local_rank(self) -> int:
+            return 0
+
+        def get_world_rank(self) -> int:
             return 0
 
     monkeypatch.setattr(ray, "get", lambda value: value)

@@ -1,0 +1,74 @@
+"""Listens to Ray Train in its controller, and passes on what it learns to the tracker and to the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+
+from raymem.cluster.train.events import Restarted, Rows, Scheduled
+from raymem.cluster.train.failures import first_rank, last_line
+from raymem.recipe.axes import register_again
+from raymem.text import cut
+from raymem.tracking import Tracker, attach_tracker
+
+
+class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
+    """Hands each report to the tracker and to the mailbox.
+
+    Args:
+        tracking: kind of the tracker, the plain data that rebuild it, and kinds that are not raymem's own.
+    """
+
+    def __init__(self, tracking: tuple[str, Mapping[str, Any], Mapping[str, Mapping[str, str]]], mailbox: Any) -> None:
+        self._tracking = tracking
+        self._mailbox = mailbox
+        self._tracker: Tracker | None = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        rows, replayed = metrics[0].get("rows", []), metrics[0].get("replayed", 0)
+        if self._tracker is None:
+            kind, spec, outside = self._tracking
+            register_again(outside)
+            self._tracker = attach_tracker(kind, spec)
+        # Waited for, so that a mailbox that has died ends the run: rows would be lost without a word.
+        ray.get(self._mailbox.push.remote(Rows(rows, replayed)))
+        self._tracker.log(rows)
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        self._mailbox.failed.remote(first_rank(worker_exceptions))
+
+
+class GroupCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+    """Tells the mailbox when the group of workers is asked for, and why it is started again."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        self._mailbox.push.remote(Scheduled(worker_group_context.num_workers))
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        # Of all states only those of a failure from which the group goes on have an error and are not the end.
+        error = getattr(current_state, "training_failed_error", None)
+        if error is not None and not current_state.is_terminal():
+            self._mailbox.push.remote(Restarted(reason_of(error)))
+
+
+def reason_of(error: Any) -> str:
+    """Say in a few words why the group is started again.
+
+    Args:
+        error: a ``TrainingFailedError`` of Ray Train.
+    """
+    if not isinstance(error, ray.train.WorkerGroupError):
+        return f"the workers did not start: {_short(getattr(error, 'controller_failure', error))}"
+    rank = first_rank(error.worker_failures)
+    return f"worker {rank} failed: {_short(error.worker_failures[rank])}"
+
+
+def _short(error: BaseException) -> str:
+    return cut(last_line(error), 300)

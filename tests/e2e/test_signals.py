@@ -1,0 +1,173 @@
+"""Signals end a command on Ray as they end one without: one sentence, 128 + number, no process left, and it goes on.
+
+In the default tier test_tracked_run.py signals runs without Ray, and tests/cli/test_signals.py plays the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.helpers.ray_processes import RayHead, clean_environment
+from tests.helpers.run_files import losses, result_bytes, write_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+
+RESUME = "the same command resumes from the last checkpoint"
+NOISE = re.compile(r"SIG\w+ received|Traceback|\*\*\*|@ +0x|ERROR|WARNING|Exception ignored")
+
+
+@pytest.fixture
+def base() -> Iterator[Path]:
+    """Where the command's own cluster has its directory; a short path, for sockets."""
+    path = Path(tempfile.mkdtemp(prefix="rm-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class Command:
+    """``raymem ARGUMENTS`` in a process group of its own, as a shell starts it."""
+
+    def __init__(self, arguments: Sequence[object], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "raymem", *map(str, arguments)], env={**environment, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def until(self, pattern: str) -> None:
+        """Read its output as far as a line that begins like this."""
+        assert self.process.stdout is not None
+        read = []
+        for line in self.process.stdout:
+            read.append(line)
+            if re.match(pattern, line):
+                return
+        pytest.fail(f"no line {pattern!r} in:\n{''.join(read)}{self.process.stderr and self.process.stderr.read()}")
+
+    def signalled(self, *signals: signal.Signals) -> tuple[int, str]:
+        """Send signals to the whole group, as a terminal does; returns its exit status and what it says on stderr."""
+        for number in signals:
+            os.killpg(self.process.pid, number)
+            if len(signals) > 1:
+                time.sleep(1.2)
+        out, err = self.process.communicate(timeout=120)
+        assert not NOISE.search(out + err), out + err
+        return self.process.returncode, err
+
+
+def left_below(base: Path) -> list[str]:
+    """Processes and files of the command's cluster, a moment after its end."""
+    ours = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RAYMEM_RAY_DIRECTORY", "").startswith(str(base)):
+                ours.append(process)
+        except psutil.Error:
+            continue
+    _, alive = psutil.wait_procs(ours, timeout=10)
+    return [*map(str, alive), *map(str, base.iterdir())]
+
+
+def trained(recipe: Path, environment: dict[str, str]) -> tuple[list[float], bytes]:
+    command = [sys.executable, "-m", "raymem", "train", str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = recipe.parent / "runs" / recipe.stem
+    return losses(run), result_bytes(run)
+
+
+@pytest.fixture
+def recipes(llama: Path, examples: Path, tmp_path: Path) -> Any:
+    def write(name: str, workers: int) -> Path:
+        scaling = {"num_workers": workers, "resources_per_worker": {"CPU": 1}}
+        train = {"steps": 600, "global_batch": 4, "micro_batch": 2, "save_every": 20, "eval_every": 300}
+        return write_recipe(tmp_path / f"{name}.yaml", tmp_path, llama, examples, scaling=scaling, train=train)
+
+    return write
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_training_ends_and_the_same_command_gives_the_undisturbed_result(
+    workers: int, recipes: Any, base: Path
+) -> None:
+    environment = {**clean_environment(), "RAY_TMPDIR": str(base)}
+    recipe = recipes("signalled", workers)
+    for where, number in (
+        (r"starting workers \(0", signal.SIGTERM), (r"step 1/", signal.SIGINT), (r"step \d", signal.SIGTERM),
+    ):  # fmt: skip
+        command = Command(["train", recipe], environment)
+        command.until(where)
+        word = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+        assert command.signalled(number) == (128 + number, f"{word}; {RESUME}\n")
+        assert left_below(base) == []
+    assert trained(recipe, environment) == trained(recipes("straight", workers), environment)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_while_ray_starts_is_not_lost(number: signal.Signals, recipes: Any, base: Path) -> None:
+    """Ray brings handlers of its own, of which one prints a stack."""
+    command = Command(["train", recipes("starting", 1)], {**clean_environment(), "RAY_TMPDIR": str(base)})
+    command.until("starting Ray")
+    deadline = time.monotonic() + 60
+    while not any("gcs_server" in " ".join(child.cmdline()) for child in children(command)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    status, said = command.signalled(number)
+    assert (status, said.endswith(f"; {RESUME}\n"), said.count("\n")) == (128 + number, True, 1)
+    assert left_below(base) == []
+
+
+def children(command: Command) -> list[psutil.Process]:
+    return [child for child in psutil.Process(command.process.pid).children(recursive=True) if child.is_running()]
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_tidily(recipes: Any, base: Path) -> None:
+    command = Command(["train", recipes("twice", 1)], {**clean_environment(), "RAY_TMPDIR": str(base)})
+    command.until("step 1/")
+    assert command.signalled(signal.SIGINT, signal.SIGINT) == (130, f"interrupted; {RESUME}\n")
+    assert left_below(base) == []
+
+
+def test_a_driver_on_a_cluster_of_others_leaves_that_as_it_was(recipes: Any, ray_head: RayHead) -> None:
+    command = Command(["train", recipes("joined", 2)], ray_head.client_env())
+    command.until("step 1/")
+    assert command.signalled(signal.SIGTERM) == (143, f"stopped by SIGTERM; {RESUME}\n")
+    workers = [child for child in psutil.Process(ray_head.pid).children(recursive=True) if _is_worker(child)]
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert alive == []
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def test_a_sweep_and_a_pruning_end_so_too(recipes: Any, base: Path, tmp_path: Path) -> None:
+    environment = {**clean_environment(), "RAY_TMPDIR": str(base)}
+    recipe = recipes("swept", 0)
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"adapter.rank": {"type": "int", "low": 2, "high": 8}}))
+    options = ["--space", tmp_path / "space.yaml", "--budget", "100MiB", "--samples", 3, "-s", "train.steps=20000"]
+    for number, word in ((signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped by SIGTERM")):
+        command = Command(["sweep", recipe, *options], environment)
+        command.until(r"\[0/3 done, \d running")
+        assert command.signalled(number) == (128 + number, f"{word}; the same command goes on\n")
+        assert left_below(base) == []
+    command = Command(["loram", "run", recipes("pruned", 1), "-s", "base.kind=loram"], environment)
+    command.until("pruning ")
+    assert command.signalled(signal.SIGINT) == (130, "interrupted; the same command goes on where it was\n")
+    assert left_below(base) == []
