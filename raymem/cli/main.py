@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from raymem import __version__
-from raymem.cli import console, data, k8s, loram, plan, submit, sweep
+from raymem.cli import console, data, k8s, loram, plan, report, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
 from raymem.cli.signals import say_and_exit, unwind_on_signals
 from raymem.errors import RaymemError
@@ -107,6 +107,7 @@ def train(
 data.register(app)
 plan.register(app)
 sweep.register(app)
+report.register(app)
 
 
 @app.command()
