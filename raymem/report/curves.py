@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
@@ -53,9 +53,14 @@ class Chart:
     note: str = ""
 
 
-def charts_of(runs: Sequence[RunFacts], labels: Sequence[str]) -> list[Chart]:
-    """Return the charts of one run, or of several in comparison."""
+def charts_of(runs: Sequence[RunFacts], labels: Sequence[str], only: Collection[str] | None = None) -> list[Chart]:
+    """Return the charts of one run, or of several in comparison.
+
+    Args:
+        only: leave other metrics out.
+    """
     present = {name for run in runs for row in run.rows for name in row if _is_shown(name)}
+    present = present if only is None else present & set(only)
     rest = sorted(present - set(TITLES))
     evaluations = [name for name in rest if name.startswith("eval_loss/")]
     order = ["loss", "eval_loss", *evaluations, *list(TITLES)[2:], *(name for name in rest if name not in evaluations)]

@@ -22,6 +22,8 @@ from raymem.training.reporter import Row
 
 Status = Callable[[str], None]
 
+MOST_RUNS = 8
+"""Runs that one page compares: as many curves can be told apart without colour."""
 HELD = "held_bytes/"
 _ALL = 2**62
 _PLAN_TIMEOUT_S = 300.0
@@ -211,7 +213,7 @@ def _planned(plan: dict[str, Any], *, made_now: bool) -> PlannedMemory:
 def _read_predictions(run: Storage) -> list[Prediction]:
     if not run.exists(PREDICTIONS):
         return []
-    values = run.read_object(PREDICTIONS, {"predictions": (list,)})
+    values = run.read_record(PREDICTIONS, {"predictions": (list,)})
     with _malformed(run, PREDICTIONS):
         return [
             Prediction(*(str(one[name]) for name in ("prompt", "prediction", "reference")))

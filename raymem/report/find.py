@@ -29,6 +29,10 @@ class Place:
     name: str
     is_sweep: bool
 
+    def beside(self, name: str) -> Storage:
+        """Return a directory next to this one."""
+        return Storage.open(_above(self.directory.path), self.directory.retry_for_s).child(name)
+
 
 def find(target: str, overrides: Sequence[str] = ()) -> Place:
     """Find what is meant.
@@ -73,12 +77,11 @@ def _at(path: str, target: str) -> Place:
     directory = Storage.open(path)
     found = _found(directory)
     if found == "artifact":
-        path, _, options = path.partition("?")
-        path = path.rpartition("/")[0] + (f"?{options}" if options else "")
+        path = _above(path)
         directory = Storage.open(path)
         found = _found(directory)
     if found in ("run", "sweep"):
-        return Place(directory, path.partition("?")[0].rstrip("/").rpartition("/")[2], found == "sweep")
+        return Place(directory, directory.root.rpartition("/")[2], found == "sweep")
     if not directory.exists(""):
         problem = "there is no such directory"
     else:
@@ -89,6 +92,17 @@ def _at(path: str, target: str) -> Place:
         "give a recipe that was trained, or the directory of a run or a sweep"
     )  # fmt: skip
     raise StorageError(f"{target}: {problem}; {cure}")
+
+
+def is_run(directory: Storage) -> bool:
+    """Say whether a run lies there."""
+    return _found(directory) == "run"
+
+
+def _above(path: str) -> str:
+    """Return the path or URI of the directory that holds another."""
+    path, question, options = path.partition("?") if "://" in path else (path, "", "")
+    return path.rstrip("/").rpartition("/")[0] + question + options
 
 
 def _found(directory: Storage) -> str | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib import resources
@@ -21,13 +23,9 @@ from raymem.report.bars import draw_bars, memory_table
 from raymem.report.compare import differences
 from raymem.report.curves import charts_of, summary
 from raymem.report.drawing import MARKERS, draw_chart, value_text
-from raymem.report.facts import RunFacts
+from raymem.report.facts import MOST_RUNS, RunFacts
 from raymem.report.front import draw_front
 from raymem.report.sweep_facts import SweepFacts
-from raymem.sweeps.report import point_text
-
-MOST_RUNS = 8
-"""Runs that one page compares: as many curves can be told apart without colour."""
 
 
 def runs_page(runs: Sequence[RunFacts]) -> str:
@@ -53,7 +51,10 @@ def runs_page(runs: Sequence[RunFacts]) -> str:
 
 def sweep_page(sweep: SweepFacts) -> str:
     """Build the page of a sweep."""
-    return _render("sweep.html.j2", title=sweep.name, sweep=sweep, front=draw_front(sweep))
+    runs = [run for _, run in sweep.runs]
+    charts = charts_of(runs, [f"trial {row.number}" for row, _ in sweep.runs], only=("loss", "eval_loss"))
+    drawn = [draw_chart(chart) for chart in charts]
+    return _render("sweep.html.j2", title=sweep.name, sweep=sweep, front=draw_front(sweep), charts=drawn)
 
 
 def check_number(number: int) -> None:
@@ -85,13 +86,19 @@ def _render(template: str, **values: Any) -> str:
     )  # fmt: skip
 
 
+def _overrides(point: Mapping[str, Any]) -> str:
+    """Write a point as options that give a recipe its values, all digits included, as a shell takes them."""
+    plain = {path: value if isinstance(value, str) else json.dumps(value) for path, value in point.items()}
+    return " ".join(f"-s {shlex.quote(f'{path}={value}')}" for path, value in plain.items())
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("raymem.report", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"size": bytes_text, "value": value_text, "yaml": write, "point": point_text}
+    environment.filters |= {"size": bytes_text, "value": value_text, "yaml": write, "overrides": _overrides}
     return environment
 
 

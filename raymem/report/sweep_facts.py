@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymem.errors import StorageError
-from raymem.report.find import SWEEP, Place
-from raymem.sweeps.options import METRICS
+from raymem.report.facts import MOST_RUNS, RunFacts, read_run
+from raymem.report.find import SWEEP, Place, is_run
+from raymem.sweeps.options import METRICS, trial_name
 from raymem.sweeps.report import STATUSES, SweepRow, finished, pareto
 
 _ROWS = "report/trials.json"
@@ -29,6 +30,8 @@ class SweepFacts:
     rows: list[SweepRow]
     front: list[SweepRow]
     """The finished trials that no other one beats in quality and memory, from the least memory on."""
+    runs: list[tuple[SweepRow, RunFacts]]
+    """The runs of the trials on the front, the first few, as far as they are still there."""
     best: str | None
     """Recipe of the best trial, as YAML."""
 
@@ -51,7 +54,7 @@ def read_sweep(place: Place) -> SweepFacts:
         StorageError: it has no report yet, or a file cannot be read.
     """
     folder = place.directory
-    facts = folder.read_record(SWEEP, {"budget": (int,), "objective": (list,), "space": (dict,)})
+    facts = folder.read_record(SWEEP, {"budget": (int,), "objective": (list,), "space": (dict,), "key": (str,)})
     if not folder.exists(_ROWS):
         raise StorageError(
             f"{folder.join(_ROWS)}: the sweep has no report yet, which is written when it ends or is stopped; wait "
@@ -70,5 +73,24 @@ def read_sweep(place: Place) -> SweepFacts:
     front = sorted(pareto(rows, (quality, "peak_bytes")), key=lambda row: row.metrics["peak_bytes"])
     best = folder.read_bytes(_BEST).decode() if folder.exists(_BEST) else None
     return SweepFacts(
-        place.name, folder.path, facts["budget"], facts["objective"], facts["space"], quality, rows, front, best
+        place.name,
+        folder.path,
+        facts["budget"],
+        facts["objective"],
+        facts["space"],
+        quality,
+        rows,
+        front,
+        _runs_of(place, facts["key"], front[:MOST_RUNS]),
+        best,
     )
+
+
+def _runs_of(place: Place, key: str, front: list[SweepRow]) -> list[tuple[SweepRow, RunFacts]]:
+    found = []
+    for row in front:
+        name = trial_name(place.name, key, row.number)
+        directory = place.beside(name)
+        if is_run(directory):
+            found.append((row, read_run(Place(directory, name, is_sweep=False))))
+    return found

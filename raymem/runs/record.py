@@ -1,4 +1,4 @@
-"""Keeps in the directory of a run what a page about it shows: its data with the targets marked, and its plan.
+"""Keeps in the directory of a run what a page about it shows: its data with the targets marked, plan and predictions.
 
 The data may be gone by the time that somebody looks at the run, and a plan is remembered on one machine only.
 """
@@ -6,13 +6,14 @@ The data may be gone by the time that somebody looks at the run, and a plan is r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from raymem.planner import Plan
 from raymem.recipe.data import Source
 from raymem.runs.resolved import ResolvedRun
+from raymem.storage.storage import Storage
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.summary import Part, examples, summarise
 from raymem.training.data.tokenizer import load_tokenizer
@@ -48,6 +49,18 @@ def note_data(run: ResolvedRun, prepared: PreparedRun) -> None:
 def note_plan(run: ResolvedRun, plan: Plan) -> None:
     """Write down the plan of a run. Raises StorageError."""
     run.run.write_record(PLAN, dataclasses.replace(plan, timeline=[]).to_dict())
+
+
+def note_predictions(run: Storage, artifact: str, predictions: Sequence[Mapping[str, str]]) -> None:
+    """Write down predictions of a run's result; those of the evaluation before are replaced.
+
+    Args:
+        predictions: each with ``prompt``, ``prediction`` and ``reference``.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    run.write_record(PREDICTIONS, {"artifact": artifact, "predictions": [dict(one) for one in predictions]})
 
 
 def _figures(sources: Sequence[Source], prepared: Prepared) -> list[dict[str, Any]]:

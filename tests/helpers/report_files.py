@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.memory.trace import CATEGORIES
-from raymem.runs.record import DATA, PLAN, PREDICTIONS
+from raymem.runs.record import DATA, PLAN, note_predictions
 from raymem.storage.storage import Storage
 from tests.helpers.support import make_recipe, merged
 
@@ -47,7 +47,7 @@ def write_run(
     write_data(run, text)
     write_plan(run)
     answer = {"prompt": f"prompt: {text}", "prediction": f"prediction: {text}", "reference": f"reference: {text}"}
-    run.write_json(PREDICTIONS, {"artifact": "adapter", "predictions": [answer]})
+    note_predictions(run, "adapter", [answer])
     return storage / name
 
 

@@ -152,6 +152,7 @@ def test_the_page_of_a_sweep_has_front_table_and_reasons(report: Report, tmp_pat
     assert best[1]["aria-label"] == (
         "Trial 1, on the Pareto front: evaluation loss 2.5, peak 80.00 MiB. adapter.rank=2"
     )
+    assert "-s adapter.rank=2" in page.words and not page.all("svg", "chart")
     rows = [attrs["id"] for attrs in page.all("tr") if "id" in attrs]
     assert rows == ["trial-0", "trial-1", "trial-2", "trial-3"]
     for words in (
@@ -159,6 +160,15 @@ def test_the_page_of_a_sweep_has_front_table_and_reasons(report: Report, tmp_pat
         "1 refused proposals need more than this picture shows", "# the best", "report/best.yaml",
     ):  # fmt: skip
         assert words in page.words, words
+
+
+def test_the_trials_on_the_front_have_their_curves_and_recipes(report: Report, tmp_path: Path) -> None:
+    for number in range(3):
+        write_run(tmp_path, f"sweep-ab-{number:04d}", optimizer={"lr": 0.125 + number})
+    page = report(write_sweep(tmp_path))
+    assert {group["data-name"] for group in page.all("g", "series")} == {"trial 0", "trial 1"}
+    assert len(page.all("svg", "chart")) == 2, "loss and evaluation loss"
+    assert "lr: 0.125" in page.words and "lr: 1.125" in page.words and "lr: 2.125" not in page.words
 
 
 def test_a_sweep_without_a_finished_trial_says_so(report: Report, tmp_path: Path) -> None:
