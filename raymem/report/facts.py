@@ -25,6 +25,7 @@ Status = Callable[[str], None]
 MOST_RUNS = 8
 """Runs that one page compares: as many curves can be told apart without colour."""
 HELD = "held_bytes/"
+_EVALUATIONS = "loram/evaluate.json"
 _ALL = 2**62
 _PLAN_TIMEOUT_S = 300.0
 
@@ -98,6 +99,8 @@ class RunFacts:
     plan_problem: str | None
     """Why there is no plan."""
     predictions: list[Prediction] = field(default_factory=list)
+    evaluations: dict[str, float] = field(default_factory=dict)
+    """Evaluation loss of the full and the pruned model, without and with the adapter, if these were compared."""
 
     @property
     def steps(self) -> int:
@@ -136,6 +139,7 @@ def read_run(place: Place) -> RunFacts:
         plan=_read_plan(run),
         plan_problem=None,
         predictions=_read_predictions(run),
+        evaluations=_read_evaluations(run),
     )
 
 
@@ -219,6 +223,14 @@ def _read_predictions(run: Storage) -> list[Prediction]:
             Prediction(*(str(one[name]) for name in ("prompt", "prediction", "reference")))
             for one in values["predictions"]
         ]
+
+
+def _read_evaluations(run: Storage) -> dict[str, float]:
+    if not run.exists(_EVALUATIONS):
+        return {}
+    with _malformed(run, _EVALUATIONS):
+        rows = run.read_record(_EVALUATIONS).items()
+        return {name: float(row["loss"]) for name, row in rows if isinstance(row, dict)}
 
 
 @contextlib.contextmanager

@@ -93,6 +93,14 @@ def test_the_page_of_a_run_has_all_that_it_left(report: Report, tmp_path: Path) 
     assert "45.00 MiB" in page.words, "90 of the peak less 30, 5 and 10 that are kept"
 
 
+def test_pruned_and_full_model_are_compared(report: Report, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    rows = {"full": {"loss": 3.0, "key": "a"}, "full + recovered": {"loss": 2.875, "key": "b"}}
+    Storage.open(str(run)).write_record("loram/evaluate.json", rows)
+    page = report(run)
+    assert "full + recovered" in page.words and "-0.1250" in page.words and "sha256" not in page.words
+
+
 def test_the_page_loads_nothing_and_allows_only_its_own_texts(report: Report, tmp_path: Path) -> None:
     page = report(write_run(tmp_path))
     policy = next(str(meta["content"]) for meta in page.all("meta") if meta.get("http-equiv"))
