@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from raymem import __version__
-from raymem.cli import console, data, k8s, loram, plan, signals, submit, sweep
+from raymem.cli import console, data, k8s, loram, plan, report, signals, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
 from raymem.cli.results import chat, evaluate, generate
 from raymem.cli.signals import goes_on, unwind_on_signals
@@ -113,6 +113,7 @@ def train(
 data.register(app)
 plan.register(app)
 sweep.register(app)
+report.register(app)
 evaluate.register(app)
 generate.register(app)
 chat.register(app)

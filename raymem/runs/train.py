@@ -16,6 +16,7 @@ from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
 from raymem.runs.lock import only_one, set_aside
 from raymem.runs.prepare import Split, prepare
+from raymem.runs.record import note_data, note_plan
 from raymem.runs.resolve import note_start, planned_recipes, resolve
 from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import TrainResult
@@ -115,11 +116,17 @@ def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions)
         check_identity(checkpoint.identity, identity_of(prepared.recipe, prepared.train_data), run.run.path)
         options.status(f"resuming from step {checkpoint.step}")
     earlier = [] if checkpoint is None else read_history(run.run, checkpoint.step)
-    predicted = _predicted_bytes(run, options)
+    plan = _predict(run, force=options.force, status=options.status)
+    predicted = None if plan is None else plan.step_peak_bytes
+    if options.sweep is not None:
+        predicted = options.sweep.predicted_peak_bytes
     prepared = replace(prepared, predicted_peak_bytes=predicted)
     if options.fresh:  # only now: a recipe that was refused above leaves the earlier run where it is
         set_aside(run.storage, run.recipe.name)
     note_start(run)
+    note_data(run, prepared)
+    if plan is not None:
+        note_plan(run, plan)
     tracker = start_tracking(
         RunStart(
             run.recipe.to_dict(),
@@ -182,21 +189,13 @@ def _log(tracker: Tracker, rows: Sequence[Row]) -> None:
         tracker.log(rows[start : start + _ROWS_AT_ONCE])
 
 
-def _predicted_bytes(run: ResolvedRun, options: TrainOptions) -> int | None:
-    """Return the predicted peak of a step, if it is known or the recipe's budget asks for it.
+def _predict(run: ResolvedRun, *, force: bool, status: Status) -> Plan | None:
+    """Plan a run that has a budget; without one, such as a trial's, return its plan if it was planned before.
 
     Raises:
-        BudgetExceeded: it is above the budget.
+        BudgetExceeded: the predicted peak is above the budget.
         RaymemError: the recipe has a budget, but cannot be planned.
     """
-    if options.sweep is not None:
-        return options.sweep.predicted_peak_bytes
-    plan = _predict(run, force=options.force, status=options.status)
-    return None if plan is None else plan.step_peak_bytes
-
-
-def _predict(run: ResolvedRun, *, force: bool, status: Status) -> Plan | None:
-    """Plan a run that has a budget; without one, return its plan if it was planned before."""
     recipe, asked = planned_recipes(run)
     if recipe.budget is None:
         return known_plan(recipe) or known_plan(asked)

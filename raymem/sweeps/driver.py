@@ -30,7 +30,7 @@ from raymem.storage.identity import identify
 from raymem.storage.json_files import read_object
 from raymem.storage.publish import seal, unseal
 from raymem.storage.storage import Storage
-from raymem.sweeps.options import SweepOptions, check_metrics
+from raymem.sweeps.options import SweepOptions, check_metrics, trial_name
 from raymem.sweeps.report import SweepRow, best_of, rows_of, write_report
 from raymem.sweeps.resources import admitted_bytes, resources_of
 from raymem.sweeps.result import SweepResult
@@ -76,8 +76,8 @@ def sweep(
         tracker = _start_tracking(recipe, options, storage, resumed=resumed)
         report = {"sweep": folder / "report"}
         try:
-            trial_name = f"{recipe.name[:53]}-{facts['key']}"
-            configure = _configurer(trial_name, tracker.run_id, identify(Path(storage.root)))
+            named = partial(trial_name, recipe.name, facts["key"])
+            configure = _configurer(named, tracker.run_id, identify(Path(storage.root)))
             search, rows = _search(recipe, space, options, folder, configure, storage, status, watch)
             if (best := best_of(rows, options.objective)) is not None:
                 tracker.log([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
@@ -228,12 +228,12 @@ def _prepare(recipe: Recipe, facts: dict[str, Any], storage: Storage, backend: B
     return pinned
 
 
-def _configurer(name: str, parent_run_id: str | None, storage_id: str) -> Configure:
+def _configurer(named: Callable[[int], str], parent_run_id: str | None, storage_id: str) -> Configure:
     """Return the function that makes a trial's config."""
 
     def configure(number: int, point: Recipe, predicted_bytes: int, needed_bytes: int) -> dict[str, Any]:
         scaling, resources, memory, threads = resources_of(point, needed_bytes)
-        plain = point.to_dict() | {"name": f"{name}-{number:04d}", "scaling": scaling, "budget": None}
+        plain = point.to_dict() | {"name": named(number), "scaling": scaling, "budget": None}
         job = TrialJob(number, plain, predicted_bytes, memory, threads, resources, parent_run_id, storage_id)
         return job.to_config()
 

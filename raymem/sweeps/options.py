@@ -102,6 +102,15 @@ def sweep_name(recipe: Recipe, name: str | None) -> str:
     return name or f"{recipe.name[:57]}-sweep"
 
 
+def trial_name(sweep: str, key: str, number: int) -> str:
+    """Name of a trial's run, which lies beside the sweep.
+
+    Args:
+        key: tells trials from those of an earlier sweep of the same name (``sweep.json`` holds it).
+    """
+    return f"{sweep[:53]}-{key}-{number:04d}"
+
+
 def check_metrics(objective: Objective, spelling: Spelling) -> None:
     """Refuse metrics that no trial reports.
 

@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from raymem.errors import NonFiniteError, OutOfMemory
-from raymem.memory.meter import PeakMeter, resident_tensors
+from raymem.linalg.local import local
+from raymem.memory.meter import PeakMeter, resident_tensors, storage_bytes
 from raymem.methods.sentences import first_step
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
@@ -241,6 +242,7 @@ class _Session:
         }
         if self.peak_bytes is not None and step - first + 1 in self.metered_steps:
             row["peak_bytes"] = float(self.peak_bytes)
+            row |= self._held_bytes()
         return row | metrics_of(self.hooks, step, taken=row)
 
     @contextlib.contextmanager
@@ -322,6 +324,23 @@ class _Session:
             yield
         assert meter.peak is not None
         self.peak_bytes = max(self.peak_bytes or 0, self.dist_env.max_over_ranks(meter.peak.allocated_bytes))
+
+    def _held_bytes(self) -> Row:
+        """Measure what this rank keeps on its device between steps, by the planner's terms."""
+        state = self.updater.state()
+        moments = [tensor for name, tensor in state.items() if name.startswith("optimizer.")]
+        trained = [tensor for name, tensor in state.items() if name.startswith(("weights.", "master."))]
+
+        def here(tensors: Iterable[torch.Tensor]) -> float:
+            kind = self.dist_env.device.type  # what is offloaded is not there
+            return float(storage_bytes(tensor for tensor in tensors if local(tensor).device.type == kind))
+
+        frozen = here(resident_tensors(self.unwrapped, trained)) - here(trained)
+        return {
+            "held_bytes/weights": frozen,
+            "held_bytes/trainable": here(trained),
+            "held_bytes/optimizer": here(moments),
+        }
 
     def _resident(self) -> Iterator[torch.Tensor]:
         return resident_tensors(self.unwrapped, self.updater.state().values())

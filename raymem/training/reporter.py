@@ -9,7 +9,8 @@ from typing import Protocol
 Row = dict[str, float]
 """One step's metrics: ``step`` (steps done, from 1), ``loss``, ``lr``, ``grad_norm``, ``tokens_per_s``, ``elapsed_s``
 (of all sessions, from where each one's loop was set up), ``epoch``, and when due
-``eval_loss``, ``eval_perplexity``, ``eval_loss/<name>`` of named evaluation data, and ``peak_bytes``."""
+``eval_loss``, ``eval_perplexity``, ``eval_loss/<name>`` of named evaluation data, ``peak_bytes``, and with it
+``held_bytes/<term>``: what rank 0 keeps on its device between steps, for the terms weights, trainable and optimizer."""
 
 Listener = Callable[[Sequence[Row]], None]
 Status = Callable[[str], None]
