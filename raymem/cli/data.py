@@ -35,7 +35,10 @@ def data(
 
     if split not in ("train", "eval"):
         raise RecipeError(f"--split {split}: a recipe has train and eval")
+    from raymem.training.data.sources.early import check_files_are_here
+
     loaded = load_recipe(recipe, set_)
+    check_files_are_here(loaded, ("eval",) if split == "eval" else ("train",))
     from raymem.runs.data import prepare_here
     from raymem.training.data import summary
     from raymem.training.data.tokenizer import load_tokenizer

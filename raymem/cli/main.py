@@ -72,8 +72,10 @@ def train(
     """Train a recipe; a run of the same name on the same storage is resumed."""
     console.log_to_stderr(verbose)
     from raymem.recipe.load import load_recipe
+    from raymem.training.data.sources.early import check_files_are_here
 
     loaded = load_recipe(recipe, set_)  # before the slow imports: a typo is answered at once
+    check_files_are_here(loaded)
     from raymem.runs.train import launch
 
     try:
@@ -123,8 +125,10 @@ def evaluate(
     """Loss and perplexity on the recipe's evaluation data."""
     console.log_to_stderr(verbose)
     from raymem.recipe.load import load_recipe
+    from raymem.training.data.sources.early import check_files_are_here
 
     loaded = load_recipe(recipe, set_)
+    check_files_are_here(loaded, ("eval",))
     from raymem.runs.evaluate import evaluate_recipe
 
     result = evaluate_recipe(loaded, artifact)

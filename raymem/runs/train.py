@@ -23,6 +23,7 @@ from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.training.artifacts.export import artifact_name
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.packed.shards import Prepared
+from raymem.training.data.sources.early import check_files_are_here
 from raymem.training.history import read_history
 from raymem.training.job import PreparedRun
 from raymem.training.reporter import Listener, Row
@@ -75,6 +76,7 @@ def launch(
     Raises:
         RaymemError: anything that is the user's to mend; the last good checkpoint stays.
     """
+    check_files_are_here(recipe)
     storage = recipe.storage.open()
     if "/_ray_pkg_" in storage.path:  # Ray unpacks a job's working directory under such a name
         status(f"warning: {storage.path} is the job's temporary copy and goes with the cluster; set storage.path")
