@@ -16,7 +16,7 @@ class Source(RecipeModel):
     """One source of examples: a file, a directory of files, a Hugging Face data set, or the embedded demo data."""
 
     path: str
-    """.jsonl, .json, .csv (each also with .gz or .zst) or .parquet file or directory, here or on s3://, gs:// or
+    """.jsonl, .json, .csv, .txt (each also with .gz or .zst) or .parquet file or directory, here or on s3://, gs:// or
     hf://datasets/..., a Hugging Face id, or ``demo:functions`` / ``demo:text``."""
     split: str | None = None
     """Split of a Hugging Face id or of the demo data (by default train), or of files that are named after their split
