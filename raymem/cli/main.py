@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from raymem import __version__
-from raymem.cli import console, data, k8s, loram, plan, submit, sweep
+from raymem.cli import console, data, init, k8s, loram, plan, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
 from raymem.cli.signals import say_and_exit, unwind_on_signals
 from raymem.errors import RaymemError
@@ -38,27 +38,6 @@ def _root(
     if version:
         typer.echo(f"raymem {__version__}")
         raise typer.Exit
-
-
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
-    template: Annotated[
-        str, typer.Option("--from", help="Recipe that ships with raymem to start from.")
-    ] = "quickstart",
-) -> None:
-    """Write a commented recipe to start from."""
-    from raymem.errors import RecipeError
-    from raymem.recipe.load import packaged_recipe
-
-    source = packaged_recipe(template)
-    if path.exists():
-        raise RecipeError(f"{path} already exists; choose another name or remove it")
-    try:
-        path.write_text(source.read_text())
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from None
-    console.out.print(f"wrote {path}\nnext: edit model and data, then  raymem train {path}")
 
 
 @app.command()
@@ -106,6 +85,7 @@ def train(
         say(tracking.hint)
 
 
+init.register(app)
 data.register(app)
 plan.register(app)
 sweep.register(app)

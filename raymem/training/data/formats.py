@@ -10,6 +10,7 @@ from typing import Any, Literal
 from raymem.errors import DataError
 from raymem.recipe.data import Source
 from raymem.text import cut, shown
+from raymem.training.data.guess import guess
 from raymem.training.data.rows.tables import Row
 from raymem.training.data.tokens import Tokens, tokens
 from raymem.training.data.turns import described, history, is_learned, message, schemas, sharegpt, text_of
@@ -95,10 +96,13 @@ def resolve_format(source: Source, first_row: Row, where: str) -> Format:
     for name, required in COLUMNS.items():
         if all(column in row for column in required):
             return name
+    likely = guess(row)
+    columns = ", ".join(f"{ours}: {cut(theirs, 60)}" for ours, theirs in (likely[1] if likely else {}).items())
+    hint = f" (perhaps {where}.columns={{{columns}}})" if columns else ""
     accepted = "; ".join(f"{' + '.join(required)} ({name})" for name, required in COLUMNS.items())
     raise DataError(
         f"{where}.format=auto finds columns {_names(row)}, which fit no format: rename them with {where}.columns to "
-        f"one of: {accepted}."
+        f"one of: {accepted}{hint}."
     )
 
 

@@ -20,8 +20,7 @@ from raymem.recipe.data import MAX_EXAMPLE_BYTES
 from raymem.recipe.paths import DATA_FILES, TEXT_SUFFIX
 from raymem.storage.publish import file_sha256
 from raymem.text import shown
-from raymem.training.data.rows import tables
-from raymem.training.data.rows import plain_text
+from raymem.training.data.rows import plain_text, tables
 from raymem.training.data.rows.json_text import Elements, Unusable, decode, too_long
 from raymem.training.data.rows.tables import Row
 

@@ -1,8 +1,8 @@
 """Cuts a plain text file into rows: pieces of whole lines, between paragraphs where that can be.
 
-A text file has no rows of its own. A line is too short to be one, since packing keeps rows apart and a model would never see
-two lines of prose together; a whole book is too long. Every piece is some thousand tokens long and goes on in as many
-packed rows as it needs.
+A text file has no rows of its own. A line is too short to be one, since packing keeps rows apart and a model would
+never see two lines of prose together; a whole book is too long. Every piece is some thousand tokens long and goes on in
+as many packed rows as it needs.
 """
 
 from __future__ import annotations
