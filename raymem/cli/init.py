@@ -19,7 +19,7 @@ def init(
     model: Annotated[Text, typer.Option("--model", "-m", help="Hugging Face id or local directory.")] = None,
     data: Annotated[Text, typer.Option("--data", "-d", help="File, directory or Hugging Face id to train on.")] = None,
     eval_: Annotated[Text, typer.Option("--eval", help="The same to evaluate on; by default a file beside.")] = None,
-    method: Annotated[Text, typer.Option(help="lora (default), full, moram, mlorc, loract, loram, ...")] = None,
+    method: Annotated[Text, typer.Option(help="lora (default), full, moram, ...; a wrong name lists all.")] = None,
     gpu: Annotated[Text, typer.Option(help="Kind of GPU that it is for, e.g. H100-80GB.")] = None,
     budget: Annotated[Text, typer.Option(help="Memory of one worker's device, e.g. 24GiB.")] = None,
     epochs: Annotated[Optional[float], typer.Option(min=0.01, help="Passes over the data.")] = None,  # noqa: UP045
@@ -32,6 +32,8 @@ def init(
     console.log_to_stderr(False)
     if path.exists():
         raise RecipeError(f"{path} already exists; choose another name or remove it")
+    if not path.parent.is_dir():
+        raise RecipeError(f"{path}: there is no directory {path.parent}; make it, or choose another one")
     if template is not None:
         _copy(template, path, [model, data, eval_, method, gpu, budget, epochs])
         return
@@ -49,12 +51,26 @@ def init(
     if asks_memory:
         gpu, budget = _memory(typer.prompt("GPU (4090, H100, ...) or memory (24GiB); empty: this machine", default=""))
     if asks_method:
-        method = typer.prompt("method (lora, full, moram, mlorc, loract, loram)", default="lora")
-    _write(path, model, data, eval_, method or "lora", gpu, budget, epochs)
+        from raymem.recipe.axes import starts
+
+        usual, *others = starts()
+        method = typer.prompt(f"method ({', '.join([usual, *others])})", default=usual)
+    for flag, there in (("--data", data), ("--eval", eval_)):  # before the slow imports
+        _check_is_here(flag, there)
+    _write(path, model, data, eval_, method, gpu, budget, epochs)
+
+
+def _check_is_here(flag: str, data: str | None) -> None:
+    from raymem.recipe.data import Source
+    from raymem.recipe.paths import is_local
+    from raymem.training.data.sources.opened import files_of
+
+    if data is not None and is_local(data):
+        files_of(Source(path=data), flag, Path())
 
 
 def _write(
-    path: Path, model: str, data: str, eval_: str | None, method: str, gpu: str | None, budget: str | None,
+    path: Path, model: str, data: str, eval_: str | None, method: str | None, gpu: str | None, budget: str | None,
     epochs: float | None,
 ) -> None:  # fmt: skip
     from raymem.runs.init import Wishes, new_recipe

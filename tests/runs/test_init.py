@@ -176,8 +176,12 @@ def test_without_a_terminal_what_is_missing_is_named(tmp_path: Path, capsys: pyt
     assert "init: --model: not given" in capsys.readouterr().err
     assert run_app("init", tmp_path / "a.yaml", "--from", "quickstart", "--model", "x") == 1
     assert "--from copies a recipe as it is" in capsys.readouterr().err
-    assert run_app("init", tmp_path / "a.yaml", "--model", "x", "--data", "y", "--method", "lorra") == 1
+    assert run_app("init", tmp_path / "a.yaml", "--model", "x", "--data", "o/n", "--method", "lorra") == 1
     assert "--method lorra: is no method that raymem knows; did you mean 'lora'" in capsys.readouterr().err
+    assert run_app("init", tmp_path / "a.yaml", "--model", "x", "--data", tmp_path / "y.jsonl") == 1
+    assert f"--data.path='{tmp_path}/y.jsonl' does not exist" in capsys.readouterr().err
+    assert run_app("init", tmp_path / "b" / "a.yaml", "--model", "x", "--data", "o/n") == 1
+    assert f"there is no directory {tmp_path}/b; make it" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RecipeError, match="--from quickstart"):
         made(model="demo", data="x.jsonl", budget="1GiB")
@@ -186,7 +190,7 @@ def test_without_a_terminal_what_is_missing_is_named(tmp_path: Path, capsys: pyt
 def test_on_a_terminal_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from raymem.cli import init
 
-    answers = {"model": "owner/model", "training": "x.jsonl", "GPU": "4090", "method": "moram"}
+    answers = {"model": "owner/model", "training": "owner/data", "GPU": "4090", "method": "moram"}
     asked: list[str] = []
 
     def prompt(text: str, default: str | None = None) -> str:

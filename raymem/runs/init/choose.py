@@ -41,8 +41,8 @@ class Wishes:
     model: str
     data: str
     eval: str | None = None
-    method: str = "lora"
-    """The name of a method; see :func:`raymem.recipe.axes.starts`."""
+    method: str | None = None
+    """The name of a method, by default the usual one; see :func:`raymem.recipe.axes.starts`."""
     gpu: str | None = None
     budget: str | None = None
     epochs: float | None = None
@@ -69,16 +69,13 @@ class _Device:
     why: str
 
 
-def method_named(name: str) -> Start:
-    """Return how a recipe for a method begins.
-
-    Raises:
-        RecipeError: there is no such method.
-    """
+def _start(method: str | None) -> Start:
     known = starts()
-    if name not in known:
-        raise RecipeError(f"--method {name}: is no method that raymem knows{nearest(name, list(known))}")
-    return known[name]
+    if method is None:
+        return next(iter(known.values()))
+    if method not in known:
+        raise RecipeError(f"--method {method}: is no method that raymem knows{nearest(method, list(known))}")
+    return known[method]
 
 
 def new_recipe(wishes: Wishes, name: str, status: Status) -> NewRecipe:
@@ -91,7 +88,7 @@ def new_recipe(wishes: Wishes, name: str, status: Status) -> NewRecipe:
     Raises:
         RaymemError: model or data cannot be had or do not go together, or nothing fits into the memory.
     """
-    start, device = method_named(wishes.method), _device(wishes)
+    start, device = _start(wishes.method), _device(wishes)
     if wishes.model in MODELS:
         raise RecipeError(f"--model {wishes.model}: the demo model has a recipe: raymem init --from quickstart")
     raw: dict[str, Any] = {"name": name, "model": {"name": wishes.model}, "data": {"train": {"path": wishes.data}}}
@@ -118,7 +115,6 @@ def new_recipe(wishes: Wishes, name: str, status: Status) -> NewRecipe:
         "budget": device.why,
         "storage.path": "a path that every node sees; s3:// and gs:// too",
     }
-    status("planning the memory")
     fitted = _fitted(raw, device, wishes.gpu, status)
     _take_over(raw, fitted, device, comments)
     shown = {key: raw[key] for key in Recipe.model_fields if key in raw and key != "name"}
