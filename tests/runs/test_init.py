@@ -119,8 +119,9 @@ def made(**wishes: Any) -> dict[str, Any]:
     return dict(parse(text))
 
 
+@pytest.mark.usefixtures("planner")
 def test_a_recipe_for_questions_and_answers(
-    chat_llama: Path, tmp_path: Path, planned_here: None, capsys: pytest.CaptureFixture[str]
+    chat_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, path = as_csv(tmp_path), tmp_path / "my.yaml"
     shutil.copy(data, tmp_path / "gsm-train.csv")
