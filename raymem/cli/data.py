@@ -19,22 +19,26 @@ if TYPE_CHECKING:
 
 def data(
     recipe: RecipeFile,
+    number: Annotated[int, typer.Argument(min=0, metavar="[N]", help="Examples to print.")] = 3,
     set_: Overrides = [],  # noqa: B006
-    show: Annotated[int, typer.Option(min=0, help="Examples to print.")] = 3,
+    show: Annotated[bool, typer.Option("--show/--no-show", help="Print N examples below the figures.")] = True,
     split: Annotated[str, typer.Option(help="train or eval.")] = "train",
     verbose: Verbose = False,
 ) -> None:
     """Prepare a recipe's data in this process, and show what is trained: figures per source, and examples in text.
 
-    Targets are in colour, or between double square brackets where that cannot be. `raymem train` then uses what was
-    prepared.
+    `raymem data my.yaml --show 5` prints five examples, as `raymem data my.yaml 5` does. Targets are in colour, or
+    between double square brackets where that cannot be. `raymem train` then uses what was prepared.
     """
     console.log_to_stderr(verbose)
     from raymem.recipe.load import load_recipe
 
     if split not in ("train", "eval"):
         raise RecipeError(f"--split {split}: a recipe has train and eval")
+    from raymem.training.data.sources.early import check_files_are_here
+
     loaded = load_recipe(recipe, set_)
+    check_files_are_here(loaded, ("eval",) if split == "eval" else ("train",))
     from raymem.runs.data import prepare_here
     from raymem.training.data import summary
     from raymem.training.data.tokenizer import load_tokenizer
@@ -42,7 +46,7 @@ def data(
     tokenizer, prepared = prepare_here(loaded, "eval" if split == "eval" else "train")
     sources = (loaded.data.train if split == "train" else loaded.data.eval) or []
     console.out.print(summary.table(summary.summarise(sources, prepared)), markup=False)
-    shown = islice(summary.examples(prepared, load_tokenizer(tokenizer)), show)
+    shown = islice(summary.examples(prepared, load_tokenizer(tokenizer)), number if show else 0)
     for number, example in enumerate(shown, start=1):
         console.out.print(f"\n--- example {number} ---", markup=False)
         _print(example)

@@ -21,6 +21,7 @@ from raymem.memory.budget import bytes_text
 if TYPE_CHECKING:
     from raymem.runs.loram.pipeline import Pipeline, PrunedBase
     from raymem.runs.suggest import Suggestion
+    from raymem.training.data.sources.early import Split
 
 app = typer.Typer(
     help="LoRAM: prune a model, train an adapter on what is left, recover it for the full model.", no_args_is_help=True
@@ -48,7 +49,7 @@ def prune(recipe: RecipeFile, set_: Overrides = [], verbose: Verbose = False) ->
 @app.command()
 def align(recipe: RecipeFile, set_: Overrides = [], verbose: Verbose = False) -> None:  # noqa: B006
     """Train the pruned model itself, as base.align says."""
-    with _pipeline(recipe, set_, verbose) as pipeline:
+    with _pipeline(recipe, set_, verbose, splits=("train",)) as pipeline:
         if pipeline.align() is None:
             console.out.print("nothing to do: the recipe has no base.align")
 
@@ -56,7 +57,7 @@ def align(recipe: RecipeFile, set_: Overrides = [], verbose: Verbose = False) ->
 @app.command()
 def train(recipe: RecipeFile, set_: Overrides = [], fresh: Fresh = False, verbose: Verbose = False) -> None:  # noqa: B006
     """Train the adapter on the pruned model; `raymem train` does the same."""
-    with _pipeline(recipe, set_, verbose) as pipeline:
+    with _pipeline(recipe, set_, verbose, splits=("train", "eval")) as pipeline:
         _show_training(pipeline.train(fresh=fresh))
 
 
@@ -80,7 +81,7 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Evaluation loss of the full and the pruned model, without and with the adapter."""
-    with _pipeline(recipe, set_, verbose, quiet=as_json) as pipeline:
+    with _pipeline(recipe, set_, verbose, splits=("eval",), quiet=as_json) as pipeline:
         _show_evaluation(pipeline.evaluate(with_lora=with_lora), as_json=as_json)
 
 
@@ -90,7 +91,7 @@ def run(
     fresh: Fresh = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """All stages in order; what is done already is not repeated."""
-    with _pipeline(recipe, set_, verbose, fresh=fresh) as pipeline:
+    with _pipeline(recipe, set_, verbose, splits=("train", "eval"), fresh=fresh) as pipeline:
         _show_plan(pipeline.prune())
         pipeline.align()
         _show_training(pipeline.train(fresh=fresh))
@@ -103,12 +104,20 @@ def run(
 
 @contextmanager
 def _pipeline(
-    path: Path, overrides: list[str], verbose: bool, *, quiet: bool = False, fresh: bool = False
+    path: Path,
+    overrides: list[str],
+    verbose: bool,
+    *,
+    splits: tuple[Split, ...] = (),
+    quiet: bool = False,
+    fresh: bool = False,
 ) -> Iterator[Pipeline]:
     from raymem.recipe.load import load_recipe
+    from raymem.training.data.sources.early import check_files_are_here
 
     console.log_to_stderr(verbose)
     recipe = load_recipe(path, overrides)  # before the slow imports: a typo is answered at once
+    check_files_are_here(recipe, splits)
 
     with goes_on("the same command goes on where it was"):
         from raymem.runs.loram.pipeline import Pipeline

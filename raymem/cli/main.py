@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from raymem import __version__
-from raymem.cli import console, data, k8s, loram, plan, report, signals, submit, sweep
+from raymem.cli import console, data, init, k8s, loram, plan, report, signals, submit, sweep
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
 from raymem.cli.results import chat, evaluate, generate
 from raymem.cli.signals import goes_on, unwind_on_signals
@@ -43,27 +43,6 @@ def _root(
 
 
 @app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
-    template: Annotated[
-        str, typer.Option("--from", help="Recipe that ships with raymem to start from.")
-    ] = "quickstart",
-) -> None:
-    """Write a commented recipe to start from."""
-    from raymem.errors import RecipeError
-    from raymem.recipe.load import packaged_recipe
-
-    source = packaged_recipe(template)
-    if path.exists():
-        raise RecipeError(f"{path} already exists; choose another name or remove it")
-    try:
-        path.write_text(source.read_text())
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from None
-    console.out.print(f"wrote {path}\nnext: edit model and data, then  raymem train {path}")
-
-
-@app.command()
 def train(
     recipe: RecipeFile,
     set_: Overrides = [],  # noqa: B006
@@ -74,8 +53,10 @@ def train(
     """Train a recipe; a run of the same name on the same storage is resumed."""
     console.log_to_stderr(verbose)
     from raymem.recipe.load import load_recipe
+    from raymem.training.data.sources.early import check_files_are_here
 
     loaded = load_recipe(recipe, set_)  # before the slow imports: a typo is answered at once
+    check_files_are_here(loaded)
 
     with goes_on("the same command resumes from the last checkpoint"):
         from raymem.runs.train import launch
@@ -110,6 +91,7 @@ def train(
     say(f"next: {generate.command(outcome.artifact, finished.suggestion)}", markup=False)
 
 
+init.register(app)
 data.register(app)
 plan.register(app)
 sweep.register(app)

@@ -11,7 +11,7 @@ import typer
 
 from raymem.cli import console
 from raymem.cli.options import Overrides, RecipeFile
-from raymem.errors import BudgetError
+from raymem.errors import BudgetError, DataError
 
 if TYPE_CHECKING:
     from raymem.memory.budget import Verdict
@@ -46,6 +46,7 @@ def plan(
 
     overrides = [*set_, *([f"scaling.num_workers={workers}"] if workers else [])]
     loaded = load_recipe(recipe, overrides)
+    _note_missing_data(loaded)
     if (note := loaded.model.code_note) is not None:
         console.err.print(note, markup=False)
     limit = budget_bytes(loaded, budget, gpu, where="--budget")
@@ -80,6 +81,16 @@ def plan(
             console.out.print(f"picture: {plot}")
     if _exceeds(verdict):
         raise typer.Exit(1)
+
+
+def _note_missing_data(recipe: Recipe) -> None:
+    """Say what training would miss here: a plan needs no data, and may be made far from where they are."""
+    from raymem.training.data.sources.early import check_files_are_here
+
+    try:
+        check_files_are_here(recipe)
+    except DataError as error:
+        console.err.print(f"note: {error} The plan needs no data, training does.", markup=False)
 
 
 def as_dict(

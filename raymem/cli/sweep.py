@@ -66,10 +66,13 @@ def sweep(
     """Search ranks, sparsity and methods: only what is predicted to fit is tried. A killed sweep goes on."""
     from raymem.errors import RecipeError
     from raymem.recipe.load import load_recipe
+    from raymem.training.data.sources.early import check_files_are_here
 
     console.log_to_stderr(verbose)
+    loaded = load_recipe(recipe, set_)
+    check_files_are_here(loaded)
     named, dimensions, options = options_of(
-        load_recipe(recipe, set_),
+        loaded,
         space=space,
         budget=budget,
         gpu=gpu,

@@ -24,7 +24,7 @@ from __future__ import annotations
 from raymem.kinds.activations import ActivationsKind
 from raymem.kinds.adapter import ADAPTER_FILE, AdapterKind, AttachContext
 from raymem.kinds.base import BaseKind
-from raymem.kinds.core import OPTIONS_RULES, Advice, Kind, Rule
+from raymem.kinds.core import OPTIONS_RULES, Advice, Kind, Rule, Start
 from raymem.kinds.loss import IGNORED, LossFunction, LossKind, OfLogits, cross_entropy_sum
 from raymem.kinds.optimizer import OptimizerContext, OptimizerKind, TensorShape
 from raymem.kinds.tracker import TrackerKind
@@ -45,6 +45,7 @@ __all__ = [
     "OptimizerContext",
     "OptimizerKind",
     "Rule",
+    "Start",
     "TensorShape",
     "TrackerKind",
     "cross_entropy_sum",

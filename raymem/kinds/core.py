@@ -43,6 +43,19 @@ class Advice:
     """Asked with the recipe; combinations that a rule refuses are left out anyway."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a new recipe that is made for a kind begins."""
+
+    method: str
+    """The name that ``raymem init --method`` knows it by."""
+    words: str
+    """What it does, in a few words."""
+    values: Mapping[str, tuple[Any, str]]
+    """Path in the recipe -> a usual value, and in a few words why; ``<axis>.kind`` comes first, and the learning rate
+    (``optimizer.lr``) is among them."""
+
+
 class Kind(ABC, Generic[OptionsT]):
     """One choice of an axis."""
 
@@ -57,6 +70,8 @@ class Kind(ABC, Generic[OptionsT]):
     """Options that hold a path, which is made absolute where the command is started."""
     paths_or_ids: ClassVar[tuple[str, ...]] = ()
     """Options that hold a path or a Hugging Face id."""
+    start: ClassVar[Start | None] = None
+    """Usual values of a recipe for it, where it is a method that a person chooses."""
     space: ClassVar[Mapping[str, Any]] = {}
     """Search space over its options, which ``raymem sweep --space <kind>`` takes: path -> dimension."""
 

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import PydanticUserError, TypeAdapter
 
 from raymem.errors import RecipeError
-from raymem.kinds import ActivationsKind, AdapterKind, BaseKind, Kind, LossKind, OptimizerKind, TrackerKind
+from raymem.kinds import ActivationsKind, AdapterKind, BaseKind, Kind, LossKind, OptimizerKind, Start, TrackerKind
 
 KindT = TypeVar("KindT", bound=Kind[Any])
 
@@ -284,6 +284,13 @@ def all_kinds() -> Iterable[Kind[Any]]:
     """Return every kind of every axis that can be used."""
     for axis in AXES.values():
         yield from axis.kinds()
+
+
+def starts() -> dict[str, Start]:
+    """Return the methods that a new recipe can be made for, by name; the usual one comes first."""
+    usual = ADAPTERS[ADAPTERS.initial].start
+    kinds = (kind.start for axis in MEMORY_AXES.values() for kind in axis.kinds())
+    return {start.method: start for start in (usual, *kinds) if start is not None}
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ class Source(RecipeModel):
     """One source of examples: a file, a directory of files, a Hugging Face data set, or the embedded demo data."""
 
     path: str
-    """.jsonl, .json, .csv (each also with .gz or .zst) or .parquet file or directory, here or on s3://, gs:// or
+    """.jsonl, .json, .csv, .txt (each also with .gz or .zst) or .parquet file or directory, here or on s3://, gs:// or
     hf://datasets/..., a Hugging Face id, or ``demo:functions`` / ``demo:text``."""
     split: str | None = None
     """Split of a Hugging Face id or of the demo data (by default train), or of files that are named after their split
@@ -29,6 +29,11 @@ class Source(RecipeModel):
     format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt", "tokens"] = "auto"
     """How a row is read; ``auto`` decides by the column names. ``tokens``: ``input_ids`` as they are, where ``labels``
     (-100: no target; not shifted) and ``attention_mask`` (0: padding, left out) may stand beside."""
+    template: Literal["auto", "chat", "none"] = "auto"
+    """How a prompt and its answer (``prompt_completion`` in texts, ``alpaca``) become one text: ``chat`` makes them
+    turns of the user and the assistant in the tokenizer's chat template; ``none`` takes the texts as they are, an
+    instruction and its answer with an empty line between. ``auto``: ``chat`` where the tokenizer has one, but ``none``
+    for a prompt that holds its marks (such as ``[INST]``) already. Conversations are always rendered."""
     columns: dict[str, str] = {}
     """Our column name (also ``system``, ``tools``, ``history``) -> the name in the file, for example ``{prompt:
     instruction, completion: output}``."""
@@ -37,6 +42,24 @@ class Source(RecipeModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None
     """Only in ``data.eval``: sources of one name have an evaluation loss of their own, ``eval_loss/<name>``. Given by
     writing ``data.eval`` as a mapping of names."""
+
+    @model_validator(mode="after")
+    def _template_goes_with_format(self) -> Source:
+        if problem := template_problem(self.template, self.format):
+            raise ValueError(problem)
+        return self
+
+
+def template_problem(template: str, row_format: str) -> str | None:
+    """Say why ``template`` means nothing for a format, and what to do; None where it does, or the format is open."""
+    if template == "none" and row_format in ("messages", "sharegpt"):
+        return (
+            f"template: none does not go with format: {row_format}: turns become a text only by a chat template; leave "
+            "template out, or give the texts as prompt and completion"
+        )
+    if template == "chat" and row_format in ("text", "tokens"):
+        return f"template: chat does not go with format: {row_format}, which has no turns; leave template out"
+    return None
 
 
 def _one_source_or_many(value: Any) -> Any:
@@ -93,6 +116,9 @@ class DataSection(RecipeModel):
     max_example_bytes: Annotated[int, Field(ge=1)] = MAX_EXAMPLE_BYTES
     """Bytes that one example may have in its file, without compression; a longer one is an error before it is read,
     since making tokens of a text takes up to 350 times its memory."""
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The largest share of a source's examples that may be left out because nothing in them is to be predicted: they
+    are cut before their first target by ``sequence_length``, or have none. Above it the data are refused."""
     turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns are trained in a conversation; marks of turns (``weight: 0``) hold as well."""
     packing: Literal["bfd", "wrapped", "none"] = "bfd"

@@ -8,14 +8,15 @@ from pathlib import Path
 from raymem.errors import RecipeError
 from raymem.text import shown
 
-PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+TEXT_SUFFIX = ".txt"
+PLAIN_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", TEXT_SUFFIX)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Maps the suffix of a compressed file to the name of its codec in Arrow."""
 DATA_SUFFIXES = (
     *PLAIN_SUFFIXES,
     *(plain + packed for packed in COMPRESSIONS for plain in PLAIN_SUFFIXES if plain != ".parquet"),
 )
-DATA_FILES = f"{', '.join(PLAIN_SUFFIXES)} (all but the last also {' or '.join(COMPRESSIONS)})"
+DATA_FILES = f"{', '.join(PLAIN_SUFFIXES)} (all but .parquet also {' or '.join(COMPRESSIONS)})"
 """The kinds of data files, in words for an error."""
 
 

@@ -21,6 +21,7 @@ from raymem.training.artifacts.export import artifact_name
 from raymem.training.artifacts.facts import FACTS
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.packed.shared import localise, to_dict
+from raymem.training.data.sources.early import check_files_are_here
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
@@ -43,6 +44,7 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None, *, predictions:
         ModelError: there is nothing to evaluate, or the recipe names another revision than it was trained on.
     """
     check_has_eval(recipe)
+    check_files_are_here(recipe, ("eval",))
     artifact = artifact or _own_artifact(recipe)
     run = resolve(recipe, artifact=artifact)
     run.require_base()

@@ -25,6 +25,7 @@ from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.training.artifacts.export import artifact_name
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.packed.shards import Prepared
+from raymem.training.data.sources.early import check_files_are_here
 from raymem.training.history import read_history
 from raymem.training.job import PreparedRun
 from raymem.training.loop import total_steps
@@ -88,6 +89,7 @@ def launch(
     Raises:
         RaymemError: anything that is the user's to mend; the last good checkpoint stays.
     """
+    check_files_are_here(recipe)
     storage = recipe.storage.open()
     if "/_ray_pkg_" in storage.path:  # Ray unpacks a job's working directory under such a name
         status(f"warning: {storage.path} is the job's temporary copy and goes with the cluster; set storage.path")
@@ -113,7 +115,8 @@ def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions)
     prepared = prepare(run, train_data=train_data, status=options.status)
     checkpoint = None if options.fresh else latest_manifest(run.run)
     if checkpoint is not None:
-        check_identity(checkpoint.identity, identity_of(prepared.recipe, prepared.train_data), run.run.path)
+        identity = identity_of(prepared.recipe, prepared.train_data)
+        check_identity(checkpoint.identity, identity, run.run.path, prepared.train_data)
         options.status(f"resuming from step {checkpoint.step}")
     earlier = [] if checkpoint is None else read_history(run.run, checkpoint.step)
     plan = _predict(run, force=options.force, status=options.status)

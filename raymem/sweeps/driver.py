@@ -38,6 +38,7 @@ from raymem.sweeps.search import BudgetedSearch, Configure, open_study, started
 from raymem.sweeps.trial import TrialJob
 from raymem.sweeps.tune import early_stopping, tune
 from raymem.tracking import RunStart, Tracker, start_tracking
+from raymem.training.data.sources.early import check_files_are_here
 from raymem.training.model.revision import Began
 from raymem.training.reporter import Status
 
@@ -96,6 +97,7 @@ def _check(recipe: Recipe, options: SweepOptions) -> Storage:
     """
     spelling = options.spelling
     check_metrics(options.objective, spelling)
+    check_files_are_here(recipe)
     if recipe.data.eval is None and "eval_loss" in options.objective.metrics:
         raise RecipeError(
             f"objective 'eval_loss': the recipe has no data.eval; add it, or use {spelling('metrics', 'loss')}"

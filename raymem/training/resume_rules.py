@@ -34,20 +34,37 @@ def identity_of(recipe: Recipe, train_data: Prepared) -> dict[str, Any]:
     return settings
 
 
-def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
+def check_identity(
+    saved: dict[str, Any], current: dict[str, Any], where: str, train_data: Prepared | None = None
+) -> None:
     """Refuse to continue a run whose recipe changed in a setting that must stay.
+
+    Args:
+        train_data: what ``current`` was made of; with it an error can say that only the chat template is new.
 
     Raises:
         CheckpointError: names the first setting that differs, both values and the cure.
     """
     for path, value in current.items():
         if (difference := _difference(path, saved.get(path), value)) is not None:
+            if path == "data.train" and train_data is not None and _without_template(train_data) == saved.get(path):
+                texts = ", ".join(source.where for source in train_data.sources if source.untemplated is not None)
+                raise CheckpointError(
+                    f"{where}: this run was started on prompts and completions as they are, but now the chat template "
+                    f"renders them: set template: none for {texts} to go on, choose another name, or start over with "
+                    "--fresh"
+                )
             setting, before, now = difference
             raise CheckpointError(
                 f"{where}: this run was started with {setting}={cut(str(before), 120)} but the recipe now says "
                 f"{cut(str(now), 120)}; "
                 "restore it, choose another name, or start over with --fresh"
             )
+
+
+def _without_template(train_data: Prepared) -> list[list[Any]]:
+    """Return what ``data.train`` in the identity would be with ``template: none`` for every source."""
+    return [[source.untemplated or source.directory.name, source.weight] for source in train_data.sources]
 
 
 def _difference(path: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:

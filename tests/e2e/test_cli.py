@@ -294,7 +294,7 @@ def command_on_small_disk(command: list[str], runs: Path) -> tuple[subprocess.Co
 def test_init_writes_a_recipe_that_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from raymem.recipe.load import load_recipe
 
-    assert run_app("init", tmp_path / "mine.yaml") == 0
+    assert run_app("init", tmp_path / "mine.yaml", "--from", "quickstart") == 0
     assert load_recipe(tmp_path / "mine.yaml").name == "mine"
     assert run_app("init", tmp_path / "mine.yaml") == 1
     assert "already exists" in capsys.readouterr().err

@@ -34,16 +34,25 @@ def recipe(tmp_path: Path, llama: Path) -> Path:
 def test_figures_and_examples(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app("data", recipe) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].split()[:3] == ["source", "rows", "read"]
-    assert shown[1].split()[:4] == [str(tmp_path / "train.jsonl"), "2", "1", "1"]
-    assert shown[2] == f"  1 dropped of {tmp_path / 'train.jsonl'}: the completion is empty"
-    assert shown[4] == "--- example 1 ---"
-    assert shown[5].startswith("w1 w2[[") and shown[5].endswith("]]") and "w3 w4" in shown[5]
-    assert len(shown) == 6
+    assert shown[0].split()[:3] == ["source", "rows", "examples"]
+    assert shown[1].split()[:4] == ["train[0]", "2", "1", "1"]
+    assert shown[2:4] == [
+        f"train[0]: {tmp_path / 'train.jsonl'}",
+        "  format prompt_completion, template: none (the texts as they are)",
+    ]
+    assert shown[4].startswith("  tokens of an example: half of them up to ")
+    assert shown[5] == "  1 dropped: the completion is empty"
+    assert shown[7] == "--- example 1 ---"
+    assert shown[8].startswith("w1 w2[[") and shown[8].endswith("]]") and "w3 w4" in shown[8]
+    assert len(shown) == 9
 
-    assert run_app("data", recipe, "--split", "eval", "--show", "0", "--set", "data.sequence_length=8") == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 2 and shown[1].split()[:4] == [str(tmp_path / "eval.jsonl"), "1", "1", "0"]
+    assert run_app("data", recipe, "--show") == 0
+    assert capsys.readouterr().out.splitlines() == shown
+    for none in (["--show", "0"], ["--no-show"], ["0"]):
+        command = ["data", recipe, *none, "--split", "eval", "--set", "data.sequence_length=8"]
+        assert run_app(*command) == 0
+        figures = capsys.readouterr().out.splitlines()
+        assert len(figures) == 5 and figures[1].split()[:4] == ["eval[0]", "1", "1", "0"]
 
     assert run_app("data", recipe, "--split", "test") == 1
     assert "--split test: a recipe has train and eval" in capsys.readouterr().err
@@ -71,13 +80,13 @@ def test_training_says_the_same_and_uses_what_was_prepared(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_app("data", recipe) == 0
-    table = capsys.readouterr().out.splitlines()[:3]
+    table = capsys.readouterr().out.splitlines()[:6]
     storage = tmp_path / "50%?" / "runs"
     prepared = {path.name for path in (storage / "cache" / "data").iterdir()}
     assert run_app("train", recipe) == 0
     shown = capsys.readouterr().out.splitlines()
     at = shown.index(table[0])
-    assert shown[at : at + 3] == table and shown[at + 3] == "for example:" and "w1 w2[[" in shown[at + 4]
+    assert shown[at : at + 6] == table and shown[at + 6] == "for example:" and "w1 w2[[" in shown[at + 7]
     assert prepared < {path.name for path in (storage / "cache" / "data").iterdir()}
     # Nothing lies beside the storage, tracking included.
     assert [path.name for path in (tmp_path / "50%?").iterdir()] == ["runs"]

@@ -35,8 +35,10 @@ def evaluate(
     """Loss and perplexity on the recipe's evaluation data, and a few predictions beside the references."""
     console.log_to_stderr(verbose)
     from raymem.recipe.load import load_recipe
+    from raymem.training.data.sources.early import check_files_are_here
 
     loaded = load_recipe(recipe, set_)
+    check_files_are_here(loaded, ("eval",))
     from raymem.runs.evaluate import evaluate_recipe
 
     result = evaluate_recipe(loaded, artifact, predictions=predictions)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
-from raymem.kinds import OPTIONS_RULES, Advice
+from raymem.kinds import OPTIONS_RULES, Advice, Start
 from raymem.methods.peft.kind import PeftAdapterKind, linear_shape, tuned_layers
 
 if TYPE_CHECKING:
@@ -47,6 +47,17 @@ class LoraKind(PeftAdapterKind[LoraOptions]):
         "bias": None,
     }
     factors = ("lora_A", "lora_B")
+    start = Start(
+        "lora",
+        "LoRA",
+        {
+            "adapter.kind": ("lora", "two small trained matrices beside every linear layer"),
+            "adapter.rank": (16, "8 to 64: more can learn more, and takes more memory"),
+            "adapter.alpha": (32.0, "usually twice the rank"),
+            "optimizer.kind": ("adamw", ""),
+            "optimizer.lr": (2.0e-4, "usual for LoRA: 1.0e-4 to 2.0e-4"),
+        },
+    )
 
     def peft_config(self, options: LoraOptions, targets: Targets) -> Any:
         from peft import LoraConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 from raymem.errors import ModelError, RecipeError
 from raymem.hooks import Hook
-from raymem.kinds import ActivationsKind, Advice, Rule
+from raymem.kinds import ActivationsKind, Advice, Rule, Start
 from raymem.methods.loract.config import LoRActOptions
 
 
@@ -16,6 +16,18 @@ class LoRActKind(ActivationsKind[LoRActOptions]):
 
     options = LoRActOptions
     grows = ("rank",)
+    start = Start(
+        "loract",
+        "LoRA with LoRAct",
+        {
+            "activations.kind": ("loract", "what backward needs is kept in low-rank factors"),
+            "activations.rank": (0.125, "of the factors, as a share of the hidden size"),
+            "adapter.kind": ("lora", "two small trained matrices beside every linear layer"),
+            "adapter.rank": (16, "8 to 64: more can learn more, and takes more memory"),
+            "optimizer.kind": ("adamw", ""),
+            "optimizer.lr": (2.0e-4, "usual for LoRA: 1.0e-4 to 2.0e-4"),
+        },
+    )
 
     def install(self, model: Any, options: LoRActOptions, seed: int) -> None:
         """Compress a complete model (wrapped, sharded, loaded or on meta).

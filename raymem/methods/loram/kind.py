@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import ModelError
-from raymem.kinds import Advice, BaseKind, Rule
+from raymem.kinds import Advice, BaseKind, Rule, Start
 from raymem.methods.loram.config import LoRAMOptions
 
 
@@ -22,6 +22,18 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
     paths_or_ids = ("calibration",)
 
     replaces_model = True
+    start = Start(
+        "loram",
+        "LoRA on a pruned model (LoRAM)",
+        {
+            "base.kind": ("loram", "the adapter is trained on a pruned model, then recovered for the full one"),
+            "base.ratio": (0.5, "share of KV groups and neurons that is pruned"),
+            "adapter.kind": ("lora", "two small trained matrices beside every linear layer"),
+            "adapter.rank": (16, "8 to 64: more can learn more, and takes more memory"),
+            "optimizer.kind": ("adamw", ""),
+            "optimizer.lr": (1.0e-4, "usual for LoRA: 1.0e-4 to 2.0e-4"),
+        },
+    )
 
     def directory(self, options: LoRAMOptions) -> str:
         """Return the pruned model."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from raymem.errors import RecipeError
-from raymem.kinds import Advice, OptimizerContext, OptimizerKind, Rule, TensorShape
+from raymem.kinds import Advice, OptimizerContext, OptimizerKind, Rule, Start, TensorShape
 from raymem.methods.mlorc.config import MLorcAdamWOptions, MLorcLionOptions, MLorcOptions
 
 OptionsT = TypeVar("OptionsT", bound=MLorcOptions)
@@ -80,6 +80,16 @@ class MLorcAdamWKind(_MLorcKind[MLorcAdamWOptions]):
     options = MLorcAdamWOptions
     optimizer = "MLorcAdamW"
     moments = 2
+    start = Start(
+        "mlorc",
+        "full fine-tuning with MLorc",
+        {
+            "adapter.kind": ("none", "every weight is trained"),
+            "optimizer.kind": ("mlorc_adamw", "AdamW with both moments compressed to a low rank"),
+            "optimizer.rank": (4, "of the compressed moments"),
+            "optimizer.lr": (2.0e-5, "as AdamW in full fine-tuning: 1.0e-5 to 5.0e-5"),
+        },
+    )
     free = (*_MLorcKind.free, "eps")
 
     def advice(self) -> Sequence[Advice]:

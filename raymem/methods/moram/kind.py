@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymem.errors import RecipeError
 from raymem.hooks import Hook
+from raymem.kinds import Start
 from raymem.methods.moram.config import MoRAMOptions, connections
 from raymem.methods.peft.kind import PeftAdapterKind, linear_shape, tuned_layers
 
@@ -29,6 +30,17 @@ class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
     free = ("alpha", "selection_batches")
     meaning = {"r": "rank", "k": "k", "density": "density", "alpha": "alpha"}
     factors = ("moram_A", "moram_B")
+    start = Start(
+        "moram",
+        "MoRAM",
+        {
+            "adapter.kind": ("moram", "a low-rank update of the connections that gradients choose"),
+            "adapter.rank": (16, "of the factors that are trained"),
+            "adapter.density": (0.03, "share of its inputs that each neuron keeps"),
+            "optimizer.kind": ("adamw", ""),
+            "optimizer.lr": (5.0e-4, "2 to 3 times what LoRA takes (its README has a comparison)"),
+        },
+    )
 
     def peft_config(self, options: MoRAMOptions, targets: Targets) -> Any:
         from raymem.methods.moram import MoRAMConfig

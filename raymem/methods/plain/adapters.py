@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from raymem.errors import RecipeError
-from raymem.kinds import OPTIONS_RULES, AdapterKind, AttachContext
+from raymem.kinds import OPTIONS_RULES, AdapterKind, AttachContext, Start
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("DIR")
 tokenizer = AutoTokenizer.from_pretrained("DIR")"""
+    start = Start(
+        "full",
+        "full fine-tuning",
+        {
+            "adapter.kind": ("none", "every weight is trained"),
+            "optimizer.kind": ("adamw", ""),
+            "optimizer.lr": (1.0e-5, "usual for full fine-tuning: 1.0e-5 to 2.0e-5"),
+        },
+    )
 
     def attach(self, model: Any, options: NoAdapter, context: AttachContext) -> Any:
         from raymem.methods.peft.linear_layers import freeze_unused

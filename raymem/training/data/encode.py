@@ -9,6 +9,7 @@ text before it has alone, the example is cut in two, and the later half begins w
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -67,9 +68,25 @@ class Encoder:
         """The upper limit of ids, which are all below it."""
         return int(max(self._backend.get_vocab().values())) + 1
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return self._template.exists
+
     def in_template(self, key: str) -> bool:
         """Say whether the chat template mentions a key of a message, or ``tools``."""
         return self._template.reads(key)
+
+    def renders(self, template: Literal["auto", "chat", "none"], prompt: str) -> bool:
+        """Say whether a prompt in text and its answer become turns; see ``data.*.template``."""
+        return template == "chat" or (template == "auto" and not self._template.is_in(prompt))
+
+    def starts_word(self, prompt: str, answer: str) -> bool:
+        """Say whether the answer goes on where the prompt ends without anything between, as if in the same word."""
+        if not prompt or not answer[:1].isalnum() or prompt[-1:].isspace():
+            return False
+        is_wide = unicodedata.east_asian_width(answer[0]) in "WF"  # scripts that put no spaces between words
+        return not is_wide and not self._template.ends_with_token(prompt)
 
     @property
     def num_turns(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from raymem.errors import DataError
 from raymem.recipe.data import Source
 from raymem.text import cut, shown
+from raymem.training.data.guess import guess
 from raymem.training.data.rows.tables import Row
 from raymem.training.data.tokens import Tokens, tokens
 from raymem.training.data.turns import described, history, is_learned, message, schemas, sharegpt, text_of
@@ -28,7 +30,7 @@ _BESIDE_TURNS = ("system", "tools")
 _OPTIONAL: dict[Format, tuple[str, ...]] = {
     "messages": _BESIDE_TURNS,
     "sharegpt": _BESIDE_TURNS,
-    "prompt_completion": _BESIDE_TURNS,  # where prompt and completion are turns
+    "prompt_completion": _BESIDE_TURNS,  # where prompt and completion become turns
     "alpaca": ("input", "history", *_BESIDE_TURNS),
     "text": (),
     "tokens": ("labels", "attention_mask"),
@@ -94,18 +96,34 @@ def resolve_format(source: Source, first_row: Row, where: str) -> Format:
     for name, required in COLUMNS.items():
         if all(column in row for column in required):
             return name
+    likely = guess(row)
+    columns = ", ".join(f"{ours}: {cut(theirs, 60)}" for ours, theirs in (likely[1] if likely else {}).items())
+    hint = f" (perhaps {where}.columns={{{columns}}})" if columns else ""
     accepted = "; ".join(f"{' + '.join(required)} ({name})" for name, required in COLUMNS.items())
     raise DataError(
         f"{where}.format=auto finds columns {_names(row)}, which fit no format: rename them with {where}.columns to "
-        f"one of: {accepted}."
+        f"one of: {accepted}{hint}."
     )
 
 
-def to_example(row: Row, row_format: Format, columns: dict[str, str], where: str, *, calls: bool = True) -> Example:
+def _always(prompt: str) -> bool:
+    return True
+
+
+def to_example(
+    row: Row,
+    row_format: Format,
+    columns: dict[str, str],
+    where: str,
+    *,
+    calls: bool = True,
+    renders: Callable[[str], bool] = _always,
+) -> Example:
     """Return one row as an example.
 
     Args:
         calls: the chat template reads ``tool_calls``; otherwise a function call stays as it is written.
+        renders: says of a prompt in text whether the chat template is to render it and its answer as turns.
 
     Raises:
         DataError: a column is missing, or a value is not of the expected type; begins with ``where``.
@@ -116,8 +134,12 @@ def to_example(row: Row, row_format: Format, columns: dict[str, str], where: str
     if row_format == "tokens":
         return tokens(row, where)
     if row_format == "prompt_completion":
-        if not _has_turns(row):
-            return PromptCompletion(_text(row, "prompt", where), _answer(row, "completion", where) or "")
+        if not has_turns(row):
+            prompt, answer = _text(row, "prompt", where), _answer(row, "completion", where) or ""
+            if not answer or not renders(prompt):
+                return PromptCompletion(prompt, answer)
+            turns = [({"role": "user", "content": prompt}, True), ({"role": "assistant", "content": answer}, True)]
+            return _conversation(row, turns, where)
         before, after = (
             _side(row, column, role, where, calls) for column, role in (("prompt", "user"), ("completion", "assistant"))
         )
@@ -126,6 +148,8 @@ def to_example(row: Row, row_format: Format, columns: dict[str, str], where: str
         turns = [*((turn, False) for turn, _ in before), *after]
     elif row_format == "alpaca":
         turns = _alpaca(row, where)
+        if not renders(turns[-2][0]["content"]):
+            return _in_paragraphs(_conversation(row, turns, where))
     elif row_format == "messages":
         turns = _read_turns(row, "messages", where, calls)
     else:
@@ -150,10 +174,20 @@ def without_targets(example: Example) -> str:
     return "the assistant's turns are empty or marked not to be learned"
 
 
-def columns_read(row: Row, row_format: Format) -> tuple[str, ...]:
-    """Return names of the columns that :func:`to_example` reads of a row in our names, were they there."""
-    optional = _OPTIONAL[row_format] if row_format != "prompt_completion" or _has_turns(row) else ()
-    return (*COLUMNS[row_format], *optional)
+def columns_read(row_format: Format, *, as_turns: bool) -> tuple[str, ...]:
+    """Return names of the columns that :func:`to_example` reads of a row in our names, were they there.
+
+    Args:
+        as_turns: the row became a conversation.
+    """
+    optional = _OPTIONAL[row_format] if row_format != "prompt_completion" or as_turns else ()
+    left_out = ("tools",) if row_format == "alpaca" and not as_turns else ()
+    return tuple(column for column in (*COLUMNS[row_format], *optional) if column not in left_out)
+
+
+def has_turns(row: Row) -> bool:
+    """Say whether prompt or completion of a row in our names is a list of turns."""
+    return isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list)
 
 
 def in_our_names(row: Row, columns: dict[str, str]) -> Row:
@@ -171,6 +205,14 @@ def _alpaca(row: Row, where: str) -> list[Turn]:
     return [*turns, ({"role": "assistant", "content": answer or ""}, answer is not None)]
 
 
+def _in_paragraphs(talk: Messages) -> PromptCompletion:
+    """Return a conversation without a template: what was said with empty lines between, the last answer to be
+    predicted.
+    """
+    *before, answer = (message["content"] for message in talk.messages)
+    return PromptCompletion("".join(f"{text}\n\n" for text in before), answer)
+
+
 def _conversation(row: Row, turns: list[Turn], where: str) -> Messages:
     """Return the turns with what the columns beside them say."""
     system = row.get("system")
@@ -183,10 +225,6 @@ def _conversation(row: Row, turns: list[Turn], where: str) -> Messages:
             turns = [({"role": "system", "content": system}, True), *turns]
     silent = (i for i, (turn, learned) in enumerate(turns) if turn["role"] == "assistant" and not learned)
     return Messages([turn for turn, _ in turns], schemas(row.get("tools"), where), frozenset(silent))
-
-
-def _has_turns(row: Row) -> bool:
-    return isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list)
 
 
 def _side(row: Row, column: str, role: str, where: str, calls: bool) -> list[Turn]:

@@ -11,15 +11,16 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from raymem.errors import DataError
 from raymem.recipe.data import MAX_EXAMPLE_BYTES
-from raymem.recipe.paths import DATA_FILES
+from raymem.recipe.paths import DATA_FILES, TEXT_SUFFIX
 from raymem.storage.publish import file_sha256
 from raymem.text import shown
-from raymem.training.data.rows import tables
+from raymem.training.data.rows import plain_text, tables
 from raymem.training.data.rows.json_text import Elements, Unusable, decode, too_long
 from raymem.training.data.rows.tables import Row
 
@@ -81,6 +82,8 @@ def index_file(
             _check_text(path, name)
         if _is_json_lines(path):
             return _index_lines(path, block_rows, name, max_bytes)
+        if path.suffix == TEXT_SUFFIX:
+            return file_sha256(path), _index_text(path, block_rows, name, max_bytes)
         if path.suffix == ".json":
             return file_sha256(path), _index_list(path, block_rows, name, max_bytes)
         rows = tables.num_rows(path, name, max_bytes)
@@ -124,6 +127,8 @@ def read_block(block: Block) -> Iterator[tuple[str, Row]]:
     try:
         if _is_json_lines(path):
             yield from _read_lines(path, block, name)
+        elif path.suffix == TEXT_SUFFIX:
+            yield from _read_text(path, block, name)
         elif path.suffix == ".json":
             yield from _read_list(path, block, name)
         else:
@@ -232,6 +237,31 @@ def _index_list(path: Path, block_rows: int, name: str, max_bytes: int) -> list[
                 blocks.append(FileBlock(str(path), rows, 0, offset, line, name, max_bytes))
             rows += 1
     return _counted(blocks, rows)
+
+
+def _index_text(path: Path, block_rows: int, name: str, max_bytes: int) -> list[FileBlock]:
+    blocks: list[FileBlock] = []
+    rows = 0
+    with path.open("rb") as file:
+        for offset, line, _ in plain_text.pieces(_lines(file, name, max_bytes)):
+            last = blocks[-1] if blocks else None
+            if last is None or rows - last.first_row == block_rows or offset - last.offset >= BLOCK_BYTES:
+                blocks.append(FileBlock(str(path), rows, 0, offset, line, name, max_bytes))
+            rows += 1
+    return _counted(blocks, rows)
+
+
+def _read_text(path: Path, block: FileBlock, name: str) -> Iterator[tuple[str, Row]]:
+    with path.open("rb") as file:
+        file.seek(block.offset)
+        lines = _lines(file, name, block.max_bytes, block.first_line)
+        for _, line, piece in islice(plain_text.pieces(lines, block.offset), block.num_rows):
+            try:
+                yield f"{name}:{line}", {"text": plain_text.text_of(piece)}
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{name}: the text from line {line} on is not UTF-8 ({error.reason}): convert the file to UTF-8."
+                ) from None
 
 
 def _counted(blocks: list[FileBlock], rows: int) -> list[FileBlock]:

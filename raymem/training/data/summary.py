@@ -13,6 +13,7 @@ from raymem.recipe.data import Source
 from raymem.storage.publish import read_manifest
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.shards import Prepared
+from raymem.training.data.pairs import described
 
 OPEN, CLOSE = "[[", "]]"
 """Marks around targets in plain text."""
@@ -23,7 +24,11 @@ _SPACE = "\u00b7"
 class SourceSummary:
     """The figures of a source."""
 
+    where: str
+    """Where the recipe names it: ``data.train[0]``."""
     path: str
+    how: str
+    """Its format, and whether a chat template renders it, in words."""
     num_read: int
     """Rows of the data."""
     num_kept: int
@@ -37,6 +42,9 @@ class SourceSummary:
     num_targets: int
     fill: float
     """Share of the packed rows that is not padding."""
+    lengths: dict[str, int]
+    """Percentile of the examples, 50, 95 and 100 -> their tokens before they are cut; empty where they were prepared by
+    a raymem that did not count them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,9 @@ def summarise(sources: Sequence[Source], prepared: Prepared) -> list[SourceSumma
         facts = manifest["facts"]
         summaries.append(
             SourceSummary(
+                where=prepared_source.where,
                 path=source.path,
+                how=described(prepared_source.row_format, prepared_source.template, facts),
                 num_read=facts["num_read"],
                 num_kept=facts["num_examples"] - facts["dropped"],
                 dropped=facts["reasons"],
@@ -65,21 +75,19 @@ def summarise(sources: Sequence[Source], prepared: Prepared) -> list[SourceSumma
                 num_tokens=facts["num_tokens"],
                 num_targets=facts["num_targets"],
                 fill=facts["num_tokens"] / max(facts["num_rows"] * facts["sequence_length"], 1),
+                lengths=facts.get("lengths", {}),
             )
         )
     return summaries
 
 
-def table(summaries: Iterable[SourceSummary]) -> str:
-    """Format the figures as lines of plain text."""
-    head = ("source", "rows read", "examples", "dropped", "truncated", "tokens", "targets", "packing fill")
-    rows: list[tuple[str, ...]] = [head]
-    reasons: list[str] = []
+def table(summaries: Sequence[SourceSummary]) -> str:
+    """Format the figures as lines of plain text: a table within 80 columns, then what to know of each source."""
+    rows: list[tuple[str, ...]] = [("source", "rows", "examples", "dropped", "truncated", "tokens", "targets", "fill")]
     for one in summaries:
         counts = (one.num_read, one.num_kept, sum(one.dropped.values()), one.truncated, one.num_tokens)
         share = one.num_targets / max(one.num_tokens, 1)
-        rows.append((one.path, *(f"{count:,}" for count in counts), f"{share:.1%}", f"{one.fill:.1%}"))
-        reasons += [f"  {count:,} dropped of {one.path}: {reason}" for reason, count in one.dropped.items()]
+        rows.append((_short(one), *(f"{count:,}" for count in counts), f"{share:.1%}", f"{one.fill:.1%}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -87,7 +95,21 @@ def table(summaries: Iterable[SourceSummary]) -> str:
         )
         for row in rows
     ]
-    return "\n".join([*lines, *reasons])
+    return "\n".join([*lines, *(line for one in summaries for line in _about(one))])
+
+
+def _short(one: SourceSummary) -> str:
+    return one.where.removeprefix("data.")
+
+
+def _about(one: SourceSummary) -> Iterator[str]:
+    yield f"{_short(one)}: {one.path}"
+    yield f"  {one.how}"
+    if one.lengths:
+        half, most, longest = (f"{one.lengths[percent]:,}" for percent in ("50", "95", "100"))
+        yield f"  tokens of an example: half of them up to {half}, 95% up to {most}, the longest {longest}"
+    for reason, count in one.dropped.items():
+        yield f"  {count:,} dropped: {reason}"
 
 
 def overview(sources: Sequence[Source], prepared: Prepared, tokenizer: Any) -> str:

@@ -21,16 +21,24 @@ _SAID = {"role", "content", "from", "value"}
 _SHOWN = 12
 
 
-def unread(row: Row, row_format: Format, columns: dict[str, str], in_template: Callable[[str], bool]) -> Iterator[str]:
+def unread(
+    row: Row,
+    row_format: Format,
+    columns: dict[str, str],
+    in_template: Callable[[str], bool],
+    *,
+    as_turns: bool = True,
+) -> Iterator[str]:
     """Name the unread parts of a row that has been read as an example, as its data name them.
 
     What only describes a row (an id, where it comes from) is left out, and so is what is empty.
 
     Args:
         in_template: whether the chat template reads a key.
+        as_turns: the row became a conversation.
     """
     ours = in_our_names(row, columns)
-    read = columns_read(ours, row_format)
+    read = columns_read(row_format, as_turns=as_turns)
     for name, value in ours.items():
         theirs = columns.get(name, name)
         if name not in read or (name == "tools" and not in_template("tools")):

@@ -28,9 +28,10 @@ def examples(texts: Callable[..., list[str]]) -> list[PromptCompletion]:
 @pytest.fixture
 def rows(write_jsonl: Any, examples: Any, tokenizer_dir: Path, tmp_path: Path) -> Callable[[str], PackedRows]:
     path = write_jsonl("x.jsonl", [{"prompt": e.prompt, "completion": e.completion} for e in examples])
+    source = {"path": str(path), "template": "none"}
 
     def make(packing: Any) -> PackedRows:
-        section = DataSection.model_validate({"train": str(path), "sequence_length": S, "packing": packing})
+        section = DataSection.model_validate({"train": source, "sequence_length": S, "packing": packing})
         return PackedRows(prepare(section, "train", str(tokenizer_dir), tmp_path).directories)
 
     return make

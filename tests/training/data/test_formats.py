@@ -14,14 +14,16 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 def convert(row: dict[str, Any], **options: Any) -> Any:
     source = Source(path="x", **options)
-    return to_example(row, resolve_format(source, row, PLACE), source.columns, "x.jsonl:17")
+    renders = source.template != "none"
+    row_format = resolve_format(source, row, PLACE)
+    return to_example(row, row_format, source.columns, "x.jsonl:17", renders=lambda prompt: renders)
 
 
 @pytest.mark.parametrize(
     ("row", "example"),
     [
         ({"text": "t"}, Text("t")),
-        ({"prompt": "p", "completion": "c"}, PromptCompletion("p", "c")),
+        ({"prompt": "q", "completion": "a"}, Messages(TURNS)),
         ({"prompt": "p", "completion": None}, PromptCompletion("p", "")),
         ({"messages": TURNS}, Messages(TURNS)),
         ({"instruction": "q", "output": "a"}, Messages(TURNS)),
@@ -58,9 +60,24 @@ def test_the_format_can_be_said() -> None:
 
 def test_columns_rename_and_may_swap() -> None:
     row = {"q": "p", "a": "c", "text": "t"}
-    assert convert(row, columns={"prompt": "q", "completion": "a"}) == PromptCompletion("p", "c")
+    said = PromptCompletion("p", "c")
+    assert convert(row, template="none", columns={"prompt": "q", "completion": "a"}) == said
     swapped = {"prompt": "c", "completion": "p"}
-    assert convert(swapped, columns={"prompt": "completion", "completion": "prompt"}) == PromptCompletion("p", "c")
+    assert convert(swapped, template="none", columns={"prompt": "completion", "completion": "prompt"}) == said
+
+
+def test_a_pair_in_texts_becomes_turns_with_what_stands_beside_it() -> None:
+    system, tool = {"role": "system", "content": "s"}, {"type": "function", "function": {"name": "f"}}
+    row = {"prompt": "q", "completion": "a", "system": "s", "tools": [tool]}
+    assert convert(row) == Messages([system, *TURNS], [tool])
+    assert convert(row, template="none") == PromptCompletion("q", "a")
+    assert convert(row | {"completion": ""}) == PromptCompletion("q", "")
+
+
+def test_an_instruction_without_a_template_stands_in_paragraphs() -> None:
+    row = {"instruction": "q", "input": "more", "output": "a", "history": [["q0", "a0"]], "system": "s"}
+    assert convert(row, template="none") == PromptCompletion("s\n\nq0\n\na0\n\nq\n\nmore\n\n", "a")
+    assert convert(row | {"output": None}, template="none") == PromptCompletion("s\n\nq0\n\na0\n\nq\n\nmore\n\n", "")
 
 
 def test_a_renamed_column_no_longer_counts_under_its_old_name() -> None:

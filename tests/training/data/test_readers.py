@@ -10,6 +10,8 @@ import pytest
 
 from raymem.errors import DataError
 from raymem.training.data.readers import Block, index_file, index_hub, read_block
+from raymem.training.data.rows import plain_text
+from raymem.training.data.sources.splits import data_files
 
 ROWS = [{"text": f"row {i}", "n": str(i)} for i in range(10)]
 
@@ -50,6 +52,37 @@ def test_a_row_s_place_is_its_line(tmp_path: Path) -> None:
 def test_the_last_row_needs_no_newline_and_the_first_may_have_a_mark(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}')
     assert [row for _, row in read_all(tmp_path / "x.jsonl")] == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("block_rows", [1, 2, 100])
+def test_a_text_is_cut_between_paragraphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
+    monkeypatch.setattr(plain_text, "PIECE_BYTES", 20)
+    monkeypatch.setattr(plain_text, "LONGEST_BYTES", 60)
+    paragraphs = ["one", "two\nthree\nfour", "f\u00efve six seven eight", "x" * 100, "a\n" * 50, "end"]
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(paragraphs).replace("two", "two\r").encode())
+    read = read_all(path, block_rows)
+    assert [row["text"] for _, row in read[:3]] == ["one\n\ntwo\nthree\nfour\n", paragraphs[2] + "\n", "x" * 100 + "\n"]
+    assert [int(place.rsplit(":", 1)[1]) for place, _ in read[:3]] == [1, 7, 9]
+    assert "".join(row["text"] for _, row in read[3:]).split() == ["a"] * 50 + ["end"]
+    assert max(len(row["text"]) for _, row in read[3:]) == 60
+    path.write_bytes(b"one\n\xff\n")
+    with pytest.raises(DataError, match=r"book\.txt: the text from line 1 on is not UTF-8 \(invalid start byte\)"):
+        read_all(path)
+    path.write_bytes(b"\n \n")
+    assert index_file(path, block_rows)[1] == []
+
+
+def test_a_text_beside_data_is_no_data(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "LICENSE.txt", "b.txt.gz"):
+        (tmp_path / name).touch()
+
+    def entries(folder: str) -> list[tuple[str, bool]]:
+        return [(path.name, False) for path in tmp_path.iterdir()]
+
+    assert data_files(entries) == ["a.jsonl"]
+    (tmp_path / "a.jsonl").unlink()
+    assert data_files(entries) == ["LICENSE.txt", "b.txt.gz"]
 
 
 @pytest.mark.parametrize(

@@ -109,14 +109,18 @@ def test_counts(write_jsonl: Callable[..., Path], tokenizer_dir: Path, tmp_path:
     rows = [{"prompt": "one two", "completion": " three"}] * 10
     rows += [{"prompt": "one", "completion": " two" * 60}] * 2 + [{"prompt": "one" * 200, "completion": "two"}] * 3
     path = write_jsonl("x.jsonl", rows)
-    recipe = section(path, train={"path": str(path), "weight": 0.5}, packing="none")
+    recipe = section(path, train={"path": str(path), "weight": 0.5, "template": "none"}, packing="none")
     (source,) = prepare(recipe, "train", str(tokenizer_dir), tmp_path).sources
     assert (source.num_rows, source.num_examples, source.dropped, source.truncated) == (12, 15, 3, 2)
     assert source.num_tokens == 10 * 4 + 2 * 32
     assert source.num_targets == 10 * 2 + 2 * 31
     assert source.weight == 0.5
-    assert "data.train[0]: 3 of 15 examples dropped: nothing in them is to be predicted" in caplog.text
-    assert "data.train[0]: 2 of 15 examples truncated: longer than data.sequence_length=32" in caplog.text
+    lengths = "the 95th percentile of the lengths is 202 tokens, the longest has 202"
+    assert (
+        "data.train[0]: 3 of 15 examples dropped: nothing in them is to be predicted (cut before their first target by "
+        f"data.sequence_length=32: 3; {lengths})" in caplog.text
+    )
+    assert f"data.train[0]: 2 of 15 examples truncated: longer than data.sequence_length=32 ({lengths})" in caplog.text
 
 
 def test_killed_between_shards_and_manifest(
@@ -169,7 +173,7 @@ def test_a_block_without_rows_leaves_no_shard(
 ) -> None:
     nothing, something = {"prompt": "one" * 200, "completion": "two"}, {"prompt": "one", "completion": "two"}
     path = write_jsonl("x.jsonl", [nothing] * 7 + [something] * 7 + [nothing])
-    (source,) = prepare(section(path), "train", str(tokenizer_dir), tmp_path).sources
+    (source,) = prepare(section(path, max_dropped=0.6), "train", str(tokenizer_dir), tmp_path).sources
     assert [path.name for path in source.directory.glob("*.arrow")] == ["shard-000001.arrow"]
     assert (source.num_examples, source.dropped) == (15, 8)
 
@@ -184,7 +188,9 @@ def test_errors_name_place_value_and_cure(
     late = write_jsonl("late.jsonl", [{"text": "one"}] * 9 + [{"txt": "one"}])
     failing(r"late\.jsonl:10 has no column 'text', only txt", late)
     barren = write_jsonl("barren.jsonl", [{"prompt": "one" * 200, "completion": "two"}] * 9)
-    failing(r"data\.train\[0\]\.path='.*': none of its 9 examples .*sequence_length=32: raise it", barren)
+    failing(
+        r"data\.train\[0\]\.path='.*': none of its 9 examples .*sequence_length=32: 9; .*raise .* to 209\.$", barren
+    )
     failing(r"data\.eval is not set", data, "eval")
     failing(r"data\.eval\[0\]\.path='.*gone\.jsonl' does not exist", data, "eval", eval=str(tmp_path / "gone.jsonl"))
 

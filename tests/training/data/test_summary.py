@@ -37,22 +37,27 @@ def test_figures_and_reasons(write_jsonl: Callable[..., Path], tokenizer_dir: Pa
     assert first.num_targets == 3 * 2  # two and the end of the turn
     assert (second.num_read, second.num_kept, second.dropped) == (2, 2, {})
     assert second.fill == second.num_tokens / 16
-    head, one, two, *reasons = summary.table([first, second]).splitlines()
-    assert head.split() == [
-        "source",
-        "rows",
-        "read",
-        "examples",
-        "dropped",
-        "truncated",
-        "tokens",
-        "targets",
-        "packing",
-        "fill",
-    ]
-    assert one.split()[1:5] == ["5", "3", "2", "0"] and f"{6 / first.num_tokens:.1%}" in one.split()
+    table = summary.table([first, second])
+    head, one, two, *about = table.splitlines()
+    assert head.split() == ["source", "rows", "examples", "dropped", "truncated", "tokens", "targets", "fill"]
+    assert one.split()[:5] == ["train[0]", "5", "3", "2", "0"] and f"{6 / first.num_tokens:.1%}" in one.split()
     assert len({len(line) for line in (head, one, two)}) == 1
-    assert len(reasons) == 2 and reasons[0].startswith(f"  1 dropped of {path}: no turn has the role assistant")
+    assert about[:3] == [
+        f"train[0]: {path}",
+        "  format messages, template: chat (the tokenizer's)",
+        "  tokens of an example: half of them up to 10, 95% up to 10, the longest 10",
+    ]
+    assert about[3].startswith("  1 dropped: no turn has the role assistant") and about[5] == f"train[1]: {texts}"
+
+
+def test_the_table_of_large_data_is_80_columns_wide_and_cuts_no_number() -> None:
+    many = summary.SourceSummary(
+        "data.train[0]", "x" * 100, "format text", 1_234_567, 1_234_561, {"empty": 6}, 123_456, 987_654_321,
+        987_654_320, 0.999, {},
+    )  # fmt: skip
+    head, row, *_ = summary.table([many]).splitlines()
+    assert len(head) == len(row) <= 80
+    assert row.split() == ["train[0]", "1,234,567", "1,234,561", "6", "123,456", "987,654,321", "100.0%", "99.9%"]
 
 
 def test_examples_come_from_all_sources_with_their_targets(

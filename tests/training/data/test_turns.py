@@ -26,9 +26,11 @@ def convert(row: dict[str, Any], **options: Any) -> Any:
 
 
 def beside(row: dict[str, Any], template: str = "", columns: dict[str, str] | None = None) -> list[str]:
+    """What is not read under a template that reads these keys; without any, texts are taken as they are."""
     row_format = resolve_format(Source(path="x", columns=columns or {}), row, "data.train[0]")
-    to_example(row, row_format, columns or {}, "x.jsonl:17")
-    return list(unread(row, row_format, columns or {}, template.split().__contains__))
+    example = to_example(row, row_format, columns or {}, "x.jsonl:17", renders=lambda prompt: bool(template))
+    as_turns = isinstance(example, Messages)
+    return list(unread(row, row_format, columns or {}, template.split().__contains__, as_turns=as_turns))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from raymem.errors import DataError, ModelError
@@ -50,6 +51,25 @@ class Template:
         self._prompts_for_thought = False
         if self.exists:
             self._probe()
+
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """What the template writes around a user's turn and nobody writes otherwise: its special tokens there, and
+        words such as ``[INST]`` or ``USER:``. A prompt that holds one has been through a template already.
+        """
+        around = ""
+        with contextlib.suppress(Exception):  # what the template demands will be said of the data
+            (text,) = self.apply([[_QUESTION, _ANSWER, _QUESTION]], None)
+            around = text.rpartition(_ANSWER["content"])[2].partition(_QUESTION["content"])[0]
+        tokens = [token for token in self._special if token in around]
+        for token in tokens:
+            around = around.replace(token, "\n")
+        words = [word for line in around.splitlines() if len(word := line.strip()) > 2 and not word.isalnum()]
+        return (*tokens, *words) or self._special
+
+    def is_in(self, prompt: str) -> bool:
+        """Say whether a prompt holds the template's marks already."""
+        return any(mark in prompt for mark in self.marks)
 
     def reads(self, key: str) -> bool:
         """Say whether the template mentions a key of a message, or ``tools``; or, for reasoning, prompts for it."""
@@ -172,6 +192,10 @@ class Template:
         token = next((token for token in self._added if text.startswith(token, start)), "")
         return text[:start] + token if token else ""
 
+    def ends_with_token(self, text: str) -> bool:
+        """Say whether a text ends with an added token or a mark of the template."""
+        return text.endswith((*self._added, *self.marks))
+
     def _probe(self) -> None:
         """Find out with a small conversation which text the template writes behind an assistant's turn."""
         for talk in ([_QUESTION, _ANSWER], [_QUESTION, _ANSWER, _QUESTION]):
@@ -192,7 +216,8 @@ class Template:
         if not text.strip():
             raise DataError(
                 f"{where}: the chat template of tokenizer {self.name} renders nothing for this conversation: set "
-                f"model.tokenizer to one whose chat template writes the turns, or use format prompt_completion."
+                f"model.tokenizer to one whose chat template writes the turns, or use format prompt_completion with "
+                f"template: none."
             )
         return text
 

@@ -24,9 +24,26 @@ from raymem.recipe.data import DataSection, Source
 from raymem.storage.errors import writing
 from raymem.storage.publish import digest, publish
 from raymem.training.data.encode import Encoder
-from raymem.training.data.formats import Example, Format, resolve_format, to_example, without_targets
+from raymem.training.data.formats import (
+    Example,
+    Format,
+    Messages,
+    PromptCompletion,
+    resolve_format,
+    to_example,
+    without_targets,
+)
 from raymem.training.data.mix import weights_in_rows
+from raymem.training.data.packed.dropped import (
+    check_dropped,
+    cure_of_dropped,
+    cut_before_target,
+    lengths_text,
+    percentiles,
+    why_dropped,
+)
 from raymem.training.data.packed.pack import Packed, Packing, pack
+from raymem.training.data.pairs import GLUED, USUAL, Rendering, resolve_template
 from raymem.training.data.readers import BLOCK_BYTES, Block, read_block
 from raymem.training.data.sources import OpenedSource, open_source
 from raymem.training.data.sources.overlap import also_trained_on
@@ -37,7 +54,7 @@ SCHEMA_VERSION = 4
 """Version of the shards; raise it with every change of a shard's contents for the same input."""
 BLOCK_ROWS = 2048
 _UNNAMED = ".writing-"
-_NO_COUNTS = ("shard", "unread", "noted", "reasons")
+_NO_COUNTS = ("shard", "unread", "noted", "reasons", "lengths")
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +90,13 @@ class PreparedSource:
     """Examples that lost their end."""
     name: str | None = None
     """The name of the evaluation loss that it counts for."""
+    where: str = ""
+    """Where the recipe names it: ``data.train[0]``."""
+    row_format: str = ""
+    template: Rendering = "none"
+    """What the chat template renders; see ``data.*.template``."""
+    untemplated: str | None = None
+    """The name that the directory would have with ``template: none``, where it is another."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +134,7 @@ def prepare(
             them must see the source files, the tokenizer and ``cache_dir`` under the same paths.
 
     Raises:
-        DataError: a source is missing, malformed, empty, or has nothing to predict.
+        DataError: a source is missing, malformed, empty, or has nothing to predict in too many of its examples.
         ModelError: the tokenizer cannot be loaded or lacks what the data needs.
         StorageError: ``cache_dir`` cannot be written, or is not shared with the processes of ``map_blocks``.
     """
@@ -121,6 +145,7 @@ def prepare(
         directory = cache_dir / "data" / plan.key
         manifest = publish(directory, partial(_build, plan, map_blocks))
         facts = manifest["facts"]
+        check_dropped(facts, plan.opened.where, section.max_dropped)
         prepared.append(
             PreparedSource(
                 directory=directory,
@@ -132,6 +157,10 @@ def prepare(
                 dropped=facts["dropped"],
                 truncated=facts["truncated"],
                 name=plan.source.name,
+                where=plan.opened.where,
+                row_format=plan.recipe.row_format,
+                template=plan.recipe.template,
+                untemplated=plan.untemplated,
             )
         )
         log.info("%s: %d rows in %s", plan.opened.where, facts["num_rows"], directory)
@@ -163,6 +192,7 @@ class EncodeSpec:
     sequence_length: int
     packing: Packing
     turns: Literal["all", "last"]
+    template: Rendering
 
 
 @dataclass(frozen=True)
@@ -171,6 +201,7 @@ class _Plan:
     opened: OpenedSource
     recipe: EncodeSpec
     key: str
+    untemplated: str | None
 
 
 def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path: str, cache_dir: Path) -> list[_Plan]:
@@ -184,6 +215,7 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
         where = section.path_of(split, index)
         opened = open_source(source, where, cache_dir, BLOCK_ROWS, section.max_example_bytes)
         row_format = resolve_format(source, opened.first_row, where)
+        template = resolve_template(source, row_format, opened.first_row, tokenizer, where)
         recipe = EncodeSpec(
             tokenizer_path,
             tokenizer_hash,
@@ -192,22 +224,25 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
             section.sequence_length,
             section.packing,
             section.turns,
+            template,
         )
-        key = digest(
-            {
-                "schema": SCHEMA_VERSION,
-                "blocks": [BLOCK_ROWS, BLOCK_BYTES],
-                "content": opened.identity,
-                "format": row_format,
-                "columns": source.columns,
-                "tokenizer": tokenizer_hash,
-                "stops": tokenizer.stop_ids,
-                "turns": section.turns,
-                "sequence_length": section.sequence_length,
-                "packing": section.packing,
-            }
-        )
-        plans.append(_Plan(source, opened, recipe, key))
+        decides = {
+            "schema": SCHEMA_VERSION,
+            "blocks": [BLOCK_ROWS, BLOCK_BYTES],
+            "content": opened.identity,
+            "format": row_format,
+            "columns": source.columns,
+            "tokenizer": tokenizer_hash,
+            "stops": tokenizer.stop_ids,
+            "turns": section.turns,
+            "sequence_length": section.sequence_length,
+            "packing": section.packing,
+        }
+        # Named only where it is not what the format itself says, as before there was a choice.
+        usual = USUAL[row_format]
+        key = digest(decides if template == usual else {**decides, "template": template})
+        untemplated = digest(decides) if template != usual == "none" else None
+        plans.append(_Plan(source, opened, recipe, key, untemplated))
     return plans
 
 
@@ -241,25 +276,33 @@ def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any
         log.warning("%s", line(where, beside))
     for note, count in noted.items():
         log.warning("%s: %s", where, note.format(count=count, turns=totals["num_turns"]))
-    why = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+    if totals["taken_as_it_is"] and totals["rendered"] and plan.recipe.template == "auto":
+        log.warning(
+            "%s: the chat template renders %d examples, but not %d whose prompts hold its marks already: if that is "
+            "not meant, set template: chat or none",
+            where, totals["rendered"], totals["taken_as_it_is"],
+        )  # fmt: skip
+    facts = {**totals, "reasons": dict(reasons), "sequence_length": plan.recipe.sequence_length}
+    facts["lengths"] = percentiles(sum((Counter(result["lengths"]) for result in results), Counter[int]()))
     if not shards:
         raise DataError(
             f"{where}.path={plan.source.path!r}: none of its {totals['num_examples']} examples has a token to predict "
-            f"within data.sequence_length={plan.recipe.sequence_length}: raise it, or mend the data ({why})."
+            f"({why_dropped(facts)}): {cure_of_dropped(facts)}."
         )
-    too_long = f"longer than data.sequence_length={plan.recipe.sequence_length}"
-    for name, reason in (
-        ("dropped", f"nothing in them is to be predicted ({why})"),
-        ("truncated", too_long),
-    ):
-        if totals[name]:
-            log.warning("%s: %d of %d examples %s: %s", where, totals[name], totals["num_examples"], name, reason)
+    if totals["dropped"]:
+        log.warning(
+            "%s: %d of %d examples dropped: nothing in them is to be predicted (%s)",
+            where, totals["dropped"], totals["num_examples"], why_dropped(facts),
+        )  # fmt: skip
+    if totals["truncated"]:
+        log.warning(
+            "%s: %d of %d examples truncated: longer than data.sequence_length=%d (%s)",
+            where, totals["truncated"], totals["num_examples"], plan.recipe.sequence_length, lengths_text(facts),
+        )  # fmt: skip
     return {
-        **totals,
+        **facts,
         "unread": dict(beside),
-        "reasons": dict(reasons),
         "shards": shards,
-        "sequence_length": plan.recipe.sequence_length,
         "packing": plan.recipe.packing,
         "schema_version": SCHEMA_VERSION,
     }
@@ -271,7 +314,7 @@ def write_shard(recipe: EncodeSpec, directory: str, task: Task) -> Counts:
     Returns:
         plain counts; ``shard``: the file's name in ``directory``, or None where the block gave no row; ``unread``: how
         often the rows hold what is not read; ``noted``: what else is worth a warning; ``reasons``: why examples were
-        dropped.
+        dropped; ``lengths``: how many examples have how many tokens before they are cut.
     """
     tokenizer = cached_tokenizer(recipe.tokenizer_path, recipe.tokenizer_key)
     encoder = Encoder(tokenizer, tokenizer.origin, recipe.turns)
@@ -279,10 +322,16 @@ def write_shard(recipe: EncodeSpec, directory: str, task: Task) -> Counts:
     read: list[Example] = []
     places: list[str] = []
     beside: Counter[str] = Counter()
+    renders = partial(encoder.renders, recipe.template)
+    glued = 0
     for where, row in read_block(task.block):
-        read.append(to_example(row, recipe.row_format, recipe.columns, where, calls=calls))
+        example = to_example(row, recipe.row_format, recipe.columns, where, calls=calls, renders=renders)
+        as_turns = isinstance(example, Messages)
+        beside.update(unread(row, recipe.row_format, recipe.columns, encoder.in_template, as_turns=as_turns))
+        if isinstance(example, PromptCompletion):
+            glued += not encoder.has_template and encoder.starts_word(example.prompt, example.completion)
+        read.append(example)
         places.append(where)
-        beside.update(unread(row, recipe.row_format, recipe.columns, encoder.in_template))
     encoded = encoder.encode(read, places)
     reasons = Counter(
         without_targets(example)
@@ -292,7 +341,7 @@ def write_shard(recipe: EncodeSpec, directory: str, task: Task) -> Counts:
     examples = [example for of_row in encoded for example in of_row]
     packed = pack(examples, recipe.sequence_length, recipe.packing, encoder.pad_id)
     if cut_off := packed.dropped - reasons.total():
-        reasons[f"what is to be predicted begins behind data.sequence_length={recipe.sequence_length}"] = cut_off
+        reasons[cut_before_target(recipe.sequence_length)] = cut_off
     name = f"shard-{task.index:06d}.arrow" if len(packed.lengths) else None
     if name is not None:
         _write_arrow(packed, Path(directory) / name)
@@ -306,9 +355,12 @@ def write_shard(recipe: EncodeSpec, directory: str, task: Task) -> Counts:
         "num_targets": int(packed.targets.sum()),
         "dropped": packed.dropped,
         "truncated": packed.truncated,
+        "rendered": sum(isinstance(example, Messages) for example in read),
+        "taken_as_it_is": sum(isinstance(example, PromptCompletion) and bool(example.completion) for example in read),
         "unread": dict(beside),
-        "noted": dict(encoder.noted),
+        "noted": encoder.noted + Counter({GLUED: glued}),
         "reasons": dict(reasons),
+        "lengths": Counter(len(example.input_ids) for example in examples),
     }
 
 

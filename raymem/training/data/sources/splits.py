@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from raymem.errors import DataError
-from raymem.recipe.paths import DATA_SUFFIXES
+from raymem.recipe.paths import COMPRESSIONS, DATA_SUFFIXES, TEXT_SUFFIX
 
 _ALIASES = {
     "train": ("train", "training"),
@@ -18,6 +18,8 @@ _SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?!\d)")
 _BESIDE_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files that the library ``datasets`` writes beside data files."""
 
+_TEXTS = tuple(TEXT_SUFFIX + packed for packed in ("", *COMPRESSIONS))
+
 Entries = Callable[[str], Iterable[tuple[str, bool]]]
 """Lists (name, is a folder) of the entries in a relative folder; "" is the directory itself."""
 
@@ -25,7 +27,8 @@ Entries = Callable[[str], Iterable[tuple[str, bool]]]
 def data_files(entries: Entries) -> list[str]:
     """List the relative names, sorted, of the data files of a directory.
 
-    They lie directly in it or in its ``data/``, or anywhere in a folder there that is named after a split.
+    They lie directly in it or in its ``data/``, or anywhere in a folder there that is named after a split. Plain text
+    files are data where there are no others: beside these they are notes and licences.
     """
     names: list[str] = []
 
@@ -43,7 +46,7 @@ def data_files(entries: Entries) -> list[str]:
                 visit(path, in_split=False)
 
     visit("", in_split=False)
-    return sorted(names)
+    return sorted([name for name in names if not name.endswith(_TEXTS)] or names)
 
 
 def split_of(name: str) -> str | None:

@@ -73,7 +73,7 @@ def test_relative_and_home_paths(
         ("train.jsnl", r"data\.train\[1\]\.path='.*/train\.jsnl' does not exist: did you mean .*/train\.jsonl\?"),
         ("zzz", r"'.*zzz' does not exist: .* has nothing of a similar name"),
         ("gone/x.csv", r"gone/x\.csv' does not exist, nor does its directory .*gone"),
-        ("notes.md", r"notes\.md' is no known kind of file: use one of \.jsonl, \.json, \.csv, \.parquet"),
+        ("notes.md", r"notes\.md' is no known kind of file: use one of \.jsonl, \.json, \.csv, \.parquet, \.txt"),
         ("void", r"void' has no data files: put .* files directly into it"),
         ("empty.jsonl", r"empty\.jsonl' has no rows: give it at least one example"),
         ("empty.csv", r"empty\.csv' has no rows"),
