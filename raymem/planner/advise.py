@@ -74,7 +74,7 @@ def advise(
 
     Each change is tried alone. If no exact one is enough, exact ones are tried together, each time with the one that
     needed least so far; if nothing fits then, all kinds of changes are. What cannot be enough, since the terms that it
-    lowers hold less than is missing, is not planned.
+    lowers hold less than is missing, is planned only if that is so of all.
 
     Args:
         load: reads the recipe.
@@ -120,12 +120,14 @@ class _Search:
         for change in changes(self._load(overrides)):
             if not change.is_planned or (exact_only and not change.exact):
                 continue
-            if any(_same_section(change, other) for other in chosen) or self._is_hopeless(change, plan):
+            if any(_same_section(change, other) for other in chosen):
                 continue
             try:
                 combined.append(((*chosen, change), self._load([*overrides, change.override])))
             except RecipeError:
                 continue
+        promising = [one for one in combined if not self._is_hopeless(one[0][-1], plan)]
+        combined = promising or combined  # together they may be enough where none is alone
         tried = []
         for together, result in self._planners.plan(combined, self._budget_bytes):
             if isinstance(result, RaymemError):  # as of a change that does not go with the model

@@ -140,8 +140,15 @@ def test_approximate_changes_are_combined_where_nothing_else_fits(monkeypatch: p
 
 def test_what_cannot_be_enough_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch, make_recipe(BF16, {"train": {"micro_batch": 1}}), small)
-    assert bench.advise(100, plan_of(160, {"activations": 10, "trainable": 150})) == []
-    assert not bench.planned & {"checkpoint", "loract"}
+    found = bench.advise(100, plan_of(160, {"activations": 10, "weights": 150}))
+    assert [one.overrides for one in found] == [("base.quantize=nf4",)]
+    assert bench.planned == {"none"}
+
+
+def test_changes_none_of_which_can_be_enough_alone_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, make_recipe(BF16, {"train": {"micro_batch": 2}}), small)
+    found = bench.advise(55, plan_of(160, {"activations": 80, "weights": 80}))
+    assert any(set(one.overrides) == {"activations=checkpoint", "train.micro_batch=1"} for one in found)
 
 
 def test_an_interrupted_search_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
