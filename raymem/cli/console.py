@@ -225,14 +225,24 @@ def print_whole(table: Table) -> None:
         out.width = width
 
 
-def holders_table(rows: Sequence[tuple[str, str, str, int, int]]) -> Table:
-    """Return the table of the largest holders at the peak: name, category, operation, bytes, how many tensors."""
+def holders_table(rows: Sequence[tuple[str, str, str, int, int]], *, wide: bool) -> Table:
+    """Return the table of the largest holders at the peak: name, category, operation, bytes, how many tensors.
+
+    Args:
+        wide: with the operations; else long names of modules lose what all of them begin with, and the rest is shown
+            whole.
+    """
     table = Table(box=None, pad_edge=False)
-    for name, justify in (("held at the peak", "left"), ("term", "left"), ("by", "left"), ("tensors", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("bytes", justify="right")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("tensors", justify="right", no_wrap=True)
+    table.add_column("term", no_wrap=True)
+    if wide:
+        table.add_column("by", no_wrap=True)
+    table.add_column("held at the peak", no_wrap=True)
     for name, category, operation, size, count in rows:
-        table.add_row(name or "(outside the layers)", category, operation, str(count), bytes_text(size))
+        shown = name if wide else name.removeprefix("base_model.model.").removeprefix("model.")
+        cells = [bytes_text(size), str(count), category, *([operation] if wide else [])]
+        table.add_row(*cells, Text(shown or "(outside the layers)"))
     return table
 
 

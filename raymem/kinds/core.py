@@ -40,7 +40,14 @@ class Advice:
     """The cost in time and quality beside others: the cheapest are tried first. 10 changes no result, 90 is a last
     resort."""
     applies: Callable[[Any], bool] = lambda recipe: True
-    """Asked with the recipe; combinations that a rule refuses are left out anyway."""
+    """Asked with the recipe: whether the change is one, that is, not set already. Combinations that a rule refuses are
+    left out anyway."""
+    exact: bool = False
+    """Whether training gives the same result, up to rounding."""
+    time: str = "not known"
+    """The cost in time, in words that follow "time:": relative to the step without the change, and why."""
+    is_planned: bool = True
+    """Whether ``raymem plan --advise`` works it out; a pipeline of its own is only named."""
 
 
 @dataclass(frozen=True)

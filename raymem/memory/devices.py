@@ -10,6 +10,7 @@ backward): PyTorch's default is 32 MiB from Hopper on and 8.125 MiB before.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from raymem.errors import BudgetError
@@ -48,8 +49,11 @@ GPUS: dict[str, Gpu] = {
     "B200": Gpu(int(178.0 * GIB), _HOPPER),
 }
 
-ALIASES = {"A100": "A100-80GB", "H100": "H100-80GB"}
-"""Maps a short name to the GPU that people mean by it."""
+ALIASES = {"A100": "A100-80GB", "H100": "H100-80GB", "V100": "V100-16GB"}
+"""Maps a short name to the GPU that people mean by it; of two sizes that are equally common, the smaller one."""
+
+_NO_NAME = re.compile(r"(nvidia|geforce|tesla|quadro|sxm\d*|pcie|hbm\d*|tensorcore|gpu)$")
+"""Matches words of a product's full name that do not tell it from others."""
 
 UNKNOWN_GPU = Gpu(0, _HOPPER)
 """The constants for a budget in bytes on an unnamed GPU, which are the larger ones."""
@@ -64,21 +68,30 @@ def gpu_facts(name: str | None) -> Gpu:
 
 
 def gpu_named(name: str) -> Gpu:
-    """Return a GPU of the table by its name or an alias; case and separators do not matter.
+    """Return the GPU that :func:`gpu_key` finds. Raises BudgetError."""
+    return GPUS[gpu_key(name)]
+
+
+def gpu_key(name: str) -> str:
+    """Return the name in :data:`GPUS` of the GPU that a person calls ``name``: ``4090``, ``RTX 4090``, ``a100-40``.
+
+    Case, separators, the maker's words (``NVIDIA``, ``GeForce``, ``SXM4``), ``RTX`` and ``GB`` do not matter.
 
     Raises:
-        BudgetError: it is not in the table; lists the known ones.
+        BudgetError: it is not in the table; lists the nearest and the known ones.
     """
+    keys = {_plain(known): known for known in GPUS} | {_plain(alias): key for alias, key in ALIASES.items()}
+    plain = _plain(name)
+    if plain in keys:
+        return keys[plain]
+    near = dict.fromkeys(keys[key] for key in difflib.get_close_matches(plain, keys, n=3, cutoff=0.6))
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise BudgetError(
+        f"--gpu {name}: unknown; {hint}known are {', '.join(GPUS)}; for another one give --budget, e.g. 24GiB"
+    )
 
-    def plain(text: str) -> str:
-        return "".join(c for c in text.lower() if c.isalnum())
 
-    by_plain = {plain(known): gpu for known, gpu in GPUS.items()}
-    by_plain |= {plain(alias): GPUS[name] for alias, name in ALIASES.items()}
-    if plain(name) not in by_plain:
-        near = difflib.get_close_matches(name.upper(), GPUS, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise BudgetError(
-            f"--gpu {name}: unknown; {hint}known are {', '.join(GPUS)}; for another one give --budget, e.g. 24GiB"
-        )
-    return by_plain[plain(name)]
+def _plain(name: str) -> str:
+    """Return what tells a GPU from others: lower-case letters and digits."""
+    words = [word for word in re.findall(r"[a-z0-9]+", name.lower()) if not _NO_NAME.match(word)]
+    return "".join(re.sub(r"(?<=\d)gi?b$", "", word.removeprefix("rtx")) for word in words if word not in ("gb", "gib"))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from raymem.errors import PlanError
 from raymem.memory import kernels
-from raymem.memory.devices import gpu_named
+from raymem.memory.devices import gpu_key
 from raymem.memory.target import planned_for
 from raymem.memory.trace import Tracer
 from raymem.planner.plan import make_plan
@@ -48,8 +48,7 @@ def plan_module(
         PlanError: the model, the loss or the optimizer decides by values, which are not there; names the operation.
         BudgetError: unknown GPU.
     """
-    if gpu is not None:
-        gpu_named(gpu)
+    gpu = None if gpu is None else gpu_key(gpu)
     target = Target("cpu" if gpu is None else "cuda", 1)
     with contextlib.ExitStack() as stack:
         stack.enter_context(planned_for(target.kind))

@@ -1,7 +1,8 @@
-"""Draws the timeline of a plan: stacked terms, the peak marked."""
+"""Draws the timeline of a plan: stacked terms, the phases named, the peak marked."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from raymem.errors import BudgetError
@@ -19,6 +20,10 @@ COLOURS = {
 }
 """Maps each memory term to its colour, the same in every picture."""
 _GIB = 1 << 30
+_NARROW = 0.1
+"""The share of the width below which a phase's name stands upright."""
+_SLIVER = 0.015
+"""The share of the width below which a stretch has no room for its name, unless it is the phase's widest."""
 
 
 def draw(plan: Plan, path: Path, title: str, budget_bytes: int | None = None) -> None:
@@ -47,12 +52,21 @@ def draw(plan: Plan, path: Path, title: str, budget_bytes: int | None = None) ->
     )  # fmt: skip
     if budget_bytes is not None:
         axes.axhline(budget_bytes / _GIB, color="red", linestyle="--", label="budget")
-    phases = [point["phase"] for point in plan.timeline]
-    for index in range(1, len(phases)):
-        if phases[index] != phases[index - 1]:
-            axes.axvline(index, color="black", linewidth=0.5, alpha=0.3)
+    stretches = spans([point["phase"] for point in plan.timeline])
+    widest = {name: end - start for name, start, end in sorted(stretches, key=lambda span: span[2] - span[1])}
+    for name, start, end in stretches:
+        if start:
+            axes.axvline(start, color="black", linewidth=0.5, alpha=0.3)
+        if end - start < min(widest[name], _SLIVER * len(sums)):
+            continue
+        is_narrow = end - start < _NARROW * len(sums)
+        axes.text(
+            (start + min(end, len(sums) - 1)) / 2, 0.985, name.replace("_", " "), transform=axes.get_xaxis_transform(),
+            ha="center", va="top", rotation=90 if is_narrow else 0, fontsize=8, color="0.25",
+        )  # fmt: skip
     axes.set(xlabel="allocations of one step, in order", ylabel="GiB", title=title, xlim=(0, len(sums) - 1))
-    axes.set_ylim(0, 1.12 * max(max(sums), budget_bytes or 0) / _GIB)
+    # Room above for the names of phases and the mark of the peak.
+    axes.set_ylim(0, 1.3 * max(max(sums), budget_bytes or 0) / _GIB)
     axes.legend(loc="lower left", ncols=4)
     try:
         figure.savefig(path, dpi=120)
@@ -60,3 +74,14 @@ def draw(plan: Plan, path: Path, title: str, budget_bytes: int | None = None) ->
         raise BudgetError(f"--plot {path}: cannot be written: {error}; give a .png file in a directory") from None
     finally:
         pyplot.close(figure)
+
+
+def spans(phases: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return the stretches of equal phases: name, first index, index after the last."""
+    found: list[tuple[str, int, int]] = []
+    for index, name in enumerate(phases):
+        if found and found[-1][0] == name:
+            found[-1] = (name, found[-1][1], index + 1)
+        else:
+            found.append((name, index, index + 1))
+    return found

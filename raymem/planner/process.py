@@ -21,7 +21,7 @@ import raymem
 from raymem import errors
 from raymem.cache import cache_root, key_of, read_json, source_digest, versions, write_json
 from raymem.errors import PlanError
-from raymem.memory.devices import gpu_named
+from raymem.memory.devices import gpu_key
 from raymem.planner.shapes import circumstances
 from raymem.planner.types import Above, Plan
 from raymem.recipe.axes import MEMORY_AXES, outside_code, registered
@@ -31,6 +31,7 @@ from raymem.recipe.schema import Recipe
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0
+_PROGRESS_EVERY_S = 20.0
 _LIBRARIES = ("torch", "transformers", "peft")
 _READ = ("kinds", "linalg", "memory", "methods", "planner", "recipe", "training")
 """The rooms whose code decides what a plan says."""
@@ -40,7 +41,8 @@ def plan_recipe(recipe: Recipe, *, gpu: str | None = None, timeout_s: float = TI
     """Predict the memory of one worker of a recipe. No weights are read, and no GPU is touched.
 
     Args:
-        gpu: name in :data:`raymem.memory.devices.GPUS`; the recipe is then planned for GPUs whatever it says.
+        gpu: name of a GPU (:func:`raymem.memory.devices.gpu_key`); the recipe is then planned for GPUs whatever it
+            says.
         timeout_s: for all of it.
 
     Raises:
@@ -75,10 +77,9 @@ class Planner:
     """
 
     def __init__(self, *, gpu: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        if gpu is not None:
-            gpu_named(gpu)
-        self._gpu, self._timeout_s = gpu, timeout_s
+        self._gpu, self._timeout_s = None if gpu is None else gpu_key(gpu), timeout_s
         self._child: PlannerProcess | None = None
+        self._abandoned = False
 
     def __enter__(self) -> Planner:
         return self
@@ -87,6 +88,12 @@ class Planner:
         if self._child is not None:
             self._child.close()
         self._child = None
+
+    def abandon(self) -> None:
+        """End what another thread is waiting for, which gets a PlanError; nothing can be planned afterwards."""
+        self._abandoned = True
+        if self._child is not None:
+            self._child.kill()
 
     @property
     def is_running(self) -> bool:
@@ -130,6 +137,8 @@ class Planner:
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to a job; if the process dies over it, a rough plan from another process."""
+        if self._abandoned:
+            raise PlanError("planning was given up")
         child = self._child = self._child or PlannerProcess()
         try:
             answer = child.ask(job, self._timeout_s)
@@ -140,6 +149,8 @@ class Planner:
         if answer is not None:
             return answer
         self._child, status = None, child.close()
+        if self._abandoned:
+            raise PlanError("planning was given up")
         if status > 0:
             raise PlanError(f"the planning process failed: {child.last_stderr_line()}")
         if job["problem"]:
@@ -156,7 +167,7 @@ def _say_once(note: str) -> None:
 
 def known_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan | None:
     """Return the plan of a recipe if it is remembered, else None."""
-    answer = _known(_file(_job(recipe, gpu)))
+    answer = _known(_file(_job(recipe, None if gpu is None else gpu_key(gpu))))
     return None if answer is None else Plan(**answer["plan"])
 
 
@@ -213,9 +224,13 @@ class PlannerProcess:
             self._process.stdin.flush()
         except BrokenPipeError:
             return None
-        deadline = time.monotonic() + timeout_s
+        began = time.monotonic()
         while b"\n" not in self._unread:
-            ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
+            waited_s = time.monotonic() - began
+            ready, _, _ = select.select([self._answers], [], [], max(0.0, min(timeout_s - waited_s, _PROGRESS_EVERY_S)))
+            if not ready and waited_s < timeout_s:
+                log.warning("still planning, %.0f s so far (at most %.0f s)", time.monotonic() - began, timeout_s)
+                continue
             if not ready:
                 self._process.kill()
                 raise PlanError(
@@ -228,6 +243,10 @@ class PlannerProcess:
             self._unread += received
         line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)  # type: ignore[no-any-return]
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
 
     def last_stderr_line(self) -> str:
         """Return the last line that the process printed."""

@@ -89,8 +89,12 @@ class Plan:
         """Say whether a worker's device with so much memory (``24GiB``, or bytes) is enough. Raises ValueError."""
         return self.capacity_bytes <= (parse_bytes(budget) if isinstance(budget, str) else budget)
 
-    def verdict(self, budget_bytes: int) -> Verdict:
-        """Compare the plan with a budget per worker device."""
+    def verdict(self, budget_bytes: int, recipe: Recipe) -> Verdict:
+        """Compare the plan with a budget per worker device.
+
+        Args:
+            recipe: the one that was planned, so that nothing is proposed that it has already.
+        """
         from raymem.planner.help import would_help
 
-        return verdict(self.capacity_bytes, budget_bytes, self.terms, would_help)
+        return verdict(self.capacity_bytes, budget_bytes, self.terms, lambda term: would_help(term, recipe))

@@ -210,12 +210,13 @@ def _predict(run: ResolvedRun, *, force: bool, status: Status) -> Plan | None:
             raise
         log.warning("the memory could not be predicted: %s", error)
         return None
-    verdict = plan.verdict(parse_bytes(recipe.budget))
+    verdict = plan.verdict(parse_bytes(recipe.budget), recipe)
     if isinstance(verdict, Exceeds) and not force:
+        change = " or ".join(verdict.would_help[:3]) or "a smaller model"
         raise BudgetExceeded(
             f"budget: {recipe.budget} is less than the {bytes_text(plan.capacity_bytes)} that a worker is predicted to "
-            f"need, by {bytes_text(verdict.by_bytes)}; the largest term is {verdict.largest_term}: try "
-            f"{' or '.join(verdict.would_help[:3])} (`raymem plan --advise` works it out), or train anyway with --force"
+            f"need, by {bytes_text(verdict.by_bytes)}; the largest term is {verdict.largest_term}: try {change} "
+            "(`raymem plan --advise` works it out), or train anyway with --force"
         )
     return plan
 

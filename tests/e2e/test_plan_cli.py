@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ import yaml
 
 from raymem.cli.main import run_app
 from raymem.errors import BudgetExceeded
-from raymem.planner import known_plan
+from raymem.memory.budget import bytes_text
+from raymem.memory.trace import CATEGORIES, PHASES
+from raymem.planner import Plan, known_plan
+from raymem.planner.plot import spans
 from raymem.recipe.load import load_recipe
 from raymem.runs import train
 from tests.helpers.support import FAMILIES, run_fragment
@@ -42,6 +47,80 @@ def test_json_has_every_term_and_the_verdict(recipe: Path, capsys: pytest.Captur
     assert found["verdict"] == "fits"
     assert found["headroom_bytes"] == (1 << 30) - found["capacity_bytes"]
     assert found["reserved_bytes"] == found["capacity_bytes"] == found["peak_bytes"]
+
+
+def plan_of(largest_bytes: int, device: str) -> Plan:
+    """A plan with all phases whose numbers are as wide as ``largest_bytes`` allows."""
+    phases = {}
+    for at, phase in enumerate(PHASES):
+        terms = {name: largest_bytes // (1 + at + 3 * number) for number, name in enumerate(CATEGORIES)}
+        phases[phase] = {**terms, "peak_bytes": sum(terms.values())}
+    peak = phases["backward"]
+    terms = {name: peak[name] for name in CATEGORIES}
+    place = "base_model.model.model.layers.31.self_attn.q_proj.base_layer"
+    held = {"name": place, "category": "activations", "operation": "aten::mm", "bytes": largest_bytes, "count": 1024}
+    return Plan(
+        device=device, gpu=None, num_workers=1, traced=True, note=None, peak_bytes=peak["peak_bytes"],
+        step_peak_bytes=peak["peak_bytes"], terms=terms, term_peaks={**terms, "loss": 2 * terms["loss"]}, phases=phases,
+        state={}, reserved_bytes=peak["peak_bytes"] + 7, capacity_bytes=peak["peak_bytes"] + 1234567,
+        expandable_bytes=peak["peak_bytes"] + 7654321, outside_bytes=600 << 20, top=[held], timeline=[],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("largest_bytes", [(1 << 30) - 12345, 999 * (1 << 30) - 12345, 12345])
+def test_no_number_is_cut_in_a_pipe_of_80_columns(
+    recipe: Path, largest_bytes: int, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("raymem.runs.plan.plan_recipe", lambda *_, **__: plan_of(largest_bytes, device))
+    assert run_app("plan", recipe, "--budget", "1TiB", "--json") in (0, 1)
+    facts = json.loads(capsys.readouterr().out)
+    assert run_app("plan", recipe, "--budget", "1TiB") in (0, 1)
+    said = capsys.readouterr().out
+    shown = ["load", "forward", "backward", "step"]
+    numbers = [facts["phases"][phase][term] for phase in shown for term in (*CATEGORIES, "peak_bytes")]
+    numbers += [facts[f"{term}_bytes"] for term in CATEGORIES] + [top["bytes"] for top in facts["top"]]
+    numbers += [facts["phases"][phase]["peak_bytes"] for phase in PHASES] + [facts["peak_bytes"]]
+    if device == "cuda":
+        numbers += [facts[f"{name}_bytes"] for name in ("reserved", "expandable", "capacity", "outside")]
+    for text, count in Counter(map(bytes_text, numbers)).items():
+        assert len(re.findall(rf"(?<![\d.]){re.escape(text)}(?!\w)", said)) >= count, text
+    assert "\u2026" not in said
+    table = said[: said.index("before step:")].splitlines()
+    assert max(map(len, table)) <= 80 and len(table) == len(CATEGORIES) + 2
+
+
+def test_wide_shows_all_phases_whole(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(999 << 30, "cpu")
+    monkeypatch.setattr("raymem.runs.plan.plan_recipe", lambda *_, **__: plan)
+    assert run_app("plan", recipe, "--wide") == 0
+    said = capsys.readouterr().out
+    assert all(phase in said.splitlines()[0] for phase in PHASES)
+    assert all(bytes_text(plan.phases[phase][term]) in said for phase in PHASES for term in CATEGORIES)
+    assert plan.top[0]["name"] in said and "aten::mm" in said and "--wide" not in said
+
+
+def test_a_real_plan_shows_each_peak_of_its_json(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app("plan", recipe, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert run_app("plan", recipe) == 0
+    said = capsys.readouterr().out
+    assert all(bytes_text(phase["peak_bytes"]) in said for phase in facts["phases"].values())
+    assert facts["phases"]
+
+
+def test_advice_without_something_to_fit_into_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app("plan", recipe, "--advise") == 1
+    assert "--advise: there is nothing to fit into" in capsys.readouterr().err
+
+
+def test_the_picture_names_its_phases() -> None:
+    phases = ["forward", "forward", "backward", "forward", "step"]
+    assert spans(phases) == [("forward", 0, 2), ("backward", 2, 3), ("forward", 3, 4), ("step", 4, 5)]
+    assert spans([]) == []
 
 
 def test_what_does_not_fit_is_said_and_ends_with_1(

@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 
 from raymem.errors import BudgetError, ModelError, PlanError
-from raymem.memory.budget import Exceeds
-from raymem.planner import Planner, advise, known_plan, plan_recipe, prediction_error, process
-from raymem.planner.help import candidates
+from raymem.planner import Planner, known_plan, plan_recipe, prediction_error, process
 from raymem.planner.subprocess_main import answer, describe
 from raymem.planner.types import Above, Plan
 from raymem.recipe.schema import Recipe
-from tests.helpers.planner_cases import CHECKPOINT, FULL, MORAM, case, model_config
+from tests.helpers.planner_cases import MORAM, case, model_config
 from tests.helpers.support import make_recipe
 
 
@@ -208,39 +206,6 @@ def test_the_choice_of_ranks_is_planned() -> None:
     assert "before_step" not in fixed.phases
     assert plan.phases["load"]["peak_bytes"] < plan.phases["before_step"]["peak_bytes"] < plan.peak_bytes
     assert plan.step_peak_bytes == fixed.step_peak_bytes, "at the highest ranks that are allowed"
-
-
-def test_advice_is_a_list_of_overrides_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = case("full")
-    made: dict[str, Plan] = {}
-
-    def plan_many(recipes: list[Recipe], gpu: str | None) -> list[Plan]:
-        for recipe in recipes:
-            if recipe.model_dump_json() not in made:
-                made[recipe.model_dump_json()] = planned(recipe)
-        return [made[recipe.model_dump_json()] for recipe in recipes]
-
-    monkeypatch.setattr(advise, "plan_many", plan_many)
-    monkeypatch.setattr(advise, "candidates", lambda recipe: ["activations=checkpoint", "train.micro_batch=1"])
-    fragments = {"activations=checkpoint": CHECKPOINT, "train.micro_batch=1": {"train": {"micro_batch": 1}}}
-
-    def load(more: Any) -> Recipe:
-        return make_recipe(base.to_dict(), *(fragments[one] for one in more))
-
-    needed = {one: plan_many([load([one])], None)[0].capacity_bytes for one in fragments}
-    found = advise.advise(load, max(needed.values()))
-    assert [a.overrides for a in found] == [(one,) for one in sorted(needed, key=lambda o: needed[o])]
-    both = advise.advise(load, min(needed.values()) - 1)
-    assert {frozenset(a.overrides) for a in both} == {frozenset(fragments)}
-    assert advise.advise(load, 1) == []
-    assert isinstance(found[0].plan.verdict(1), Exceeds)
-
-
-def test_every_candidate_is_a_valid_override() -> None:
-    assert "activations=checkpoint" in candidates(case("full"))
-    assert "optimizer=mlorc_adamw" in candidates(make_recipe(FULL))
-    assert "optimizer.implementation=fused" in candidates(case("full foreach"))
-    assert not any("adapter" in one for one in candidates(case("lora")))
 
 
 def test_calibration_is_the_mean_ratio_of_a_method() -> None:

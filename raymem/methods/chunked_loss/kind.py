@@ -73,7 +73,8 @@ class AutoLossKind(LossKind[AutoLoss]):
         )
 
     def advice(self) -> Sequence[Advice]:
-        return [Advice("loss=auto", ("loss",), cost=20, applies=_holds_logits)]
+        time = "little: each chunk's logits are used while they are there, and only those with a target are made"
+        return [Advice("loss=auto", ("loss",), cost=20, applies=_holds_logits, exact=True, time=time)]
 
 
 class ChunkedLossKind(LossKind[ChunkedLoss]):

@@ -100,7 +100,8 @@ class LoraKind(PeftAdapterKind[LoraOptions]):
 
     def advice(self) -> Sequence[Advice]:
         terms = ("trainable", "gradients", "optimizer")
-        return [Advice("adapter=lora", terms, cost=70, applies=lambda recipe: not recipe.trains_adapter)]
+        time = "less: frozen weights need no gradients and no update"
+        return [Advice("adapter=lora", terms, cost=70, applies=lambda recipe: not recipe.trains_adapter, time=time)]
 
 
 def _experts_shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

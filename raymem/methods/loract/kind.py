@@ -63,7 +63,8 @@ class LoRActKind(ActivationsKind[LoRActOptions]):
         ]
 
     def advice(self) -> Sequence[Advice]:
-        return [Advice("activations=loract", ("activations",), cost=40, applies=_has_none)]
+        time = "about that of checkpointing: each layer's forward pass runs again, and its input is compressed"
+        return [Advice("activations=loract", ("activations",), cost=40, applies=_has_none, time=time)]
 
 
 def _has_none(recipe: Any) -> bool:

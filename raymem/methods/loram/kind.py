@@ -114,7 +114,13 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
 
     def advice(self) -> Sequence[Advice]:
         """Name LoRAM where weights are the largest term; pruning is a pipeline of its own, so it is not worked out."""
-        return [Advice("base.kind=loram", ("weights",), cost=95, applies=lambda recipe: False)]
+        time = "less per step; pruning and aligning the base come first"
+        return [
+            Advice(
+                "base.kind=loram", ("weights",), cost=95, time=time, is_planned=False,
+                applies=lambda recipe: recipe.trains_adapter and not _is_loram(recipe),
+            )
+        ]  # fmt: skip
 
 
 def _is_loram(recipe: Any) -> bool:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from raymem.errors import AdapterError
+from raymem.memory.target import worth_visiting
 from raymem.methods.moram.base import BaseWeight, base_weight, fingerprint
 from raymem.methods.moram.config import Criterion
 from raymem.methods.moram.indices import rows_at_once, top_columns
@@ -227,7 +228,7 @@ class _Listener:
         """Take, in backward, a layer's output gradient [..., O] and input [..., I]."""
         grad_TO, x_TI = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1]).to(grad_y.dtype)
         step = rows_at_once(self.score_OI[0].nbytes, 1 << 20)
-        for start in range(0, self.score_OI.shape[0], step):
+        for start in worth_visiting(range(0, self.score_OI.shape[0], step)):
             rows = slice(start, start + step)
             gradient_CI = grad_TO[:, rows].mT @ x_TI
             self.score_OI[rows] += gradient_CI.abs_() if self._absolute else gradient_CI

@@ -45,7 +45,17 @@ class CheckpointKind(ActivationsKind[Checkpointing]):
         return layers * input_bytes + layer_bytes
 
     def advice(self) -> Sequence[Advice]:
-        return [Advice("activations=checkpoint", ("activations",), cost=30, applies=_has_none)]
+        """Name checkpointing, whose cost is the share of one more forward pass: of frozen weights backward multiplies
+        once, for the input's gradient, of trained ones twice."""
+
+        def advice(trains_adapter: bool, share: str) -> Advice:
+            time = f"about {share} more: the forward pass runs again in backward"
+            return Advice(
+                "activations=checkpoint", ("activations",), cost=30, exact=True, time=time,
+                applies=lambda recipe: _has_none(recipe) and recipe.trains_adapter == trains_adapter,
+            )  # fmt: skip
+
+        return [advice(True, "1/2"), advice(False, "1/3")]
 
 
 def _has_none(recipe: Any) -> bool:

@@ -18,12 +18,12 @@ from raymem.recipe.load import MODELS, recipe_of
 from raymem.recipe.schema import Recipe
 from raymem.recipe.sentences import nearest
 from raymem.recipe.yaml_text import parse
-from raymem.runs.backend import Status
 from raymem.runs.init.data import DataFacts, look_at, second_source
 from raymem.runs.init.memory import Fitted, fit
 from raymem.runs.init.text import text_of
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.model.build import load_config, tokenizer_path
+from raymem.training.reporter import Status
 
 _STEP = 64
 _LONGEST_TEXT_ROW = 1024

@@ -11,7 +11,7 @@ from raymem.planner.process import Planner
 from raymem.planner.types import Above, Plan
 from raymem.recipe.load import recipe_of
 from raymem.recipe.schema import Recipe
-from raymem.runs.backend import Status
+from raymem.training.reporter import Status
 
 _LEFT_ALONE = ("train.micro_batch", "data.", "scaling.", "adapter", "optimizer")
 
