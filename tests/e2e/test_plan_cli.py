@@ -51,9 +51,9 @@ def test_json_has_every_term_and_the_verdict(recipe: Path, capsys: pytest.Captur
 
 def plan_of(largest_bytes: int, device: str) -> Plan:
     """A plan with all phases whose numbers are as wide as ``largest_bytes`` allows."""
-    phases = {}
+    phases: dict[str, dict[str, int]] = {}
     for at, phase in enumerate(PHASES):
-        terms = {name: largest_bytes // (1 + at + 3 * number) for number, name in enumerate(CATEGORIES)}
+        terms: dict[str, int] = {name: largest_bytes // (1 + at + 3 * number) for number, name in enumerate(CATEGORIES)}
         phases[phase] = {**terms, "peak_bytes": sum(terms.values())}
     peak = phases["backward"]
     terms = {name: peak[name] for name in CATEGORIES}

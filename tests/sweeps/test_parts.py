@@ -275,7 +275,7 @@ def test_what_a_trial_held_is_given_back_however_it_ends(
 ) -> None:
     freed: list[str] = []
     monkeypatch.setattr(tune, "free_reservation", freed.append)
-    follow = tune.Follow(SimpleNamespace(problems={}), Storage.open(str(tmp_path)), lambda: None)  # type: ignore[arg-type]
+    follow = tune.Follow(SimpleNamespace(problems={}), Storage.open(str(tmp_path)), lambda running: None)  # type: ignore[arg-type]
     checkpoints = tmp_path / "t-0003" / "checkpoints"
     checkpoints.mkdir(parents=True)
     config = job_of(recipe).to_config()
@@ -331,14 +331,14 @@ def test_where_there_is_no_room_for_any_process_the_sweep_ends(
     monkeypatch.setattr(tune, "_fit", fails)
     search: Any = SimpleNamespace(problems={})
     with pytest.raises(ClusterError, match="memory: Ray's memory monitor kills processes of this sweep before they"):
-        tune.tune(lambda: search, recipe, Storage.open(str(tmp_path)), 1, None, lambda: None)
+        tune.tune(lambda: search, recipe, Storage.open(str(tmp_path)), 1, None, lambda running: None)
     assert len(tries) == 1 + tune.CRASHES
 
 
 def test_a_sweep_and_its_trials_stop_where_the_storage_is_gone(recipe: Recipe, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     moved = recipe.model_copy(update={"storage": recipe.storage.model_copy(update={"path": str(root)})})
-    follow = tune.Follow(SimpleNamespace(problems={}), Storage.open(str(root)), lambda: None)  # type: ignore[arg-type]
+    follow = tune.Follow(SimpleNamespace(problems={}), Storage.open(str(root)), lambda running: None)  # type: ignore[arg-type]
     with held(root):
         follow.on_step_begin(0, [])
         job = job_of(moved)

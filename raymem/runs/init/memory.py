@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raymem.errors import BudgetExceeded, RecipeError
+from raymem.errors import BudgetExceeded
 from raymem.memory.budget import bytes_text
-from raymem.planner.help import candidates, would_help
+from raymem.planner.help import changes, would_help
 from raymem.planner.process import Planner
 from raymem.planner.types import Above, Plan
 from raymem.recipe.load import recipe_of
@@ -61,16 +61,11 @@ def fit(recipe: Recipe, budget_bytes: int, gpu: str | None, most: int, status: S
 
 def _relief(recipe: Recipe) -> str | None:
     """Return the change that costs least, of those that leave model, data and method as they are."""
-    possible = candidates(recipe)
-    for override in (*would_help("activations"), "train.precision=bf16", *would_help("weights")):
-        if override in possible and not override.startswith(_LEFT_ALONE):
-            axis = override.partition("=")[0]
-            if getattr(recipe, axis, None) is not None and _is_chosen(recipe, axis):
-                continue
-            try:
-                _changed(recipe, (override,))
-            except RecipeError:
-                continue
+    possible = {item.override for item in changes(recipe)}
+    for override in (*would_help("activations", recipe), "train.precision=bf16", *would_help("weights", recipe)):
+        axis = override.partition("=")[0]
+        chosen = getattr(recipe, axis, None) is not None and _is_chosen(recipe, axis)
+        if override in possible and not chosen and not override.startswith(_LEFT_ALONE):
             return override
     return None
 
