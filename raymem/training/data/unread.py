@@ -44,7 +44,7 @@ def unread(
         if name not in read or (name == "tools" and not in_template("tools")):
             if not _says_nothing(theirs, value):
                 yield theirs
-        elif name == "system" and _other_system(ours, value):
+        elif name == "system" and _other_system({key: ours.get(key) for key in read}, value):
             yield f"{theirs} (beside another system turn)"
         elif name in _CONVERSATIONS and isinstance(value, list):
             for turn in value:
@@ -83,9 +83,9 @@ def _says_nothing(name: str, value: Any) -> bool:
     return lower in _DESCRIPTIVE or lower.endswith("_id") or value is None or value in ("", [], {})
 
 
-def _other_system(row: Row, text: Any) -> bool:
-    """Say whether the conversation begins with a system turn that says something else than the column."""
-    turns: list[Any] = next((row[name] for name in _CONVERSATIONS if isinstance(row.get(name), list)), [])
+def _other_system(read: Row, text: Any) -> bool:
+    """Say whether the conversation that is read begins with a system turn that says something else than the column."""
+    turns: list[Any] = next((read[name] for name in _CONVERSATIONS if isinstance(read.get(name), list)), [])
     first = turns[0] if turns else {}
     own = first.get("content", first.get("value")) if first.get("role", first.get("from")) == "system" else None
     return bool(text) and own not in ("", None, text)

@@ -25,9 +25,11 @@ def convert(row: dict[str, Any], **options: Any) -> Any:
     return to_example(row, resolve_format(source, row, "data.train[0]"), source.columns, "x.jsonl:17", **options)
 
 
-def beside(row: dict[str, Any], template: str = "", columns: dict[str, str] | None = None) -> list[str]:
+def beside(
+    row: dict[str, Any], template: str = "", columns: dict[str, str] | None = None, row_format: Any = None
+) -> list[str]:
     """What is not read under a template that reads these keys; without any, texts are taken as they are."""
-    row_format = resolve_format(Source(path="x", columns=columns or {}), row, "data.train[0]")
+    row_format = row_format or resolve_format(Source(path="x", columns=columns or {}), row, "data.train[0]")
     example = to_example(row, row_format, columns or {}, "x.jsonl:17", renders=lambda prompt: bool(template))
     as_turns = isinstance(example, Messages)
     return list(unread(row, row_format, columns or {}, template.split().__contains__, as_turns=as_turns))
@@ -82,6 +84,13 @@ def test_the_conversation_s_own_system_turn_stands_and_the_other_is_named() -> N
     assert convert(row) == Messages([SYSTEM, USER, GOOD])
     assert beside(row) == ["system (beside another system turn)"]
     assert beside(row | {"system": "S"}) == []
+    read = {"system": "other", "prompt": [SYSTEM, USER], "completion": [GOOD]}
+    for beside_it in (
+        [True],
+        [{"role": "system", "content": "other"}, USER],
+    ):  # a column that this format does not read
+        named = beside(read | {"messages": beside_it}, row_format="prompt_completion")
+        assert named == ["system (beside another system turn)", "messages"]
 
 
 @pytest.mark.parametrize("history", [[["a", "b"], ["c", "d"]], '[["a", "b"], ["c", "d"]]'], ids=str)
