@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +39,14 @@ class BaseKind(Kind[OptionsT]):
     def planned_config(self, options: OptionsT, config: Any) -> Any:
         """Return the transformers config of the model that will be made, where :meth:`is_planned`."""
         return config
+
+    def described(self, options: OptionsT, result: Path) -> dict[str, Any]:
+        """Return the options that the weights were made with, for the model card of a result that was trained on them.
+
+        Args:
+            result: the directory of the result.
+        """
+        return asdict(options)  # type: ignore[call-overload,no-any-return]
 
     def building(self, config: Any) -> AbstractContextManager[None]:
         """Let transformers build models of ``config`` in the block with the layers that this kind has changed; for a

@@ -110,6 +110,10 @@ def test_an_exported_adapter_carries_the_manifest_and_no_base_weights(
     directory = Path(export_final(build_model(recipe), recipe, DistEnv(), Storage.open(str(tmp_path)), {}))
     assert read_manifest(directory, with_weights=False).digest == manifest.digest
     assert all(".lora_" in name for name in load_file(directory / "adapter_model.safetensors"))
+    card = (directory / "README.md").read_text()
+    assert f"An adapter of a pruned `{llama.name}`" in card
+    assert "| base | `loram` (criterion random, keep_first 4, keep_last 2, ratio 0.5, " in card
+    assert str(tmp_path) not in card
 
 
 def test_qloram_holds_the_pruned_layers_in_four_bits(llama: Path, tmp_path: Path) -> None:

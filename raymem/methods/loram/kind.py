@@ -50,6 +50,16 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
     def located(self, options: LoRAMOptions, directory: str) -> LoRAMOptions:
         return LoRAMOptions(artifact=directory, quantize=options.quantize)
 
+    def described(self, options: LoRAMOptions, result: Path) -> dict[str, Any]:
+        from raymem.methods.loram.manifest import MANIFEST, read_manifest
+
+        own = super().described(options, result)
+        if not (result / MANIFEST).is_file():
+            return own
+        # Options that name a pruned model say nothing of how it was made; the manifest does.
+        made = dict(read_manifest(result, with_weights=False).options)
+        return {"kind": own["kind"], **made, "quantize": options.quantize}
+
     def planned_config(self, options: LoRAMOptions, config: Any) -> Any:
         """Return the config with the widths that pruning will leave of every layer.
 

@@ -77,6 +77,7 @@ def _unusual(recipe: Recipe) -> list[str]:
 
 
 def _body(directory: Path, facts: dict[str, Any], recipe: Recipe, is_adapter: bool, is_of_model: bool) -> list[str]:
+    shared = _shared(recipe, directory)
     name = "random weights" if recipe.model.name is None else public(recipe.model.name)
     of = code(name) if is_of_model else f"a pruned {code(name)}"
     what = f"An adapter of {of}" if is_adapter else f"A model trained from {of}"
@@ -87,7 +88,7 @@ def _body(directory: Path, facts: dict[str, Any], recipe: Recipe, is_adapter: bo
         "",
         f"{what}{recovered}{merged}; trained with raymem.",
         "",
-        *_table(_facts(facts, recipe, name)),
+        *_table(_facts(facts, shared, recipe, name)),
         "",
         "## Use",
         "",
@@ -95,29 +96,29 @@ def _body(directory: Path, facts: dict[str, Any], recipe: Recipe, is_adapter: bo
         "## Recipe",
         "",
         "```yaml",
-        write(_shared(recipe), allow_unicode=True).rstrip(),
+        write(shared, allow_unicode=True).rstrip(),
         "```",
         "",
         "Versions: " + ", ".join(f"{package} {importlib.metadata.version(package)}" for package in _VERSIONS) + ".",
     ]
 
 
-def _facts(facts: dict[str, Any], recipe: Recipe, base: str) -> list[tuple[str, str]]:
+def _facts(facts: dict[str, Any], shared: dict[str, Any], recipe: Recipe, base: str) -> list[tuple[str, str]]:
     revision = f" at revision {code(recipe.model.revision)}" if recipe.model.revision else ""
     rows = [("base model", code(base) + revision)]
     for axis in _AXES:
-        options = {key: value for key, value in recipe.to_dict()[axis].items() if value is not None}
-        kind = options.pop("kind")
-        shown = ", ".join(f"{key} {public(value)}" for key, value in options.items() if _is_plain(value))
+        options = {key: value for key, value in shared[axis].items() if key != "kind" and _is_plain(value)}
+        kind, shown = shared[axis]["kind"], ", ".join(f"{key} {value}" for key, value in options.items())
         rows.append((axis, code(kind) + (f" ({cell(shown)})" if shown else "")))
     sources = [("training data", recipe.data.train), ("evaluation data", recipe.data.eval or [])]
     rows += [(what, ", ".join(code(public(one.path)) for one in given)) for what, given in sources if given]
     rows.append(("rows", f"{recipe.data.sequence_length} tokens, {recipe.train.global_batch} in a batch"))
     rows.append(("steps", str(facts.get("step", "unknown"))))
+    of = " of the pruned model" if BASES.of(recipe).replaces_model else ""
     if (loss := facts.get("loss")) is not None:
-        rows.append(("training loss", f"{loss:.4f}"))
+        rows.append((f"training loss{of}", f"{loss:.4f}"))
     if (loss := facts.get("eval_loss")) is not None:
-        rows.append(("evaluation loss", f"{loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.2f})"))
+        rows.append((f"evaluation loss{of}", f"{loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.2f})"))
     if (peak := facts.get("peak_bytes")) is not None:
         predicted = facts.get("predicted_peak_bytes")
         beside = "" if predicted is None else f" (predicted: {bytes_text(predicted)})"
@@ -168,7 +169,9 @@ def public(value: Any) -> str:
     return cut(text, 200)
 
 
-def _shared(recipe: Recipe) -> dict[str, Any]:
+def _shared(recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """Return what of a recipe decides its result, without empty values, and of paths the last part."""
+
     def shared(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: shared(one) for key, one in value.items() if one not in (None, {})}
@@ -176,7 +179,10 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
             return [shared(one) for one in value]
         return public(value) if isinstance(value, str) else value
 
-    return {key: shared(value) for key, value in recipe.to_dict().items() if key not in _PRIVATE and value is not None}
+    sections = {key: value for key, value in recipe.to_dict().items() if key not in _PRIVATE}
+    sections["base"] = BASES.of(recipe).described(recipe.base, directory)
+    whole: dict[str, Any] = shared(sections)
+    return whole
 
 
 def _is_plain(value: Any) -> bool:
