@@ -53,10 +53,14 @@ def plan_of(largest_bytes: int, device: str) -> Plan:
     """A plan with all phases whose numbers are as wide as ``largest_bytes`` allows."""
     phases: dict[str, dict[str, int]] = {}
     for at, phase in enumerate(PHASES):
-        terms: dict[str, int] = {name: largest_bytes // (1 + at + 3 * number) for number, name in enumerate(CATEGORIES)}
-        phases[phase] = {**terms, "peak_bytes": sum(terms.values())}
+        sizes: dict[str, int] = {}
+        for number, name in enumerate(CATEGORIES):
+            sizes[name] = largest_bytes // (1 + at + 3 * number)
+        phases[phase] = {**sizes, "peak_bytes": sum(sizes.values())}
     peak = phases["backward"]
-    terms = {name: peak[name] for name in CATEGORIES}
+    terms: dict[str, int] = {}
+    for name in CATEGORIES:
+        terms[name] = peak[name]
     place = "base_model.model.model.layers.31.self_attn.q_proj.base_layer"
     held = {"name": place, "category": "activations", "operation": "aten::mm", "bytes": largest_bytes, "count": 1024}
     return Plan(
@@ -81,7 +85,8 @@ def test_no_number_is_cut_in_a_pipe_of_80_columns(
     shown = ["load", "forward", "backward", "step"]
     numbers = [facts["phases"][phase][term] for phase in shown for term in (*CATEGORIES, "peak_bytes")]
     numbers += [facts[f"{term}_bytes"] for term in CATEGORIES] + [top["bytes"] for top in facts["top"]]
-    numbers += [facts["phases"][phase]["peak_bytes"] for phase in PHASES] + [facts["peak_bytes"]]
+    others = [phase for phase in PHASES if phase not in shown]
+    numbers += [facts["phases"][phase]["peak_bytes"] for phase in others] + [facts["peak_bytes"]]
     if device == "cuda":
         numbers += [facts[f"{name}_bytes"] for name in ("reserved", "expandable", "capacity", "outside")]
     for text, count in Counter(map(bytes_text, numbers)).items():

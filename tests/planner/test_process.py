@@ -199,6 +199,25 @@ def test_a_selection_in_the_middle_of_a_run_is_planned_beside_the_optimizer_stat
     assert again.phases["before_step"]["peak_bytes"] == planned(once).phases["before_step"]["peak_bytes"] + state
 
 
+def test_three_blocks_of_a_selections_gradient_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raymem.memory.target import worth_visiting
+    from raymem.methods.moram import selection
+
+    recipe = make_recipe(case("lora").to_dict(), {"adapter": {**MORAM["adapter"], "criterion": "gradient"}})
+    monkeypatch.setattr(selection, "rows_at_once", lambda *_: 16)
+    visited: set[int] = set()
+
+    def counted(starts: Any) -> Any:
+        visited.add(len(worth_visiting(starts)))
+        return worth_visiting(starts)
+
+    monkeypatch.setattr(selection, "worth_visiting", counted)
+    few = planned(recipe)
+    assert visited == {3}
+    monkeypatch.setattr(selection, "worth_visiting", lambda starts: starts)
+    assert planned(recipe).phases == few.phases
+
+
 def test_the_choice_of_ranks_is_planned() -> None:
     auto = {"activations": {"kind": "loract", "rank": "auto", "max_rank": 0.125}}
     recipe = make_recipe(case("loract layer").to_dict(), auto)
