@@ -55,11 +55,11 @@ def plan(
     if (note := loaded.model.code_note) is not None:
         console.err.print(note, markup=False)
     limit = budget_bytes(loaded, budget, gpu, where="--budget")
+    if advise and limit is None:
+        raise BudgetError("--advise: there is nothing to fit into; give --budget 24GiB or --gpu H100-80GB")
     loaded, prediction = plan_run(loaded, budget_bytes=limit, gpu=gpu, status=console.err.print)
     overrides.append(f"train.micro_batch={loaded.train.micro_batch}")  # if it is open: `auto`
     verdict = None if limit is None else prediction.verdict(limit, loaded)
-    if advise and limit is None:
-        raise BudgetError("--advise: there is nothing to fit into; give --budget 24GiB or --gpu H100-80GB")
     if not as_json:  # before the search for changes, which takes its time
         _print(prediction, loaded, verdict, limit, wide=wide)
     advice: list[Tried] | None = [] if advise else None
