@@ -292,3 +292,13 @@ def test_only_differences_of_recipes_are_shown() -> None:
         ("data.train[0].path", ["x", "y"]),
         ("budget", ["null", "-"]),
     ]
+
+
+def test_a_run_on_an_object_store_is_shown(report: Report, tmp_path: Path, s3_uri: str) -> None:
+    store = Storage.open(s3_uri)
+    run = write_run(tmp_path)
+    store.upload_dir(run, "run", last="metrics.jsonl")
+    page = report(store.join("run"))
+    assert "run - raymem report" in page.source and "40 steps" in page.words
+    assert "40 steps" in report(store.join("run", "adapter")).words
+    assert "give one of those in it: run" in refused(s3_uri, "--html", tmp_path / "other.html")
