@@ -165,7 +165,7 @@ def test_the_page_of_a_sweep_has_front_table_and_reasons(report: Report, tmp_pat
     assert rows == ["trial-0", "trial-1", "trial-2", "trial-3"]
     for words in (
         "loss is not finite", "adapter.rank: 32 is too large", "more than the budget of 100.00 MiB", "130.00 MiB",
-        "1 refused proposals need more than this picture shows", "# the best", "report/best.yaml",
+        "1 refused proposal needs more than this picture shows", "# the best", "report/best.yaml",
     ):  # fmt: skip
         assert words in page.words, words
 
