@@ -84,7 +84,7 @@ def test_the_page_of_a_run_has_all_that_it_left(report: Report, tmp_path: Path) 
     for words in (
         "40 steps", "90.00 MiB", "1.12 % more than predicted", "context the answer", "12 more characters",
         "100 dropped of the answer.jsonl: because the answer", "prediction: the answer", "reference: the answer",
-        "rank: 4",
+        "rank: 4", "read as the answer",
     ):  # fmt: skip
         assert words in page.words, words
     terms = [fill for attrs in page.all("rect", "segment") if (fill := attrs.get("fill"))]
