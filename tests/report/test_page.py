@@ -130,6 +130,12 @@ def test_text_of_others_stays_text(report: Report, tmp_path: Path) -> None:
         assert page.source.rstrip().endswith("</html>")
 
 
+def test_characters_that_hide_are_written_out(report: Report, tmp_path: Path) -> None:
+    page = report(write_run(tmp_path, text="\x1b[31m\u202e\x00\ud83d"))
+    assert r"\x1b[31m\u202e\x00\ud83d" in page.words
+    assert not {"\x1b", "\u202e", "\x00"} & set(page.source)
+
+
 def test_runs_are_compared_by_dashes_and_markers(report: Report, tmp_path: Path) -> None:
     runs = [write_run(tmp_path, f"run-{n}", slope=1 / (n + 1), optimizer={"lr": 10.0**-n}) for n in range(8)]
     page = report(*runs)
