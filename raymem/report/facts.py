@@ -53,13 +53,13 @@ class Source:
     """The figures of a source of data; see :class:`raymem.training.data.summary.SourceSummary`."""
 
     path: str
-    how: str
     num_read: int
     num_kept: int
     dropped: dict[str, int]
     truncated: int
     num_tokens: int
     num_targets: int
+    how: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _read_data(run: Storage) -> Data | None:
 
 
 def _source(plain: dict[str, Any]) -> Source:
-    return Source(**{each.name: plain[each.name] for each in fields(Source)})
+    return Source(**{each.name: plain[each.name] for each in fields(Source) if each.name in plain})
 
 
 def _read_plan(run: Storage) -> PlannedMemory | None:
