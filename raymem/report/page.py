@@ -87,10 +87,10 @@ def _render(template: str, **values: Any) -> str:
     )  # fmt: skip
 
 
-def _overrides(point: Mapping[str, Any]) -> str:
+def _overrides(point: Mapping[str, Any]) -> list[str]:
     """Write a point as options that give a recipe its values, all digits included, as a shell takes them."""
     plain = {path: value if isinstance(value, str) else json.dumps(value) for path, value in point.items()}
-    return " ".join(f"-s {shlex.quote(f'{path}={value}')}" for path, value in plain.items())
+    return [f"-s {shlex.quote(f'{path}={value}')}" for path, value in plain.items()]
 
 
 @cache
