@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from raymem.errors import RaymemError, StorageError
@@ -16,7 +16,7 @@ from raymem.runs.record import DATA, PLAN, PREDICTIONS
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.facts import FACTS
 from raymem.training.checkpoint import latest_recipe
-from raymem.training.data.summary import Part, SourceSummary
+from raymem.training.data.summary import Part
 from raymem.training.history import read_history
 from raymem.training.reporter import Row
 
@@ -49,11 +49,25 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Source:
+    """The figures of a source of data; see :class:`raymem.training.data.summary.SourceSummary`."""
+
+    path: str
+    num_read: int
+    num_kept: int
+    dropped: dict[str, int]
+    truncated: int
+    num_tokens: int
+    num_targets: int
+    how: str = ""
+
+
+@dataclass(frozen=True)
 class Data:
     """The data of a run."""
 
-    train: list[SourceSummary]
-    eval: list[SourceSummary]
+    train: list[Source]
+    eval: list[Source]
     examples: list[Example]
 
 
@@ -191,10 +205,14 @@ def _read_data(run: Storage) -> Data | None:
     values = run.read_record(DATA, {"train": (list,), "examples": (list,)})
     with _malformed(run, DATA):
         return Data(
-            train=[SourceSummary(**one) for one in values["train"]],
-            eval=[SourceSummary(**one) for one in values.get("eval", [])],
+            train=[_source(one) for one in values["train"]],
+            eval=[_source(one) for one in values.get("eval", [])],
             examples=[Example([Part(**part) for part in one["parts"]], one["left_out"]) for one in values["examples"]],
         )
+
+
+def _source(plain: dict[str, Any]) -> Source:
+    return Source(**{each.name: plain[each.name] for each in fields(Source) if each.name in plain})
 
 
 def _read_plan(run: Storage) -> PlannedMemory | None:

@@ -10,9 +10,9 @@ from raymem.report.drawing import Axis, Frame, axis, value_text
 from raymem.report.sweep_facts import SweepFacts
 from raymem.sweeps.report import SweepRow, point_text
 
-FRAME = Frame(width=600, height=340, left=58, right=18, top=18, bottom=58)
-_BEYOND = 1.6
-"""Times the budget up to which refused proposals are drawn."""
+FRAME = Frame(width=600, height=340, left=58, right=18, top=36, bottom=46)
+_BEYOND, _MARGIN = 1.6, 0.06
+"""Times the budget up to which refused proposals are drawn, and the space around the marks as a share of the axis."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def draw_front(sweep: SweepFacts) -> FrontChart | None:
     sizes = [row.metrics["peak_bytes"] for row in sweep.done]
     in_view = sweep.budget_bytes <= 4 * max(sizes) or bool(near)
     limits = [*sizes, *(row.predicted_bytes or 0 for row in near), *([sweep.budget_bytes] if in_view else [])]
-    x = axis([size / unit for size in limits], FRAME.left, FRAME.width - FRAME.right, count=7)
-    y = axis([row.metrics[sweep.quality] for row in sweep.done], FRAME.height - FRAME.bottom, FRAME.top)
+    x = axis(_with_margin([size / unit for size in limits]), FRAME.left, FRAME.width - FRAME.right, count=7)
+    y = axis(_with_margin([row.metrics[sweep.quality] for row in sweep.done]), FRAME.height - FRAME.bottom, FRAME.top)
     on_front = {row.number for row in sweep.front}
     dots = [
         Dot(
@@ -100,6 +100,13 @@ def refused_words(row: SweepRow) -> str:
     """Describe a refused proposal in words."""
     needs = f": needs at least {bytes_text(row.predicted_bytes)}" if row.predicted_bytes else ""
     return f"Proposal {row.number}, refused{needs}. {point_text(row.point)}"
+
+
+def _with_margin(values: list[float]) -> list[float]:
+    """Return the ends of an axis on which no mark lies at the edge; none is below zero where no value is."""
+    low, high = min(values), max(values)
+    margin = _MARGIN * (high - low)
+    return [max(low - margin, min(0.0, low)), high + margin]
 
 
 def _stairs(dots: list[Dot]) -> str:

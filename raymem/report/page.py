@@ -26,6 +26,7 @@ from raymem.report.drawing import MARKERS, draw_chart, value_text
 from raymem.report.facts import MOST_RUNS, RunFacts
 from raymem.report.front import draw_front
 from raymem.report.sweep_facts import SweepFacts
+from raymem.text import printable
 
 
 def runs_page(runs: Sequence[RunFacts]) -> str:
@@ -86,20 +87,29 @@ def _render(template: str, **values: Any) -> str:
     )  # fmt: skip
 
 
-def _overrides(point: Mapping[str, Any]) -> str:
+def _overrides(point: Mapping[str, Any]) -> list[str]:
     """Write a point as options that give a recipe its values, all digits included, as a shell takes them."""
     plain = {path: value if isinstance(value, str) else json.dumps(value) for path, value in point.items()}
-    return " ".join(f"-s {shlex.quote(f'{path}={value}')}" for path, value in plain.items())
+    return [f"-s {shlex.quote(f'{path}={value}')}" for path, value in plain.items()]
 
 
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("raymem.report", "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("raymem.report", "templates"),
+        autoescape=True,
+        finalize=_printable,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"size": bytes_text, "value": value_text, "yaml": write, "overrides": _overrides}
     return environment
+
+
+def _printable(value: Any) -> Any:
+    """Write out control characters and those that reorder a line, wherever a text comes from."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @cache

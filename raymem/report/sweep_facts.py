@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from raymem.errors import StorageError
@@ -62,8 +62,8 @@ def read_sweep(place: Place) -> SweepFacts:
         )
     raw = folder.read_json(_ROWS)
     try:
-        rows = [SweepRow(**row) for row in raw]
-    except TypeError as error:
+        rows = [SweepRow(**{each.name: row[each.name] for each in fields(SweepRow)}) for row in raw]
+    except (KeyError, TypeError) as error:
         raise StorageError(
             f"{folder.join(_ROWS)}: not as this version of raymem writes it ({error}); run the sweep's command "
             "again, which writes its report anew"

@@ -6,13 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import DataError, ModelError
+from raymem.errors import DataError, ModelError, StorageError
 from raymem.methods.probe import first_line
 from raymem.methods.sentences import first_step
 from raymem.recipe.axes import BASES, full_base, no_adapter
 from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
 from raymem.runs.prepare import prepare_split
+from raymem.runs.record import note_predictions
 from raymem.runs.resolve import resolve
 from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import EvaluationResult
@@ -37,7 +38,7 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None, *, predictions:
 
     Args:
         artifact: PEFT or model directory; ``base`` is the model without an adapter; by default the run's own result.
-        predictions: so many evaluation examples are continued by the model.
+        predictions: so many evaluation examples are continued by the model; the run keeps those of its own result.
 
     Raises:
         DataError: the recipe has no evaluation data.
@@ -45,10 +46,16 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None, *, predictions:
     """
     check_has_eval(recipe)
     check_files_are_here(recipe, ("eval",))
-    artifact = artifact or _own_artifact(recipe)
+    given, artifact = artifact, artifact or _own_artifact(recipe)
     run = resolve(recipe, artifact=artifact)
     run.require_base()
-    return evaluate_run(run, artifact, prepare_split(run, "eval"), predictions=predictions)
+    result = evaluate_run(run, artifact, prepare_split(run, "eval"), predictions=predictions)
+    if given is None and result.predictions:
+        try:
+            note_predictions(run.run, artifact, [one.to_dict() for one in result.predictions])
+        except StorageError as error:  # others may evaluate a run that they may only read
+            log.warning("the predictions are not kept for raymem report: %s", error)
+    return result
 
 
 def evaluate_run(run: ResolvedRun, artifact: str, data: Prepared, *, predictions: int = 0) -> EvaluationResult:

@@ -55,6 +55,7 @@ def write_data(run: Storage, text: str) -> None:
     """The record of the data."""
     source = {
         "path": f"{text}.jsonl", "num_read": 1200, "num_kept": 1100, "dropped": {f"because {text}": 100},
+        "how": f"read as {text}",
         "truncated": 7, "num_tokens": 5000, "num_targets": 2500, "fill": 0.9,
     }  # fmt: skip
     parts = [{"text": f"context {text}", "is_target": False}, {"text": f"target {text}", "is_target": True}]

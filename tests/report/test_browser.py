@@ -31,11 +31,11 @@ def tab() -> Iterator[Tab]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The pages of a run, of eight in comparison, and of a sweep, full of text that would run code."""
-    folder = tmp_path_factory.mktemp("pages")
+    folder = tmp_path_factory.mktemp("pages") / "a-long-name-in-which-no-line-can-be-broken-as-it-has-no-space-at-all"
     runs = [write_run(folder, f"run-{n}", steps=400, slope=1 / (n + 1), text=EVIL, seed=n) for n in range(8)]
     made = {}
     for name, arguments in {"run": runs[:1], "runs": runs, "sweep": [write_sweep(folder)]}.items():
-        made[name] = folder / f"{name}.html"
+        made[name] = folder.parent / f"{name}.html"
         done = run_command("report", *arguments, "--html", made[name])
         assert done.returncode == 0, done.stderr
     return made

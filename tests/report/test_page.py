@@ -84,7 +84,7 @@ def test_the_page_of_a_run_has_all_that_it_left(report: Report, tmp_path: Path) 
     for words in (
         "40 steps", "90.00 MiB", "1.12 % more than predicted", "context the answer", "12 more characters",
         "100 dropped of the answer.jsonl: because the answer", "prediction: the answer", "reference: the answer",
-        "rank: 4",
+        "rank: 4", "read as the answer",
     ):  # fmt: skip
         assert words in page.words, words
     terms = [fill for attrs in page.all("rect", "segment") if (fill := attrs.get("fill"))]
@@ -130,6 +130,12 @@ def test_text_of_others_stays_text(report: Report, tmp_path: Path) -> None:
         assert page.source.rstrip().endswith("</html>")
 
 
+def test_characters_that_hide_are_written_out(report: Report, tmp_path: Path) -> None:
+    page = report(write_run(tmp_path, text="\x1b[31m\u202e\x00\ud83d"))
+    assert r"\x1b[31m\u202e\x00\ud83d" in page.words
+    assert not {"\x1b", "\u202e", "\x00"} & set(page.source)
+
+
 def test_runs_are_compared_by_dashes_and_markers(report: Report, tmp_path: Path) -> None:
     runs = [write_run(tmp_path, f"run-{n}", slope=1 / (n + 1), optimizer={"lr": 10.0**-n}) for n in range(8)]
     page = report(*runs)
@@ -165,7 +171,7 @@ def test_the_page_of_a_sweep_has_front_table_and_reasons(report: Report, tmp_pat
     assert rows == ["trial-0", "trial-1", "trial-2", "trial-3"]
     for words in (
         "loss is not finite", "adapter.rank: 32 is too large", "more than the budget of 100.00 MiB", "130.00 MiB",
-        "1 refused proposals need more than this picture shows", "# the best", "report/best.yaml",
+        "1 refused proposal needs more than this picture shows", "# the best", "report/best.yaml",
     ):  # fmt: skip
         assert words in page.words, words
 
@@ -292,3 +298,13 @@ def test_only_differences_of_recipes_are_shown() -> None:
         ("data.train[0].path", ["x", "y"]),
         ("budget", ["null", "-"]),
     ]
+
+
+def test_a_run_on_an_object_store_is_shown(report: Report, tmp_path: Path, s3_uri: str) -> None:
+    store = Storage.open(s3_uri)
+    run = write_run(tmp_path)
+    store.upload_dir(run, "run", last="metrics.jsonl")
+    page = report(store.join("run"))
+    assert "run - raymem report" in page.source and "40 steps" in page.words
+    assert "40 steps" in report(store.join("run", "adapter")).words
+    assert "give one of those in it: run" in refused(s3_uri, "--html", tmp_path / "other.html")

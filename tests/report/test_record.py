@@ -47,6 +47,14 @@ def test_a_run_leaves_what_its_page_shows(
     assert run.peak_bytes is not None and sum(run.held.values()) < run.peak_bytes
     assert run.plan is None, "it was not planned, having no budget"
 
+    assert run.predictions == []
+    said = json.loads(run_command("evaluate", recipe, "--json", "--predictions", 2).stdout)
+    again = read_run(find(str(recipe)))
+    assert [vars(one) for one in again.predictions] == said["predictions"] and len(again.predictions) == 2
+    other = run_command("evaluate", recipe, "--artifact", "base", "--predictions", 1)
+    assert other.returncode == 0, other.stderr
+    assert read_run(find(str(recipe))).predictions == again.predictions, "those of the run's own result stay"
+
     write_plan(Storage.open(run.place))
     monkeypatch.setattr(facts, "plan_many", None)  # it has one
     page = tmp_path / "page.html"
