@@ -1,4 +1,4 @@
-"""Step time on the CPU by how idle OpenMP threads wait, on quiet cores and beside another busy process.
+"""Step time on the CPU by how idle OpenMP threads wait, on quiet cores and beside a busy process.
 
 python benchmarks/thread_wait.py [--rounds 8] [--spins 1000 3000 10000]
 
@@ -26,15 +26,18 @@ MODEL = {
 }  # fmt: skip
 SHAPES = ((1, 128), (2, 256))
 """Rows x tokens of a micro-batch of SmolLM2-135M's shape under LoRA."""
+LOADS = ("quiet", "busy")
+"""Busy: another process computes without end."""
 WAYS: dict[str, dict[str, str]] = {"active": {"OMP_WAIT_POLICY": "ACTIVE"}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
 def serve() -> None:
     """Train for as many steps as standard input says, and answer with the seconds of each."""
     if os.environ.pop("AS_RAYMEM", None):
-        from raymem.cli.main import set_thread_waiting
+        from raymem.cli.threads import sleep_while_waiting, spin_on_quiet_cores
 
-        set_thread_waiting()
+        sleep_while_waiting()
+        spin_on_quiet_cores()
     import torch
 
     from raymem.recipe.schema import Recipe
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="of a turn; default: %(default)s")
     parser.add_argument("--spins", type=int, nargs="*", default=[1000, 3000, 10000])
+    parser.add_argument("--loads", nargs="*", choices=LOADS, default=list(LOADS))
     parser.add_argument("--serve", action="store_true", help="what the processes of the benchmark run")
     asked = parser.parse_args()
     if asked.serve:
@@ -106,11 +110,13 @@ def main() -> None:
     processes = {name: Way(environment) for name, environment in ways.items()}
     found: dict[str, Any] = {}
     try:
-        for load in ("quiet", "beside a busy process"):
+        for load in asked.loads:
             busy = [] if load == "quiet" else [subprocess.Popen([sys.executable, "-c", "while True: pass"])]
             try:
                 for shape, (rows, tokens) in enumerate(SHAPES):
-                    found[f"{rows} x {tokens}, {load}"] = compare(processes, shape, asked.rounds, asked.steps)
+                    case = f"{rows} x {tokens}, {load}"
+                    found[case] = compare(processes, shape, asked.rounds, asked.steps)
+                    print(case, found[case], flush=True)
             finally:
                 for process in busy:
                     process.kill()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from raymem import __version__
-from raymem.cli import console, data, init, k8s, loram, plan, report, signals, submit, sweep
+from raymem.cli import console, data, init, k8s, loram, plan, report, signals, submit, sweep, threads
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
 from raymem.cli.results import chat, evaluate, generate
 from raymem.cli.signals import goes_on, unwind_on_signals
@@ -57,6 +56,8 @@ def train(
 
     loaded = load_recipe(recipe, set_)  # before the slow imports: a typo is answered at once
     check_files_are_here(loaded)
+    if loaded.scaling.num_workers == 0:
+        threads.spin_on_quiet_cores()
 
     with goes_on("the same command resumes from the last checkpoint"):
         from raymem.runs.train import launch
@@ -188,9 +189,7 @@ def run_app(*arguments: Any) -> int:
     Returns:
         Exit status: 0, 1 for an error, 2 for wrong usage, 128 + number for a signal.
     """
-    # Read when torch loads. Threads that wait in a busy loop make a CPU step five times as long as soon as anything
-    # else (Ray itself, say) wants one of the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    threads.sleep_while_waiting()
     try:
         refuse_secrets([str(a) for a in arguments] or sys.argv[1:])
         app(args=[str(a) for a in arguments] or None, standalone_mode=True)

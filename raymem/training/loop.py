@@ -23,7 +23,7 @@ from raymem.training.artifacts.export import export_final
 from raymem.training.checkpoint import FOLDER, Checkpoints
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.packed.dataset import PackedRows
-from raymem.training.data.packed.sampler import Sampler
+from raymem.training.data.packed.sampler import RowIds, Sampler
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.dist_env import DistEnv, bucket_bytes, replicate
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
@@ -39,7 +39,8 @@ from raymem.training.step import finite_guard, train_step
 log = logging.getLogger(__name__)
 
 METERED_STEPS = (2, 3)
-"""The steps whose peak is measured: the first creates the optimizer state, so only later ones are complete."""
+"""The steps whose peak is measured: the first creates the optimizer state, so only later ones are complete. Where none
+of their rows needed an attention mask, which takes memory of its own, the next step with such a row is measured too."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def run(
     """Train a recipe to its end from wherever its last checkpoint stands. Collective over all ranks.
 
     Args:
-        metered_steps: numbers of the steps of this session, from 1, whose peak memory is measured; that makes a step of
-            a tiny model many times slower.
+        metered_steps: numbers of the steps of this session, from 1, whose peak memory is measured, see
+            :data:`METERED_STEPS`; that makes a step of a tiny model many times slower. None: no step is measured.
         predicted_peak_bytes: goes into the facts about the result.
 
     Raises:
@@ -103,7 +104,7 @@ class _Session:
         self, recipe: Recipe, dist_env: DistEnv, run_storage: Storage, train_data: Prepared, eval_data: Prepared | None,
         reporter: Reporter, metered_steps: Collection[int],
     ) -> None:  # fmt: skip
-        self.metered_steps = metered_steps
+        self.metered_steps, self.mask_is_metered = metered_steps, False
         self.predicted_peak_bytes: int | None = None
         self.recipe, self.dist_env, self.run_storage, self.reporter = recipe, dist_env, run_storage, reporter
         self.identity = identity_of(recipe, train_data)
@@ -219,7 +220,9 @@ class _Session:
         train = self.recipe.train
         ids = self.sampler.ids(step)
         lr = self.recipe.optimizer.lr * lr_factor(step, self.total_steps, train.schedule, train.warmup)
-        with self._metered(step - first + 1):
+        nth = step - first + 1
+        is_metered = self._is_metered(nth, ids)
+        with self._metered(nth) if is_metered else contextlib.nullcontext():
             result = train_step(
                 self.model,
                 [batch for batch, _ in self._micro_batches(step)],
@@ -240,7 +243,8 @@ class _Session:
             "elapsed_s": self._elapsed_s(),
             "epoch": (step + 1) * train.global_batch / self.sampler.epoch_size,
         }
-        if self.peak_bytes is not None and step - first + 1 in self.metered_steps:
+        if is_metered:
+            assert self.peak_bytes is not None
             row["peak_bytes"] = float(self.peak_bytes)
             row |= self._held_bytes()
         return row | metrics_of(self.hooks, step, taken=row)
@@ -312,12 +316,22 @@ class _Session:
         """Seed the global stream, from which dropout draws, by step and rank: a function of the position."""
         torch.manual_seed(derive(self.recipe.seed, "dropout", step, self.dist_env.rank))
 
+    def _is_metered(self, nth: int, ids: RowIds) -> bool:
+        """Say whether the ``nth`` step of this session is measured, all ranks alike."""
+        if not self.metered_steps or nth == 1:
+            return nth in self.metered_steps
+        # Gradients of the step are there from its second micro-batch on.
+        first_batches = self.dist_env.world_size * self.recipe.train.rows_per_pass
+        shows_mask = not self.mask_is_metered and self.rows.needs_mask(
+            ids if len(ids) <= first_batches else ids[first_batches:]
+        )
+        is_metered = nth in self.metered_steps or (shows_mask and nth > max(self.metered_steps))
+        self.mask_is_metered |= shows_mask and is_metered
+        return is_metered
+
     @contextlib.contextmanager
     def _metered(self, nth: int) -> Iterator[None]:
-        """Measure the footprint of the ``nth`` step of this session, if it is one of the metered ones."""
-        if nth not in self.metered_steps:
-            yield
-            return
+        """Measure the footprint of the ``nth`` step of this session."""
         # In its second step DDP allocates the buckets anew, ordered by what it saw: the window counts them itself.
         hidden = bucket_bytes(self.model) if nth > 2 else 0
         with PeakMeter(self.dist_env.device, self._resident, hidden) as meter:

@@ -11,6 +11,7 @@ import typer
 
 from raymem.cli import console
 from raymem.cli.results.generate import Artifact, Seed, System, Temperature
+from raymem.cli.threads import spin_on_quiet_cores
 from raymem.errors import RaymemError
 from raymem.text import printable
 
@@ -39,6 +40,7 @@ def chat(
     console.log_to_stderr(False)
     import torch
 
+    spin_on_quiet_cores()
     from raymem.runs.artifacts import local_or_downloaded
     from raymem.training.artifacts.chat import Conversation
     from raymem.training.artifacts.generate import Responder

@@ -9,6 +9,7 @@ import typer
 
 from raymem.cli import console
 from raymem.cli.options import Overrides, RecipeFile, Verbose
+from raymem.cli.threads import spin_on_quiet_cores
 from raymem.text import cut, printable
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def evaluate(
 
     loaded = load_recipe(recipe, set_)
     check_files_are_here(loaded, ("eval",))
+    if loaded.scaling.num_workers == 0:
+        spin_on_quiet_cores()
     from raymem.runs.evaluate import evaluate_recipe
 
     result = evaluate_recipe(loaded, artifact, predictions=predictions)

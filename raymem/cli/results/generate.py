@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from raymem.cli import console
+from raymem.cli.threads import spin_on_quiet_cores
 from raymem.text import printable
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def generate(
 ) -> None:
     """Answer a prompt with what a run left: in the chat template, or as a plain text where there is none."""
     console.log_to_stderr(False)
+    spin_on_quiet_cores()
     from raymem.runs.artifacts import local_or_downloaded
     from raymem.training.artifacts.generate import generate as answer
 

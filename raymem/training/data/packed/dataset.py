@@ -83,6 +83,12 @@ class PackedRows:
         at = index - (int(self._ends[number]) - len(shard))
         return Row(shard.input_ids[at], shard.targets[at], shard.starts[at], int(shard.lengths[at]))
 
+    def needs_mask(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> bool:
+        """Say whether attention needs a mask for one of these rows: it holds several examples, or padding."""
+        if self.packing == "bfd":  # padding is a segment too
+            return any(int(self.row(int(one)).starts.sum()) > 1 for one in ids)
+        return self.packing == "none" and bool((self.lengths[np.asarray(ids)] < self.sequence_length).any())
+
 
 class _Shard:
     """An Arrow IPC file with a single record batch."""
