@@ -38,8 +38,10 @@ _ending = _Ending()
 def unwind_on_signals() -> None:
     """End the command on SIGINT (Ctrl-C), SIGTERM (``ray job stop``, Kubernetes) and SIGHUP (a closed terminal).
 
-    A signal that is ignored already, as SIGHUP under nohup, stays so.
+    A signal that is ignored already, as SIGHUP under nohup, stays so. Nothing has ended the command yet.
     """
+    global _ending
+    _ending = _Ending()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)

@@ -47,7 +47,9 @@ SPACE = {"adapter.rank": {"type": "choice", "choices": [2, 4]}}
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    data = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
+    data = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "eval")}
+    for path in data.values():
+        Path(path).touch()  # that it is there is looked at before anything else
     one_core = {"num_workers": 1, "resources_per_worker": {"CPU": 1}}
     return make_recipe({"space": SPACE, "data": data, "storage": {"path": str(tmp_path)}, "scaling": one_core})
 

@@ -96,7 +96,8 @@ def test_message_keys_for_the_template_stay_and_parquet_s_nulls_go() -> None:
             {"question": "q", "answer": "a"},
             {},
             r"data\.train\[0\]\.format=auto finds columns question, answer, .*"
-            r"data\.train\[0\]\.columns to one of: messages .*; prompt \+ completion .*; input_ids \(tokens\)\.",
+            r"data\.train\[0\]\.columns to one of: messages .*; prompt \+ completion .*; input_ids \(tokens\) "
+            r"\(perhaps data\.train\[0\]\.columns=\{prompt: question, completion: answer\}\)\.",
         ),
         (
             {"question": "q", "answer": "a"},

@@ -29,6 +29,7 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_packing_that_leaks_is_refused_before_data_are_prepared(opt: Path, tmp_path: Path) -> None:
+    (tmp_path / "nothing.jsonl").touch()  # there, and refused if anybody read it
     data = {"data": {"train": str(tmp_path / "nothing.jsonl")}, "storage": {"path": str(tmp_path)}}
     with pytest.raises(RecipeError, match=LEAKS):
         launch(make_recipe(data, model=opt))
