@@ -100,6 +100,7 @@ def be_signalled(recipe: Path, name: str) -> tuple[int, str]:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.Signals[name])
 
+    signal.signal(signal.Signals[name], signal.SIG_DFL)  # tests that run in the background may ignore it
     unwind_on_signals()
     threading.Thread(target=send, daemon=True).start()
     with console.err.capture() as words:
