@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.fsdp import FSDPModule
 
 from raymem.cache import remembered, source_digest, versions
@@ -25,16 +26,21 @@ def asked_once(
         question: its name, which tells answers apart.
         model: bare, on any device; its sizes count only where a clone has them.
         sources: files and folders of the code that answers.
-        ask: does so, in plain values, and raises nothing.
+        ask: does so, in plain values, and raises nothing. Gradients are on meanwhile, whoever asks.
         detail: what else the answer depends on.
     """
+
+    def answer() -> dict[str, Any]:
+        with torch.inference_mode(False), torch.enable_grad():
+            return ask()
+
     try:
         clone = tiny_model.tiny_config(model.config, all_layers=True).to_json_string(use_diff=False)
     except Exception:  # configs raise types of their own; the probe itself says what is wrong
-        return ask()
-    code = source_digest(*sources, Path(tiny_model.__file__))
+        return answer()
+    code = source_digest(*sources, Path(tiny_model.__file__), Path(__file__))
     facts = [question, class_of(model).__qualname__, clone, detail, code, versions("torch", "transformers", "peft")]
-    return remembered("probes", facts, ask)
+    return remembered("probes", facts, answer)
 
 
 def class_of(model: Any) -> Any:
