@@ -47,8 +47,8 @@ def data(
     sources = (loaded.data.train if split == "train" else loaded.data.eval) or []
     console.out.print(summary.table(summary.summarise(sources, prepared)), markup=False)
     shown = islice(summary.examples(prepared, load_tokenizer(tokenizer)), number if show else 0)
-    for number, example in enumerate(shown, start=1):
-        console.out.print(f"\n--- example {number} ---", markup=False)
+    for at, example in enumerate(shown, start=1):
+        console.out.print(f"\n--- example {at} ---", markup=False)
         _print(example)
 
 

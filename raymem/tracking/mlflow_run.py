@@ -17,6 +17,7 @@ from typing import Any
 
 import raymem
 from raymem.errors import TrackingError
+from raymem.recipe.axes import MEMORY_AXES
 from raymem.recipe.yaml_text import write
 from raymem.storage.errors import explain, system_error
 from raymem.storage.folders import make_shared
@@ -29,7 +30,6 @@ RUN_TAG = "raymem.run_id"
 _PARAMS_PER_BATCH = 100
 _MAX_PARAM_LENGTH = 6000
 _VERSIONS = ("torch", "ray", "transformers", "peft")
-_AXES = ("base", "adapter", "activations", "loss", "optimizer")
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets this variable for the driver of a job."""
 _EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
@@ -192,7 +192,7 @@ def _provenance(source: Path | None) -> dict[str, str]:
 def _note(recipe: Mapping[str, Any]) -> str:
     """Return the description of a run that MLflow's page of it shows."""
     model = recipe["model"].get("name") or "random weights"
-    kinds = [f"{axis}: {recipe[axis]['kind']}" for axis in _AXES if axis in recipe]
+    kinds = [f"{axis}: {recipe[axis]['kind']}" for axis in MEMORY_AXES if axis in recipe]
     return "; ".join([f"raymem, fine-tuning of {model}", *kinds])
 
 

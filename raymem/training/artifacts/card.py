@@ -15,7 +15,7 @@ from typing import Any
 
 from raymem.errors import ModelError
 from raymem.memory.budget import bytes_text
-from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, OPTIMIZERS
+from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, MEMORY_AXES, OPTIMIZERS
 from raymem.recipe.schema import Recipe
 from raymem.recipe.yaml_text import write
 from raymem.storage.json_files import read_object
@@ -28,7 +28,6 @@ from raymem.training.model.revision import on_hub
 CARD = "README.md"
 _PRIVATE = ("storage", "tracking", "scaling", "budget", "space", "name")
 """Sections of a recipe that say nothing about the result."""
-_AXES = ("base", "adapter", "activations", "loss", "optimizer")
 _PATH = re.compile(r"(?:/|~|\.{1,2}/|[A-Za-z][\w+.-]*://)")
 _PUBLIC = "hf://"
 _VERSIONS = ("raymem", "torch", "transformers", "peft")
@@ -106,7 +105,7 @@ def _body(directory: Path, facts: dict[str, Any], recipe: Recipe, is_adapter: bo
 def _facts(facts: dict[str, Any], shared: dict[str, Any], recipe: Recipe, base: str) -> list[tuple[str, str]]:
     revision = f" at revision {code(recipe.model.revision)}" if recipe.model.revision else ""
     rows = [("base model", code(base) + revision)]
-    for axis in _AXES:
+    for axis in MEMORY_AXES:
         options = {key: value for key, value in shared[axis].items() if key != "kind" and _is_plain(value)}
         kind, shown = shared[axis]["kind"], ", ".join(f"{key} {value}" for key, value in options.items())
         rows.append((axis, code(kind) + (f" ({cell(shown)})" if shown else "")))
