@@ -16,6 +16,7 @@ from raymem.k8s.checks import CRON_SUFFIX, MAX_NAME
 from raymem.k8s.kustomize import to_yaml
 from raymem.k8s.overlays import GPU_PRODUCTS, OVERLAYS
 from raymem.k8s.render import MARGIN, RUNTIME_BYTES, memory_request_bytes, render
+from raymem.memory.devices import GPUS
 from raymem.planner import plan_recipe
 from raymem.recipe.load import load_recipe
 from tests.helpers.manifests import (
@@ -87,7 +88,8 @@ def test_every_overlay(recipe: Path, overlay: str) -> None:
     advertised = group["rayStartParams"].get("resources")
     assert (advertised is not None) == (overlay == "sweep")
     if advertised is not None:
-        assert json.loads(json.loads(advertised)) == {"gpu_memory_mib": 22560}, "one shell takes the outer quotes"
+        mib = GPUS["L4"].capacity_bytes >> 20
+        assert json.loads(json.loads(advertised)) == {"gpu_memory_mib": mib}, "one shell takes the outer quotes"
     if shape.job is None:
         assert not [c for c in of_kind(found, "ConfigMap") if c["metadata"]["name"].endswith("-recipe")]
         return
