@@ -108,7 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     hush_libraries()
     recipe = load_recipe(
-        packaged_recipe("quickstart"),
+        packaged_recipe("demo"),
         [
             f"model.name={arguments.model}",
             f"storage.path={arguments.storage}",

@@ -37,7 +37,7 @@ VARIANTS: dict[str, str] = {
 
 def recipe_for(variant: str, seed: int, model: str, steps: int, storage: Path, extra: Sequence[str]) -> Recipe:
     return load_recipe(
-        packaged_recipe("quickstart"),
+        packaged_recipe("demo"),
         [
             f"name=loract-{model}-{steps}-{variant}-{seed}", f"model.name={model}", f"activations={VARIANTS[variant]}",
             f"train.steps={steps}", f"train.eval_every={steps}", f"train.save_every={max(1, steps // 8)}",

@@ -24,9 +24,9 @@ from raymem.training.step import train_step
 
 
 def recipe_for(model: str, storage: Path, *overrides: str) -> Recipe:
-    """The quickstart recipe on a base that was built before (benchmarks/make_base.py)."""
+    """The demo recipe on a base that was built before (benchmarks/make_base.py)."""
     fixed = [f"model.name={model}", f"storage.path={storage.resolve()}", "scaling.num_workers=0", "tracking=none"]
-    return resolve(load_recipe(packaged_recipe("quickstart"), [*fixed, *overrides])).recipe
+    return resolve(load_recipe(packaged_recipe("demo"), [*fixed, *overrides])).recipe
 
 
 def rows_of(recipe: Recipe, split: Any) -> PackedRows:

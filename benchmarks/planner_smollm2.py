@@ -25,11 +25,12 @@ import provenance
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": "lora"},
     "loract": {"adapter": "lora", "activations": "loract"},
-    "moram": {"adapter": "moram"},
+    "moram": {"adapter": {"kind": "moram", "selection_batches": 1}},  # each takes as much memory as the next
     "mlorc": {"adapter": "none", "optimizer": "mlorc_adamw"},
 }
-GLOBAL_BATCH = 8
-STEPS = 5
+PASSES = 2
+"""Micro-batches of a step: gradients accumulate."""
+STEPS = 6
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
         "largest_error_percent": max(errors),
         "mean_error_percent": sum(errors) / len(errors),
     }
-    provenance.save("planner_smollm2", {**summary, "global_batch": GLOBAL_BATCH, "rows": rows})
+    provenance.save("planner_smollm2", {**summary, "passes": PASSES, "rows": rows})
 
 
 def one(case: tuple[str, int, int, str], model: str, data: str) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def one(case: tuple[str, int, int, str], model: str, data: str) -> dict[str, Any
             "sequence_length": length,
             "packing": packing,
         },
-        "train": {"steps": STEPS, "global_batch": GLOBAL_BATCH, "micro_batch": micro_batch},
+        "train": {"steps": STEPS, "global_batch": PASSES * micro_batch, "micro_batch": micro_batch},
         "scaling": {"num_workers": 0},
         "tracking": "none",
     }

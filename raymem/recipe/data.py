@@ -37,6 +37,8 @@ class Source(RecipeModel):
     columns: dict[str, str] = {}
     """Our column name (also ``system``, ``tools``, ``history``) -> the name in the file, for example ``{prompt:
     instruction, completion: output}``."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Reads only the first so many rows, of a directory by the order of its files' names; by default all."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Times each example is seen per epoch; 0.5 takes a fresh random half each epoch. See ``data.mix``."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None

@@ -26,6 +26,9 @@ from raymem.text import MESSAGE, cut, joined, shown
 DEMO_PREFIX = "demo"
 MODELS = {"demo": "pretrain", "demo-long": "pretrain-long"}
 """Maps the name of a demo model in a recipe to the packaged recipe that pre-trains it."""
+SMOLLM2 = "smollm2"
+"""Names in a recipe a small model that talks, from the Hugging Face hub or else from the package index."""
+SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, resolve: bool = True) -> Recipe:

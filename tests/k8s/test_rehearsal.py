@@ -87,7 +87,7 @@ def replay_dockerfile(folder: Path, app: Path) -> Image:
     app.mkdir()
     shutil.copytree(build / "jobs", app / "jobs")
     shutil.rmtree(build)
-    recipe = app / "jobs" / "recipes" / "quickstart.yaml"  # the package brings the manifests along
+    recipe = app / "jobs" / "recipes" / "demo.yaml"  # the package brings the manifests along
     render = f"raymem k8s render {recipe} --overlay cpu-demo --worker-memory 1Gi --set storage.path=/shared/runs"
     done = subprocess.run(["bash", "-c", render], cwd=app, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -207,7 +207,7 @@ def test_runs_on_an_object_store_have_no_shared_volume(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("planned_here")
 def test_the_memory_request_is_the_figure_with_its_margin() -> None:
     overrides = ["storage.path=/shared/runs", "scaling.num_workers=2"]
-    path = ROOT / "jobs" / "recipes" / "quickstart.yaml"
+    path = ROOT / "jobs" / "recipes" / "demo.yaml"
     done = render(path, overlay="cpu-demo", overrides=overrides)
     assert done.figure_bytes == plan_recipe(load_recipe(path, overrides)).capacity_bytes
     assert done.request_bytes >= done.figure_bytes * MARGIN + RUNTIME_BYTES

@@ -184,7 +184,7 @@ def test_without_a_terminal_what_is_missing_is_named(tmp_path: Path, capsys: pyt
     assert run_app("init", tmp_path / "b" / "a.yaml", "--model", "x", "--data", "o/n") == 1
     assert f"there is no directory {tmp_path}/b; make it" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RecipeError, match="--from quickstart"):
+    with pytest.raises(RecipeError, match="--from demo"):
         made(model="demo", data="x.jsonl", budget="1GiB")
 
 

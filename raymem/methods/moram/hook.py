@@ -6,10 +6,15 @@ any number of workers up to the rounding of a sum over them.
 
 from __future__ import annotations
 
+import math
+import time
+
 from raymem.errors import AdapterError, ModelError
 from raymem.hooks import Hook, RunView
 from raymem.methods.moram.config import MoRAMOptions
 from raymem.methods.moram.selection import check_base, mark_selected, rehearse_selection, select_indices
+
+_SAY_EVERY_S = 10.0
 
 
 class MoRAMHook(Hook):
@@ -34,9 +39,18 @@ class MoRAMHook(Hook):
             return
         count = self._options.selection_batches
         batches = [batch for ahead in range(count) for batch in run.batches(step + ahead)]
-        run.doing(f"choosing connections by the gradients of {count} global batches")
+        said = -math.inf
+
+        def progress(number: int, groups: int) -> None:
+            nonlocal said
+            if time.monotonic() - said < _SAY_EVERY_S:
+                return
+            said = time.monotonic()
+            run.doing(f"choosing connections by {count} global batches, layers {number}/{groups}")
+
+        criterion = self._options.criterion
         try:
-            select_indices(run.model, batches, criterion=self._options.criterion, loss=run.loss, seed=self._seed)
+            select_indices(run.model, batches, criterion=criterion, loss=run.loss, seed=self._seed, progress=progress)
         except AdapterError as error:
             raise ModelError(f"adapter: {error}") from None
 

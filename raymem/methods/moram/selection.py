@@ -45,6 +45,7 @@ def select_indices(
     group_bytes: int | None = None,
     adapter_name: str = "default",
     seed: int = 0,
+    progress: Callable[[int, int], None] = lambda number, count: None,
 ) -> dict[str, torch.Tensor]:
     """Choose the connections of a MoRAM adapter and put them into its layers. Collective if there is a process group.
 
@@ -59,6 +60,7 @@ def select_indices(
         group_bytes: most that the held sums may take, at least one matrix; by default a twelfth of all of them (4 MiB
             or more). Twice the bytes, half the passes over the batches.
         seed: for ``random``, and for dropout during the passes.
+        progress: told, as each group of layers begins, its number from 1 and how many there are.
 
     Returns:
         layer name -> int32 [O, K], ascending within a row; of equal scores the leftmost inputs. Equal on all ranks.
@@ -84,7 +86,9 @@ def select_indices(
             raise AdapterError(f"batches: there are none, and criterion {criterion!r} needs gradients; give some")
         absolute = criterion == "absolute_gradient"
         chosen = {}
-        for group in _groups(named_layers, group_bytes):
+        groups = [*_groups(named_layers, group_bytes)]
+        for number, group in enumerate(groups, 1):
+            progress(number, len(groups))
             listeners = {name: _Listener(layer, absolute=absolute) for name, layer in group}
             _listen(model, listeners, stored_batches, loss or _model_loss, seed)
             for name, layer in group:

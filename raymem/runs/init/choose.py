@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raymem.cache import cache_root
 from raymem.errors import BudgetError, RecipeError
 from raymem.kinds import Start
 from raymem.memory.budget import bytes_text, parse_bytes
@@ -23,6 +24,7 @@ from raymem.runs.init.memory import Fitted, fit
 from raymem.runs.init.text import text_of
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.model.build import load_config, tokenizer_path
+from raymem.training.model.smollm2 import located
 from raymem.training.reporter import Status
 
 _STEP = 64
@@ -90,10 +92,11 @@ def new_recipe(wishes: Wishes, name: str, status: Status) -> NewRecipe:
     """
     start, device = _start(wishes.method), _device(wishes)
     if wishes.model in MODELS:
-        raise RecipeError(f"--model {wishes.model}: the demo model has a recipe: raymem init --from quickstart")
+        raise RecipeError(f"--model {wishes.model}: the demo model has a recipe: raymem init --from demo")
     raw: dict[str, Any] = {"name": name, "model": {"name": wishes.model}, "data": {"train": {"path": wishes.data}}}
     status("looking at the model")
     bare = recipe_of({**raw, "train": {"steps": 1}})
+    bare = bare.model_copy(update={"model": located(bare.model, cache_root(), status)})
     config = load_config(bare).get_text_config()
     tokenizer = load_tokenizer(tokenizer_path(bare))
     status("looking at the data")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from raymem.errors import StorageError
-from raymem.recipe.load import MODELS
+from raymem.recipe.load import MODELS, SMOLLM2
 from raymem.recipe.schema import ModelSection, Recipe
 from raymem.storage import json_files
 from raymem.storage.storage import Storage
@@ -123,8 +123,8 @@ def record(run: Storage, recipe: Recipe, asked: str | None) -> None:
 
 
 def on_hub(model: ModelSection) -> bool:
-    """Say whether the model is named by an id of the hub, rather than a directory, a demo model or a config."""
-    return model.name is not None and model.name not in MODELS and not Path(model.name).is_dir()
+    """Say whether the model is named by an id of the hub, rather than a directory, raymem's own name or a config."""
+    return model.name is not None and model.name not in {*MODELS, SMOLLM2} and not Path(model.name).is_dir()
 
 
 def _recorded(run: Storage) -> Began:

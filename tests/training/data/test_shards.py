@@ -57,6 +57,19 @@ def test_the_same_bytes_wherever_and_in_whatever_order(
     verify(one.sources[0].directory)
 
 
+def test_the_first_rows_are_data_of_their_own(data: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    def prepared(**options: Any) -> Any:
+        (source,) = prepare(
+            section(data, train=[{"path": str(data), **options}]), "train", str(tokenizer_dir), tmp_path
+        ).sources
+        return source
+
+    whole, ten = prepared(), prepared(max_rows=10)
+    assert (whole.num_examples, ten.num_examples) == (30, 10)
+    assert whole.directory != ten.directory
+    assert prepared(max_rows=None).directory == whole.directory
+
+
 def test_rows_are_made_once(data: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     def never(fn: Callable[[Task], Counts], tasks: Sequence[Task]) -> list[Counts]:
         raise AssertionError("tokenised twice")

@@ -238,6 +238,8 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
             "sequence_length": section.sequence_length,
             "packing": section.packing,
         }
+        if source.max_rows is not None:
+            decides["max_rows"] = source.max_rows
         # Named only where it is not what the format itself says, as before there was a choice.
         usual = USUAL[row_format]
         key = digest(decides if template == usual else {**decides, "template": template})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,22 @@ def open_source(
         _warn_of_doubles(where, files, identity)
     if not blocks:
         raise DataError(f"{where}.path={source.path!r} has no rows: give it at least one example.")
+    if source.max_rows is not None:
+        blocks = _first_rows(blocks, source.max_rows)
     first_place, first_row = next(iter(read_block(blocks[0])))
     return OpenedSource(where, identity, blocks, first_place, first_row, files, looks)
+
+
+def _first_rows(blocks: Sequence[Block], max_rows: int) -> list[Block]:
+    """Return the blocks of the first rows; the last one may be cut."""
+    kept: list[Block] = []
+    left = max_rows
+    for block in blocks:
+        if left <= 0:
+            break
+        kept.append(replace(block, num_rows=min(left, block.num_rows)))
+        left -= block.num_rows
+    return kept
 
 
 def is_hub(source: Source) -> bool:

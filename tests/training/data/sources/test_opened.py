@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import csv, parquet
 
 from raymem.errors import DataError
 from raymem.recipe.data import Source
@@ -48,6 +51,30 @@ def test_files_of_the_same_contents_in_one_source_are_pointed_out(
     (tmp_path / "d" / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     assert len(rows_of(opened(tmp_path / "d"))) == 2
     assert f"data.train[1]: {plain} and {plain}.gz have the same contents, and both are read" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt"])
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 5, 6, 99])
+def test_the_first_rows_of_a_source(tmp_path: Path, kind: str, max_rows: int) -> None:
+    """Blocks are of two rows here, so that the cut falls on their edges and within them, and in the second file."""
+    table = pa.table({"text": [f"row {n}" for n in range(3)]})
+    for name in ("a", "b"):
+        path = tmp_path / "d" / f"{name}.{kind}"
+        path.parent.mkdir(exist_ok=True)
+        match kind:
+            case "csv":
+                csv.write_csv(table, path)
+            case "parquet":
+                parquet.write_table(table, path)
+            case "json":
+                path.write_text(json.dumps(table.to_pylist()))
+            case "jsonl":
+                path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+            case "txt":
+                path.write_text("\n\n".join(row["text"] for row in table.to_pylist()))
+    every = rows_of(opened(tmp_path / "d"))
+    assert len(every) == (2 if kind == "txt" else 6)
+    assert rows_of(opened(tmp_path / "d", max_rows=max_rows)) == every[:max_rows]
 
 
 def test_identity_is_the_content_not_the_path(write_jsonl: Callable[..., Path]) -> None:
