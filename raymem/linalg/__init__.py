@@ -1,6 +1,6 @@
 """Low-rank approximation: orthonormal bases, range finders and the factors that they give."""
 
-from raymem.linalg.lowrank import LowRank, row_chunks
+from raymem.linalg.lowrank import LowRank, expand_rows, row_chunks
 from raymem.linalg.orthonormal import orthonormalize, whitening
 from raymem.linalg.range_finder import row_sampled_qb
 from raymem.linalg.rounding import stochastic_round
@@ -10,6 +10,7 @@ from raymem.linalg.truncate import leading_directions
 __all__ = [
     "LowRank",
     "StreamingSketch",
+    "expand_rows",
     "leading_directions",
     "orthonormalize",
     "row_chunks",

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.optim.adamw import adamw
 
-from raymem.linalg import LowRank, StreamingSketch, orthonormalize, row_chunks
+from raymem.linalg import LowRank, StreamingSketch, expand_rows, orthonormalize, row_chunks
 from raymem.memory.target import device_kind
 
 # M rows, N columns, C rows of a block, R rank, K = R + P columns of a sketch, P of them fresh
@@ -23,6 +24,8 @@ COLD_PASSES = 2
 """Power iterations before the first step."""
 TRANSIENT_SHARE = 0.235
 """Share of the matrix's bytes below which sketches and blocks together should stay."""
+LEAST_ELEMENTS = 1 << 17
+"""Of a matrix whose room the buffers take, whatever the sketches leave: smaller blocks only cost time."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -46,7 +49,8 @@ class Matrix:
         matrix_bytes = self.weight_MN.numel() * self.weight_MN.element_size()
         left_bytes = int(TRANSIENT_SHARE * matrix_bytes) - 4 * self.sketch_width * (rows + 2 * columns)
         # Of lower precision, weights and gradient need fp32 buffers too.
-        buffer_bytes = max(left_bytes, matrix_bytes // 32) // (2 if self.weight_MN.dtype == torch.float32 else 4)
+        least_bytes = max(matrix_bytes // 32, LEAST_ELEMENTS * self.weight_MN.element_size())
+        buffer_bytes = max(left_bytes, least_bytes) // (2 if self.weight_MN.dtype == torch.float32 else 4)
         most_bytes = BLOCK_BYTES.get(device_kind(self.weight_MN.device), BLOCK_BYTES["cuda"])
         return row_chunks(rows, 4 * columns, min(most_bytes, buffer_bytes))
 
@@ -89,18 +93,18 @@ class Momentum:
         if not cold:
             return StreamingSketch(_test_matrix(right_RN, fresh_NP), num_rows)
         cold_factors = LowRank(self.factors.left_MR, torch.empty_like(right_RN))
-        test_NK = orthonormalize(fresh_NP)
+        test_KN = orthonormalize(fresh_NP).mT
         for _ in range(COLD_PASSES):
-            sketch = StreamingSketch(test_NK, num_rows)
+            sketch = StreamingSketch(test_KN, num_rows)
             for rows in matrix.blocks():
                 sketch.add(rows, cold_values(matrix.grad_MN[rows].float()))
             write_factors(matrix, [(sketch, cold_factors)])
-            test_NK = _test_matrix(cold_factors.right_RN, fresh_NP[:, rank:])
-        return StreamingSketch(test_NK, num_rows)
+            test_KN = _test_matrix(cold_factors.right_RN, fresh_NP[:, rank:])
+        return StreamingSketch(test_KN, num_rows)
 
 
 def _test_matrix(right_RN: torch.Tensor, fresh_NP: torch.Tensor) -> torch.Tensor:
-    """Return columns [N, K] of length one: known directions, and fresh ones orthogonal to them.
+    """Return rows [K, N] of length one: known directions, and fresh ones orthogonal to them.
 
     Along what is known already the fresh columns would all see the same large singular values, and what is new would
     drown in rounding errors.
@@ -110,7 +114,7 @@ def _test_matrix(right_RN: torch.Tensor, fresh_NP: torch.Tensor) -> torch.Tensor
     known_NR.diagonal().add_((known_NR == 0).all(dim=0))
     known_NR /= known_NR.norm(dim=0)
     fresh_NP = torch.addmm(fresh_NP, known_NR, known_NR.mT @ fresh_NP, alpha=-1)
-    return torch.cat([known_NR, fresh_NP / fresh_NP.norm(dim=0)], dim=1)
+    return torch.cat([known_NR.mT, (fresh_NP / fresh_NP.norm(dim=0)).mT])
 
 
 def adamw_step(
@@ -133,37 +137,40 @@ def adamw_step(
         cold: this is the first step.
         root: ``second`` stands for the root of the second moment.
     """
-    beta1, beta2 = betas
-    root_correction = (1 - beta2 ** step.double()).sqrt()
-    step_size = (lr * root_correction / (1 - beta1 ** step.double())).float()
-    scaled_eps = (eps * root_correction).float()
     first_sketch = first.sketch(matrix, lambda grad_CN: grad_CN, cold=cold)
     second_sketch = second.sketch(matrix, torch.abs if root else torch.square, cold=cold)
     right_first_RN, right_second_RN = first.factors.right_RN.float(), second.factors.right_RN.float()
     moment_buffer, square_buffer = matrix.buffer(), matrix.buffer()
     cut = torch.ones_like(step) if root or cold else mean_of_cut(matrix, second.factors, square_buffer)
-    decayed_cut = beta2 * cut
     for rows in matrix.blocks():
         weight_CN, grad_CN = matrix.weight_MN[rows].float(), matrix.grad_MN[rows].float()
         moment_CN, square_CN = moment_buffer[: len(grad_CN)], square_buffer[: len(grad_CN)]
-        left_CR = first.factors.left_MR[rows].float()
-        torch.addmm(grad_CN, left_CR, right_first_RN, beta=1 - beta1, alpha=beta1, out=moment_CN)
-        first_sketch.add(rows, moment_CN)
-
+        expand_rows(first.factors.left_MR[rows].float(), right_first_RN, moment_CN)
         # Dividing by `cut` turns the threshold into 1, a number that the host knows without asking the device.
-        torch.mm(second.factors.left_MR[rows].float() / cut, right_second_RN, out=square_CN)
+        expand_rows(second.factors.left_MR[rows].float() / cut, right_second_RN, square_CN)
         if root:
-            square_CN.square_().mul_(beta2).addcmul_(grad_CN, grad_CN, value=1 - beta2).sqrt_()
-            second_sketch.add(rows, square_CN)
+            square_CN.square_()
         else:
-            torch.threshold_(square_CN, -_TINY, 1.0).mul_(decayed_cut).addcmul_(grad_CN, grad_CN, value=1 - beta2)
-            second_sketch.add(rows, square_CN)
-            square_CN.sqrt_()
-
-        if weight_decay:
-            weight_CN.mul_(1 - lr * weight_decay)
-        weight_CN.addcdiv_(moment_CN.mul_(step_size), square_CN.add_(scaled_eps), value=-1.0)
+            torch.threshold_(square_CN, -_TINY, 1.0).mul_(cut)
+        adamw(
+            [weight_CN],
+            [grad_CN],
+            [moment_CN],
+            [square_CN],
+            [],
+            [step - 1],  # the function counts it itself
+            fused=True,  # one pass over the block instead of eight
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+        )
         matrix.store(rows, weight_CN)
+        first_sketch.add(rows, moment_CN)
+        second_sketch.add(rows, square_CN.sqrt_() if root else square_CN)
         del weight_CN, grad_CN, moment_CN, square_CN
     del moment_buffer, square_buffer  # what follows needs the room
     write_factors(matrix, [(first_sketch, first.factors), (second_sketch, second.factors)])
@@ -189,7 +196,7 @@ def lion_step(
     buffer, direction_buffer = matrix.buffer(), matrix.buffer()
     for rows in matrix.blocks():
         weight_CN, grad_CN = matrix.weight_MN[rows].float(), matrix.grad_MN[rows].float()
-        moment_CN = torch.mm(momentum.factors.left_MR[rows].float(), right_RN, out=buffer[: len(grad_CN)])
+        moment_CN = expand_rows(momentum.factors.left_MR[rows].float(), right_RN, buffer[: len(grad_CN)])
         direction_CN = torch.lerp(moment_CN, grad_CN, 1 - beta1, out=direction_buffer[: len(grad_CN)]).sign_()
         if weight_decay:
             weight_CN.mul_(1 - lr * weight_decay)
@@ -211,7 +218,7 @@ def mean_of_cut(matrix: Matrix, factors: LowRank, buffer: torch.Tensor) -> torch
     right_RN = factors.right_RN.float()
     for rows in matrix.blocks():
         left_CR = factors.left_MR[rows].float()
-        negative_CN = torch.mm(left_CR, right_RN, out=buffer[: len(left_CR)]).clamp_max_(0)
+        negative_CN = expand_rows(left_CR, right_RN, buffer[: len(left_CR)]).clamp_max_(0)
         sum_and_count[0] -= negative_CN.sum()
         sum_and_count[1] -= negative_CN.sign_().sum()
     if matrix.sum_over_ranks is not None:
