@@ -88,7 +88,8 @@ def train(
     if tracking.hint:
         say(tracking.hint)
     if finished.recipe.data.eval is not None:
-        say(f"evaluate it: raymem evaluate {shlex.quote(str(recipe))}", markup=False)
+        overrides = (word for override in set_ for word in ("--set", override))
+        say(f"evaluate it: {shlex.join(['raymem', 'evaluate', str(recipe), *overrides])}", markup=False)
     say(f"next: {generate.command(outcome.artifact, finished.suggestion)}", markup=False)
 
 

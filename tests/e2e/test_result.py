@@ -56,7 +56,11 @@ def test_a_conversation_is_asked_as_it_was_trained_and_read_beside_its_reference
     train = {"steps": 1, "global_batch": 2, "micro_batch": 2}
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path, speaker, examples, data=data, train=train)
     assert run_app("train", recipe, "-s", "optimizer.lr=1e-9") == 0
-    words = last_line(capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    overrides = ["--set", "optimizer.lr=1e-9"]
+    again = shlex.split(shown.partition("\nevaluate it: ")[2].partition("\n")[0])
+    assert again == ["raymem", "evaluate", str(recipe), *overrides], "of this run, not of the recipe's own"
+    words = last_line(shown)
     assert words[2:] == ["--prompt", "one\n two?"]
     assert run_app(*words) == 0
     assert capsys.readouterr().out == "blue\\x1b sky\n"

@@ -31,6 +31,17 @@ def test_the_page_becomes_one_script() -> None:
     assert "-m venv" in script and script.count("raymem train") >= 4, "shown and run"
 
 
+def test_the_transcript_is_of_this_page() -> None:
+    made = walker()
+    commands = [
+        command.strip()
+        for language, text in made.blocks(made.PAGE.read_text())
+        for command in (text.replace("\\\n", " ").strip().splitlines() if language == "bash" else [])
+    ]
+    shown = [line[2:] for line in made.TRANSCRIPT.read_text().splitlines() if line.startswith("$ ")]
+    assert shown == commands, "run: python docs/walk_tutorial.py --write"
+
+
 def test_options_of_the_page_are_there() -> None:
     """Each command of raymem in it parses; what it does is for the slow test."""
     from typer.main import get_command

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from raymem.linalg import LowRank, leading_directions, orthonormalize, row_chunks, row_sampled_qb, whitening
+from raymem.linalg import (
+    LowRank,
+    expand_rows,
+    leading_directions,
+    orthonormalize,
+    row_chunks,
+    row_sampled_qb,
+    whitening,
+)
 from raymem.linalg.orthonormal import cholesky, cholesky_qr
 from raymem.seeds import generator
 
@@ -111,6 +121,16 @@ def test_shape_and_bytes_of_factors() -> None:
     assert factors.shape == (10, 7)
     assert factors.num_bytes == 4 * 3 * (10 + 7)
     torch.testing.assert_close(factors.reconstruct()[2:5], factors.left_MR[2:5] @ factors.right_RN)
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(16, 1024, 4), (12, 1024, 4), (16, 1000, 4), (16, 1024, 32)])
+def test_rows_of_a_product_are_what_a_product_is(rows: int, columns: int, rank: int) -> None:
+    """Whichever way it is taken: eight rows at a time where they would alias in the cache, or all at once."""
+    left_CR, right_RN = torch.randn(rows, rank), torch.randn(rank, columns)
+    out_CN = torch.full((rows + 3, columns), math.nan)
+    found = expand_rows(left_CR, right_RN, out_CN[:rows])
+    assert found.data_ptr() == out_CN.data_ptr() and bool(out_CN[rows:].isnan().all())
+    torch.testing.assert_close(found.double(), left_CR.double() @ right_RN.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_cover_every_row_once() -> None:
