@@ -28,7 +28,7 @@ from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.sources.early import check_files_are_here
 from raymem.training.history import read_history
 from raymem.training.job import PreparedRun
-from raymem.training.loop import total_steps
+from raymem.training.loop import needs_mask, total_steps
 from raymem.training.reporter import Audience, Listener, Row, Status
 from raymem.training.resume_rules import check_identity, identity_of
 
@@ -119,7 +119,7 @@ def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions)
         check_identity(checkpoint.identity, identity, run.run.path, prepared.train_data)
         options.status(f"resuming from step {checkpoint.step}")
     earlier = [] if checkpoint is None else read_history(run.run, checkpoint.step)
-    plan = _predict(run, force=options.force, status=options.status)
+    plan = _predict(run, prepared, force=options.force, status=options.status)
     predicted = None if plan is None else plan.step_peak_bytes
     if options.sweep is not None:
         predicted = options.sweep.predicted_peak_bytes
@@ -192,16 +192,22 @@ def _log(tracker: Tracker, rows: Sequence[Row]) -> None:
         tracker.log(rows[start : start + _ROWS_AT_ONCE])
 
 
-def _predict(run: ResolvedRun, *, force: bool, status: Status) -> Plan | None:
+def _predict(run: ResolvedRun, prepared: PreparedRun, *, force: bool, status: Status) -> Plan | None:
     """Plan a run that has a budget; without one, such as a trial's, return its plan if it was planned before.
+
+    A plan without data is of rows that need an attention mask; here the data is known.
 
     Raises:
         BudgetExceeded: the predicted peak is above the budget.
         RaymemError: the recipe has a budget, but cannot be planned.
     """
     recipe, asked = planned_recipes(run)
+    alike = [recipe, asked]
+    if recipe.data.packing != "wrapped" and not needs_mask(prepared.recipe, prepared.train_data):
+        recipe = _without_mask(recipe)
+        alike = [recipe, _without_mask(asked), *alike]
     if recipe.budget is None:
-        return known_plan(recipe) or known_plan(asked)
+        return next((plan for one in alike if (plan := known_plan(one)) is not None), None)
     status("predicting the memory")
     try:
         plan = plan_recipe(recipe)
@@ -219,6 +225,11 @@ def _predict(run: ResolvedRun, *, force: bool, status: Status) -> Plan | None:
             "(`raymem plan --advise` works it out), or train anyway with --force"
         )
     return plan
+
+
+def _without_mask(recipe: Recipe) -> Recipe:
+    """Return a recipe whose rows are planned without a mask, as those that are cut from one text are."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": "wrapped"})})
 
 
 def build_demo(recipe: Recipe, status: Status) -> None:

@@ -89,6 +89,21 @@ def total_steps(recipe: Recipe, train_data: Prepared) -> int:
     return _total_steps(recipe, _sampler(recipe, PackedRows(train_data.directories)))
 
 
+_ROWS_LOOKED_AT = 10_000
+
+
+def needs_mask(recipe: Recipe, train_data: Prepared) -> bool:
+    """Say whether attention needs a mask in some step of a run: a row of it holds several examples, or padding.
+
+    Usually one of the first does; a run that has not met one after 10,000 rows is taken for one that will.
+    """
+    rows = PackedRows(train_data.directories)
+    sampler = _sampler(recipe, rows)
+    steps = _total_steps(recipe, sampler)
+    looked_at = min(steps, -(-_ROWS_LOOKED_AT // recipe.train.global_batch))
+    return any(rows.needs_mask(sampler.ids(step)) for step in range(looked_at)) or looked_at < steps
+
+
 def _sampler(recipe: Recipe, rows: PackedRows) -> Sampler:
     return Sampler(recipe.seed, rows.sizes_and_weights, recipe.train.global_batch)
 

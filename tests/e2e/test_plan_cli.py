@@ -14,9 +14,9 @@ from raymem.cli.main import run_app
 from raymem.errors import BudgetExceeded
 from raymem.memory.budget import bytes_text
 from raymem.memory.trace import CATEGORIES, PHASES
-from raymem.planner import Plan, known_plan
+from raymem.planner import Plan, known_plan, plan_recipe
 from raymem.planner.plot import spans
-from raymem.recipe.load import load_recipe
+from raymem.recipe.load import load_recipe, parse_recipe
 from raymem.runs import train
 from tests.helpers.support import FAMILIES, run_fragment
 
@@ -158,7 +158,7 @@ def test_training_is_refused_above_the_budget_before_anything_starts(
         "budget": "100KiB",
         **run_fragment(examples, tmp_path / "runs"),
     }
-    raw["data"]["sequence_length"] = 64  # so long that every row holds several examples, as plans assume
+    raw["data"]["sequence_length"] = 64  # so long that every row holds several examples, as plans without data assume
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(raw))
     loaded = load_recipe(path)
@@ -169,3 +169,25 @@ def test_training_is_refused_above_the_budget_before_anything_starts(
     plan, measured = known_plan(loaded), finished.outcome.peak_bytes
     assert plan is not None and measured is not None
     assert finished.predicted_peak_bytes == plan.step_peak_bytes == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("packing", ["bfd", "none"])
+def test_training_predicts_for_the_rows_that_it_has(llama: Path, examples: Path, tmp_path: Path, packing: str) -> None:
+    """Where every example fills its row, attention needs no mask, and the peak is that of text cut into rows."""
+    text = " ".join((examples / "train.jsonl").read_text().split())
+    rows = tmp_path / "long.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "w1", "completion": f" {text}"}) + "\n" for _ in range(8)))
+    raw = {
+        "model": {"name": str(llama)},
+        "train": {"steps": 3, "global_batch": 4, "micro_batch": 2},
+        "scaling": {"num_workers": 0},
+        "tracking": "none",
+        "budget": "1GiB",
+        **run_fragment(examples, tmp_path / "runs"),
+    }
+    raw["data"] = {"train": str(rows), "sequence_length": 32, "packing": packing}
+    recipe = parse_recipe({"name": "full", **raw})
+    finished = train.launch(recipe)
+    assert finished.predicted_peak_bytes is not None and finished.peak_bytes is not None
+    assert finished.predicted_peak_bytes < plan_recipe(recipe).step_peak_bytes, "which knows no data"
+    assert finished.predicted_peak_bytes == pytest.approx(finished.peak_bytes, rel=0.01)
