@@ -93,7 +93,7 @@ _ROWS_LOOKED_AT = 10_000
 
 
 def needs_mask(recipe: Recipe, train_data: Prepared) -> bool:
-    """Say whether attention needs a mask where a run holds the most memory, which is not in its very first step.
+    """Say whether attention needs a mask in some step of a run but the very first, which holds no optimizer state yet.
 
     Usually it soon does; a run that has not come to such a row after 10,000 is taken for one that will.
     """
@@ -101,14 +101,7 @@ def needs_mask(recipe: Recipe, train_data: Prepared) -> bool:
     sampler = _sampler(recipe, rows)
     steps = _total_steps(recipe, sampler)
     looked_at = min(steps, -(-_ROWS_LOOKED_AT // recipe.train.global_batch))
-    rows_of_first_pass = max(1, recipe.scaling.least_workers) * recipe.train.rows_per_pass
-    shown = (_shows_mask(rows, sampler.ids(step), rows_of_first_pass) for step in range(min(1, steps - 1), looked_at))
-    return any(shown) or looked_at < steps
-
-
-def _shows_mask(rows: PackedRows, ids: RowIds, rows_of_first_pass: int) -> bool:
-    """Say whether a step needs a mask while its gradients are there: from its second micro-batch on, if it has two."""
-    return rows.needs_mask(ids if len(ids) <= rows_of_first_pass else ids[rows_of_first_pass:])
+    return any(rows.needs_mask(sampler.ids(step)) for step in range(min(1, steps - 1), looked_at)) or looked_at < steps
 
 
 def _sampler(recipe: Recipe, rows: PackedRows) -> Sampler:
@@ -342,8 +335,11 @@ class _Session:
         """Say whether the ``nth`` step of this session is measured, all ranks alike."""
         if not self.metered_steps or nth == 1:
             return nth in self.metered_steps
-        rows_of_first_pass = self.dist_env.world_size * self.recipe.train.rows_per_pass
-        shows_mask = not self.mask_is_metered and _shows_mask(self.rows, ids, rows_of_first_pass)
+        # Gradients of the step are there from its second micro-batch on.
+        first_batches = self.dist_env.world_size * self.recipe.train.rows_per_pass
+        shows_mask = not self.mask_is_metered and self.rows.needs_mask(
+            ids if len(ids) <= first_batches else ids[first_batches:]
+        )
         is_metered = nth in self.metered_steps or (shows_mask and nth > max(self.metered_steps))
         self.mask_is_metered |= shows_mask and is_metered
         return is_metered

@@ -165,7 +165,8 @@ def test_a_sweep_and_a_pruning_end_so_too(recipes: Any, base: Path, tmp_path: Pa
         command.until(r"\[0/3 done, \d running")
         assert command.signalled(number) == (128 + number, f"{word}; the same command goes on\n")
         assert left_below(base) == []
-    command = Command(["loram", "run", recipes("pruned", 1), "-s", "base.kind=loram"], environment)
+    pruned = "base={kind: loram, criterion: magnitude, layer_ratios: [0.5, 0.75]}"
+    command = Command(["loram", "run", recipes("pruned", 1), "-s", pruned], environment)
     command.until("pruning ")
     assert command.signalled(signal.SIGINT) == (130, "interrupted; the same command goes on where it was\n")
     assert left_below(base) == []
