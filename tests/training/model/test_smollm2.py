@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from raymem.planner import process
 from raymem.planner.shapes import shipped_models
 from raymem.recipe.load import SMOLLM2, SMOLLM2_ON_HUB
 from raymem.recipe.schema import ModelSection
+from raymem.runs.evaluate import evaluate_recipe
+from raymem.runs.resolve import _with_smollm2
+from raymem.runs.train import launch
+from raymem.storage.storage import Storage
 from raymem.training.model import smollm2
 from raymem.training.model.smollm2 import located
-from tests.helpers.support import make_recipe
+from tests.helpers.support import make_recipe, run_fragment
 
 MODEL = ModelSection(name=SMOLLM2)
 
@@ -115,3 +120,35 @@ def test_what_the_package_holds_answers(tmp_path: Path, hub: dict[str, bool]) ->
         "Paris"
         in generate(directory, "What is the capital of France?", max_new_tokens=32, temperature=0.0, seed=0).text
     )
+
+
+def test_a_run_with_it_is_trained_evaluated_and_resumed(
+    tmp_path: Path, hub: dict[str, bool], monkeypatch: pytest.MonkeyPatch, llama: Path, examples: Path
+) -> None:
+    """A tiny model stands for what the package holds."""
+
+    def write(directory: Path) -> dict[str, Any]:
+        shutil.copytree(llama, directory, dirs_exist_ok=True)
+        return {}
+
+    monkeypatch.setattr(smollm2, "_of_package", write)
+    plain = {
+        **run_fragment(examples, tmp_path / "runs", evaluated=True),
+        "train": {"steps": 2, "global_batch": 2, "micro_batch": 2, "schedule": "constant", "warmup": 0},
+        "scaling": {"num_workers": 0},
+    }
+    recipe = make_recipe(plain, model=SMOLLM2)
+    first = launch(recipe)
+    assert (recipe.model.name, first.recipe.model.name) == (SMOLLM2, located(MODEL, tmp_path / "runs" / "cache").name)
+    hub["reached"] = True
+    longer = launch(make_recipe(plain, {"train": {"steps": 3}}, model=SMOLLM2))
+    assert longer.outcome.started_at == 2
+    assert evaluate_recipe(recipe).loss == pytest.approx(longer.eval_loss)
+
+
+def test_on_an_object_store_it_is_the_hubs(hub: dict[str, bool], unpacked: list[Path], tmp_path: Path) -> None:
+    """What is made of the package lies on this machine, where workers of other nodes would not see it."""
+    storage = Storage.open("s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http")
+    recipe = make_recipe(model=SMOLLM2)
+    assert _with_smollm2(recipe, storage, print).model.name == SMOLLM2_ON_HUB
+    assert unpacked == []
