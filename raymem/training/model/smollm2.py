@@ -111,15 +111,16 @@ def _convert(gguf: Path, directory: Path) -> None:
     """Write the model of a GGUF file as transformers saves one, in bf16."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "trust_remote_code": False}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.float32
+    )
     config = loaded.config
     # transformers saves no model that was loaded from GGUF, so another one takes its weights.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(_ENDS_TURN)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
