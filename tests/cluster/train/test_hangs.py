@@ -160,6 +160,7 @@ def hang_once(marker: Path, rank: int, hang: Callable[[], None]) -> Any:
 
 def stop_this_process() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)  # other threads may be stopped first, and this one go on for a moment
 
 
 def wait_for_what_never_comes() -> None:
