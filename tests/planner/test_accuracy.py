@@ -126,6 +126,18 @@ def test_the_peak_of_two_workers(tmp_path: Path) -> None:
         assert measured == pytest.approx([plan.step_peak_bytes] * 2, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "mlorc_adamw"])
+def test_the_peak_where_the_head_is_the_trained_embedding(optimizer: str, passes: int) -> None:
+    """Its two gradients are added up in place: with a few tokens a copy of it would be most of what is planned."""
+    config = {**model_config("llama", 2), "vocab_size": 8192, "tie_word_embeddings": True}
+    recipe = make_recipe(
+        {"model": {"name": None, "config": config, "tokenizer": "demo"}, "data": {"sequence_length": 32}},
+        {"adapter": "none", "optimizer": optimizer, "train": {"global_batch": passes, "micro_batch": 1}},
+    )
+    check(recipe)
+
+
 WORDS = 131_072
 
 

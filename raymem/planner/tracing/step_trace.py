@@ -24,6 +24,7 @@ from raymem.planner.analytic import closed_form
 from raymem.planner.tracing.fake import CudaAutocast, fake_bytes, fakeify, gradients_named, quantisation_tensors, shims
 from raymem.planner.tracing.fake_cache import OutputCache
 from raymem.planner.tracing.fake_ddp import FakeDDP
+from raymem.planner.tracing.tied_gradients import TiedGradients
 from raymem.planner.types import Target
 from raymem.recipe.axes import building
 from raymem.recipe.schema import Recipe
@@ -113,7 +114,8 @@ def _trace(recipe: Recipe, target: Target, dist_env: DistEnv, limit_bytes: int |
     with contextlib.ExitStack() as stack:
         stack.enter_context(shims(one_segment_per_row=recipe.data.packing != "bfd" or flash))
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
-        tracer = stack.enter_context(Tracer(kernels.workspace(target.kind), OutputCache(mode)))
+        call = TiedGradients(OutputCache(mode), unwrapped)
+        tracer = stack.enter_context(Tracer(kernels.workspace(target.kind), call))
         if target.kind == "cuda" and recipe.train.precision == "bf16_mixed":
             stack.enter_context(CudaAutocast())
         fakeify(unwrapped, tracer)
