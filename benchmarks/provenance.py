@@ -14,7 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-RESULTS = Path(__file__).parent / "results"
+OUT = "RAYMEM_BENCHMARK_RESULTS"
+"""The environment variable that names another directory of results."""
+SINCE = "RAYMEM_BENCHMARK_SINCE"
+"""The environment variable with the time, in seconds, before which no kept row counts."""
+RESULTS = Path(os.environ.get(OUT) or Path(__file__).parent / "results")
 PARTS = RESULTS / "parts"
 PACKAGES = ("torch", "ray", "transformers", "peft", "mlflow")
 
@@ -54,7 +58,7 @@ def kept(key: str, work: Callable[[], Found]) -> Found:
         key: all that the result depends on.
     """
     path = PARTS / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', key)}.json"
-    if not path.exists():
+    if not path.exists() or path.stat().st_mtime < float(os.environ.get(SINCE, 0)):
         found = work()
         PARTS.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
@@ -64,24 +68,29 @@ def kept(key: str, work: Callable[[], Found]) -> Found:
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
+def commit() -> str:
+    """Return the commit of raymem's code, and whether it was changed since."""
+    root = Path(__file__).parents[1]
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "raymem"], cwd=root, capture_output=True, text=True)
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
 def save(name: str, figures: dict[str, Any]) -> Path:
     """Write ``results/<name>.json`` and print it."""
     import torch
 
-    root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "raymem"], cwd=root, capture_output=True, text=True)
     contents = {
         **figures,
         "provenance": {
             "date": datetime.date.today().isoformat(),
-            "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+            "commit": commit(),
             "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores",
         },
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(contents, indent=1) + "\n")
     print(path.read_text())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import time
 from typing import Any
 
 import provenance
+from turns import Contestant, in_turns
 
 MODEL = {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -58,6 +58,7 @@ def serve() -> None:
         ids = torch.randint(MODEL["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
         batches.append(Batch(ids, ids.clone(), None, None))
     number = 0
+    print("{}", flush=True)
     for line in sys.stdin:
         shape, steps = json.loads(line)
         batch, seconds = batches[shape], []
@@ -67,28 +68,6 @@ def serve() -> None:
             seconds.append(time.perf_counter() - began)
             number += 1
         print(json.dumps(seconds), flush=True)
-
-
-class Way:
-    """A process that waits in one way; it is stopped unless asked."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"], env={**kept, **environment}, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        for shape in range(len(SHAPES)):
-            self.seconds(shape, 2)
-
-    def seconds(self, shape: int, steps: int) -> list[float]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.send_signal(signal.SIGCONT)
-        self.process.stdin.write(json.dumps([shape, steps]) + "\n")
-        self.process.stdin.flush()
-        found = json.loads(self.process.stdout.readline())
-        self.process.send_signal(signal.SIGSTOP)
-        return found  # type: ignore[no-any-return]
 
 
 def main() -> None:
@@ -107,29 +86,28 @@ def main() -> None:
         **{str(spins): {"GOMP_SPINCOUNT": str(spins)} for spins in asked.spins},
         "raymem": {"AS_RAYMEM": "1"},
     }
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     found: dict[str, Any] = {}
     for load in asked.loads:
         busy = [] if load == "quiet" else [subprocess.Popen([sys.executable, "-c", "while True: pass"])]
-        processes: dict[str, Way] = {}
+        processes: dict[str, Contestant] = {}
         try:
-            processes |= {name: Way(environment) for name, environment in ways.items()}
+            for name, environment in ways.items():
+                processes[name] = Contestant(__file__, "--serve", environment={**kept, **environment})
             for shape, (rows, tokens) in enumerate(SHAPES):
                 case = f"{rows} x {tokens}, {load}"
                 found[case] = compare(processes, shape, asked.rounds, asked.steps)
                 print(case, found[case], flush=True)
         finally:
-            for process in [*busy, *(way.process for way in processes.values())]:
+            for process in [*busy, *(one.process for one in processes.values())]:
                 process.kill()
     provenance.save("thread_wait", {"rounds": asked.rounds, "steps": asked.steps, "cases": found})
 
 
-def compare(processes: dict[str, Way], shape: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Ask each in turn, in every round in another order; seconds and ratios are medians."""
-    names = list(processes)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            seconds[name].append(statistics.median(processes[name].seconds(shape, steps)))
+def compare(processes: dict[str, Contestant], shape: int, rounds: int, steps: int) -> dict[str, Any]:
+    """Ask each in turn; seconds and ratios are medians."""
+    in_turns(processes, [shape, 2], 1)
+    seconds = in_turns(processes, [shape, steps], rounds)
     paired = {
         name: {
             f"over {other}": round(statistics.median(a / b for a, b in zip(found, seconds[other], strict=True)), 3)

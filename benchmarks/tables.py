@@ -1,0 +1,85 @@
+"""Writes figures of the results into pages, between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from suite import BENCHMARKS
+
+ROOT = Path(__file__).parents[1]
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "planner.md",
+)
+_MIB = 2**20
+
+
+def written(page: str, results: Path) -> str:
+    """Return a page with its tables made anew.
+
+    Raises:
+        SystemExit: a result that one of them needs is not there.
+    """
+
+    def fill(marked: re.Match[str]) -> str:
+        return f"{marked[1]}\n{TABLES[marked[2]](results)}\n{marked[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", fill, page, flags=re.DOTALL)
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read(results: Path, name: str) -> Any:
+    """Return a result."""
+    if not (results / f"{name}.json").is_file():
+        raise SystemExit(
+            f"{results / name}.json is not there; run it with: python -m benchmarks run --suite cpu --only {name}"
+        )
+    return json.loads((results / f"{name}.json").read_text())
+
+
+def listed(results: Path) -> str:
+    rows = ([f"`{one.script}`", one.claim, one.takes] for one in BENCHMARKS)
+    return markdown(["script", "claim", "takes on 2 cores"], rows)
+
+
+def methods(results: Path) -> str:
+    rows = []
+    for row in read(results, "methods")["rows"]:
+        predicted = row.get("predicted_bytes")
+        error = "" if predicted is None else f"{100 * (predicted / row['measured_bytes'] - 1):+.2f} %"
+        time = row["time_over_lora"]
+        rows.append([
+            f"{row['method']} (peer)" if row["peer"] else row["method"],
+            f"{row['measured_bytes'] / _MIB:,.0f}",
+            error,
+            f"{row['trained_parameters'] / 1e6:.2f}",
+            f"{row['artifact_bytes'] / _MIB:,.1f}",
+            f"{row['tokens_per_s']['median']:.0f}",
+            f"{time['median']:.2f} ({time['min']:.2f} to {time['max']:.2f})",
+        ])  # fmt: skip
+    head = ["method", "peak, MiB", "plan", "trained, millions", "artefact, MiB", "tokens/s", "step time over LoRA"]
+    return markdown(head, rows)
+
+
+def planner(results: Path) -> str:
+    found: dict[tuple[str, int], list[float]] = {}
+    for row in read(results, "planner_smollm2")["rows"]:
+        found.setdefault((row["method"], row["micro_batch"]), []).append(row["error_percent"])
+    rows = (
+        [method, micro_batch, len(errors), f"{round(min(errors), 2) + 0:.2f} %", f"{round(max(errors), 2) + 0:.2f} %"]
+        for (method, micro_batch), errors in found.items()
+    )
+    return markdown(["method", "micro-batch", "cases", "lowest error", "highest error"], rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"listed": listed, "methods": methods, "planner": planner}
