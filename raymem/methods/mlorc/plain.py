@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.optim.adamw import adamw
 
 from raymem.linalg.local import local
-from raymem.methods.mlorc.update import Matrix
+from raymem.methods.mlorc.update import Matrix, fused_adamw
 
 
 def adamw_step(
@@ -20,21 +19,9 @@ def adamw_step(
 ) -> None:
     """AdamW exactly as torch has it, in fp32, for a parameter of any shape."""
     weight = matrix.weight_MN.float()
-    adamw(
-        [weight],
-        [matrix.grad_MN.float()],
-        [local(state["exp_avg"])],
-        [local(state["exp_avg_sq"])],
-        [],
-        [state["step"] - 1],  # the function counts it itself
-        fused=True,  # needs no temporaries, and never asks the host for the step
-        amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
+    moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+    fused_adamw(
+        weight, matrix.grad_MN.float(), *moments, state["step"], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
     )
     matrix.store(slice(None), weight)
 

@@ -117,6 +117,41 @@ def _test_matrix(right_RN: torch.Tensor, fresh_NP: torch.Tensor) -> torch.Tensor
     return torch.cat([known_NR.mT, (fresh_NP / fresh_NP.norm(dim=0)).mT])
 
 
+def fused_adamw(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    step: torch.Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW exactly as torch has it, in place and in one pass over fp32 tensors of one shape.
+
+    Args:
+        step: 0-dim fp32, number of this step, from 1.
+    """
+    adamw(
+        [weight],
+        [grad],
+        [first],
+        [second],
+        [],
+        [step - 1],  # the function counts it itself
+        fused=True,  # needs no temporaries, and never asks the host for the step
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
+
+
 def adamw_step(
     matrix: Matrix,
     first: Momentum,
@@ -152,21 +187,8 @@ def adamw_step(
             square_CN.square_()
         else:
             torch.threshold_(square_CN, -_TINY, 1.0).mul_(cut)
-        adamw(
-            [weight_CN],
-            [grad_CN],
-            [moment_CN],
-            [square_CN],
-            [],
-            [step - 1],  # the function counts it itself
-            fused=True,  # one pass over the block instead of eight
-            amsgrad=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=eps,
-            maximize=False,
+        fused_adamw(
+            weight_CN, grad_CN, moment_CN, square_CN, step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
         )
         matrix.store(rows, weight_CN)
         first_sketch.add(rows, moment_CN)
