@@ -1,12 +1,12 @@
 """Predicted against measured peak of a real model on real rows: SmolLM2-135M and GSM8K, trained on the CPU.
 
 Every method with 1 and 4 rows per forward pass, rows of 128 and 256 tokens, and the three ways of packing: 48 trainings
-of a few steps. What is measured is what `raymem train` measures and shows. A row that is
-done is kept (results/parts/), so that the command goes on where it stopped.
+of a few steps. What is measured is what `raymem train` measures and shows. A row that is done is kept (results/parts/),
+so that the command goes on where it stopped.
 
-Predicted is what `raymem train` says, which knows the data: where no row of the run holds several examples or padding,
-attention needs no mask. `raymem plan` knows no data and plans the larger case; training measures steps 2 and 3, and
-goes on to the first step with such a row.
+Predicted is what `raymem train` says, which knows the data: whether attention needs a mask somewhere, and how many
+targets a micro-batch has at most. `raymem plan` knows no data and plans the largest case; training measures steps 2 and
+3, and goes on to the first step with a mask.
 
     python benchmarks/planner_smollm2.py --data train.jsonl [--part 0/2] [--only lora]
 """

@@ -2,6 +2,6 @@
 
 from raymem.planner.micro_batch import choose_micro_batch
 from raymem.planner.process import Planner, known_plan, plan_many, plan_recipe
-from raymem.planner.types import Plan, Target
+from raymem.planner.types import Plan, RowFacts, Target
 
-__all__ = ["Plan", "Planner", "Target", "choose_micro_batch", "known_plan", "plan_many", "plan_recipe"]
+__all__ = ["Plan", "Planner", "RowFacts", "Target", "choose_micro_batch", "known_plan", "plan_many", "plan_recipe"]

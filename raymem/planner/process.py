@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from raymem.cache import cache_root, key_of, read_json, source_digest, versions,
 from raymem.errors import PlanError
 from raymem.memory.devices import gpu_key
 from raymem.planner.shapes import circumstances, shipped_models
-from raymem.planner.types import Above, Plan
+from raymem.planner.types import Above, Plan, RowFacts
 from raymem.recipe.axes import MEMORY_AXES, outside_code, registered
 from raymem.recipe.load import MODELS, SMOLLM2, SMOLLM2_ON_HUB, packaged_recipe, read_yaml
 from raymem.recipe.schema import Recipe
@@ -37,10 +38,14 @@ _READ = ("kinds", "linalg", "memory", "methods", "planner", "recipe", "training"
 """The rooms whose code decides what a plan says."""
 
 
-def plan_recipe(recipe: Recipe, *, gpu: str | None = None, timeout_s: float = TIMEOUT_S) -> Plan:
+def plan_recipe(
+    recipe: Recipe, rows: RowFacts | None = None, *, gpu: str | None = None, timeout_s: float = TIMEOUT_S
+) -> Plan:
     """Predict the memory of one worker of a recipe. No weights are read, and no GPU is touched.
 
     Args:
+        rows: of the recipe's data; by default they are taken for the largest that there can be, which need a mask and
+            have every token for a target.
         gpu: name of a GPU (:func:`raymem.memory.devices.gpu_key`); the recipe is then planned for GPUs whatever it
             says.
         timeout_s: for all of it.
@@ -49,7 +54,8 @@ def plan_recipe(recipe: Recipe, *, gpu: str | None = None, timeout_s: float = TI
         RaymemError: the recipe does not go with its model, the model's config cannot be had, an unknown GPU.
         PlanError: planning takes too long.
     """
-    return _or_raise(plan_many([recipe], gpu=gpu, timeout_s=timeout_s)[0])
+    with Planner(gpu=gpu, timeout_s=timeout_s) as planner:
+        return planner.plan(recipe, rows)
 
 
 def plan_many(
@@ -100,9 +106,9 @@ class Planner:
         """Say whether its process has been started and lives on."""
         return self._child is not None
 
-    def plan(self, recipe: Recipe) -> Plan:
+    def plan(self, recipe: Recipe, rows: RowFacts | None = None) -> Plan:
         """Plan a recipe; see :func:`plan_recipe`."""
-        return _or_raise(self.try_plan(recipe))
+        return _or_raise(_result(self._answer(_job(recipe, self._gpu, rows))))
 
     def try_plan(self, recipe: Recipe) -> Plan | Exception:
         """Return a plan, or the error of a recipe that has none. Raises PlanError if it takes too long."""
@@ -165,16 +171,16 @@ def _say_once(note: str) -> None:
     log.warning(note)
 
 
-def known_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan | None:
+def known_plan(recipe: Recipe, rows: RowFacts | None = None, *, gpu: str | None = None) -> Plan | None:
     """Return the plan of a recipe if it is remembered, else None."""
-    answer = _known(_file(_job(recipe, None if gpu is None else gpu_key(gpu))))
+    answer = _known(_file(_job(recipe, None if gpu is None else gpu_key(gpu), rows)))
     return None if answer is None else Plan(**answer["plan"])
 
 
-def _job(recipe: Recipe, gpu: str | None) -> dict[str, Any]:
+def _job(recipe: Recipe, gpu: str | None, rows: RowFacts | None = None) -> dict[str, Any]:
     """Build the question to the process."""
     plannable = _plannable(recipe, gpu)
-    job = {"recipe": plannable.to_dict(), "gpu": gpu, "problem": None}
+    job = {"recipe": plannable.to_dict(), "gpu": gpu, "problem": None, "rows": None if rows is None else asdict(rows)}
     return {**job, "kinds": registered(), "code": outside_code(plannable)}
 
 
@@ -289,7 +295,7 @@ def _key(job: dict[str, Any]) -> str:
         parts["config"] = config.read_text()
     package = Path(raymem.__file__).parent
     code = source_digest(*(package / room for room in _READ))
-    return key_of([parts, job["gpu"], versions(*_LIBRARIES), code, job.get("code")])
+    return key_of([parts, job["gpu"], job["rows"], versions(*_LIBRARIES), code, job.get("code")])
 
 
 def without_free(recipe: Mapping[str, Any]) -> dict[str, Any]:

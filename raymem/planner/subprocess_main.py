@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from raymem.errors import RaymemError
 from raymem.planner.shapes import located
 from raymem.planner.tracing.imports import compiler_is_put_off, do_without
-from raymem.planner.types import Above, Plan, Target
+from raymem.planner.types import Above, Plan, RowFacts, Target
 from raymem.recipe.axes import register_again
 from raymem.recipe.schema import Recipe
 
@@ -48,8 +48,8 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Return ``{"plan": ...}``, ``{"above": ...}`` the limit, or ``{"error": [type, text]}`` of a user's error.
 
     Args:
-        job: ``recipe``, ``gpu``, ``problem`` if tracing has failed before, and ``limit_bytes`` if a plan above it is of
-            no use; ``kinds`` that are not raymem's own.
+        job: ``recipe``, ``gpu``, ``rows`` if known, ``problem`` if tracing has failed before, and ``limit_bytes`` if a
+            plan above it is of no use; ``kinds`` that are not raymem's own.
     """
     began = time.perf_counter()
     register_again(job.get("kinds", {}))
@@ -73,8 +73,9 @@ def _traced(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan | Above
     from raymem.planner.plan import make_plan, outside_bytes
 
     limit, outside = job.get("limit_bytes"), outside_bytes(target, job["gpu"])
+    rows = None if job["rows"] is None else RowFacts(**job["rows"])
     try:
-        session = _session(recipe, target, None if limit is None else limit - outside)
+        session = _session(recipe, target, rows, None if limit is None else limit - outside)
         return make_plan(session, target, job["gpu"])
     except LimitPassed as passed:
         return Above(passed.num_bytes + outside, passed.phase)
@@ -84,13 +85,13 @@ def _traced(recipe: Recipe, target: Target, job: dict[str, Any]) -> Plan | Above
         return _rough(recipe, target, {**job, "problem": describe(error)})
 
 
-def _session(recipe: Recipe, target: Target, limit_bytes: int | None) -> StepTrace:
+def _session(recipe: Recipe, target: Target, rows: RowFacts | None, limit_bytes: int | None) -> StepTrace:
     """A session within which the compiler had to be loaded is held again: loading keeps tensors of the step alive."""
     from raymem.planner.tracing.step_trace import trace_step
 
     put_off = compiler_is_put_off()
     try:
-        session = trace_step(recipe, target, limit_bytes)
+        session = trace_step(recipe, target, rows, limit_bytes)
     except RaymemError:
         raise
     except Exception:
@@ -100,7 +101,7 @@ def _session(recipe: Recipe, target: Target, limit_bytes: int | None) -> StepTra
         if put_off == compiler_is_put_off():
             return session
     gc.collect()
-    return trace_step(recipe, target, limit_bytes)
+    return trace_step(recipe, target, rows, limit_bytes)
 
 
 def describe(error: Exception) -> str:

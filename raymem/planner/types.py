@@ -25,6 +25,16 @@ class Target:
 
 
 @dataclass(frozen=True)
+class RowFacts:
+    """What a step's memory depends on in the rows of a run, where its data is known."""
+
+    masked: bool
+    """Attention needs a mask somewhere: for several examples in a row, or for padding."""
+    most_targets: int
+    """The largest number of targets in a micro-batch."""
+
+
+@dataclass(frozen=True)
 class Above:
     """Stands in for a plan of a recipe that needs more than the limit given: planning ended there."""
 

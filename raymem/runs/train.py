@@ -14,6 +14,7 @@ from raymem.memory.budget import Exceeds, bytes_text, parse_bytes
 from raymem.planner import Plan, known_plan, plan_recipe, prediction_error
 from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
+from raymem.runs.data import row_facts
 from raymem.runs.lock import only_one, set_aside
 from raymem.runs.prepare import Split, prepare
 from raymem.runs.record import note_data, note_plan
@@ -28,7 +29,7 @@ from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.sources.early import check_files_are_here
 from raymem.training.history import read_history
 from raymem.training.job import PreparedRun
-from raymem.training.loop import needs_mask, total_steps
+from raymem.training.loop import total_steps
 from raymem.training.reporter import Audience, Listener, Row, Status
 from raymem.training.resume_rules import check_identity, identity_of
 
@@ -195,22 +196,20 @@ def _log(tracker: Tracker, rows: Sequence[Row]) -> None:
 def _predict(run: ResolvedRun, prepared: PreparedRun, *, force: bool, status: Status) -> Plan | None:
     """Plan a run that has a budget; without one, such as a trial's, return its plan if it was planned before.
 
-    A plan without data is of rows that need an attention mask; here the data is known.
+    A plan without data is of the largest rows that there can be; here the data is known.
 
     Raises:
         BudgetExceeded: the predicted peak is above the budget.
         RaymemError: the recipe has a budget, but cannot be planned.
     """
     recipe, asked = planned_recipes(run)
-    alike = [recipe, asked]
-    if recipe.data.packing != "wrapped" and not needs_mask(prepared.recipe, prepared.train_data):
-        recipe = _without_mask(recipe)
-        alike = [recipe, _without_mask(asked), *alike]
+    rows = row_facts(prepared.recipe, prepared.train_data)
     if recipe.budget is None:
-        return next((plan for one in alike if (plan := known_plan(one)) is not None), None)
+        alike = ((one, facts) for facts in (rows, None) for one in (recipe, asked))
+        return next((plan for one, facts in alike if (plan := known_plan(one, facts)) is not None), None)
     status("predicting the memory")
     try:
-        plan = plan_recipe(recipe)
+        plan = plan_recipe(recipe, rows)
     except RaymemError as error:
         if not force:
             raise
@@ -225,11 +224,6 @@ def _predict(run: ResolvedRun, prepared: PreparedRun, *, force: bool, status: St
             "(`raymem plan --advise` works it out), or train anyway with --force"
         )
     return plan
-
-
-def _without_mask(recipe: Recipe) -> Recipe:
-    """Return a recipe whose rows are planned without a mask, as those that are cut from one text are."""
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": "wrapped"})})
 
 
 def build_demo(recipe: Recipe, status: Status) -> None:

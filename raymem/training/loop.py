@@ -86,25 +86,11 @@ def run(
 
 def total_steps(recipe: Recipe, train_data: Prepared) -> int:
     """Return the number of steps of a run; one that is longer already stays what it is."""
-    return _total_steps(recipe, _sampler(recipe, PackedRows(train_data.directories)))
+    return _total_steps(recipe, sampler_of(recipe, PackedRows(train_data.directories)))
 
 
-_ROWS_LOOKED_AT = 10_000
-
-
-def needs_mask(recipe: Recipe, train_data: Prepared) -> bool:
-    """Say whether attention needs a mask in some step of a run but the very first, which holds no optimizer state yet.
-
-    Usually it soon does; a run that has not come to such a row after 10,000 is taken for one that will.
-    """
-    rows = PackedRows(train_data.directories)
-    sampler = _sampler(recipe, rows)
-    steps = _total_steps(recipe, sampler)
-    looked_at = min(steps, -(-_ROWS_LOOKED_AT // recipe.train.global_batch))
-    return any(rows.needs_mask(sampler.ids(step)) for step in range(min(1, steps - 1), looked_at)) or looked_at < steps
-
-
-def _sampler(recipe: Recipe, rows: PackedRows) -> Sampler:
+def sampler_of(recipe: Recipe, rows: PackedRows) -> Sampler:
+    """Return what draws the rows of each step of a run."""
     return Sampler(recipe.seed, rows.sizes_and_weights, recipe.train.global_batch)
 
 
@@ -127,7 +113,7 @@ class _Session:
         self.history = History(run_storage)
         self.rows = PackedRows(train_data.directories)
         self.eval_rows = None if eval_data is None else evaluation_rows(eval_data)
-        self.sampler = _sampler(recipe, self.rows)
+        self.sampler = sampler_of(recipe, self.rows)
         self.total_steps = _total_steps(recipe, self.sampler)
         tenth = -(-self.total_steps // 10)
         self.eval_every = recipe.train.eval_every or tenth

@@ -109,7 +109,7 @@ def test_closed_forms_refuse_without_a_trace(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_trace_ends_with_the_phase_that_is_above(name: str, changes: dict[str, Any]) -> None:
     """A plan is refused early exactly if it is above the limit, by the figure that it would have had."""
     recipe = make_recipe(case(name).to_dict(), {"train": {"global_batch": 2}}, changes)
-    job = {"recipe": recipe.to_dict(), "gpu": None, "problem": None}
+    job = {"recipe": recipe.to_dict(), "gpu": None, "rows": None, "problem": None}
     plan = Plan(**answer(job)["plan"])
     least = plan.peak_bytes + plan.outside_bytes
     above = answer({**job, "limit_bytes": least - 1})["above"]

@@ -36,7 +36,7 @@ def recipe_of(model: Path, *fragments: dict[str, Any]) -> Recipe:
 
 
 def plan_of(recipe: Recipe) -> dict[str, Any]:
-    found: dict[str, Any] = answer({"recipe": recipe.to_dict(), "gpu": "L4", "problem": None})["plan"]
+    found: dict[str, Any] = answer({"recipe": recipe.to_dict(), "gpu": "L4", "rows": None, "problem": None})["plan"]
     assert found["traced"], found["note"]
     return {**found, "seconds": None}
 

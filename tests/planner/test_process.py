@@ -26,7 +26,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(recipe: Recipe, gpu: str | None = None, *, traced: bool = True) -> Plan:
     """Planned in this process."""
-    plan = Plan(**answer({"recipe": recipe.to_dict(), "gpu": gpu, "problem": None})["plan"])
+    plan = Plan(**answer({"recipe": recipe.to_dict(), "gpu": gpu, "rows": None, "problem": None})["plan"])
     assert plan.traced == traced, plan.note
     return plan
 
@@ -48,7 +48,9 @@ def test_a_plan_is_made_in_a_process_and_remembered(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_model_id_without_a_network_says_what_to_pass() -> None:
-    found = answer({"recipe": make_recipe(model="nobody/nothing").to_dict(), "gpu": None, "problem": None})
+    found = answer(
+        {"recipe": make_recipe(model="nobody/nothing").to_dict(), "gpu": None, "rows": None, "problem": None}
+    )
     with pytest.raises(
         ModelError, match=r"'nobody/nothing' is no local directory .*give a path that holds config.json"
     ):

@@ -77,7 +77,7 @@ def recipe_of(model: str, **sections: Any) -> Recipe:
 
 
 def answered(recipe: Recipe) -> dict[str, Any]:
-    return answer({"recipe": recipe.to_dict(), "gpu": None, "problem": None})
+    return answer({"recipe": recipe.to_dict(), "gpu": None, "rows": None, "problem": None})
 
 
 def hub_says(status: int) -> Callable[..., Any]:

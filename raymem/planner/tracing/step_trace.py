@@ -8,6 +8,7 @@ because gathering and reducing settle in the first.
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ from raymem.planner.tracing.fake import CudaAutocast, fake_bytes, fakeify, gradi
 from raymem.planner.tracing.fake_cache import OutputCache
 from raymem.planner.tracing.fake_ddp import FakeDDP
 from raymem.planner.tracing.tied_gradients import TiedGradients
-from raymem.planner.types import Target
+from raymem.planner.types import RowFacts, Target
 from raymem.recipe.axes import building
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
@@ -39,6 +40,8 @@ from raymem.training.step import train_step
 
 MEASURED = 2
 """The number of the step that counts, from 1."""
+_EVERY = sys.maxsize
+"""Stands for as many targets as the rows have room for."""
 TARGETS = 1000
 """Target tokens of a global batch; the number changes nothing but the loss."""
 
@@ -58,10 +61,13 @@ class StepTrace:
     """Lines that say what is trained, quantised and left alone."""
 
 
-def trace_step(recipe: Recipe, target: Target, limit_bytes: int | None = None) -> StepTrace:
+def trace_step(
+    recipe: Recipe, target: Target, rows: RowFacts | None = None, limit_bytes: int | None = None
+) -> StepTrace:
     """Run the recipe's step on fake tensors. Patches libraries and starts a fake process group: one per process.
 
     Args:
+        rows: of the recipe's data; see :func:`raymem.planner.plan_recipe`.
         limit_bytes: end with the first phase whose peak is above this, or before all of them if weights, gradients
             and states together are.
 
@@ -79,7 +85,7 @@ def trace_step(recipe: Recipe, target: Target, limit_bytes: int | None = None) -
     try:
         dist_env = DistEnv(0, target.num_workers, 0, torch.device("cpu"), recipe.scaling.strategy)
         with planned_for(target.kind):
-            return _trace(recipe, target, dist_env, limit_bytes)
+            return _trace(recipe, target, rows or RowFacts(True, _EVERY), dist_env, limit_bytes)
     finally:
         if grouped:
             dist.destroy_process_group()
@@ -103,7 +109,7 @@ def _on_cpu(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": "sdpa"})})
 
 
-def _trace(recipe: Recipe, target: Target, dist_env: DistEnv, limit_bytes: int | None) -> StepTrace:
+def _trace(recipe: Recipe, target: Target, rows: RowFacts, dist_env: DistEnv, limit_bytes: int | None) -> StepTrace:
     unwrapped = planned_model(recipe, dist_env)
     trained = [str(line) for line in what_is_trained(unwrapped, recipe)]
     if limit_bytes is not None:
@@ -112,7 +118,7 @@ def _trace(recipe: Recipe, target: Target, dist_env: DistEnv, limit_bytes: int |
             raise LimitPassed(held, "load")
     flash = recipe.model.attention == "flash_attention_2"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(shims(one_segment_per_row=recipe.data.packing != "bfd" or flash))
+        stack.enter_context(shims(one_segment_per_row=recipe.data.packing != "bfd" or flash or not rows.masked))
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         call = TiedGradients(OutputCache(mode), unwrapped)
         tracer = stack.enter_context(Tracer(kernels.workspace(target.kind), call))
@@ -124,7 +130,7 @@ def _trace(recipe: Recipe, target: Target, dist_env: DistEnv, limit_bytes: int |
             tracer.adopt(local(master), "trainable", f"{name} (fp32 master)")
         for handle in tracer.watch(unwrapped):
             stack.callback(handle.remove)
-        runner = _Runner(recipe, dist_env, tracer, unwrapped, updater)
+        runner = _Runner(recipe, rows, dist_env, tracer, unwrapped, updater)
         runner.run(limit_bytes)
         state = runner.state_bytes()
         changes = list(tracer.changes)
@@ -135,9 +141,9 @@ class _Runner:
     """Runs one worker's part, phase by phase."""
 
     def __init__(
-        self, recipe: Recipe, dist_env: DistEnv, tracer: Tracer, unwrapped: nn.Module, updater: Updater
+        self, recipe: Recipe, rows: RowFacts, dist_env: DistEnv, tracer: Tracer, unwrapped: nn.Module, updater: Updater
     ) -> None:
-        self.recipe, self.dist_env, self.tracer = recipe, dist_env, tracer
+        self.recipe, self.rows, self.dist_env, self.tracer = recipe, rows, dist_env, tracer
         self.unwrapped, self.updater = unwrapped, updater
         self.mixed = recipe.train.precision == "bf16_mixed"
         self.hooks = hooks_of(recipe, unwrapped)
@@ -177,7 +183,7 @@ class _Runner:
         return -(-per_rank // train.rows_per_pass)
 
     def _batch(self) -> Batch:
-        """Build rows as the data would give them; with ``packing: none`` padded, since some batch will be."""
+        """Build rows as the data would give them."""
         train, data = self.recipe.train, self.recipe.data
         per_rank = -(-train.global_batch // self.dist_env.world_size)
         rows = -(-per_rank // self._num_batches())
@@ -188,8 +194,10 @@ class _Runner:
             return token_tensor
 
         positions = tokens("position ids") if data.packing == "bfd" else None
-        mask = tokens("attention mask") if data.packing == "none" else None
-        targets = torch.empty(rows * (data.sequence_length - 1), dtype=torch.int64)  # the most that there can be
+        # transformers looks into a mask and goes on without one that hides nothing; here no value can be looked at
+        mask = tokens("attention mask") if data.packing == "none" and self.rows.masked else None
+        most = rows * (data.sequence_length - 1)
+        targets = torch.empty(min(self.rows.most_targets, most), dtype=torch.int64)
         self.tracer.adopt(targets, "activations", "batch (target positions)")
         return Batch(tokens("input ids"), tokens("labels"), positions, mask, targets)
 

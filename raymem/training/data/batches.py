@@ -91,12 +91,25 @@ def rank_batches(rows: PackedRows, ids: RowIds, rank: int, world: int, micro_bat
     Every rank gets the same number of micro-batches of the same shape, at most ``micro_batch`` rows each, because
     collectives must match; rows that are missing for that are filled up with rows without loss.
     """
-    assert 0 <= rank < world and len(ids) > 0 and micro_batch > 0
+    assert 0 <= rank < world
+    mine, size = _split(ids, rank, world, micro_batch)
+    return [_batch(rows, ids, size) for ids in mine]
+
+
+def most_targets(rows: PackedRows, ids: RowIds, world: int, micro_batch: int) -> int:
+    """Return the largest number of loss terms in a micro-batch of a global batch, over all ranks."""
+    split = (part for rank in range(world) for part in _split(ids, rank, world, micro_batch)[0])
+    return max(int(rows.num_targets[part].sum(dtype=np.int64)) for part in split)
+
+
+def _split(ids: RowIds, rank: int, world: int, micro_batch: int) -> tuple[list[RowIds], int]:
+    """Return the rows of each micro-batch of a rank, and the number that each is filled up to."""
+    assert len(ids) > 0 and micro_batch > 0
     per_rank = -(-len(ids) // world)
     count = -(-per_rank // micro_batch)
     size = -(-per_rank // count)
     mine = ids[rank::world]
-    return [_batch(rows, mine[at * size : (at + 1) * size], size) for at in range(count)]
+    return [mine[at * size : (at + 1) * size] for at in range(count)], size
 
 
 def eval_batches(rows: PackedRows, rank: int, world: int, micro_batch: int) -> Iterator[Batch]:
