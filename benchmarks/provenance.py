@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -76,20 +77,45 @@ def commit() -> str:
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
-def save(name: str, figures: dict[str, Any]) -> Path:
-    """Write ``results/<name>.json`` and print it."""
+def origin() -> dict[str, Any]:
+    """Return where figures come from: date, commit, versions, device."""
     import torch
 
-    contents = {
-        **figures,
-        "provenance": {
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores",
-        },
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores",
     }
+
+
+def entered(name: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the row ``key`` of ``results/<name>.jsonl``, where ``work`` enters it if it is not there yet.
+
+    A file of rows that may each take an hour, some on one day and some on another: every row says where it comes from.
+    Processes may share it.
+    """
+    path = RESULTS / f"{name}.jsonl"
+    for row in entries(path):
+        if row["key"] == key:
+            return row
+    row = {"key": key, **work(), "provenance": origin()}
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(row) + "\n")
+    print(key, flush=True)
+    return row
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
+    """Return all rows of such a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def save(name: str, figures: dict[str, Any]) -> Path:
+    """Write ``results/<name>.json`` and print it."""
+    contents = {**figures, "provenance": origin()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(contents, indent=1) + "\n")
