@@ -48,7 +48,7 @@ def raw_recipe(gsm8k: Path, fragment: Mapping[str, Any], seed: int) -> dict[str,
     """Return the recipe of a method.
 
     Args:
-        gsm8k: directory with train.jsonl and test.jsonl.
+        gsm8k: its train.jsonl; test.jsonl lies beside it.
     """
     files = _split(gsm8k)
     columns = {"prompt": "question", "completion": "answer"}
@@ -74,8 +74,8 @@ def raw_recipe(gsm8k: Path, fragment: Mapping[str, Any], seed: int) -> dict[str,
 
 
 def _split(gsm8k: Path) -> dict[str, Path]:
-    train = (gsm8k / "train.jsonl").read_text().splitlines(keepends=True)
-    test = (gsm8k / "test.jsonl").read_text().splitlines(keepends=True)
+    train = gsm8k.read_text().splitlines(keepends=True)
+    test = gsm8k.with_name("test.jsonl").read_text().splitlines(keepends=True)
     parts = {"train": train[:TRAIN], "tuning": train[TRAIN : TRAIN + TUNING], "answers": test[:ANSWERS]}
     STORAGE.mkdir(parents=True, exist_ok=True)
     for name, lines in parts.items():

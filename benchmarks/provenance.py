@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,9 +99,9 @@ def entered(name: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str
     """
     path = RESULTS / f"{name}.jsonl"
     for row in entries(path):
-        if row["key"] == key:
+        if row["key"] == key and row["time"] >= float(os.environ.get(SINCE, 0)):
             return row
-    row = {"key": key, **work(), "provenance": origin()}
+    row = {"key": key, **work(), "time": round(time.time()), "provenance": origin()}
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(row) + "\n")
@@ -109,8 +110,9 @@ def entered(name: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of such a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Return the rows of such a file, of each key the latest one."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return list({row["key"]: row for row in map(json.loads, lines)}.values())
 
 
 def save(name: str, figures: dict[str, Any]) -> Path:

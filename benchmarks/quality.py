@@ -5,7 +5,7 @@ steps, on a seed of its own; then it trains from zero on each seed and is judged
 stand in results/quality.jsonl; those that are there are not run again. One thread for each process; several may share
 the work.
 
-    python benchmarks/quality.py --gsm8k DIRECTORY [--seeds 0 1 2] [--only LINE ...] [--part 0/2]
+    python benchmarks/quality.py --data train.jsonl [--seeds 0 1 2] [--only LINE ...] [--part 0/2]
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ LINES: dict[str, Line] = {
 HEADLINES = ("LoRA", "full AdamW", "MLorc-AdamW, rank 4", "MoRAM", "LoRAct, n/8")
 
 
-def row(directory: Path, line: Line, lr: float, seed: int, *, tuning: bool) -> dict[str, Any]:
+def row(data: Path, line: Line, lr: float, seed: int, *, tuning: bool) -> dict[str, Any]:
     """Train a line once."""
-    task = gsm8k.Task.of(gsm8k.raw_recipe(directory, line.fragment or {}, seed))
+    task = gsm8k.Task.of(gsm8k.raw_recipe(data, line.fragment or {}, seed))
     model, step = gsm8k.ours(task) if line.peer is None else gsm8k.theirs(task, line.peer)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     facts = {"lr": lr, "seed": seed, "trained_parameters": trained}
@@ -88,27 +88,27 @@ def row(directory: Path, line: Line, lr: float, seed: int, *, tuning: bool) -> d
     return {**facts, **figures, "losses": losses, "exact_match": task.exact_match(model, MATCHED)}
 
 
-def before(directory: Path) -> dict[str, Any]:
+def before(data: Path) -> dict[str, Any]:
     """Return the figures of the model that nothing has trained."""
-    task = gsm8k.Task.of(gsm8k.raw_recipe(directory, {"adapter": "none"}, 0))
+    task = gsm8k.Task.of(gsm8k.raw_recipe(data, {"adapter": "none"}, 0))
     model, _ = gsm8k.ours(task)
     return {"losses": task.losses(model, "answers", "text"), "exact_match": task.exact_match(model, MATCHED)}
 
 
 def main() -> None:
     parser = provenance.parser(__doc__, shared=True)
-    parser.add_argument("--gsm8k", type=Path, required=True, help="directory of train.jsonl and test.jsonl")
+    parser.add_argument("--data", type=Path, required=True, help="train.jsonl of GSM8K, with test.jsonl beside it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=LINES, default=list(LINES), metavar="LINE")
     asked = parser.parse_args()
     hush_libraries()
     torch.set_num_threads(1)
-    provenance.entered("quality", "untrained", partial(before, asked.gsm8k))
+    provenance.entered("quality", "untrained", partial(before, asked.data))
     for name in asked.only[asked.part]:
         line = LINES[name]
 
         def trained(key: str, lr: float, seed: int, *, tuning: bool, line: Line = line) -> dict[str, Any]:
-            work = partial(row, asked.gsm8k, line, lr, seed, tuning=tuning)
+            work = partial(row, asked.data, line, lr, seed, tuning=tuning)
             return provenance.entered("quality", key, work)
 
         tuned = {

@@ -32,6 +32,19 @@ BENCHMARKS = (
         "40 min on an idle machine",
     ),
     Benchmark(
+        "quality",
+        "loss of held-out answers, exact match and loss of other text after the same steps of GSM8K on SmolLM2-135M: "
+        "every method and its peers, learning rates tuned alike (rows that are there are not run again)",
+        "10 min a row on one core, 17 lines of four rows",
+        needs_gsm8k=True,
+    ),
+    Benchmark(
+        "choosing",
+        "predicted memory of popular models under methods from exact to most frugal, and the first that fits each GPU "
+        "(resumable)",
+        "20 min",
+    ),
+    Benchmark(
         "ray_overhead",
         "what one Ray worker costs against the same step in a bare loop, taking turns: nothing measurable "
         "(0.96) with a core left for Ray's own processes; 0 to 10 % where training takes both cores, "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from provenance import entries
 from suite import BENCHMARKS
 
 ROOT = Path(__file__).parents[1]
@@ -15,8 +17,10 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "docs" / "planner.md",
+    ROOT / "docs" / "choosing.md",
+    ROOT / "docs" / "benchmarks.md",
 )
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 
 
 def written(page: str, results: Path) -> str:
@@ -82,4 +86,80 @@ def planner(results: Path) -> str:
     return markdown(["method", "micro-batch", "cases", "lowest error", "highest error"], rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"listed": listed, "methods": methods, "planner": planner}
+def needs(results: Path) -> str:
+    """What every way takes of every model."""
+    found = read(results, "choosing")
+    sizes = {(row["way"], row["model"]): row.get("capacity_bytes") for row in found["rows"]}
+    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
+    ways = list(dict.fromkeys(row["way"] for row in found["rows"]))
+
+    def size(way: str, model: str) -> str:
+        capacity = sizes[way, model]
+        return "-" if capacity is None else f"{capacity / _GIB:.1f}"
+
+    return markdown(["GiB", *map(_short, models)], ([way, *(size(way, model) for model in models)] for way in ways))
+
+
+def fits(results: Path) -> str:
+    """Of every GPU and model the first way that fits."""
+    found = read(results, "choosing")
+    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
+
+    def first(capacity: int, model: str) -> str:
+        mine = (row for row in found["rows"] if row["model"] == model)
+        return next((row["way"] for row in mine if row.get("capacity_bytes", capacity + 1) <= capacity), "none")
+
+    rows = (
+        [f"{gpu}, {size / _GIB:.0f}", *(first(size, model) for model in models)] for gpu, size in found["gpus"].items()
+    )
+    return markdown(["GPU, GiB", *map(_short, models)], rows)
+
+
+def _short(model: str) -> str:
+    return model.rsplit("/", 1)[-1]
+
+
+def quality(results: Path) -> str:
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in entries(results / "quality.jsonl"):
+        name, _, what = row["key"].partition(" | ")
+        if not what.startswith("tuning"):
+            lines.setdefault(name, []).append(row)
+    rows = []
+    for name, seeds in lines.items():
+        first = seeds[0]
+        rows.append([
+            name,
+            f"{first['lr']:g}" if "lr" in first else "",
+            f"{first['trained_parameters'] / 1e6:.2f}" if "lr" in first else "",
+            _over(seeds, lambda row: row["losses"]["answers"], ".3f"),
+            _over(seeds, lambda row: row["losses"]["text"], ".3f"),
+            _over(seeds, lambda row: 100 * row["exact_match"], ".0f"),
+            f"{first['cpu_s'][-1] / len(first['cpu_s']):.1f}" if "cpu_s" in first else "",
+        ])  # fmt: skip
+    head = [
+        "method",
+        "lr",
+        "trained, millions",
+        "loss of answers",
+        "loss of other text",
+        "exact match, %",
+        "CPU s/step",
+    ]
+    return markdown(head, rows)
+
+
+def _over(seeds: list[dict[str, Any]], value: Callable[[dict[str, Any]], float], form: str) -> str:
+    values = [value(row) for row in seeds]
+    middle = f"{statistics.median(values):{form}}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "listed": listed,
+    "methods": methods,
+    "planner": planner,
+    "needs": needs,
+    "fits": fits,
+    "quality": quality,
+}

@@ -40,7 +40,18 @@ def test_tables_are_those_of_the_results() -> None:
 
 def test_every_script_is_listed_and_each_that_is_listed_is_there() -> None:
     listed = benchmarks("list").stdout
-    shared = {"__main__", "make_base", "moram_demo", "loract_stack", "peers", "provenance", "suite", "tables", "turns"}
+    shared = {
+        "__main__",
+        "gsm8k",
+        "make_base",
+        "moram_demo",
+        "loract_stack",
+        "peers",
+        "provenance",
+        "suite",
+        "tables",
+        "turns",
+    }
     for script in {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - shared:
         assert f"{script} " in listed
     for line in listed.splitlines():
