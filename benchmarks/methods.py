@@ -4,7 +4,8 @@
 
 A row is a method in a process of its own, in turns with one that trains plain LoRA under raymem: time is a ratio to
 that. Methods of raymem are recipes, with the peak that `raymem plan` predicts; peers are run as their own users do
-(peers.py). fp32, 2 rows of 256 random tokens, every token a target. A row that is done is kept (results/parts/).
+(peers.py). fp32, 2 rows of 256 random tokens, every token a target; one thread, so that a second core may be busy
+elsewhere. A row that is done is kept (results/parts/).
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def theirs(name: str, ids: Any) -> Any:
 
 def row(name: str, rounds: int) -> dict[str, Any]:
     """Return a method's figures; its steps and those of the baseline take turns."""
-    environment = {**os.environ, "GOMP_SPINCOUNT": "10000", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     pair = {one: Contestant(__file__, "--serve", one, environment=environment) for one in {name: 0, BASELINE: 0}}
     try:
         in_turns(pair, 1, 1)

@@ -29,7 +29,7 @@ BENCHMARKS = (
         "methods",
         "memory and speed of every method and of its peers (PEFT's adapters, 8-bit AdamW, GaLore, APOLLO) on "
         "SmolLM2-135M: peaks, predicted and measured, and step time over LoRA in turns (resumable)",
-        "40 min on an idle machine",
+        "2 h, with one idle core",
     ),
     Benchmark(
         "quality",

@@ -18,7 +18,6 @@ PAGES = (
     ROOT / "benchmarks" / "README.md",
     ROOT / "docs" / "planner.md",
     ROOT / "docs" / "choosing.md",
-    ROOT / "docs" / "benchmarks.md",
 )
 _MIB, _GIB = 2**20, 2**30
 
