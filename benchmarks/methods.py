@@ -5,7 +5,7 @@
 A row is a method in a process of its own, in turns with one that trains plain LoRA under raymem: time is a ratio to
 that. Methods of raymem are recipes, with the peak that `raymem plan` predicts; peers are run as their own users do
 (peers.py). fp32, 2 rows of 256 random tokens, every token a target; one thread, so that a second core may be busy
-elsewhere. A row that is done is kept (results/parts/).
+elsewhere. Rows stand in results/methods.jsonl; those that are there are not run again.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def row(name: str, rounds: int) -> dict[str, Any]:
             contestant.end()
     ratios = [a / b for a, b in zip(seconds[name], seconds[BASELINE], strict=True)]
     return {
-        "method": name,
         "peer": name not in METHODS,
+        "rounds": rounds,
         **pair[name].facts,
         "tokens_per_s": {k: round(ROWS * TOKENS / v, 1) for k, v in spread(seconds[name]).items()},
         "time_over_lora": spread(ratios),
@@ -182,10 +182,8 @@ def main() -> None:
     if asked.serve is not None:
         serve(asked.serve)
         return
-    rows = [provenance.kept(f"methods-{name}", partial(row, name, asked.rounds)) for name in asked.only]
-    if len(rows) == len(METHODS) + len(PEERS):
-        figures = {"rows_of_a_step": ROWS, "tokens_of_a_row": TOKENS, "rounds": asked.rounds, "rows": rows}
-        provenance.save("methods", figures)
+    for name in asked.only:
+        provenance.entered("methods", name, partial(row, name, asked.rounds))
 
 
 if __name__ == "__main__":

@@ -43,11 +43,17 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 def read(results: Path, name: str) -> Any:
     """Return a result."""
-    if not (results / f"{name}.json").is_file():
-        raise SystemExit(
-            f"{results / name}.json is not there; run it with: python -m benchmarks run --suite cpu --only {name}"
-        )
-    return json.loads((results / f"{name}.json").read_text())
+    return json.loads(_there(results / f"{name}.json").read_text())
+
+
+def _rows(results: Path, name: str) -> list[dict[str, Any]]:
+    return entries(_there(results / f"{name}.jsonl"))
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise SystemExit(f"{path} is not there; run it with: python -m benchmarks run --suite cpu --only {path.stem}")
+    return path
 
 
 def listed(results: Path) -> str:
@@ -57,12 +63,12 @@ def listed(results: Path) -> str:
 
 def methods(results: Path) -> str:
     rows = []
-    for row in read(results, "methods")["rows"]:
+    for row in _rows(results, "methods"):
         predicted = row.get("predicted_bytes")
         error = "" if predicted is None else f"{100 * (predicted / row['measured_bytes'] - 1):+.2f} %"
         time = row["time_over_lora"]
         rows.append([
-            f"{row['method']} (peer)" if row["peer"] else row["method"],
+            f"{row['key']} (peer)" if row["peer"] else row["key"],
             f"{row['measured_bytes'] / _MIB:,.0f}",
             error,
             f"{row['trained_parameters'] / 1e6:.2f}",
@@ -120,7 +126,7 @@ def _short(model: str) -> str:
 
 def quality(results: Path) -> str:
     lines: dict[str, list[dict[str, Any]]] = {}
-    for row in entries(results / "quality.jsonl"):
+    for row in _rows(results, "quality"):
         name, _, what = row["key"].partition(" | ")
         if not what.startswith("tuning"):
             lines.setdefault(name, []).append(row)
