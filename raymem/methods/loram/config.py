@@ -46,6 +46,9 @@ class PruneOptions:
     """One ratio for every layer, instead of ``ratio``, ``keep_first`` and ``keep_last``."""
     round_to: int = 1
     """Kept neurons are rounded down to a multiple of this (64 or 128 suit tensor cores)."""
+    refit: bool = False
+    """Fit the weights that read the kept units (attention output, MLP down projection) to what the whole layer gave, by
+    least squares over the calibration texts. Give these at least as many tokens as a layer has neurons."""
     seed: int = 0
     """Seed of the criterion ``random``."""
 
@@ -57,6 +60,11 @@ class PruneOptions:
             raise ValueError(
                 f"criterion: {self.criterion} cannot choose what goes under structure: {self.structure}; "
                 f"choose one of {', '.join(CRITERIA[self.structure])}"
+            )
+        if self.refit and self.structure != "units":
+            raise ValueError(
+                f"refit: true contradicts structure: {self.structure}; leave it out (criterion: sparsegpt moves the "
+                "weights that stay)"
             )
         for option, ratio in [("ratio", self.ratio), *_named(self.layer_ratios)]:
             if not 0 <= ratio < 1:
@@ -70,9 +78,14 @@ class PruneOptions:
                 raise ValueError(f"{name}: {getattr(self, name)} is too small; it is at least {least}")
 
     @property
-    def needs_calibration(self) -> bool:
+    def ranks_by_data(self) -> bool:
         """Whether the criterion looks at data."""
         return self.criterion in ("taylor", "wanda", "sparsegpt")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether pruning looks at data."""
+        return self.ranks_by_data or self.refit
 
     def ratio_of(self, layer: int, num_layers: int) -> Fraction:
         """Return the exact ratio of one layer: decimals mean what they say (0.9 is nine tenths, not the nearest float).
@@ -103,8 +116,8 @@ class LoRAMOptions(PruneOptions):
     quantize: Literal["none", "nf4"] = "none"
     """``nf4`` holds the linear layers of the pruned model in 4 bits (QLoRAM)."""
     calibration: str | None = None
-    """File, directory or Hugging Face id of the texts that taylor, wanda and sparsegpt look at; by default the training
-    data."""
+    """File, directory or Hugging Face id of the texts that taylor, wanda, sparsegpt and refit look at; by default the
+    training data."""
     calibration_texts: int = 10
     """Texts of it that are drawn."""
     calibration_length: int = 64

@@ -13,6 +13,7 @@ from raymem.methods.loram.coupling import Coupling, couple
 from raymem.methods.loram.index_map import place, put, take
 from raymem.methods.loram.manifest import Manifest, check_base, read_manifest
 from raymem.methods.loram.nonuniform import from_config, load_pruned, without_counts
+from raymem.methods.loram.pruning.refit import readers
 from raymem.methods.loram.recover import FACTOR_KEY, WEIGHTS, check_belongs, read_adapter_config
 from raymem.methods.loram.recover_moram import compare_moram, rebased
 from raymem.methods.loram.source import Source, open_source
@@ -33,7 +34,8 @@ class Verification:
     num_factors: int
     """Tensors of the adapter that are bitwise the trained ones where kept and zero elsewhere."""
     num_weights: int | None
-    """Pruned weights that are bitwise the full model's; None if no full model was given or the weights were trained."""
+    """Weights of the pruned model that are bitwise the full model's, those that were fitted left out; None if no full
+    model was given or the weights were trained."""
     logit_difference: float | None
     """Logits of zeroed full + recovered against pruned + trained, relative to the largest; None if not compared."""
 
@@ -106,16 +108,25 @@ def _compare_factors(adapter: Path, recovered: Path, coupling: Coupling, manifes
 
 
 def _compare_weights(source: Source, full: Source, coupling: Coupling, manifest: Manifest) -> int | None:
-    """Check that every pruned weight is a slice of the full model's, or (zeros in dense weights) it with zeros."""
+    """Check that every pruned weight is a slice of the full model's, or (zeros in dense weights) it with zeros.
+
+    Weights that were fitted are none, and left out.
+    """
     if manifest.aligned is not None or manifest.options["criterion"] == "sparsegpt":
         return None  # both change weights that stay
+    changed = readers(coupling) if manifest.options.get("refit") else ()
+    compared = 0
     for name in source.tensors:
+        located = coupling.locate(name.removesuffix(".weight"))
+        if located is not None and located[0] in manifest.kept and located[1] in changed:
+            continue
+        compared += 1
         small, large = source.read(name), take(coupling, manifest.kept, name, full.read(name))
         if manifest.options["structure"] != "units":
             large = torch.where(small == 0, small, large)
         if small.dtype != large.dtype or not _same_bits(small, large):
             raise RecoveryMismatch(f"{source.directory}: {name} is not what was kept of {full.directory}; prune again")
-    return len(source.tensors)
+    return compared
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -71,6 +71,17 @@ def test_a_step_holds_one_layer(full: Path, criterion: Any, layers: float, tmp_p
     assert {name: peak for name, peak in found.items() if peak > said[name]} == {}
 
 
+@pytest.mark.parametrize("criterion", ["random", "taylor"])
+def test_what_fitting_holds_is_said(full: Path, criterion: Any, tmp_path: Path) -> None:
+    """Beside a layer the Gram matrix of each linear layer that reads units, and the equations of one of them."""
+    options = PruneOptions(criterion=criterion, keep_first=1, keep_last=1, refit=True)
+    job = open_job(full, tmp_path / "pruned", options, IDS)
+    found, said = peaks(job), {step.name: memory_bytes(job, step) for step in steps(job)}
+    assert {name: peak for name, peak in found.items() if peak > said[name]} == {}
+    where = "backward-2" if criterion == "taylor" else "forward-2"
+    assert found[where] > max(0.5 * said[where], 4 * (256**2 + 768**2))
+
+
 def test_nf4_trains_recovers_and_weighs_what_the_plan_says(tmp_path: Path) -> None:
     """QLoRAM on the CPU: linear layers of the pruned model in 4 bits with double quantisation."""
     bnb = pytest.importorskip("bitsandbytes")

@@ -81,7 +81,10 @@ class PruneJob:
 def job_key(source: Source, options: PruneOptions, calibration: torch.Tensor | None) -> str:
     """Equal for jobs that write the same bytes: of the source's content, the options and the calibration tokens."""
     shape = None if calibration is None else list(calibration.shape)
-    return digest([_FORMAT, dataclasses.asdict(options), source.identity, _sha256(calibration), shape])
+    chosen = dataclasses.asdict(options)
+    if not options.refit:
+        del chosen["refit"]  # what was pruned before there was this option keeps its key
+    return digest([_FORMAT, chosen, source.identity, _sha256(calibration), shape])
 
 
 def _sha256(calibration: torch.Tensor | None) -> str | None:
@@ -163,7 +166,8 @@ def _check_calibration(calibration: torch.Tensor | None, options: PruneOptions, 
             raise DataError(f"calibration: criterion {options.criterion} looks at no data; leave it out")
         return
     if calibration is None:
-        raise DataError(f"calibration: criterion {options.criterion} needs token ids; give some, such as 10 x 64")
+        what = "refit: true" if options.refit else f"criterion {options.criterion}"
+        raise DataError(f"calibration: {what} needs token ids; give some, such as 10 x 64")
     if calibration.dtype != torch.int64 or calibration.dim() != 2 or min(calibration.shape) < 1:
         raise DataError(
             f"calibration: {calibration.dtype} {list(calibration.shape)} is not a matrix of int64 token ids; "

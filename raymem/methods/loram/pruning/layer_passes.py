@@ -1,23 +1,34 @@
 """Calibration, layer by layer: activations forward, gradients backward, statistics and scores on the way.
 
 Files in the job's ``work`` directory, all fp32 and keyed by text: ``hidden-i`` is what layer i is called with,
-``gradient-i`` the gradient of the loss with respect to it, ``scores-i`` the scores of its units.
+``gradient-i`` the gradient of the loss with respect to it, ``scores-i`` the scores of its units, ``refitted-i`` the
+weights that were fitted to the units that stay.
 
 Legend: N texts, n of them, T tokens, H hidden size, I inputs of a linear layer.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from raymem.errors import ModelError
+from raymem.methods.loram.index_map import place
 from raymem.methods.loram.pruning.job import CALIBRATION, PruneJob, shard_name, write_shard
 from raymem.methods.loram.pruning.layerwise import LayerwiseModel
 from raymem.methods.loram.pruning.masks import sparsegpt, wanda_mask
-from raymem.methods.loram.pruning.scores import taylor_scores, wanda_scores
+from raymem.methods.loram.pruning.refit import readers, refitted
+from raymem.methods.loram.pruning.scores import (
+    best,
+    magnitude_scores,
+    random_scores,
+    taylor_scores,
+    wanda_scores,
+)
 from raymem.storage.safetensors_io import DTYPES, Spec, read_header, read_tensor, save_tensors, write_tensors
 
 _BATCH_TOKENS = 1024
@@ -34,6 +45,42 @@ def scores(job: PruneJob, layer: int) -> dict[str, torch.Tensor]:
     return {group.name: _read(job.work, file, group.name) for group in job.coupling.groups}
 
 
+def choose(job: PruneJob, layer: int, weights: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Return the units of a layer that stay, by the criterion.
+
+    Args:
+        weights: path of a linear layer -> weight; for the criterion ``magnitude``.
+
+    Raises:
+        ModelError: scores that are not finite.
+    """
+    stored = scores(job, layer) if job.options.ranks_by_data else {}
+    kept = {}
+    for group in job.coupling.groups:
+        match job.options.criterion:
+            case "random":
+                scores_U = random_scores(group, layer, job.options.seed)
+            case "magnitude":
+                scores_U = magnitude_scores(group, weights)
+            case _:
+                scores_U = stored[group.name]
+        if not bool(torch.isfinite(scores_U).all()):
+            raise ModelError(
+                f"layer {layer}: its {group.name} scores are not finite; the weights or the calibration texts hold "
+                "NaN or infinity: check the model"
+            )
+        kept[group.name] = best(scores_U, job.counts[layer][group.name])
+    return kept
+
+
+def fitted(job: PruneJob, layer: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a pruned layer that were fitted, by their names in the model; none without ``refit``."""
+    if not job.options.refit or layer not in job.counts:
+        return {}
+    file = f"refitted-{layer}.safetensors"
+    return {name: _read(job.work, file, name) for name in read_header(job.work, file)[1]}
+
+
 def embed(job: PruneJob, model: LayerwiseModel) -> None:
     """Write ``hidden-0``."""
     ids_NT = calibration(job)
@@ -42,11 +89,14 @@ def embed(job: PruneJob, model: LayerwiseModel) -> None:
 
 
 def forward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
-    """Write ``hidden-(layer + 1)``, and scores if the criterion is Wanda and the layer is to be pruned."""
+    """Write ``hidden-(layer + 1)``; of a layer that is to be pruned also scores if the criterion is Wanda, and, unless
+    that is for the way back, what is fitted.
+    """
     module = model.load_layer(layer)
     observe = layer in job.counts and job.options.criterion == "wanda"
     statistics = _SquareSums(module, job.coupling.linears if observe else ())
-    with torch.no_grad(), statistics:
+    grams = _grams(job, layer, module) if job.options.criterion != "taylor" else None
+    with torch.no_grad(), statistics, grams or contextlib.nullcontext():
         _write_texts(
             job, f"hidden-{layer + 1}", lambda texts: model.run_layer(layer, _texts(job, f"hidden-{layer}", texts))
         )
@@ -55,6 +105,8 @@ def forward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
         square_sums = {path: sums.cpu() for path, sums in statistics.sums.items()}
         scores = {group.name: wanda_scores(group, weights, square_sums) for group in job.coupling.groups}
         save_tensors(job.work / f"scores-{layer}.safetensors", scores)
+    if grams is not None:
+        _fit(job, layer, module, grams)
     model.drop_layer(layer)
 
 
@@ -81,6 +133,7 @@ def backward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
     linears = {path: _linear(module, path) for path in job.coupling.linears}
     for linear in linears.values():
         linear.weight.requires_grad_(scored)
+    grams = _grams(job, layer, module)
 
     def gradient(texts: range) -> torch.Tensor:
         hidden_nTH = _texts(job, f"hidden-{layer}", texts).to(model.device).requires_grad_(True)
@@ -89,7 +142,8 @@ def backward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
         assert hidden_nTH.grad is not None
         return hidden_nTH.grad
 
-    _write_texts(job, f"gradient-{layer}", gradient)
+    with grams or contextlib.nullcontext():
+        _write_texts(job, f"gradient-{layer}", gradient)
     if scored:
         weights = {path: linear.weight.detach().cpu() for path, linear in linears.items()}
         gradients = {
@@ -97,7 +151,31 @@ def backward(job: PruneJob, model: LayerwiseModel, layer: int) -> None:
         }
         scores = {group.name: taylor_scores(group, weights, gradients) for group in job.coupling.groups}
         save_tensors(job.work / f"scores-{layer}.safetensors", scores)
+    if grams is not None:
+        _fit(job, layer, module, grams)
     model.drop_layer(layer)
+
+
+def _grams(job: PruneJob, layer: int, module: nn.Module) -> _GramSums | None:
+    """Return what observes the inputs that the kept units are fitted on, if this layer is fitted."""
+    if not job.options.refit or layer not in job.counts:
+        return None
+    return _GramSums(module, readers(job.coupling))
+
+
+@torch.no_grad()
+def _fit(job: PruneJob, layer: int, module: nn.Module, grams: _GramSums) -> None:
+    """Write ``refitted-layer``."""
+    prefix = job.coupling.prefix(layer)
+    kept = choose(job, layer, {path: _linear(module, path).weight.cpu() for path in job.coupling.linears})
+    stored = job.source.layer(job.coupling, layer)
+    found = {}
+    for path in readers(job.coupling):
+        columns = place(job.coupling, {layer: kept}, f"{prefix}{path}").columns
+        assert columns is not None
+        weight_OK = refitted(_linear(module, path).weight, grams.sums.pop(path), columns.indices_K)
+        found[f"{prefix}{path}.weight"] = weight_OK.to("cpu", DTYPES[stored[f"{prefix}{path}.weight"].dtype])
+    save_tensors(job.work / f"refitted-{layer}.safetensors", found)
 
 
 def mask(job: PruneJob, model: LayerwiseModel, layer: int) -> None:

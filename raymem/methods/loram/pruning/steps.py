@@ -9,6 +9,7 @@ results a step reads; all else may run at once. What no step ever holds is more 
 | any | ``rest``: what is outside the layers; ``layer-i``: one layer, pruned or whole; then :func:`commit` |
 | units: taylor | ``embed``, ``forward-0..``, ``loss``, ``..backward-i`` (scores), ``layer-i`` |
 | units: wanda | ``embed``, ``forward-0..`` (scores), ``layer-i`` |
+| units: random, magnitude | with ``refit`` as wanda, without scores |
 | zeros: wanda, sparsegpt | ``embed``, ``forward-0..``, then ``mask-i``: layer i sees what pruned layers give |
 """
 
@@ -22,13 +23,12 @@ from typing import Literal
 
 import torch
 
-from raymem.errors import ModelError
 from raymem.methods.loram.index_map import take
 from raymem.methods.loram.pruning import layer_passes
 from raymem.methods.loram.pruning.job import PruneJob, is_committed, read_shard, shard_name, write_shard
 from raymem.methods.loram.pruning.layerwise import LayerwiseModel
 from raymem.methods.loram.pruning.masks import magnitude_mask
-from raymem.methods.loram.pruning.scores import best, magnitude_scores, random_scores
+from raymem.methods.loram.pruning.refit import readers
 from raymem.storage.safetensors_io import DTYPES, Entry, Spec, write_json
 
 Kind = Literal["rest", "layer", "embed", "forward", "loss", "backward", "mask"]
@@ -151,9 +151,10 @@ def memory_bytes(job: PruneJob, step: Step) -> int:
     if step.kind in ("embed", "loss"):
         return 2 * rest + widest  # fp32 of what is stored in bf16
     gram_bytes = 0
-    if job.options.criterion == "sparsegpt":
-        inputs = [job.source.tensors[f"{prefix}{path}.weight"].shape[1] for path in job.coupling.linears]
-        gram_bytes = 4 * (sum(size**2 for size in inputs) + 3 * max(inputs) ** 2)
+    if job.options.refit or job.options.criterion == "sparsegpt":
+        observed = readers(job.coupling) if job.options.refit else job.coupling.linears
+        inputs = [job.source.tensors[f"{prefix}{path}.weight"].shape[1] for path in observed]
+        gram_bytes = 4 * (sum(size**2 for size in inputs) + (4 if job.options.refit else 3) * max(inputs) ** 2)
     return int((4.4 if step.kind == "backward" else 2.4) * layer) + widest + gram_bytes
 
 
@@ -181,7 +182,10 @@ def _write_layer(job: PruneJob, layer: int) -> None:
     if layer in job.counts:
         if job.options.criterion == "magnitude":
             held = {name: job.source.read(name) for name in entries}
-        kept = _choose(job, layer, held)
+        prefix = job.coupling.prefix(layer)
+        weights = {path: held[f"{prefix}{path}.weight"] for path in job.coupling.linears} if held else {}
+        kept = layer_passes.choose(job, layer, weights)
+    fitted = layer_passes.fitted(job, layer)
     specs = _as_stored(entries)
     if kept is not None:
         for name, spec in specs.items():
@@ -189,33 +193,12 @@ def _write_layer(job: PruneJob, layer: int) -> None:
             specs[name] = Spec(tuple(take(job.coupling, {layer: kept}, name, hollow).shape), spec.dtype)
 
     def make(name: str) -> torch.Tensor:
+        if name in fitted:
+            return fitted.pop(name)
         tensor = held.pop(name) if name in held else job.source.read(name)
         return tensor if kept is None else take(job.coupling, {layer: kept}, name, tensor)
 
     write_shard(job, shard_name(job, layer), entries, specs, make, kept)
-
-
-def _choose(job: PruneJob, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
-    """Return the units that stay, by the criterion."""
-    prefix = job.coupling.prefix(layer)
-    stored = layer_passes.scores(job, layer) if job.options.needs_calibration else {}
-    kept = {}
-    for group in job.coupling.groups:
-        match job.options.criterion:
-            case "random":
-                scores = random_scores(group, layer, job.options.seed)
-            case "magnitude":
-                weights = {path: tensors[f"{prefix}{path}.weight"] for path in job.coupling.linears}
-                scores = magnitude_scores(group, weights)
-            case _:
-                scores = stored[group.name]
-        if not bool(torch.isfinite(scores).all()):
-            raise ModelError(
-                f"layer {layer}: its {group.name} scores are not finite; the weights or the calibration texts hold "
-                "NaN or infinity: check the model"
-            )
-        kept[group.name] = best(scores, job.counts[layer][group.name])
-    return kept
 
 
 def _write_zeroed(job: PruneJob, layer: int, entries: dict[str, Entry]) -> None:
