@@ -14,8 +14,9 @@ import torch
 from raymem.errors import ModelError
 from raymem.methods.loram.coupling import Coupling
 
-_DAMPING = 0.01
-"""Weight of staying where one is, relative to the energy of each input."""
+_DAMPING = 0.1
+"""Weight of staying where one is, relative to the energy of each input. With few texts 0.01 fits them too closely (on
+SmolLM2-135M with 4096 tokens), with 16384 it makes no difference."""
 _FLOOR = 1e-6
 """The same for inputs that hardly ever fire, relative to the mean energy."""
 
@@ -28,7 +29,7 @@ def readers(coupling: Coupling) -> tuple[str, ...]:
 def refitted(weight_OI: torch.Tensor, gram_II: torch.Tensor, kept_K: torch.Tensor) -> torch.Tensor:
     """Return the weights [O, K] that give with the kept inputs what the whole layer gave, as nearly as can be.
 
-    They minimise sum_t |W x_t - V x_t[K]|^2 + sum_k d_k |V_k - W_k|^2 with d_k = 0.01 G_kk: damping that does not
+    They minimise sum_t |W x_t - V x_t[K]|^2 + sum_k d_k |V_k - W_k|^2 with d_k = 0.1 G_kk: damping that does not
     depend on the scale of an input, of which some are a thousand times larger than others. Hence
     V = W_K + (solve(G_KK + diag(d), G_KP W_P^T))^T.
 
