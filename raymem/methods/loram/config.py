@@ -48,7 +48,7 @@ class PruneOptions:
     """Kept neurons are rounded down to a multiple of this (64 or 128 suit tensor cores)."""
     refit: bool = False
     """Fit the weights that read the kept units (attention output, MLP down projection) to what the whole layer gave, by
-    least squares over the calibration texts. Give these at least as many tokens as a layer has neurons."""
+    least squares over the calibration texts; the more tokens these have, the better."""
     seed: int = 0
     """Seed of the criterion ``random``."""
 

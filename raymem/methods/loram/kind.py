@@ -28,6 +28,8 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
         {
             "base.kind": ("loram", "the adapter is trained on a pruned model, then recovered for the full one"),
             "base.ratio": (0.5, "share of KV groups and neurons that is pruned"),
+            "base.criterion": ("wanda", "ranks them by their weights and activations on a few training texts"),
+            "base.refit": (True, "what reads those that stay is fitted to what the whole layer gave"),
             "adapter.kind": ("lora", "two small trained matrices beside every linear layer"),
             "adapter.rank": (16, "8 to 64: more can learn more, and takes more memory"),
             "optimizer.kind": ("adamw", ""),

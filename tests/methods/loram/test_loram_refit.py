@@ -29,7 +29,8 @@ def straight_line(weight_OI: torch.Tensor, inputs_TI: torch.Tensor, kept_K: torc
     """The definition as one stacked least-squares problem: every token a row, and a row for each damped weight."""
     weight_OI, inputs_TI = weight_OI.double(), inputs_TI.double()
     energy_K = inputs_TI[:, kept_K].square().sum(0)
-    damping_KK = (refit._DAMPING * energy_K + refit._FLOOR * energy_K.mean()).sqrt().diag()
+    damping = 0.5 * len(kept_K) / len(inputs_TI)
+    damping_KK = (damping * energy_K + 1e-6 * energy_K.mean()).sqrt().diag()
     rows = torch.cat([inputs_TI[:, kept_K], damping_KK])
     wanted = torch.cat([inputs_TI @ weight_OI.T, damping_KK @ weight_OI[:, kept_K].T])
     return torch.linalg.lstsq(rows, wanted).solution.T
@@ -46,15 +47,15 @@ def case() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_it_is_the_damped_least_squares_solution(case: Any) -> None:
     weight_OI, inputs_TI = case
-    found = refitted(weight_OI, inputs_TI.double().T @ inputs_TI.double(), KEPT)
+    found = refitted(weight_OI, inputs_TI.double().T @ inputs_TI.double(), KEPT, 40)
     torch.testing.assert_close(found.double(), straight_line(weight_OI, inputs_TI, KEPT), rtol=1e-6, atol=1e-6)
 
 
 def test_where_nothing_is_pruned_or_nothing_fires_nothing_changes(case: Any) -> None:
     weight_OI, inputs_TI = case
-    assert torch.equal(refitted(weight_OI, inputs_TI.T @ inputs_TI, torch.arange(10)), weight_OI)
-    assert torch.equal(refitted(weight_OI, torch.zeros(10, 10), KEPT), weight_OI[:, KEPT])
-    assert refitted(weight_OI.bfloat16(), inputs_TI.T @ inputs_TI, KEPT).dtype == torch.bfloat16
+    assert torch.equal(refitted(weight_OI, inputs_TI.T @ inputs_TI, torch.arange(10), 40), weight_OI)
+    assert torch.equal(refitted(weight_OI, torch.zeros(10, 10), KEPT, 40), weight_OI[:, KEPT])
+    assert refitted(weight_OI.bfloat16(), inputs_TI.T @ inputs_TI, KEPT, 40).dtype == torch.bfloat16
 
 
 def test_what_the_kept_inputs_tell_is_made_up_for(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +65,7 @@ def test_what_the_kept_inputs_tell_is_made_up_for(case: Any, monkeypatch: pytest
     weight_OI, inputs_TI = case
     inputs_TI[:, 1] = 2 * inputs_TI[:, 2]
     kept = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8, 9])
-    found = refitted(weight_OI, inputs_TI.double().T @ inputs_TI.double(), kept)
+    found = refitted(weight_OI, inputs_TI.double().T @ inputs_TI.double(), kept, 40)
     wanted_TO = inputs_TI @ weight_OI.T
     cut, fitted = (inputs_TI[:, kept] @ one.T - wanted_TO for one in (weight_OI[:, kept], found))
     assert float(fitted.norm()) < 1e-4 * float(cut.norm())
@@ -146,7 +147,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"calibration: refit: true needs token ids"):
         open_job(full, tmp_path / "pruned", PruneOptions(keep_first=1, keep_last=1, refit=True))
     with pytest.raises(Exception, match="its activations give no usable Gram matrix"):
-        refitted(torch.ones(2, 2), torch.full((2, 2), torch.nan), torch.tensor([0]))
+        refitted(torch.ones(2, 2), torch.full((2, 2), torch.nan), torch.tensor([0]), 1)
 
 
 def test_models_pruned_before_keep_their_keys(tmp_path: Path) -> None:
