@@ -26,7 +26,8 @@ from raymem.cli.console import hush_libraries
 STEPS, TUNING_STEPS, TUNING_SEED = 24, 8, 100
 MATCHED = 50
 """Problems that the trained model solves in writing."""
-ADAPTER_RATES, FULL_RATES, LION_RATES = (5e-4, 1e-3, 2e-3), (2e-5, 5e-5, 1e-4), (2e-6, 5e-6, 1e-5)
+ADAPTER_RATES, SPARSE_RATES = (5e-4, 1e-3, 2e-3), (1e-3, 3e-3, 1e-2)
+FULL_RATES, LION_RATES = (2e-5, 5e-5, 1e-4), (2e-6, 5e-6, 1e-5)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def lora(activations: Any = "none") -> Line:
 
 
 def moram(criterion: str) -> Line:
-    return Line(ADAPTER_RATES, {"adapter": {"kind": "moram", "criterion": criterion, "rank": peers.RANK}})
+    return Line(SPARSE_RATES, {"adapter": {"kind": "moram", "criterion": criterion, "rank": peers.RANK}})
 
 
 LINES: dict[str, Line] = {
@@ -68,8 +69,8 @@ LINES: dict[str, Line] = {
     "LoRAct, n/8, linear layers": lora({"kind": "loract", "rank": 0.125, "scope": "linear"}),
     "VeLoRA": Line(ADAPTER_RATES, peer=peers.PEERS["VeLoRA"]),
     "MoRAM, random connections": moram("random"),
-    "SHiRA": Line((1e-3, 3e-3, 1e-2), peer=peers.PEERS["SHiRA"]),
-    "Supertuning": Line((1e-3, 3e-3, 1e-2), peer=peers.PEERS["Supertuning"]),
+    "SHiRA": Line(SPARSE_RATES, peer=peers.PEERS["SHiRA"]),
+    "Supertuning": Line(SPARSE_RATES, peer=peers.PEERS["Supertuning"]),
 }
 HEADLINES = ("LoRA", "full AdamW", "MLorc-AdamW, rank 4", "MoRAM", "LoRAct, n/8")
 
