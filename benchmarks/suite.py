@@ -39,6 +39,14 @@ BENCHMARKS = (
         needs_gsm8k=True,
     ),
     Benchmark(
+        "loram_smollm2",
+        "loss of held-out answers of GSM8K on SmolLM2-135M under LoRAM: pruned, with its adapter, recovered, in wrong "
+        "units (negative control), over ratios, criteria, refit and alignment, against LoRA on the full model and on "
+        "one cut down to equal bytes (rows that are there are not run again)",
+        "10 min a row on one core, 31 rows",
+        needs_gsm8k=True,
+    ),
+    Benchmark(
         "choosing",
         "predicted memory of popular models under methods from exact to most frugal, and the first that fits each GPU "
         "(resumable)",

@@ -154,6 +154,42 @@ def quality(results: Path) -> str:
     return markdown(head, rows)
 
 
+def loram(results: Path) -> str:
+    """Of each way of pruning the losses, and the share of LoRA's gain that arrives at the full model."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in _rows(results, "loram_smollm2"):
+        name, _, seed = row["key"].partition(" | ")
+        found.setdefault(name, {})[seed] = row
+    rows = []
+    for name, seeds in found.items():
+        if name == "full" or name.startswith("cut "):
+            continue
+        runs = [row for seed, row in seeds.items() if seed in found["full"]]
+        shares = {seed: _share(row, found["full"][seed]) for seed, row in seeds.items() if seed in found["full"]}
+        cut = found.get(f"cut {name.split()[1].rstrip(',')}", {})
+        rows.append([
+            name,
+            *(_over(runs, lambda row, column=column: row[column], ".3f") for column in _LORAM_COLUMNS),
+            _over([{"share": share} for share in shares.values()], lambda row: row["share"], ".2f"),
+            _over(list(cut.values()), lambda row: row["cut + LoRA"], ".3f") if cut else "",
+        ])  # fmt: skip
+    full = list(found["full"].values())
+    line = (
+        f"The full model: {_over(full, lambda row: row['full'], '.3f')}, with LoRA of its own "
+        f"{_over(full, lambda row: row['full + LoRA'], '.3f')}."
+    )
+    return f"{line}\n\n" + markdown(
+        ["way, ratio", *_LORAM_COLUMNS, "share of the gain", "cut to equal bytes + LoRA"], rows
+    )
+
+
+_LORAM_COLUMNS = ("pruned", "pruned + adapter", "full + recovered", "full + wrong units")
+
+
+def _share(row: dict[str, Any], full: dict[str, Any]) -> float:
+    return float((full["full"] - row["full + recovered"]) / (full["full"] - full["full + LoRA"]))
+
+
 def _over(seeds: list[dict[str, Any]], value: Callable[[dict[str, Any]], float], form: str) -> str:
     values = [value(row) for row in seeds]
     middle = f"{statistics.median(values):{form}}"
@@ -167,4 +203,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "needs": needs,
     "fits": fits,
     "quality": quality,
+    "loram": loram,
 }
