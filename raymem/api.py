@@ -154,6 +154,8 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
 def load(artifact: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (in its stored dtype, evaluation mode) and tokenizer of a PEFT or model directory.
 
+    A PEFT adapter computes what plain PEFT computes with it, to the bit.
+
     Raises:
         RaymemError: it is neither, or the base that the adapter names cannot be loaded.
     """

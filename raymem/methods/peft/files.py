@@ -17,8 +17,12 @@ from raymem.storage.json_files import read_object
 _CURE = "train the adapter again (with a lower learning rate if that made them), or take another copy"
 
 
-def load_adapter(base: Any, directory: Path, device: torch.device | str) -> Any:
-    """Put the adapter of a PEFT directory on a loaded model, in its stored dtype.
+def load_adapter(base: Any, directory: Path, device: torch.device | str, *, in_base_dtype: bool = True) -> Any:
+    """Put the adapter of a PEFT directory on a loaded model.
+
+    Args:
+        in_base_dtype: the adapter has the dtype of the base, as in training; otherwise it is fp32 beside a base of
+            lower precision, as PEFT itself has it.
 
     Raises:
         ModelError: PEFT cannot, or finds no values for a part of it; its weights are pickled, or not finite.
@@ -41,7 +45,11 @@ def load_adapter(base: Any, directory: Path, device: torch.device | str) -> Any:
         ):
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(
-                base, str(directory), low_cpu_mem_usage=True, autocast_adapter_dtype=False, torch_device=str(device)
+                base,
+                str(directory),
+                low_cpu_mem_usage=in_base_dtype,  # rounds to the base's dtype before anything else
+                autocast_adapter_dtype=not in_base_dtype,
+                torch_device=str(device),
             )
 
 

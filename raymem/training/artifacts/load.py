@@ -39,6 +39,8 @@ _WHOLE = "take a whole copy of the directory"
 def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     """Load model (in its stored dtype, evaluation mode) and tokenizer of an adapter or model directory.
 
+    An adapter computes what plain PEFT computes with it, to the bit: it is fp32 beside a base of lower precision.
+
     Raises:
         ModelError: it is neither, or the base that the adapter names cannot be loaded or is quantised, or its kind is
             not installed here or does not load what it saved.
@@ -60,7 +62,7 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
             model = _with_own_kind(path)
         elif (path / "adapter_config.json").is_file():
             base = _load(*_base(path, PeftConfig.from_pretrained(str(path))))
-            model = load_adapter(base, path, "cpu")
+            model = load_adapter(base, path, "cpu", in_base_dtype=False)
         else:
             model = _load(str(path), None)
     except ModelError as error:  # what training would say of the model or its adapter

@@ -73,6 +73,32 @@ def logits(model: Any) -> torch.Tensor:
         return model(**random_batch(2, 12, packed=False).model_inputs()).logits
 
 
+def test_an_adapter_on_a_base_of_lower_precision_is_what_plain_peft_has(
+    llama: Path, examples: Path, tmp_path: Path
+) -> None:
+    """It was trained in fp32 and is stored so: rounding it to the base's bf16 would change what it computes."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "bf16"
+    shutil.copytree(llama, base)
+    AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(base)
+    outcome, _ = train(make_recipe(run_fragment(examples, tmp_path), {"optimizer": {"lr": 0.05}}, model=base))
+    assert outcome is not None
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), outcome.artifact).eval()
+    loaded, _ = load_artifact(outcome.artifact)
+    stored, ids = dict(plain.named_parameters()), random_batch(128, 2, 12).input_ids
+    assert any(tensor.dtype == torch.float32 and tensor.any() for name, tensor in stored.items() if "lora_B" in name)
+    for name, tensor in loaded.named_parameters():
+        assert tensor.dtype == stored[name].dtype and torch.equal(tensor, stored[name]), name
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, plain(input_ids=ids).logits)
+    merge(outcome.artifact, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, tensor in plain.merge_and_unload().state_dict().items():
+        assert torch.equal(tensor, merged[name]), name
+
+
 def test_merging_folds_the_adapter_into_a_plain_model(results: dict[str, Path], tmp_path: Path) -> None:
     merged = merge(results["adapter"], tmp_path / "deep" / "merged")
     found, _ = load_artifact(merged)
