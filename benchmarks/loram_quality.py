@@ -37,6 +37,7 @@ from raymem.runs.evaluate import evaluate_recipe
 from raymem.runs.loram.pipeline import Pipeline, PrunedBase
 from raymem.runs.train import launch
 from raymem.seeds import generator
+from raymem.storage.checksums import CHECKSUMS
 from raymem.storage.safetensors_io import read_header, read_tensor, save_tensors
 from raymem.storage.storage import Storage
 
@@ -116,7 +117,7 @@ def of_pruned_layers(adapter: Path, base: PrunedBase) -> Path:
     layers = re.compile(rf"{re.escape(couple(base.source.config()).layers)}\.(\d+)\.")
     target = adapter.with_name(f"{adapter.name}-pruned-layers")
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(adapter, target, ignore=shutil.ignore_patterns(MANIFEST))
+    shutil.copytree(adapter, target, ignore=shutil.ignore_patterns(MANIFEST, CHECKSUMS))
     tensors = {}
     for key, entry in read_header(adapter, WEIGHTS)[1].items():
         found = layers.search(key)
@@ -141,7 +142,7 @@ def scattered_wrongly(adapter: Path, recovered: Path, base: PrunedBase, seed: in
     wrong: Manifest = dataclasses.replace(base.manifest, kept=kept)
     target = recovered.with_name("wrong-units")
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(recovered, target, ignore=shutil.ignore_patterns(MANIFEST))
+    shutil.copytree(recovered, target, ignore=shutil.ignore_patterns(MANIFEST, CHECKSUMS))
     tensors = {}
     for key, entry in read_header(adapter, WEIGHTS)[1].items():
         match = FACTOR_KEY.fullmatch(key)

@@ -83,7 +83,6 @@ def pruned_row(name: str, data: Path, seed: int) -> dict[str, Any]:
     return {
         "parameters": made.plan.pruned.parameters,
         "peak_bytes": outcome["peak_bytes"],
-        "predicted_peak_bytes": outcome.get("predicted_peak_bytes"),
         "pruned": loss(made.run.recipe, "base"),
         "pruned + adapter": loss(made.run.recipe, outcome["artifact"]),
         "full + recovered": loss(full, recovered),
