@@ -26,8 +26,8 @@ from raymem.cli.console import hush_libraries
 STEPS, TUNING_STEPS, TUNING_SEED = 24, 8, 100
 MATCHED = 50
 """Problems that the trained model solves in writing."""
-ADAPTER_RATES, SPARSE_RATES = (5e-4, 1e-3, 2e-3), (1e-3, 3e-3, 1e-2)
-FULL_RATES, LION_RATES = (2e-5, 5e-5, 1e-4), (2e-6, 5e-6, 1e-5)
+ADAPTER_RATES, SPARSE_RATES = (1e-3, 2e-3, 4e-3), (1e-3, 3e-3, 1e-2)
+FULL_RATES, LION_RATES = (5e-5, 1e-4, 2e-4), (5e-6, 1e-5, 2e-5)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def main() -> None:
         }
         best = min(tuned, key=tuned.__getitem__)
         for seed in asked.seeds:
-            trained(f"{name} | seed {seed}", best, seed, tuning=False)
+            trained(f"{name} | seed {seed}, lr {best:g}", best, seed, tuning=False)
 
 
 if __name__ == "__main__":

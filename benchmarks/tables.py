@@ -127,11 +127,13 @@ def _short(model: str) -> str:
 def quality(results: Path) -> str:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(results, "quality"):
-        name, _, what = row["key"].partition(" | ")
-        if not what.startswith("tuning"):
-            lines.setdefault(name, []).append(row)
+        lines.setdefault(row["key"].split(" | ")[0], []).append(row)
     rows = []
-    for name, seeds in lines.items():
+    for name, found in lines.items():
+        tuned = {row["losses"]["tuning"]: row["lr"] for row in found if "tuning" in row["losses"]}
+        seeds = [row for row in found if "answers" in row["losses"] and (not tuned or row["lr"] == tuned[min(tuned)])]
+        if not seeds:
+            continue
         first = seeds[0]
         rows.append([
             name,
