@@ -18,6 +18,7 @@ PAGES = (
     ROOT / "benchmarks" / "README.md",
     ROOT / "docs" / "planner.md",
     ROOT / "docs" / "choosing.md",
+    ROOT / "docs" / "benchmarks.md",
 )
 _MIB, _GIB = 2**20, 2**30
 
