@@ -26,11 +26,11 @@ from raymem.runs.resolve import resolve
 from raymem.training import loss
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.packed.dataset import PackedRows
-from raymem.training.data.packed.sampler import Sampler
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import evaluate, evaluation_rows
 from raymem.training.hooks import hooks_of, view_of
+from raymem.training.loop import sampler_of
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater, lr_factor
 from raymem.training.step import train_step
@@ -111,7 +111,7 @@ class Task:
 
     def fit(self, model: Any, step: Step, steps: int, lr: float) -> dict[str, Any]:
         """Train; return the loss of every step and the seconds of CPU time after it."""
-        sampler = Sampler(self.recipe.seed, self.train.sizes_and_weights, ROWS)
+        sampler = sampler_of(self.recipe, self.train)
         losses, seconds = [], [0.0]
         model.train()
         for number in range(steps):

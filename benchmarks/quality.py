@@ -72,7 +72,6 @@ LINES: dict[str, Line] = {
     "SHiRA": Line(SPARSE_RATES, peer=peers.PEERS["SHiRA"]),
     "Supertuning": Line(SPARSE_RATES, peer=peers.PEERS["Supertuning"]),
 }
-HEADLINES = ("LoRA", "full AdamW", "MLorc-AdamW, rank 4", "MoRAM", "LoRAct, n/8")
 
 
 def row(data: Path, line: Line, lr: float, seed: int, *, tuning: bool) -> dict[str, Any]:

@@ -140,9 +140,9 @@ def quality(results: Path) -> str:
             name,
             f"{first['lr']:g}" if "lr" in first else "",
             f"{first['trained_parameters'] / 1e6:.2f}" if "lr" in first else "",
-            _over(seeds, lambda row: row["losses"]["answers"], ".3f"),
-            _over(seeds, lambda row: row["losses"]["text"], ".3f"),
-            _over(seeds, lambda row: 100 * row["exact_match"], ".0f"),
+            _over((row["losses"]["answers"] for row in seeds), ".3f"),
+            _over((row["losses"]["text"] for row in seeds), ".3f"),
+            _over((100 * row["exact_match"] for row in seeds), ".0f"),
             f"{first['cpu_s'][-1] / len(first['cpu_s']):.1f}" if "cpu_s" in first else "",
         ])  # fmt: skip
     head = [
@@ -167,20 +167,17 @@ def loram(results: Path) -> str:
     for name, seeds in found.items():
         if name == "full" or name.startswith("cut "):
             continue
-        runs = [row for seed, row in seeds.items() if seed in found["full"]]
-        shares = {seed: _share(row, found["full"][seed]) for seed, row in seeds.items() if seed in found["full"]}
+        runs = {seed: row for seed, row in seeds.items() if seed in found["full"]}
         cut = found.get(f"cut {name.split()[1].rstrip(',')}", {})
         rows.append([
             name,
-            *(_over(runs, lambda row, column=column: row[column], ".3f") for column in _LORAM_COLUMNS),
-            _over([{"share": share} for share in shares.values()], lambda row: row["share"], ".2f"),
-            _over(list(cut.values()), lambda row: row["cut + LoRA"], ".3f") if cut else "",
+            *(_over((row[column] for row in runs.values()), ".3f") for column in _LORAM_COLUMNS),
+            _over((_share(row, found["full"][seed]) for seed, row in runs.items()), ".2f"),
+            _over((row["cut + LoRA"] for row in cut.values()), ".3f") if cut else "",
         ])  # fmt: skip
-    full = list(found["full"].values())
-    line = (
-        f"The full model: {_over(full, lambda row: row['full'], '.3f')}, with LoRA of its own "
-        f"{_over(full, lambda row: row['full + LoRA'], '.3f')}."
-    )
+    full = found["full"].values()
+    alone, with_lora = (_over((row[column] for row in full), ".3f") for column in ("full", "full + LoRA"))
+    line = f"The full model: {alone}, with LoRA of its own {with_lora}."
     return f"{line}\n\n" + markdown(
         ["way, ratio", *_LORAM_COLUMNS, "share of the gain", "cut to equal bytes + LoRA"], rows
     )
@@ -193,8 +190,9 @@ def _share(row: dict[str, Any], full: dict[str, Any]) -> float:
     return float((full["full"] - row["full + recovered"]) / (full["full"] - full["full + LoRA"]))
 
 
-def _over(seeds: list[dict[str, Any]], value: Callable[[dict[str, Any]], float], form: str) -> str:
-    values = [value(row) for row in seeds]
+def _over(values: Iterable[float], form: str) -> str:
+    """Return the median of seeds, with the range where there are several."""
+    values = list(values)
     middle = f"{statistics.median(values):{form}}"
     return middle if len(values) == 1 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
 

@@ -108,11 +108,11 @@ class Planner:
 
     def plan(self, recipe: Recipe, rows: RowFacts | None = None) -> Plan:
         """Plan a recipe; see :func:`plan_recipe`."""
-        return _or_raise(_result(self._answer(_job(recipe, self._gpu, rows))))
+        return _or_raise(self.try_plan(recipe, rows))
 
-    def try_plan(self, recipe: Recipe) -> Plan | Exception:
+    def try_plan(self, recipe: Recipe, rows: RowFacts | None = None) -> Plan | Exception:
         """Return a plan, or the error of a recipe that has none. Raises PlanError if it takes too long."""
-        return _result(self._answer(_job(recipe, self._gpu)))
+        return _result(self._answer(_job(recipe, self._gpu, rows)))
 
     def plan_within(self, recipe: Recipe, limit_bytes: int) -> Plan | Above:
         """Plan like :meth:`plan`, but stops as soon as the device surely must have more than ``limit_bytes``.

@@ -12,7 +12,7 @@ from raymem.runs.resolve import resolve_tokenizer
 from raymem.training.data.batches import most_targets
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.shards import Prepared
-from raymem.training.loop import sampler_of, total_steps
+from raymem.training.loop import sampler_of, steps_of
 
 _ROWS_LOOKED_AT = 10_000
 
@@ -32,16 +32,15 @@ def prepare_here(recipe: Recipe, split: Split) -> tuple[str, Prepared]:
 def row_facts(recipe: Recipe, train_data: Prepared) -> RowFacts:
     """Return the facts of every step but the very first, which holds no optimizer state yet.
 
-    Of a run that takes more than 10,000 rows, the rest is taken to need a mask, if its packing can, and to meet the
-    rows with the most targets in one micro-batch.
+    A run that takes more than 10,000 rows is taken to need a mask, if its packing can, and to meet the rows with the
+    most targets in one micro-batch.
     """
     rows = PackedRows(train_data.directories)
-    sampler, steps = sampler_of(recipe, rows), total_steps(recipe, train_data)
+    sampler = sampler_of(recipe, rows)
+    steps = steps_of(recipe, sampler)
     world, size = max(1, recipe.scaling.least_workers), recipe.train.rows_per_pass
-    looked_at = min(steps, -(-_ROWS_LOOKED_AT // recipe.train.global_batch))
-    batches = [sampler.ids(step) for step in range(min(1, steps - 1), looked_at)]
+    if steps > -(-_ROWS_LOOKED_AT // recipe.train.global_batch):
+        return RowFacts(recipe.data.packing != "wrapped", int(np.sort(rows.num_targets)[-size:].sum()))
+    batches = [sampler.ids(step) for step in range(min(1, steps - 1), steps)]
     masked = any(rows.needs_mask(ids) for ids in batches)
-    targets = max(most_targets(rows, ids, world, size) for ids in batches)
-    if looked_at < steps:
-        masked, targets = recipe.data.packing != "wrapped", int(np.sort(rows.num_targets)[-size:].sum())
-    return RowFacts(masked, targets)
+    return RowFacts(masked, max(most_targets(rows, ids, world, size) for ids in batches))

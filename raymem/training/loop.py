@@ -86,7 +86,7 @@ def run(
 
 def total_steps(recipe: Recipe, train_data: Prepared) -> int:
     """Return the number of steps of a run; one that is longer already stays what it is."""
-    return _total_steps(recipe, sampler_of(recipe, PackedRows(train_data.directories)))
+    return steps_of(recipe, sampler_of(recipe, PackedRows(train_data.directories)))
 
 
 def sampler_of(recipe: Recipe, rows: PackedRows) -> Sampler:
@@ -94,7 +94,8 @@ def sampler_of(recipe: Recipe, rows: PackedRows) -> Sampler:
     return Sampler(recipe.seed, rows.sizes_and_weights, recipe.train.global_batch)
 
 
-def _total_steps(recipe: Recipe, sampler: Sampler) -> int:
+def steps_of(recipe: Recipe, sampler: Sampler) -> int:
+    """Return the number of steps of a run whose rows a sampler draws."""
     return recipe.train.steps or sampler.steps_for(recipe.train.epochs or 1.0)
 
 
@@ -114,7 +115,7 @@ class _Session:
         self.rows = PackedRows(train_data.directories)
         self.eval_rows = None if eval_data is None else evaluation_rows(eval_data)
         self.sampler = sampler_of(recipe, self.rows)
-        self.total_steps = _total_steps(recipe, self.sampler)
+        self.total_steps = steps_of(recipe, self.sampler)
         tenth = -(-self.total_steps // 10)
         self.eval_every = recipe.train.eval_every or tenth
         self.save_every = recipe.train.save_every or tenth

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from raymem.methods.loram.pruning.job import PruneJob
+from raymem.methods.loram.pruning.steps import run_step, steps
+
 VOCABULARY = 96
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -76,3 +79,15 @@ def token_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return found
+
+
+def run_turned(job: PruneJob) -> None:
+    """Do the steps of a job in the order most unlike its own that ``after`` allows, each of them twice."""
+    waiting = list(reversed(steps(job)))
+    done: set[str] = set()
+    while waiting:
+        step = next(step for step in waiting if done.issuperset(step.after))
+        run_step(job, step)
+        run_step(job, step)
+        done.add(step.name)
+        waiting.remove(step)

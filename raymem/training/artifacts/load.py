@@ -39,7 +39,7 @@ _WHOLE = "take a whole copy of the directory"
 def load_artifact(directory: str | Path) -> tuple[Any, Any]:
     """Load model (in its stored dtype, evaluation mode) and tokenizer of an adapter or model directory.
 
-    An adapter computes what plain PEFT computes with it, to the bit: it is fp32 beside a base of lower precision.
+    A PEFT adapter computes what plain PEFT computes with it, to the bit: it is fp32 beside a base of lower precision.
 
     Raises:
         ModelError: it is neither, or the base that the adapter names cannot be loaded or is quantised, or its kind is

@@ -25,7 +25,7 @@ from raymem.methods.loram.pruning.job import commit, open_job
 from raymem.methods.loram.pruning.steps import run_step, steps
 from raymem.methods.loram.source import open_source
 from raymem.methods.loram.validate import zeroed
-from tests.helpers.loram_families import FAMILIES, config_of, logits, random_model, save, token_ids
+from tests.helpers.loram_families import FAMILIES, config_of, logits, random_model, run_turned, save, token_ids
 from tests.helpers.support import realigned
 
 RATIOS = (0.0, 0.5, 0.7, 0.25)
@@ -213,14 +213,7 @@ def test_steps_may_run_in_any_order_that_after_allows(full: Path, tmp_path: Path
     options = PruneOptions(criterion="taylor", keep_first=1, keep_last=1)
     prune_model(full, tmp_path / "one", options, IDS)
     job = open_job(full, tmp_path / "two", options, IDS)
-    waiting = list(reversed(steps(job)))
-    done: set[str] = set()
-    while waiting:
-        step = next(step for step in waiting if done.issuperset(step.after))
-        run_step(job, step)
-        run_step(job, step)
-        done.add(step.name)
-        waiting.remove(step)
+    run_turned(job)
     commit(job)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 

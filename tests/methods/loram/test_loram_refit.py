@@ -18,7 +18,7 @@ from raymem.methods.loram.pruning.job import open_job
 from raymem.methods.loram.pruning.refit import readers, refitted
 from raymem.methods.loram.pruning.steps import run_step, steps
 from raymem.storage.safetensors_io import digest, read_header
-from tests.helpers.loram_families import config_of, random_model, save, token_ids
+from tests.helpers.loram_families import config_of, random_model, run_turned, save, token_ids
 
 IDS = token_ids(16, 16)
 CRITERIA = ["random", "magnitude", "wanda", "taylor"]
@@ -112,14 +112,11 @@ def test_any_order_that_after_allows_ends_the_same(criterion: Any, tmp_path: Pat
     results = []
     for name, turned in (("one", False), ("two", True)):
         job = open_job(full, tmp_path / name, options, IDS)
-        waiting = list(reversed(steps(job))) if turned else steps(job)
-        done: set[str] = set()
-        while waiting:
-            step = next(step for step in waiting if done.issuperset(step.after))
-            run_step(job, step)
-            run_step(job, step)
-            done.add(step.name)
-            waiting.remove(step)
+        if turned:
+            run_turned(job)
+        else:
+            for step in steps(job):
+                run_step(job, step)
         results.append({path.name: path.read_bytes() for path in sorted(job.workspace.glob("*.safetensors"))})
         assert layer_passes.fitted(job, 1) and not layer_passes.fitted(job, 0)
     assert results[0].keys() == results[1].keys()

@@ -169,12 +169,11 @@ def _fit(job: PruneJob, layer: int, module: nn.Module, grams: _GramSums) -> None
     prefix = job.coupling.prefix(layer)
     kept = choose(job, layer, {path: _linear(module, path).weight.cpu() for path in job.coupling.linears})
     stored = job.source.layer(job.coupling, layer)
-    found = {}
+    num_tokens, found = calibration(job).numel(), {}
     for path in readers(job.coupling):
         columns = place(job.coupling, {layer: kept}, f"{prefix}{path}").columns
         assert columns is not None
-        gram_II, num_tokens = grams.sums.pop(path), calibration(job).numel()
-        weight_OK = refitted(_linear(module, path).weight, gram_II, columns.indices_K, num_tokens)
+        weight_OK = refitted(_linear(module, path).weight, grams.sums.pop(path), columns.indices_K, num_tokens)
         found[f"{prefix}{path}.weight"] = weight_OK.to("cpu", DTYPES[stored[f"{prefix}{path}.weight"].dtype])
     save_tensors(job.work / f"refitted-{layer}.safetensors", found)
 

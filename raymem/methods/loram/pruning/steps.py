@@ -172,7 +172,9 @@ def _marker(job: PruneJob, step: Step) -> Path:
 
 
 def _write_layer(job: PruneJob, layer: int) -> None:
-    """Prune or copy one layer: it is read once, and beside it only one tensor of the result exists at a time."""
+    """Prune or copy one layer: it is read once, and beside it only what was fitted and one more tensor of the result
+    exist at a time.
+    """
     entries = job.source.layer(job.coupling, layer)
     if job.options.structure != "units":
         _write_zeroed(job, layer, entries)
