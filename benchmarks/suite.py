@@ -47,6 +47,13 @@ BENCHMARKS = (
         needs_gsm8k=True,
     ),
     Benchmark(
+        "budgets",
+        "the best of all methods together in 300, 500 and 800 MiB on SmolLM2-135M, against the best of LoRA with "
+        "checkpointing: sweeps with as many trials each, their best trained anew (resumable)",
+        "2 h",
+        needs_gsm8k=True,
+    ),
+    Benchmark(
         "choosing",
         "predicted memory of popular models under methods from exact to most frugal, and the first that fits each GPU "
         "(resumable)",

@@ -77,7 +77,7 @@ def methods(results: Path) -> str:
             f"{row['tokens_per_s']['median']:.0f}",
             f"{time['median']:.2f} ({time['min']:.2f} to {time['max']:.2f})",
         ])  # fmt: skip
-    head = ["method", "peak, MiB", "plan", "trained, millions", "artefact, MiB", "tokens/s", "step time over LoRA"]
+    head = ["method", "peak, MiB", "plan", "trained, millions", "artefact, MiB", "tokens/CPU s", "step time over LoRA"]
     return markdown(head, rows)
 
 
@@ -125,16 +125,64 @@ def _short(model: str) -> str:
     return model.rsplit("/", 1)[-1]
 
 
-def quality(results: Path) -> str:
+def judged(results: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return for each line of quality.py its trained rows, those at the learning rate that its tuning chose."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(results, "quality"):
         lines.setdefault(row["key"].split(" | ")[0], []).append(row)
+    found = {}
+    for name, mine in lines.items():
+        tuned = {row["losses"]["tuning"]: row["lr"] for row in mine if "tuning" in row["losses"]}
+        seeds = [row for row in mine if "answers" in row["losses"] and (not tuned or row["lr"] == tuned[min(tuned)])]
+        if seeds:
+            found[name] = seeds
+    return found
+
+
+IN_MEMORY = {"LoRAct, n/8": "LoRAct, sublayers", "LoRAct, n/8, linear layers": "LoRAct, linear layers"}
+"""Maps lines of quality.py to rows of methods.py, where the names differ."""
+
+
+def headline(results: Path) -> str:
+    """Peak, time and loss of every method that was both measured and judged."""
+    measured = {row["key"]: row for row in _rows(results, "methods")}
     rows = []
-    for name, found in lines.items():
-        tuned = {row["losses"]["tuning"]: row["lr"] for row in found if "tuning" in row["losses"]}
-        seeds = [row for row in found if "answers" in row["losses"] and (not tuned or row["lr"] == tuned[min(tuned)])]
-        if not seeds:
+    for name, seeds in judged(results).items():
+        row = measured.get(IN_MEMORY.get(name, name))
+        if row is None:
             continue
+        rows.append([
+            f"{name} (peer)" if row["peer"] else name,
+            f"{row['measured_bytes'] / _MIB:,.0f}",
+            f"{row['artifact_bytes'] / _MIB:,.0f}",
+            f"{row['time_over_lora']['median']:.2f}",
+            _over((row["losses"]["answers"] for row in seeds), ".3f"),
+        ])  # fmt: skip
+    return markdown(["method", "peak, MiB", "artefact, MiB", "step time over LoRA", "loss of held-out answers"], rows)
+
+
+def budgets(results: Path) -> str:
+    rows = []
+    for row in _rows(results, "budgets"):
+        budget, name, _ = row["key"].split(" | ")
+        best = ", ".join(f"{key} {value:.2g}" if isinstance(value, float) else f"{key} {value}"
+                         for key, value in row["point"].items())  # fmt: skip
+        rows.append([
+            budget,
+            name,
+            f"{row['loss']:.3f}",
+            f"{row['peak_bytes'] / _MIB:.0f}",
+            f"{100 * (row['predicted_bytes'] / row['peak_bytes'] - 1) + 0:+.2f} %",
+            f"{row['started']}, {row['refused']}, {row['above_budget']}",
+            best,
+        ])  # fmt: skip
+    head = ["budget", "searched", "loss of answers", "peak, MiB", "plan", "started, refused, above", "best"]
+    return markdown(head, rows)
+
+
+def quality(results: Path) -> str:
+    rows = []
+    for name, seeds in judged(results).items():
         first = seeds[0]
         rows.append([
             name,
@@ -200,6 +248,8 @@ def _over(values: Iterable[float], form: str) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "listed": listed,
     "methods": methods,
+    "headline": headline,
+    "budgets": budgets,
     "planner": planner,
     "needs": needs,
     "fits": fits,

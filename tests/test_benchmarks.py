@@ -42,6 +42,7 @@ def test_every_script_is_listed_and_each_that_is_listed_is_there() -> None:
     listed = benchmarks("list").stdout
     shared = {
         "__main__",
+        "figures",
         "gsm8k",
         "make_base",
         "moram_demo",

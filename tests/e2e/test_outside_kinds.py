@@ -122,6 +122,7 @@ def head(site: Path) -> Iterator[RayHead]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_they_train_on_ray_and_a_sweep_searches_their_options(
     head: RayHead, site: Path, llama: Path, examples: Path, tmp_path: Path
 ) -> None:
