@@ -161,8 +161,15 @@ def ours(task: Task) -> tuple[Any, Step]:
     updater = build_updater(model, recipe)
     hooks = hooks_of(recipe, model)
 
+    sampler = sampler_of(recipe, task.train)
+
+    def ahead(number: int) -> list[tuple[Batch, int]]:
+        ids = sampler.ids(number)
+        return [(batch, global_targets(task.train, ids)) for batch in rank_batches(task.train, ids, 0, 1, MICRO)]
+
+    view = view_of(model, ahead, mixed=False)
+
     def step(batches: list[Batch], targets: int, number: int, lr: float) -> float:
-        view = view_of(model, lambda _: [(batch, targets) for batch in batches], mixed=False)
         for hook in hooks:
             hook.before_step(number, view)
         return float(train_step(model, batches, targets, updater, number, lr, clip_norm=1.0).loss)

@@ -38,6 +38,8 @@ class Line:
     fragment: Mapping[str, Any] | None = None
     """Of a recipe; None for a peer."""
     peer: Callable[[Any], peers.Peer] | None = None
+    quick: Mapping[str, Any] | None = None
+    """The recipe's fragment for tuning, if it is another one that takes less time."""
 
 
 def full(kind: str, **options: Any) -> Line:
@@ -50,7 +52,8 @@ def lora(activations: Any = "none") -> Line:
 
 
 def moram(criterion: str) -> Line:
-    return Line(SPARSE_RATES, {"adapter": {"kind": "moram", "criterion": criterion, "rank": peers.RANK}})
+    adapter = {"kind": "moram", "criterion": criterion, "rank": peers.RANK}
+    return Line(SPARSE_RATES, {"adapter": adapter}, quick={"adapter": {**adapter, "selection_batches": 1}})
 
 
 LINES: dict[str, Line] = {
@@ -76,7 +79,8 @@ LINES: dict[str, Line] = {
 
 def row(data: Path, line: Line, lr: float, seed: int, *, tuning: bool) -> dict[str, Any]:
     """Train a line once."""
-    task = gsm8k.Task.of(gsm8k.raw_recipe(data, line.fragment or {}, seed))
+    fragment = (tuning and line.quick) or line.fragment or {}
+    task = gsm8k.Task.of(gsm8k.raw_recipe(data, fragment, seed))
     model, step = gsm8k.ours(task) if line.peer is None else gsm8k.theirs(task, line.peer)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     facts = {"lr": lr, "seed": seed, "trained_parameters": trained}
