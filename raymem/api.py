@@ -146,7 +146,7 @@ def merge(adapter: str | Path, output: str | Path) -> Path:
     Raises:
         RaymemError: no adapter there, its base cannot be loaded, or ``output`` exists.
     """
-    from raymem.training.artifacts.load import merge as merge_adapter
+    from raymem.training.artifacts.merge import merge as merge_adapter
 
     return merge_adapter(adapter, output)
 

@@ -111,10 +111,10 @@ def merge(
     """Fold an adapter into its base and write the full model."""
     console.log_to_stderr(False)
     from raymem.runs.artifacts import local_copy
-    from raymem.training.artifacts import load
+    from raymem.training.artifacts import merge as merging
 
     with local_copy(adapter) as directory:
-        console.out.print(f"wrote {load.merge(directory, output)}")
+        console.out.print(f"wrote {merging.merge(directory, output)}")
 
 
 @app.command()

@@ -39,6 +39,9 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+INDEX = "model.safetensors.index.json"
+"""The index of a model of several files, unless its config names another."""
+_SINGLE = "model.safetensors"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT_BYTES = 100_000_000
 _SAMPLE_BYTES = 4096
@@ -261,18 +264,30 @@ def shard_files(directory: Path) -> list[str]:
     Raises:
         ModelError: there is none, or the index is malformed.
     """
+    index = index_file(directory)
+    if index is None:
+        return [_named_file(directory) or _SINGLE]
+    names = read_object(index, ModelError, "fetch it again", {"weight_map": (dict,)})["weight_map"].values()
+    if odd := [name for name in names if not is_inside(name)]:
+        raise ModelError(f"{index}: {shown(odd[0])} is no file of the directory; fetch it again")
+    return sorted(set(names))
+
+
+def index_file(directory: Path) -> Path | None:
+    """Return the index of a model directory's weights; None if they are one file.
+
+    Raises:
+        ModelError: there are no weights that can be read.
+    """
     named = _named_file(directory)
-    single = directory / (named or "model.safetensors")
+    single = directory / (named or _SINGLE)
     if single.name.endswith(".safetensors") and (single.is_file() or named):
-        return [single.name]
-    index = single if named else directory / "model.safetensors.index.json"
+        return None
+    index = directory / (named or INDEX)
     if index.is_file() or named:
-        names = read_object(index, ModelError, "fetch it again", {"weight_map": (dict,)})["weight_map"].values()
-        if odd := [name for name in names if not is_inside(name)]:
-            raise ModelError(f"{index}: {shown(odd[0])} is no file of the directory; fetch it again")
-        return sorted(set(names))
+        return index
     raise ModelError(
-        f"model.name: {directory} holds no model.safetensors and no index of such files; raymem reads no pickled "
+        f"model.name: {directory} holds no {_SINGLE} and no index of such files; raymem reads no pickled "
         "weights: convert them with transformers' save_pretrained"
     )
 

@@ -116,7 +116,7 @@ class Arena:
         from raymem.runs.evaluate import evaluate_recipe
         from raymem.runs.train import launch
         from raymem.training.artifacts.generate import generate
-        from raymem.training.artifacts.load import merge
+        from raymem.training.artifacts.merge import merge
         from raymem.training.artifacts.vllm import lint_vllm
 
         recipe, adapter = self.recipe("done"), self.store / "done" / "adapter"

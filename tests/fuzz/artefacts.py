@@ -31,7 +31,8 @@ from raymem.storage.storage import Storage
 from raymem.sweeps.driver import _same_sweep
 from raymem.sweeps.options import SweepOptions
 from raymem.sweeps.trial import earlier_result
-from raymem.training.artifacts.load import load_artifact, merge
+from raymem.training.artifacts.load import load_artifact
+from raymem.training.artifacts.merge import merge
 from raymem.training.artifacts.vllm import lint_vllm
 from raymem.training.checkpoint import Checkpoints, latest_manifest, latest_recipe
 from raymem.training.data.packed.shards import prepare

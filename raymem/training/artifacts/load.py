@@ -1,45 +1,46 @@
-"""Uses the artefacts of training: loads a PEFT or model directory, merges adapters."""
+"""Loads what training leaves: a PEFT or model directory."""
 
 from __future__ import annotations
 
-import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from raymem.account import refuse_not_finite, refuse_quantised
-from raymem.errors import ModelError, StorageError
+from raymem.errors import ModelError
 from raymem.kinds import AttachContext
 from raymem.methods.own_code import built_in_only
 from raymem.methods.peft.files import load_adapter
 from raymem.methods.peft.importing import without_bitsandbytes
 from raymem.methods.probe import first_line
-from raymem.methods.sentences import as_sentence
-from raymem.recipe.axes import ADAPTERS, building, why_not_of_model
+from raymem.recipe.axes import ADAPTERS, building
 from raymem.recipe.schema import Recipe
-from raymem.storage.checksums import check_files, write_checksums
-from raymem.storage.errors import writing
+from raymem.storage.checksums import check_files
 from raymem.storage.json_files import read_object
-from raymem.training.artifacts.card import write_card
 from raymem.training.artifacts.facts import FACTS
 from raymem.training.data.tokenizer import load_tokenizer, tokenizer_key
 from raymem.training.dist_env import DistEnv
 from raymem.training.model.adapter import continuing, is_of_own_kind, tensors_of
 from raymem.training.model.base_name import base_name
 from raymem.training.model.build import fetch
-from raymem.training.model.companions import GENERATION, copy_companions
 from raymem.training.model.revision import trained_from
 from raymem.training.model.weights import NOT_FINITE, check_checkpoint
 
-_WHOLE = "take a whole copy of the directory"
+WHOLE = "take a whole copy of the directory"
+"""The cure for a directory with a part missing."""
+LoadBase = Callable[[str, str | None], Any]
+"""Takes name and revision of a base; returns its model."""
 
 
-def load_artifact(directory: str | Path) -> tuple[Any, Any]:
+def load_artifact(directory: str | Path, *, load_base: LoadBase | None = None) -> tuple[Any, Any]:
     """Load model (in its stored dtype, evaluation mode) and tokenizer of an adapter or model directory.
 
     A PEFT adapter computes what plain PEFT computes with it, to the bit: it is fp32 beside a base of lower precision.
+
+    Args:
+        load_base: makes the base of a PEFT adapter; by default it is loaded whole.
 
     Raises:
         ModelError: it is neither, or the base that the adapter names cannot be loaded or is quantised, or its kind is
@@ -61,7 +62,7 @@ def load_artifact(directory: str | Path) -> tuple[Any, Any]:
         if is_of_own_kind(path):
             model = _with_own_kind(path)
         elif (path / "adapter_config.json").is_file():
-            base = _load(*_base(path, PeftConfig.from_pretrained(str(path))))
+            base = (load_base or _load)(*_base(path, PeftConfig.from_pretrained(str(path))))
             model = load_adapter(base, path, "cpu", in_base_dtype=False)
         else:
             model = _load(str(path), None)
@@ -81,11 +82,11 @@ def _with_own_kind(directory: Path) -> Any:
     options = continuing(directory)
     if not (directory / FACTS).is_file():
         raise ModelError(f"it holds no {FACTS}, which names its base; take the whole directory of the run")
-    facts = read_object(directory / FACTS, ModelError, _WHOLE, {"recipe": (dict,)})
+    facts = read_object(directory / FACTS, ModelError, WHOLE, {"recipe": (dict,)})
     try:
         recipe = Recipe.model_validate(facts["recipe"])
     except ValueError as error:
-        raise ModelError(f"{directory / FACTS}: its recipe cannot be used ({first_line(error)}); {_WHOLE}") from None
+        raise ModelError(f"{directory / FACTS}: its recipe cannot be used ({first_line(error)}); {WHOLE}") from None
     name, revision = base_name(recipe)
     if name is None:
         raise ModelError(
@@ -114,8 +115,8 @@ def _base(adapter: Path, config: Any) -> tuple[str, str | None]:
     return name, config.revision if trained is None else trained.commit
 
 
-def _base_directory(adapter: Path) -> Path:
-    """Return the directory of an adapter's base model, once that was loaded."""
+def base_directory(adapter: Path) -> Path:
+    """Return the directory of a PEFT adapter's base model, once that was loaded."""
     with without_bitsandbytes():
         from peft import PeftConfig
 
@@ -123,7 +124,8 @@ def _base_directory(adapter: Path) -> Path:
     return Path(name) if Path(name).is_dir() else fetch(name, revision, DistEnv(), weights_too=False)
 
 
-def _same_tokenizer(tokenizer: Any, directory: Path) -> bool:
+def same_tokenizer(tokenizer: Any, directory: Path) -> bool:
+    """Whether the tokenizer of a model directory is the given one."""
     try:
         return tokenizer_key(load_tokenizer(str(directory))) == tokenizer_key(tokenizer)
     except ModelError:
@@ -132,26 +134,38 @@ def _same_tokenizer(tokenizer: Any, directory: Path) -> bool:
 
 def _load(name: str, revision: str | None) -> Any:
     """Load a full or pruned model in its stored dtype, with every tensor of it accounted for."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    check_files(name, ModelError)
-    with built_in_only(name):
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    refuse_quantised(config, name)
+    config = read_config(name, revision)
     if Path(name).is_dir():
-        check_checkpoint(_on_meta(config), Path(name))
+        check_checkpoint(on_meta(config), Path(name))
     with built_in_only(name), building(config):
         model = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, config=config, dtype="auto", trust_remote_code=False
         )
     if not Path(name).is_dir():
-        check_checkpoint(_on_meta(config), _directory(name, revision))
+        check_checkpoint(on_meta(config), _directory(name, revision))
     for key, parameter in model.named_parameters():
         refuse_not_finite(parameter, f"tensor {key}", NOT_FINITE)
     return model
 
 
-def _on_meta(config: Any) -> Any:
+def read_config(name: str, revision: str | None) -> Any:
+    """Read the config of a model whose weights are numbers; a directory is compared with its checksums.
+
+    Raises:
+        ModelError: its weights are quantised, or a file is not as raymem wrote it.
+    """
+    from transformers import AutoConfig
+
+    check_files(name, ModelError)
+    with built_in_only(name):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    refuse_quantised(config, name)
+    return config
+
+
+def on_meta(config: Any) -> Any:
     """Build the model without weights, for names and shapes; tied parameters are one."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -168,65 +182,3 @@ def _directory(name: str, revision: str | None) -> Path:
     from transformers.utils import cached_file
 
     return Path(str(cached_file(name, "config.json", revision=revision))).parent
-
-
-def merge(adapter: str | Path, output: str | Path) -> Path:
-    """Write the base with the adapter folded in, in the base's own dtype, as a model directory.
-
-    Raises:
-        ModelError: no adapter there, one that PEFT cannot merge, or its base cannot be loaded.
-        StorageError: ``output`` exists or cannot be written; nothing half-written is left.
-    """
-    from transformers import GenerationConfig
-
-    source, target = Path(adapter), Path(output)
-    check_files(source, ModelError)
-    if not (source / "adapter_config.json").is_file():
-        raise ModelError(f"{source} holds no adapter_config.json; only adapters are merged")
-    if is_of_own_kind(source):
-        raise ModelError(
-            f"{source} is an adapter of kind {continuing(source).kind}, which cannot be folded into its base; "
-            "raymem.load and raymem generate take it as it is"
-        )
-    if (why := why_not_of_model(source)) is not None:
-        raise ModelError(f"{source} cannot be merged into the model that it names: {why}")
-    if target.exists():
-        raise StorageError(f"--output: {target} already exists; choose another directory or remove it")
-    facts = read_object(source / FACTS, ModelError, _WHOLE) if (source / FACTS).is_file() else {}
-    model, tokenizer = load_artifact(source)
-    base = _base_directory(source)
-    staging = target.parent / f".{target.name}.part"
-    try:
-        with writing(target, where="--output"):
-            staging.mkdir(parents=True)
-            _untie_adapted(model)
-            with as_sentence(ModelError, f"{source}: PEFT cannot merge this adapter", "use it beside its base"):
-                merged = model.merge_and_unload()
-            if (base / GENERATION).is_file():
-                # The base's own follows, also one that would not be written.
-                merged.generation_config = GenerationConfig()
-            merged.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-            copy_companions(base, staging, same_tokenizer=_same_tokenizer(tokenizer, base))
-            (staging / "raymem.json").write_text(json.dumps({**facts, "merged_from": str(source.resolve())}, indent=1))
-            write_card(staging)
-            write_checksums(staging)
-            staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return target
-
-
-def _untie_adapted(model: Any) -> None:
-    """Give adapted layers weights of their own: folded into a tied head, an update would change the embedding too."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    base = model.get_base_model()
-    embedded = {id(embedding.weight) for embedding in base.modules() if isinstance(embedding, torch.nn.Embedding)}
-    for layer in layers:
-        # Routed experts have no weight of that name, and are tied to nothing.
-        if not isinstance(layer, torch.nn.Embedding) and id(getattr(layer, "weight", None)) in embedded:
-            layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-            for config in (base.config, base.config.get_text_config()):
-                config.tie_word_embeddings = False

@@ -159,24 +159,30 @@ def _open(model: Any, directory: Path) -> tuple[SafetensorsFiles, list[str]]:
     return files, list(converted)
 
 
-def check_checkpoint(model: Any, directory: Path) -> None:
+def check_checkpoint(model: Any, directory: Path) -> dict[str, str | None]:
     """Refuse a model directory that training would refuse for its tensors; headers are read, and tied tensors.
 
     Args:
         model: bare transformers model on the meta device, of that directory's config.
 
+    Returns:
+        Key in the files -> name in the model, or None where it is converted while loading; without what is of no use.
+
     Raises:
         ModelError: see :func:`checkpoint_source`.
     """
     files, converted = _open(model, directory)
+    used = set(files.names())
+    names = {key: None if key in converted else name for key, (name, _) in files.headers.items() if name in used}
     if converted:  # what becomes of these, transformers says when it loads them
-        return
+        return names
     shapes = {name: header.shape for name, header in files.headers.values()}
     places = model.state_dict()
     if missing := _without_value(set(places), places.keys() & shapes.keys(), tied_names(model)):
         raise ModelError(_missing(missing))
     for name in places.keys() & shapes.keys():
         _same_shape(name, places[name], torch.empty(shapes[name], device="meta"))
+    return names
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:

@@ -82,7 +82,8 @@ def moram_recipe(llama: Path, examples: Path, storage: Path, *fragments: dict[st
 
 
 def test_a_run_selects_trains_evaluates_merges_and_is_continued(llama: Path, examples: Path, tmp_path: Path) -> None:
-    from raymem.training.artifacts.load import load_artifact, merge
+    from raymem.training.artifacts.load import load_artifact
+    from raymem.training.artifacts.merge import merge
 
     recipe = moram_recipe(llama, examples, tmp_path)
     outcome, rows = train(recipe)

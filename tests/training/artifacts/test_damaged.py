@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from raymem.errors import ModelError, StorageError
 from raymem.methods.peft.kind import read_tensors
 from raymem.storage.checksums import CHECKSUMS
-from raymem.training.artifacts.load import load_artifact, merge
+from raymem.training.artifacts.load import load_artifact
+from raymem.training.artifacts.merge import merge
 from raymem.training.model.adapter import continuing
 from raymem.training.model.revision import trained_from
 from tests.helpers.commands import run_command

@@ -118,7 +118,7 @@ def test_another_tokenizer_keeps_its_own_files(llama: Path, tmp_path: Path) -> N
 
 
 def test_a_merged_model_has_them_too(tmp_path: Path) -> None:
-    from raymem.training.artifacts.load import merge
+    from raymem.training.artifacts.merge import merge
 
     base = with_companions(save_model(tmp_path / "base"))
     recipe = make_recipe(model=base)

@@ -13,7 +13,8 @@ from raymem.methods.plain.losses import FullLoss, FullLossKind
 from raymem.recipe.schema import Recipe
 from raymem.runs.evaluate import evaluate_recipe
 from raymem.training.artifacts.generate import generate
-from raymem.training.artifacts.load import load_artifact, merge
+from raymem.training.artifacts.load import load_artifact
+from raymem.training.artifacts.merge import merge
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import evaluate

@@ -15,7 +15,8 @@ from raymem.errors import ModelError, StorageError
 from raymem.recipe.axes import ADAPTERS
 from raymem.storage.checksums import CHECKSUMS
 from raymem.training.artifacts.generate import generate
-from raymem.training.artifacts.load import load_artifact, merge
+from raymem.training.artifacts.load import load_artifact
+from raymem.training.artifacts.merge import merge
 from tests.helpers import toy_kinds
 from tests.helpers.support import make_recipe, random_batch, run_fragment, save_model, train
 

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from raymem.errors import ModelError, RecipeError
-from raymem.training.artifacts.load import load_artifact, merge
+from raymem.training.artifacts.load import load_artifact
+from raymem.training.artifacts.merge import merge
 from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater

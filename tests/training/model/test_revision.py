@@ -23,7 +23,8 @@ from raymem.storage.checksums import CHECKSUMS
 from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module
 from raymem.sweeps.options import SweepOptions
-from raymem.training.artifacts.load import load_artifact, merge
+from raymem.training.artifacts.load import load_artifact
+from raymem.training.artifacts.merge import merge
 from raymem.training.model.revision import RECORD
 from raymem.training.reporter import Row
 from tests.helpers.hub import NAME, Hub

@@ -32,6 +32,7 @@ from raymem.storage.folders import make_directory
 from raymem.storage.inside import leads_out
 from raymem.storage.json_files import as_object, parse
 from raymem.storage.safetensors_io import (
+    INDEX,
     Entry,
     Spec,
     digest,
@@ -255,7 +256,7 @@ def commit(job: PruneJob) -> Manifest:
         job.key, dataclasses.asdict(job.options), job.coupling.model_type, source, job.calibration, kept, files
     )
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    write_json(job.workspace / "model.safetensors.index.json", index)
+    write_json(job.workspace / INDEX, index)
     with writing(job.out, then="run the same command again: finished layers are not repeated"):
         config = job.source.config()
         (with_counts(config, job.counts) if job.counts else config).save_pretrained(job.workspace)
