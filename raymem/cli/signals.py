@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from raymem.cli import console
+from raymem.training import stopping
 
 _SAME_S = 1.0
 """Seconds in which a second Ctrl-C is the first one again, as from a parent that passes on what we got ourselves."""
@@ -27,6 +28,8 @@ class _Ending:
     def __init__(self) -> None:
         self.number: int | None = None
         self.since = 0.0
+        self.saved_step: int | None = None
+        """The step that a run has saved before its end."""
         self.cure = ""
         """The rest of the sentence, where the command can go on."""
         self.said = False
@@ -38,6 +41,8 @@ _ending = _Ending()
 def unwind_on_signals() -> None:
     """End the command on SIGINT (Ctrl-C), SIGTERM (``ray job stop``, Kubernetes) and SIGHUP (a closed terminal).
 
+    A run that takes steps saves the one that it is at before SIGTERM ends it; a second SIGTERM ends it at once.
+
     A signal that is ignored already, as SIGHUP under nohup, stays so. Nothing has ended the command yet.
     """
     global _ending
@@ -48,6 +53,8 @@ def unwind_on_signals() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGTERM and _ending.number is None and stopping.ask():
+        return
     if _ending.number is None:
         _ending.number, _ending.since = number, time.monotonic()
         sys.exit(128 + number)
@@ -99,6 +106,8 @@ def goes_on(cure: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, stopping.Stopped):
+            _ending.number, _ending.saved_step = signal.SIGTERM, stop.step
         if _ending.number is None and isinstance(stop, SystemExit):
             raise
         say(cure)
@@ -138,5 +147,7 @@ def say(cure: str) -> None:
     _ending.said = True
     number = _ending.number or signal.SIGINT
     word = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    if _ending.saved_step is not None:
+        word += f" once step {_ending.saved_step} was saved"
     with contextlib.suppress(OSError):  # the terminal may be gone
         console.err.print(f"{word}; {cure}" if cure else word)

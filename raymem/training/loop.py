@@ -19,6 +19,7 @@ from raymem.methods.sentences import first_step
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
 from raymem.storage.storage import Storage
+from raymem.training import stopping
 from raymem.training.artifacts.export import export_final
 from raymem.training.checkpoint import FOLDER, Checkpoints
 from raymem.training.data.batches import Batch, global_targets, rank_batches
@@ -32,7 +33,7 @@ from raymem.training.hooks import hooks_of, metrics_of, resume_hooks, states_of,
 from raymem.training.manifest import Manifest
 from raymem.training.model.build import build_model
 from raymem.training.optim import build_updater, lr_factor
-from raymem.training.reporter import Reporter, Row
+from raymem.training.reporter import Reporter, Row, Wanted
 from raymem.training.resume_rules import check_identity, identity_of
 from raymem.training.step import finite_guard, train_step
 
@@ -139,27 +140,9 @@ class _Session:
         self.total_steps = max(start, self.total_steps)  # a run that is longer already stays what it is
         self.model = self.unwrapped if self.dist_env.sharded else replicate(self.unwrapped, self.dist_env)
         row: Row = {}
-        for step in range(start, self.total_steps):
-            # The first step of a session also compiles and allocates: nobody knows how long that takes.
-            if step == start:
-                self._doing(f"taking step {step + 1}, the first of this session")
-            else:
-                self.reporter.progress(f"step {step + 1}")
-            with first_step(self.unwrapped, is_first=step == start), self._failures_named(step):
-                self._seed(step)
-                for hook in self.hooks:
-                    hook.before_step(step, self.view)
-                row = self._step(step, first=start)
-            done = step + 1
-            if self._is_evaluated(done):
-                row |= self._evaluate(done)
-            self.recent.append(row)
-            self.last_row = row
-            if self.dist_env.is_main:
-                self.history.add(row)
-            self.reporter.log(row)
-            if self._due(done, self.save_every):
-                self._save(done)
+        with stopping.heard():
+            for step in range(start, self.total_steps):
+                row = self._take(step, start)
         self.reporter.flush()
         self._doing("exporting the result")
         exported = self._load_best() if self.recipe.storage.keep == "best" else self.total_steps
@@ -181,6 +164,39 @@ class _Session:
             artifact=artifact,
             earlier_s=self.earlier_s,
         )
+
+    def _take(self, step: int, start: int) -> Row:
+        """Take one step, and do what is due after it.
+
+        Raises:
+            Stopped: the run was asked to end; the step is saved.
+        """
+        # The first step of a session also compiles and allocates: nobody knows how long that takes.
+        if step == start:
+            self._doing(f"taking step {step + 1}, the first of this session")
+        else:
+            self.reporter.progress(f"step {step + 1}")
+        with first_step(self.unwrapped, is_first=step == start), self._failures_named(step):
+            self._seed(step)
+            for hook in self.hooks:
+                hook.before_step(step, self.view)
+            row = self._step(step, first=start)
+        done = step + 1
+        if self._is_evaluated(done):
+            row |= self._evaluate(done)
+        self.recent.append(row)
+        self.last_row = row
+        if self.dist_env.is_main:
+            self.history.add(row)
+        self.reporter.log(row)
+        wanted = self.reporter.wanted()
+        if wanted is not Wanted.NOTHING or self._due(done, self.save_every):
+            self._save(done)
+        if wanted is Wanted.STOP and done < self.total_steps:
+            raise stopping.Stopped(done)
+        if wanted is Wanted.SAVE:
+            self.reporter.saved()
+        return row
 
     def _doing(self, what: str) -> None:
         """Tell people what begins that takes as long as it takes."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from raymem.training import stopping
 
 Row = dict[str, float]
 """One step's metrics: ``step`` (steps done, from 1), ``loss``, ``lr``, ``grad_norm``, ``tokens_per_s``, ``elapsed_s``
@@ -19,6 +22,16 @@ Status = Callable[[str], None]
 
 def unheard(text: str) -> None:
     """Take a text and do nothing with it."""
+
+
+class Wanted(enum.Enum):
+    """What the surroundings of a run want of it between two steps."""
+
+    NOTHING = enum.auto()
+    SAVE = enum.auto()
+    """A checkpoint: a worker, or the node of one, is about to be taken away."""
+    STOP = enum.auto()
+    """A checkpoint, and the end of the run."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,12 @@ class Reporter(Protocol):
 
     def flush(self) -> None:
         """Deliver everything; called at checkpoints and at the end, on every rank."""
+
+    def wanted(self) -> Wanted:
+        """Say what is wanted now, after a row was taken; all ranks get the same answer."""
+
+    def saved(self) -> None:
+        """Learn that there is a checkpoint that was wanted; a worker that is to end may do so."""
 
     def progress(self, what: str, *, brief: bool = True, told: bool = False) -> None:
         """Learn what this rank does from now on; it must be cheap, since each step and evaluated batch calls it.
@@ -77,6 +96,12 @@ class LocalReporter:
             listener(rows)
 
     def flush(self) -> None:
+        pass
+
+    def wanted(self) -> Wanted:
+        return Wanted.STOP if stopping.asked() else Wanted.NOTHING
+
+    def saved(self) -> None:
         pass
 
     def progress(self, what: str, *, brief: bool = True, told: bool = False) -> None:

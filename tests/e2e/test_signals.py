@@ -5,6 +5,7 @@ In the default tier test_tracked_run.py signals runs without Ray, and tests/cli/
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -89,6 +90,39 @@ def trained(recipe: Path, environment: dict[str, str]) -> tuple[list[float], byt
     return losses(run), result_bytes(run)
 
 
+def newest_step(recipe: Path) -> int:
+    newest = max((recipe.parent / "runs" / recipe.stem / "checkpoints").glob("step_*/manifest.json"))
+    step: int = json.loads(newest.read_text())["step"]
+    return step
+
+
+def processes(command: Command, title: str) -> list[psutil.Process]:
+    """Processes of the command's cluster with a title such as ray::RayTrainWorker."""
+    return [child for child in children(command) if title in " ".join(child.cmdline())]
+
+
+def test_a_worker_that_is_ended_saves_its_step_and_the_group_goes_on(recipes: Any, base: Path) -> None:
+    environment = {**clean_environment(), "RAY_TMPDIR": str(base)}
+    recipe = recipes("worker", 2)
+    raw = yaml.safe_load(recipe.read_text())
+    raw["train"]["save_every"] = 400
+    recipe.write_text(yaml.safe_dump(raw))
+    command = Command(["train", recipe], environment)
+    command.until(r"step \d")
+    processes(command, "RayTrainWorker")[-1].send_signal(signal.SIGTERM)
+    out, err = command.process.communicate(timeout=400)
+    assert command.process.returncode == 0, out + err
+    assert re.search(
+        r"worker \d failed: .*its process got SIGTERM, and every step is saved; the workers start again", out + err
+    )
+    resumed = re.search(r"taking step (\d+), the first of this session", out)
+    assert resumed is not None and int(resumed[1]) > 1, out
+    straight = recipes("straight", 2)
+    expected = trained(straight, environment)
+    run = recipe.parent / "runs" / recipe.stem
+    assert (losses(run), result_bytes(run)) == expected
+
+
 @pytest.fixture
 def recipes(llama: Path, examples: Path, tmp_path: Path) -> Any:
     def write(name: str, workers: int) -> Path:
@@ -109,7 +143,10 @@ def test_training_ends_and_the_same_command_gives_the_undisturbed_result(
         command = Command(["train", recipe], environment)
         command.until(where)
         word = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-        assert command.signalled(number) == (128 + number, f"{word}; {RESUME}\n")
+        status, said = command.signalled(number)
+        if number == signal.SIGTERM:
+            word += f" once step {newest_step(recipe)} was saved"
+        assert (status, said) == (128 + number, f"{word}; {RESUME}\n")
         assert left_below(base) == []
     assert trained(recipe, environment) == trained(recipes("straight", workers), environment)
 

@@ -17,13 +17,14 @@ from raymem.cluster.train.follow import Follow
 from raymem.cluster.train.mailbox import new_mailbox
 from raymem.cluster.train.rendezvous import Rendezvous
 from raymem.cluster.train.watchdog import Watch, collective_timeout_s
-from raymem.cluster.train.worker import config_of, train_worker
+from raymem.cluster.train.worker import STOPPED_AT, config_of, train_worker
 from raymem.errors import ClusterError
 from raymem.recipe.axes import registered
 from raymem.tracking import Tracker
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Audience
+from raymem.training.stopping import Stopped
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -95,4 +96,6 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, audience: Audience) -
             raise KeyboardInterrupt from None
         if (error := ray.get(mailbox.error.remote())) is not None:
             raise error
+    if STOPPED_AT in result.return_value:
+        raise Stopped(result.return_value[STOPPED_AT])
     return Outcome(**result.return_value)

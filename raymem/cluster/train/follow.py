@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -14,6 +15,7 @@ from raymem.cluster.connection import HeadCheck
 from raymem.cluster.train.events import Event, Logged, Restarted, Rows, Scheduled, Told
 from raymem.cluster.train.waiting import Waiting
 from raymem.recipe.schema import ScalingSection
+from raymem.training import stopping
 from raymem.training.reporter import Audience
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,9 @@ class Follower:
     def __init__(self, audience: Audience, waiting: Waiting) -> None:
         self._audience, self._waiting = audience, waiting
         self._wanted: int | None = None
+        self._hearing = contextlib.ExitStack()
+        """Open while steps are taken: nothing is saved before the first one."""
+        self._takes_steps = False
         self._said = ""
         self._logged: dict[str, float] = {}
 
@@ -60,8 +65,16 @@ class Follower:
         except Exception as error:  # words are worth no run: the next look may know more
             log.debug("Ray does not say what the workers wait for: %s", error)
 
+    def close(self) -> None:
+        """Hear no request to end any more."""
+        self._hearing.close()
+        self._takes_steps = False
+
     def _rows(self, event: Rows) -> None:
         self._wanted = None
+        if not self._takes_steps:
+            self._hearing.enter_context(stopping.heard())
+            self._takes_steps = True
         for listener in self._audience.rows if event.rows else ():
             listener(event.rows)
         new = event.rows[event.replayed :]
@@ -80,6 +93,7 @@ class Follower:
         self._logged[event.text] = now
 
     def _restart(self, event: Restarted) -> None:
+        self.close()
         self._wanted, self._said = None, ""
         log.warning("%s; the workers start again from the last checkpoint", event.reason)
 
@@ -103,9 +117,12 @@ class Follow:
         self._done.set()
         self._thread.join()
         self._deliver()
+        self._follower.close()
 
     def _watch(self) -> None:
         while not self._done.wait(0.5):
+            if stopping.asked():
+                self._mailbox.stop.remote()
             self._deliver()
             self._follower.look()
             self._head.look()

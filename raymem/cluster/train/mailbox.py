@@ -25,6 +25,7 @@ class Mailbox:
         self._error: RaymemError | None = None
         self._beats: dict[int, Beat] = {}
         self._failures: list[int] = []
+        self._stopping = False
 
     def push(self, event: Event) -> None:
         self._events.append(event)
@@ -41,6 +42,13 @@ class Mailbox:
 
     def error(self) -> RaymemError | None:
         return self._error
+
+    def stop(self) -> None:
+        """Ask the run to end at its next report."""
+        self._stopping = True
+
+    def is_stopping(self) -> bool:
+        return self._stopping
 
     def beat(self, beat: Beat, done: bool) -> None:
         """Take what a rank says of itself; of one that is done nothing more is expected."""

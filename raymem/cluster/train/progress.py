@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
 
 from raymem.cluster.train.pulse import Pulse
+from raymem.training import stopping
 from raymem.training.dist_env import DistEnv
-from raymem.training.reporter import Row
+from raymem.training.reporter import Row, Wanted
 
 REPORT_EVERY_S = 5.0
 """Seconds between reports, far above the controller's poll: ``ray.train.report`` waits until it took the last one."""
+
+
+class WorkerEnded(RuntimeError):
+    """Ends a worker whose process was asked to end: for Ray a failure, from which the group goes on."""
 
 
 class RayReporter:
@@ -24,9 +31,11 @@ class RayReporter:
     and tells the others.
     """
 
-    def __init__(self, dist_env: DistEnv, pulse: Pulse) -> None:
+    def __init__(self, dist_env: DistEnv, pulse: Pulse, mailbox: Any = None) -> None:
         self._dist_env = dist_env
         self._pulse = pulse
+        self._mailbox = mailbox
+        self._wanted = Wanted.NOTHING
         self._rows: list[Row] = []
         self._replayed = 0
         self._next_step = 0.0
@@ -51,11 +60,31 @@ class RayReporter:
         self._rows, self._replayed = [], 0
         last_step, last_time = self._last_report
         seconds_per_step = (time.monotonic() - last_time) / max(1.0, step - last_step)
-        ahead = torch.tensor(max(1.0, REPORT_EVERY_S // max(seconds_per_step, 1e-6)))
+        ahead = max(1.0, REPORT_EVERY_S // max(seconds_per_step, 1e-6))
+        # Whatever one of the ranks knows, all know from here on; the pace is that of rank 0.
+        known = torch.tensor([ahead if is_main else 0.0, float(self._is_to_stop()), float(stopping.asked())])
         if dist.is_initialized():
-            dist.broadcast(ahead, src=0)
-        self._next_step = step + float(ahead)
+            dist.all_reduce(known, dist.ReduceOp.MAX)
+        ahead, stops, is_ending = known.tolist()
+        is_preempted = ray.train.get_preemption_info() is not None
+        self._wanted = Wanted.STOP if stops else Wanted.SAVE if is_ending or is_preempted else Wanted.NOTHING
+        # Of a node that goes nobody knows when exactly: until then every step is saved.
+        self._next_step = step + (1.0 if is_preempted else ahead)
         self._last_report = (step, time.monotonic())
+
+    def _is_to_stop(self) -> bool:
+        """Ask, on rank 0, whether the driver wants the run to end."""
+        return self._dist_env.is_main and self._mailbox is not None and ray.get(self._mailbox.is_stopping.remote())
+
+    def wanted(self) -> Wanted:
+        """See :class:`raymem.training.reporter.Reporter`; each answer is given once."""
+        wanted, self._wanted = self._wanted, Wanted.NOTHING
+        return wanted
+
+    def saved(self) -> None:
+        """End this worker if its process was asked to end; the group starts again without it."""
+        if stopping.asked():
+            raise WorkerEnded("its process got SIGTERM, and every step is saved")
 
     def progress(self, what: str, *, brief: bool = True, told: bool = False) -> None:
         self._pulse.progress(what, brief, told)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import socket
 import tempfile
 from typing import Any
@@ -14,6 +15,7 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 
 from raymem.cluster.connection import session_directory
+from raymem.training import stopping
 
 
 class Rendezvous(TorchConfig):  # type: ignore[misc]
@@ -27,6 +29,7 @@ class Rendezvous(TorchConfig):  # type: ignore[misc]
 class _LoopbackBackend(_TorchBackend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Set up the group; runs in the controller."""
+        worker_group.execute(save_before_sigterm)
         if ray.util.get_node_ip_address() != "127.0.0.1":
             super().on_start(worker_group, backend_config)
             return
@@ -39,6 +42,17 @@ class _LoopbackBackend(_TorchBackend):  # type: ignore[misc]
             )
             for rank in range(size)
         ])  # fmt: skip
+
+
+def save_before_sigterm() -> None:
+    """Let SIGTERM end this worker's process once its step is saved; runs in each worker, in its main thread."""
+    at_once = signal.getsignal(signal.SIGTERM)
+
+    def end(number: int, frame: Any) -> None:
+        if not stopping.ask() and callable(at_once):
+            at_once(number, frame)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def join(store: str, backend: str, rank: int, size: int, timeout_s: int) -> None:

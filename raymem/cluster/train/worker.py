@@ -23,6 +23,10 @@ from raymem.training.data.packed.shared import localise, to_dict
 from raymem.training.dist_env import DistEnv
 from raymem.training.job import PreparedRun
 from raymem.training.loop import run
+from raymem.training.stopping import Stopped
+
+STOPPED_AT = "stopped_at"
+"""The key of the step at which a run was stopped."""
 
 
 def config_of(prepared: PreparedRun) -> dict[str, Any]:
@@ -46,7 +50,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             for errors.
 
     Returns:
-        :meth:`raymem.training.loop.Outcome.to_dict`; None if the run ended for good before and Ray merely retried.
+        :meth:`raymem.training.loop.Outcome.to_dict`; if the driver wanted the run to end, the last step under
+        :data:`STOPPED_AT`, which is saved; None if the run ended for good before and Ray merely retried.
     """
     mailbox = config.get("mailbox")
     if mailbox is not None and ray.get(mailbox.error.remote()) is not None:
@@ -67,12 +72,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 train_data = localise(config["train_data"], storage)
                 eval_data = config["eval_data"] and localise(config["eval_data"], storage)
                 run_storage = Storage.open(config["run"], storage.retry_for_s)
-                reporter = RayReporter(dist_env, pulse)
+                reporter = RayReporter(dist_env, pulse, mailbox)
                 predicted = config["predicted_peak_bytes"]
                 outcome = run(
                     recipe, dist_env, run_storage, train_data, eval_data, reporter, predicted_peak_bytes=predicted
                 )
                 return outcome.to_dict()
+    except Stopped as stop:
+        return {STOPPED_AT: stop.step}
     except TransientStorageError:
         raise  # a crash: Ray starts the group again, when the storage may be back
     except RaymemError as error:
