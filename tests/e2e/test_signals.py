@@ -84,7 +84,7 @@ def left_below(base: Path) -> list[str]:
 
 def trained(recipe: Path, environment: dict[str, str]) -> tuple[list[float], bytes]:
     command = [sys.executable, "-m", "raymem", "train", str(recipe)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run = recipe.parent / "runs" / recipe.stem
     return losses(run), result_bytes(run)
@@ -110,7 +110,7 @@ def test_a_worker_that_is_ended_saves_its_step_and_the_group_goes_on(recipes: An
     command = Command(["train", recipe], environment)
     command.until(r"step \d")
     processes(command, "RayTrainWorker")[-1].send_signal(signal.SIGTERM)
-    out, err = command.process.communicate(timeout=400)
+    out, err = command.process.communicate(timeout=800)
     assert command.process.returncode == 0, out + err
     assert re.search(
         r"worker \d failed: .*its process got SIGTERM, and every step is saved; the workers start again", out + err
