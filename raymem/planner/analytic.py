@@ -23,7 +23,7 @@ _NF4_TABLES_BYTES = 4 * (16 + 256 + 1)
 
 
 def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, int]:
-    """Count the bytes of weights, trainable, gradients and optimizer of worker 0.
+    """Count the bytes of weights, trainable, gradients and optimizer on the device of worker 0.
 
     An optimizer without a closed form is left out.
 
@@ -51,12 +51,16 @@ def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, i
             itemsize=4 if masters else width,
             rounded=low_precision and recipe.train.master == "stochastic_rounding",
             embedding=name in embeddings,
+            sharded=recipe.scaling.strategy == "fsdp2",
         )
         for name, shape in shapes.items()
     ]
     states = [optimizer.state_bytes(recipe.optimizer, tensor) for tensor in tensors]
+    apart = 0
+    if target.kind == "cuda":
+        apart = sum(optimizer.host_state_bytes(recipe.optimizer, tensor) for tensor in tensors)
     known = {"weights": weights, "trainable": trainable, "gradients": gradients}
-    return known if None in states else {**known, "optimizer": sum(state or 0 for state in states)}
+    return known if None in states else {**known, "optimizer": sum(state or 0 for state in states) - apart}
 
 
 def _rows(shape: tuple[int, ...], share: int) -> tuple[int, ...]:

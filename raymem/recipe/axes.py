@@ -256,6 +256,7 @@ OPTIMIZERS: Axis[OptimizerKind[Any]] = Axis(
     "optimizer", "raymem.optimizers", OptimizerKind, default="adamw", initial="adamw",
     builtin={
         "adamw": f"{_M}.plain.optimizers:AdamWKind",
+        "adamw_8bit": f"{_M}.adam8bit.kind:AdamW8bitKind",
         "mlorc_adamw": f"{_M}.mlorc.kind:MLorcAdamWKind",
         "mlorc_lion": f"{_M}.mlorc.kind:MLorcLionKind",
     },

@@ -1,0 +1,23 @@
+"""What saves memory exactly, or is widely used besides, keeps to what every method must keep to."""
+
+from __future__ import annotations
+
+import pytest
+
+from raymem.testing import ConformanceSuite
+from raymem.testing.tiny import TINY_LLAMA
+
+# Matrices of 8192 numbers, so that some are held in 8 bits and others are too small.
+WIDER = {**TINY_LLAMA, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+
+
+@pytest.mark.slow
+class TestAdamW8bit(ConformanceSuite):
+    fragment = {"adapter": "none", "optimizer": "adamw_8bit"}
+    model_config = WIDER
+
+
+@pytest.mark.slow
+class TestAdamW8bitWithMasters(ConformanceSuite):
+    fragment = {"adapter": "none", "optimizer": "adamw_8bit", "train": {"precision": "bf16", "master": "fp32"}}
+    model_config = WIDER
