@@ -242,6 +242,7 @@ ACTIVATIONS: Axis[ActivationsKind[Any]] = Axis(
         "none": f"{_M}.plain.activations:KeepAllKind",
         "checkpoint": f"{_M}.plain.activations:CheckpointKind",
         "loract": f"{_M}.loract.kind:LoRActKind",
+        "offload": f"{_M}.offload.kind:OffloadKind",
     },
 )  # fmt: skip
 LOSSES: Axis[LossKind[Any]] = Axis(

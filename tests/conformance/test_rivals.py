@@ -21,3 +21,17 @@ class TestAdamW8bit(ConformanceSuite):
 class TestAdamW8bitWithMasters(ConformanceSuite):
     fragment = {"adapter": "none", "optimizer": "adamw_8bit", "train": {"precision": "bf16", "master": "fp32"}}
     model_config = WIDER
+
+
+@pytest.mark.slow
+class TestOffload(ConformanceSuite):
+    fragment = {"activations": "offload"}
+
+
+@pytest.mark.slow
+class TestOffloadWithCheckpointing(ConformanceSuite):
+    fragment = {
+        "adapter": "none",
+        "activations": {"kind": "offload", "checkpoint": True},
+        "train": {"precision": "bf16_mixed"},
+    }

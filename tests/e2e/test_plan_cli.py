@@ -102,7 +102,7 @@ def test_what_lies_on_the_host_is_a_column(
     recipe: Path, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    host: dict[str, int] = {name: 0 for name in CATEGORIES}
+    host: dict[str, int] = dict.fromkeys(map(str, CATEGORIES), 0)
     host |= {"optimizer": 123 << 20, "activations": 877 << 20}
     plan = dataclasses.replace(plan_of((1 << 30) - 12345, device), host_bytes=1000 << 20, host_terms=host)
     monkeypatch.setattr("raymem.runs.plan.plan_recipe", lambda *_, **__: plan)
