@@ -49,7 +49,8 @@ def plan(
     from raymem.runs.plan import budget_bytes, plan_run
 
     gpu = None if gpu is None else gpu_key(gpu)
-    overrides = [*set_, *([f"scaling.num_workers={workers}"] if workers else [])]
+    overrides = [*set_, *(["scaling.use_gpu=true"] if gpu else [])]
+    overrides += [f"scaling.num_workers={workers}"] if workers else []
     loaded = load_recipe(recipe, overrides)
     _note_missing_data(loaded)
     if (note := loaded.model.code_note) is not None:

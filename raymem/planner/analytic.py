@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from raymem.kinds import LossFunction, TensorShape
+from raymem.memory.host import lives_on_host
 from raymem.memory.nf4 import weight_bytes
 from raymem.planner.types import Target
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, OPTIMIZERS
@@ -34,7 +35,10 @@ def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, i
     adapter, optimizer = ADAPTERS.of(recipe), OPTIMIZERS.of(recipe)
     shapes = adapter.trained_shapes(model, recipe.adapter)
     weights = adapter.buffer_bytes(model, recipe.adapter)
-    weights += sum(_frozen_bytes(name, p, share) for name, p in model.named_parameters() if not p.requires_grad)
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    if target.kind == "cuda":
+        frozen = {name: p for name, p in frozen.items() if not lives_on_host(p)}
+    weights += sum(_frozen_bytes(name, p, share) for name, p in frozen.items())
     weights += sum(b.numel() * b.element_size() for name, b in model.named_buffers() if not adapter.owns_buffer(name))
     width = trainable_dtype(recipe).itemsize
     low_precision = recipe.train.precision == "bf16"

@@ -35,3 +35,18 @@ class TestOffloadWithCheckpointing(ConformanceSuite):
         "activations": {"kind": "offload", "checkpoint": True},
         "train": {"precision": "bf16_mixed"},
     }
+
+
+@pytest.mark.slow
+class TestStreamedBase(ConformanceSuite):
+    fragment = {"base": {"offload": True}}
+
+
+@pytest.mark.slow
+class TestStreamedBaseUnderAutocast(ConformanceSuite):
+    fragment = {
+        "base": {"offload": True},
+        "activations": {"kind": "offload", "checkpoint": True},
+        "train": {"precision": "bf16_mixed"},
+        "model": {"dtype": "bf16"},
+    }

@@ -170,8 +170,6 @@ def test_what_the_device_holds_does_not_grow_with_layers() -> None:
 
 @pytest.mark.slow
 def test_page_locked_memory_is_planned_as_pytorch_rounds_it() -> None:
-    sizes = [1, 4096, 4097, 3 << 20]
-    assert [host.pinned_bytes(size) for size in sizes] == [1, 4096, 8192, 4 << 20]
     recipe = make_recipe(case("lora").to_dict(), WITH_CHECKPOINT, {"data": {"sequence_length": 200}})
     on_gpu = make_recipe(recipe.to_dict(), {"scaling": {"use_gpu": True}})
     inputs = 2 * 200 * 128 * 4
