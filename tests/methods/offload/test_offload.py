@@ -27,6 +27,7 @@ from tests.helpers.support import in_processes, make_recipe
 
 OFFLOAD: dict[str, Any] = {"activations": "offload"}
 WITH_CHECKPOINT: dict[str, Any] = {"activations": {"kind": "offload", "checkpoint": True}}
+MORAM: dict[str, Any] = {"kind": "moram", "rank": 4, "density": 0.25, "criterion": "random"}
 PLAIN_OF: dict[bool, dict[str, Any]] = {False: {"activations": "none"}, True: {"activations": "checkpoint"}}
 
 
@@ -48,6 +49,7 @@ def delayed(monkeypatch: pytest.MonkeyPatch) -> list[DelayedLane]:
     [
         ("llama", {"kind": "lora", "rank": 4, "dropout": 0.1}),
         *(pytest.param(family, "none", marks=pytest.mark.slow) for family in ("gpt2", "phi3", "qwen3_moe")),
+        *(pytest.param("llama", {**MORAM, "formulation": f}, marks=pytest.mark.slow) for f in ("fast", "frugal")),
     ],
 )
 def test_gradients_are_the_same_bit_for_bit_however_late_copies_are(

@@ -111,6 +111,23 @@ def test_weights_are_found_on_the_host_and_copied_with_the_model() -> None:
         assert lives_on_host(parameter) == frozen_in_layer and parameter.requires_grad == theirs.requires_grad
 
 
+@pytest.mark.slow
+def test_a_saved_adapter_is_loaded_onto_streamed_layers(tmp_path: Path) -> None:
+    trained: Any = build_model(tiny("llama"))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    trained.save_pretrained(tmp_path)
+    ids = torch.arange(24)[None]
+    plain, streamed = (
+        build_model(tiny("llama", fragment), adapter_at=tmp_path)(input_ids=ids, use_cache=False).logits
+        for fragment in ({}, STREAMED)
+    )
+    assert torch.equal(plain, streamed)
+    assert not torch.equal(plain, build_model(tiny("llama"))(input_ids=ids, use_cache=False).logits)
+
+
 def test_a_model_without_layers_is_refused() -> None:
     recipe = tiny("llama", STREAMED)
     with pytest.raises(RecipeError, match=r"base\.offload: no transformer layers were found in Linear"):
