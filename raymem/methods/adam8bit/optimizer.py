@@ -123,6 +123,9 @@ class AdamW8bit(torch.optim.Optimizer):
                 copies = _FP32_COPIES[compressed] + (weight.dtype != torch.float32)
                 note_passing(4 * copies * min(weight.numel(), at_once), "bitsandbytes::optimizer_update")
             return
+        for value in state.values():
+            if getattr(value, "is_paged", False):
+                _prefetch(value)
         gradient = local(parameter.grad).to(weight.dtype).contiguous()
         tensors = [weight, gradient, *(local(value) for value in state.values())]
         update = _update_8bit if compressed else _update_32bit
@@ -143,6 +146,13 @@ def _part(tensor: torch.Tensor, start: int, at_once: int, numel: int) -> torch.T
     if getattr(tensor, "is_paged", False):  # bitsandbytes' marks, which a view does not have
         part.is_paged, part.page_deviceid = True, tensor.page_deviceid  # type: ignore[attr-defined]
     return part
+
+
+def _prefetch(paged: torch.Tensor) -> None:
+    """Have pages on the GPU before a kernel meets them one by one."""
+    import bitsandbytes.functional as bnb
+
+    bnb.prefetch_tensor(paged)
 
 
 def _update_8bit(parts: dict[str, torch.Tensor], group: dict[str, Any]) -> None:

@@ -236,6 +236,21 @@ def test_rows_that_are_no_whole_blocks_keep_whole_moments_where_they_are_sharded
 # ---- planned
 
 
+@pytest.mark.slow
+def test_the_state_of_shards_has_its_closed_form() -> None:
+    config = {**WIDE, "intermediate_size": 344}  # the rows of down_proj are no whole blocks
+    recipe = make_recipe(
+        case("full", layers=1).to_dict(),
+        {"model": {"config": config}, "optimizer": "adamw_8bit", "scaling": {"strategy": "fsdp2", "num_workers": 4}},
+    )
+    target = Target.of(recipe)
+    model = planned_model(recipe)
+    known, session = closed_form(recipe, target, model), trace_step(recipe, target)
+    assert known == session.state
+    weights = session.state["trainable"]
+    assert weights / 2 < session.state["optimizer"] < weights  # 2.03 bytes a number, and 8 of those that are whole
+
+
 def test_pages_are_a_column_of_the_plan_and_no_memory_of_the_gpu() -> None:
     recipe = make_recipe(
         case("full", layers=1).to_dict(),
