@@ -202,16 +202,25 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-def plan_table(terms: Mapping[str, int], phases: Mapping[str, Mapping[str, int]]) -> Table:
-    """Return the table of ``raymem plan``: for each term its bytes at the peak and at that of each phase."""
+def plan_table(
+    terms: Mapping[str, int], phases: Mapping[str, Mapping[str, int]], host_terms: Mapping[str, int]
+) -> Table:
+    """Return the table of ``raymem plan``: for each term its bytes at the peak and at that of each phase.
+
+    Args:
+        host_terms: bytes of each term in the memory of the host; without any there is no such column.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for name in ("at the peak", *phases):
+    host = ("host",) if host_terms else ()
+    for name in ("at the peak", *host, *phases):
         table.add_column(name, justify="right", no_wrap=True)
     for term, size in terms.items():
-        table.add_row(term, bytes_text(size), *(bytes_text(phase[term]) for phase in phases.values()))
-    sums = (bytes_text(phase["peak_bytes"]) for phase in phases.values())
-    table.add_row("[bold]sum[/bold]", f"[bold]{bytes_text(sum(terms.values()))}[/bold]", *sums)
+        on_host = [bytes_text(host_terms[term]) for _ in host]
+        table.add_row(term, bytes_text(size), *on_host, *(bytes_text(phase[term]) for phase in phases.values()))
+    sums = [bytes_text(phase["peak_bytes"]) for phase in phases.values()]
+    on_host = [bytes_text(sum(host_terms.values())) for _ in host]
+    table.add_row("[bold]sum[/bold]", f"[bold]{bytes_text(sum(terms.values()))}[/bold]", *on_host, *sums)
     return table
 
 

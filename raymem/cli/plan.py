@@ -49,7 +49,8 @@ def plan(
     from raymem.runs.plan import budget_bytes, plan_run
 
     gpu = None if gpu is None else gpu_key(gpu)
-    overrides = [*set_, *([f"scaling.num_workers={workers}"] if workers else [])]
+    overrides = [*set_, *(["scaling.use_gpu=true"] if gpu else [])]
+    overrides += [f"scaling.num_workers={workers}"] if workers else []
     loaded = load_recipe(recipe, overrides)
     _note_missing_data(loaded)
     if (note := loaded.model.code_note) is not None:
@@ -143,8 +144,9 @@ def _print(prediction: Plan, recipe: Recipe, verdict: Verdict | None, limit: int
     if not prediction.traced:
         say("[bold]rough figure by formulas[/bold]: the model's code could not be traced (", end="")
         say(f"{prediction.note})", markup=False)
-    shown = {name: phase for name, phase in prediction.phases.items() if wide or name in _NARROW}
-    console.print_whole(console.plan_table(prediction.terms, shown))
+    narrow = _NARROW[1:] if prediction.host_terms else _NARROW  # its column takes the place of one
+    shown = {name: phase for name, phase in prediction.phases.items() if wide or name in narrow}
+    console.print_whole(console.plan_table(prediction.terms, shown, prediction.host_terms))
     for name in [name for name in prediction.phases if name not in shown]:
         say(f"{name.replace('_', ' ')}: {bytes_text(prediction.phases[name]['peak_bytes'])} (--wide shows its terms)")
     if prediction.loss_note is not None:
@@ -152,6 +154,9 @@ def _print(prediction: Plan, recipe: Recipe, verdict: Verdict | None, limit: int
     for line in prediction.trained:
         say(line, markup=False)
     say(f"peak of what is allocated: {bytes_text(prediction.peak_bytes)}")
+    if prediction.host_bytes:
+        place = "part of the peak, since a CPU has one memory" if prediction.device == "cpu" else "of each worker"
+        say(f"memory of the host that the recipe moves tensors to: {bytes_text(prediction.host_bytes)}, {place}")
     if prediction.term_peaks["loss"] > prediction.terms["loss"]:
         say(f"the loss has its own highest moment elsewhere: {bytes_text(prediction.term_peaks['loss'])}")
     if prediction.device == "cuda":

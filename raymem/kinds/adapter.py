@@ -35,6 +35,10 @@ class AdapterKind(Kind[OptionsT]):
     """Lines of Python that load a result from "DIR" into ``model`` and ``tokenizer``, for model cards; None where only
     :func:`raymem.load` does."""
 
+    reads_base: ClassVar[bool] = True
+    """Whether it reads or writes base weights elsewhere than in the forward and backward pass of their layer, so that
+    they cannot be streamed."""
+
     @abstractmethod
     def attach(self, model: Any, options: OptionsT, context: AttachContext) -> Any:
         """Prepare a model (usually on the meta device) for this kind's training; return the model to train.

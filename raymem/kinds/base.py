@@ -53,6 +53,17 @@ class BaseKind(Kind[OptionsT]):
         config that is none of its own nothing changes."""
         return nullcontext()
 
+    def prepare(self, model: Any, options: OptionsT) -> None:
+        """Change a transformers model on the meta device, before its adapter is attached.
+
+        Raises:
+            RecipeError: an option that does not go with the model; begins with ``base.``.
+        """
+
+    def is_streamed(self, options: OptionsT) -> bool:
+        """Say whether weights of layers lie on the host but while their layer runs."""
+        return False
+
     def alignment(self, options: OptionsT) -> Mapping[str, Any] | None:
         """Return sections of the recipe that trains the weights themselves before the adapter; None where they are used
         as they are."""

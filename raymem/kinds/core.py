@@ -71,6 +71,8 @@ class Kind(ABC, Generic[OptionsT]):
     it in the recipe reference, and a ``ValueError("field: what is wrong")`` of it becomes an error of the recipe."""
     free: ClassVar[tuple[str, ...]] = ()
     """Options that take no memory, so that plans are shared between their values."""
+    exact: ClassVar[tuple[str, ...]] = ()
+    """Options that change no result: a run may go on with other values of them."""
     grows: ClassVar[tuple[str, ...]] = ()
     """Options of which more never takes less memory: a larger value of one that did not fit is refused at once."""
     paths: ClassVar[tuple[str, ...]] = ()

@@ -43,6 +43,10 @@ class OptimizerKind(Kind[OptionsT]):
         """Count the bytes of one tensor's state on one worker in closed form; None where none is known."""
         return None
 
+    def host_state_bytes(self, options: OptionsT, tensor: TensorShape) -> int:
+        """Count the part of :meth:`state_bytes` that lies in the memory of a GPU's host."""
+        return 0
+
     def frees_gradients(self, options: OptionsT) -> bool:
         """Say whether gradients are used up during the backward pass, so that they are never all there."""
         return False
@@ -60,3 +64,5 @@ class TensorShape:
     rounded: bool
     """Whether a bf16 tensor is updated with stochastic rounding."""
     embedding: bool
+    sharded: bool
+    """Whether it is a distributed tensor, be it on one worker."""

@@ -59,6 +59,8 @@ class Record:
     name: str
     """Parameter or state it belongs to, or the module that was running when it was made."""
     operation: str
+    on_host: bool = False
+    """Whether it lies in the memory of the host; on a CPU that is the memory of the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,18 @@ class Tracer(TorchDispatchMode):
     Args:
         workspace: what operations use inside their kernels; by default nothing.
         call: runs an operation; by default it is simply called.
+        host_is_device: whether what lies on the host counts against ``limit_bytes``, as it does on a CPU.
 
     ``phase`` and ``step`` are set by the caller; within a backward pass the phase is always ``backward``. If
     ``limit_bytes`` is set and the peak of a phase is above it, the first allocation after that phase raises
     :class:`LimitPassed`. A backward pass only shrinks from there, so in it the first allocation below the limit does.
     """
 
-    def __init__(self, workspace: Workspace | None = None, call: Call | None = None) -> None:
+    def __init__(
+        self, workspace: Workspace | None = None, call: Call | None = None, *, host_is_device: bool = True
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._host_is_device = host_is_device
         self._call = call or _plain_call
         self.changes: list[Change] = []
         self.phase: Phase = "load"
@@ -110,6 +116,7 @@ class Tracer(TorchDispatchMode):
         self._distributed = False
         self._resize: Any = None
         self.attributed: Category | None = None
+        self.on_host = False
 
     def __enter__(self) -> Tracer:
         from torch._guards import active_fake_mode
@@ -172,6 +179,11 @@ class Tracer(TorchDispatchMode):
             else:
                 live[0].category, live[0].name = category, name
 
+    def is_apart(self, tensor: torch.Tensor) -> bool:
+        """Say whether a tensor lies on the host while the device has a memory of its own."""
+        records = (self._live.get(storage._cdata) for storage in _storages(tensor))
+        return not self._host_is_device and any(live is not None and live[0].on_host for live in records)
+
     def watch(self, model: nn.Module) -> list[RemovableHandle]:
         """Name storages by the module of ``model`` that is running when they are made; undone by the handles."""
         names = {id(module): name for name, module in model.named_modules()}
@@ -216,7 +228,7 @@ class Tracer(TorchDispatchMode):
 
     def _add(self, storage: Any, category: Category, name: str, operation: str) -> None:
         key = storage._cdata
-        record = Record(self._next_key, storage.nbytes(), category, name, operation)
+        record = Record(self._next_key, storage.nbytes(), category, name, operation, self.on_host)
         self._next_key += 1
         self._live[key] = (record, weakref.ref(storage, lambda _: self._gone(key, record)))
         self._note(record, record.num_bytes)
@@ -248,6 +260,8 @@ class Tracer(TorchDispatchMode):
             return
         phase = self._now()
         self.changes.append(Change(record, num_bytes, phase, self.step))
+        if record.on_host and not self._host_is_device:
+            return
         self._alive_bytes += num_bytes
         if num_bytes > 0 and self.limit_bytes is not None:  # nothing can be raised where a storage goes
             self._hold_to(self.limit_bytes, phase)
@@ -282,6 +296,25 @@ def attributed(category: Category) -> Iterator[None]:
         yield
     finally:
         attribute(before)
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """Let storages that are made in the block lie in the memory of the host, where a program is recorded."""
+    before = [tracer.on_host for tracer in _active]
+    for tracer in _active:
+        tracer.on_host = True
+    try:
+        yield
+    finally:
+        for tracer, value in zip(_active, before, strict=True):
+            tracer.on_host = value
+
+
+def note_passing(num_bytes: int, operation: str) -> None:
+    """Apply :meth:`Tracer.passing`, where a program is recorded."""
+    for tracer in _active:
+        tracer.passing(num_bytes, operation)
 
 
 def attribute_backward(category: Category, *, since: torch.Tensor, until: torch.Tensor) -> None:

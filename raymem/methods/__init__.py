@@ -25,11 +25,13 @@ def lazy_exports(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 _EXPORTS = {
+    "adam8bit": ("AdamW8bit",),
     "chunked_loss": ("cross_entropy_sum",),
     "loract": ("compress_activations",),
     "loram": ("PruneOptions", "load_pruned", "prune_model", "recover_adapter", "verify_recovery"),
     "mlorc": ("MLorcAdamW", "MLorcLion"),
     "moram": ("MoRAMConfig", "check_base", "export_lora", "export_shira", "select_indices"),
+    "offload": ("offload_activations",),
 }
 """Room -> what of it is public here."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from raymem.kinds import LossFunction, TensorShape
+from raymem.memory.host import lives_on_host
 from raymem.memory.nf4 import weight_bytes
 from raymem.planner.types import Target
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, OPTIMIZERS
@@ -23,7 +24,7 @@ _NF4_TABLES_BYTES = 4 * (16 + 256 + 1)
 
 
 def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, int]:
-    """Count the bytes of weights, trainable, gradients and optimizer of worker 0.
+    """Count the bytes of weights, trainable, gradients and optimizer on the device of worker 0.
 
     An optimizer without a closed form is left out.
 
@@ -34,7 +35,10 @@ def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, i
     adapter, optimizer = ADAPTERS.of(recipe), OPTIMIZERS.of(recipe)
     shapes = adapter.trained_shapes(model, recipe.adapter)
     weights = adapter.buffer_bytes(model, recipe.adapter)
-    weights += sum(_frozen_bytes(name, p, share) for name, p in model.named_parameters() if not p.requires_grad)
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    if target.kind == "cuda":
+        frozen = {name: p for name, p in frozen.items() if not lives_on_host(p)}
+    weights += sum(_frozen_bytes(name, p, share) for name, p in frozen.items())
     weights += sum(b.numel() * b.element_size() for name, b in model.named_buffers() if not adapter.owns_buffer(name))
     width = trainable_dtype(recipe).itemsize
     low_precision = recipe.train.precision == "bf16"
@@ -51,12 +55,16 @@ def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, i
             itemsize=4 if masters else width,
             rounded=low_precision and recipe.train.master == "stochastic_rounding",
             embedding=name in embeddings,
+            sharded=recipe.scaling.strategy == "fsdp2",
         )
         for name, shape in shapes.items()
     ]
     states = [optimizer.state_bytes(recipe.optimizer, tensor) for tensor in tensors]
+    apart = 0
+    if target.kind == "cuda":
+        apart = sum(optimizer.host_state_bytes(recipe.optimizer, tensor) for tensor in tensors)
     known = {"weights": weights, "trainable": trainable, "gradients": gradients}
-    return known if None in states else {**known, "optimizer": sum(state or 0 for state in states)}
+    return known if None in states else {**known, "optimizer": sum(state or 0 for state in states) - apart}
 
 
 def _rows(shape: tuple[int, ...], share: int) -> tuple[int, ...]:

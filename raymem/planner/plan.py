@@ -16,7 +16,7 @@ _TOP = 12
 
 def make_plan(session: StepTrace, target: Target, gpu: str | None) -> Plan:
     """Evaluate a recorded session."""
-    changes = session.changes
+    changes = _of_device(session.changes, target)
     relevant = {id(change) for change in changes if change.step != 1}
     peak = peak_of(changes, wanted=lambda change: id(change) in relevant)
     steps = peak_of(changes, wanted=lambda c: c.step == MEASURED and c.phase in ("forward", "backward", "step"))
@@ -25,7 +25,8 @@ def make_plan(session: StepTrace, target: Target, gpu: str | None) -> Plan:
         phase_peak = peak_of(changes, wanted=lambda c, phase=phase: c.phase == phase and id(c) in relevant)  # type: ignore[misc]
         if phase_peak.num_bytes:
             phases[phase] = {**_complete(phase_peak.by_category), "peak_bytes": phase_peak.num_bytes}
-    held = _device_needs(session, target, gpu, peak.num_bytes)
+    held = _device_needs(changes, session.rehearsed, target, gpu, peak.num_bytes)
+    host_terms = _host_terms(session.changes)
     return Plan(
         device=target.kind,
         gpu=gpu,
@@ -42,8 +43,29 @@ def make_plan(session: StepTrace, target: Target, gpu: str | None) -> Plan:
         timeline=_timeline(changes, peak.at),
         loss_note=session.loss_note,
         trained=session.trained,
+        host_bytes=sum(host_terms.values()),
+        host_terms=host_terms,
         **held,
     )
+
+
+def _of_device(changes: list[Change], target: Target) -> list[Change]:
+    """Select the changes of the device's memory; a CPU's is that of the host."""
+    return changes if target.kind == "cpu" else [change for change in changes if not change.record.on_host]
+
+
+def _host_terms(changes: list[Change]) -> dict[str, int]:
+    """Return the bytes of each term on the host when they are the most, leaving out the step that does not count."""
+    sums: Counter[str] = Counter()
+    most: dict[str, int] = {}
+    total = highest = 0
+    for change in changes:
+        if change.record.on_host:
+            sums[change.record.category] += change.num_bytes
+            total += change.num_bytes
+        if change.step != 1 and total > highest:
+            highest, most = total, _complete(sums)
+    return most
 
 
 def _term_peaks(changes: list[Change]) -> dict[str, int]:
@@ -61,12 +83,14 @@ def _complete(by_category: Any) -> dict[str, int]:
     return {category: by_category.get(category, 0) for category in CATEGORIES}
 
 
-def _device_needs(session: StepTrace, target: Target, gpu: str | None, peak_bytes: int) -> dict[str, Any]:
+def _device_needs(
+    changes: list[Change], rehearsed: bool, target: Target, gpu: str | None, peak_bytes: int
+) -> dict[str, Any]:
     if target.kind == "cpu":
         same = dict.fromkeys(("reserved_bytes", "capacity_bytes", "expandable_bytes"), peak_bytes)
         return {**same, "outside_bytes": 0}
     outside = outside_bytes(target, gpu)
-    program = allocator_events(session, devices.gpu_facts(gpu).cublas_bytes)
+    program = allocator_events(changes, devices.gpu_facts(gpu).cublas_bytes, rehearsed=rehearsed)
     unlimited = allocator.replay(program)
     return {
         "reserved_bytes": unlimited.peak_reserved_bytes,
@@ -83,19 +107,18 @@ def outside_bytes(target: Target, gpu: str | None) -> int:
     return devices.gpu_facts(gpu).context_bytes + (devices.NCCL_BYTES if target.num_workers > 1 else 0)
 
 
-def allocator_events(session: StepTrace, cublas_bytes: int) -> list[allocator.Event]:
-    """Write the session as a program for the allocator model.
+def allocator_events(changes: list[Change], cublas_bytes: int, *, rehearsed: bool) -> list[allocator.Event]:
+    """Write a session's changes of the device as a program for the allocator model.
 
     Where step 1 was not taken, its place is filled by what step 2 allocates and frees, with the optimizer state coming
     between backward and update: the allocator's cache is then as warm as in a run.
     """
-    changes = session.changes
     before = [_event(c) for c in changes if c.step == 0]
     # One workspace for the thread that runs forward, one for that of backward.
     before += [(-1, cublas_bytes), (-2, cublas_bytes)]
     first = [c for c in changes if c.step == 1]
     measured = [c for c in changes if c.step > 1]
-    if session.rehearsed:
+    if rehearsed:
         return before + [_event(c) for c in first] + [_event(c) for c in measured]
     in_step = [c for c in measured if c.phase in ("forward", "backward", "step")]
     update = next((i for i, c in enumerate(in_step) if c.phase == "step"), len(in_step))

@@ -91,6 +91,11 @@ class Plan:
     """A sentence that says why ``loss: auto`` is ``full`` for this model."""
     trained: list[str] = field(default_factory=list)
     """Lines that say what is trained, quantised and left alone, and why."""
+    host_bytes: int = 0
+    """The most bytes that lie in the memory of the host because the recipe moves them there. On a CPU they are part of
+    ``peak_bytes`` too, on a GPU they are not."""
+    host_terms: dict[str, int] = field(default_factory=dict)
+    """Maps each category to its bytes on the host when these are the most; empty if nothing lies there."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -242,6 +242,7 @@ ACTIVATIONS: Axis[ActivationsKind[Any]] = Axis(
         "none": f"{_M}.plain.activations:KeepAllKind",
         "checkpoint": f"{_M}.plain.activations:CheckpointKind",
         "loract": f"{_M}.loract.kind:LoRActKind",
+        "offload": f"{_M}.offload.kind:OffloadKind",
     },
 )  # fmt: skip
 LOSSES: Axis[LossKind[Any]] = Axis(
@@ -256,6 +257,7 @@ OPTIMIZERS: Axis[OptimizerKind[Any]] = Axis(
     "optimizer", "raymem.optimizers", OptimizerKind, default="adamw", initial="adamw",
     builtin={
         "adamw": f"{_M}.plain.optimizers:AdamWKind",
+        "adamw_8bit": f"{_M}.adam8bit.kind:AdamW8bitKind",
         "mlorc_adamw": f"{_M}.mlorc.kind:MLorcAdamWKind",
         "mlorc_lion": f"{_M}.mlorc.kind:MLorcLionKind",
     },

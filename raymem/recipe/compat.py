@@ -11,7 +11,7 @@ from typing import Any
 
 from raymem.errors import RecipeError
 from raymem.kinds import Kind, Rule
-from raymem.recipe.axes import OPTIMIZERS, all_kinds, chosen
+from raymem.recipe.axes import ADAPTERS, BASES, OPTIMIZERS, all_kinds, chosen
 from raymem.recipe.schema import Recipe
 
 
@@ -64,6 +64,12 @@ RULES: tuple[Rule, ...] = (
         "its bf16 weights would lose every update smaller than a rounding step",
         "leave train.master out, or use another optimizer",
         lambda r: r.train.master == "stochastic_rounding" and not OPTIMIZERS.of(r).rounds,
+    ),
+    Rule(
+        ("base.offload: true", "an adapter that reads base weights outside of their layer's run"),
+        "it would find them on the host",
+        "use adapter: lora, or leave base.offload out",
+        lambda r: r.trains_adapter and BASES.of(r).is_streamed(r.base) and ADAPTERS.of(r).reads_base,
     ),
     Rule(
         ("model.dtype", "train.precision"),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raymem.errors import RaymemError, RecipeError
+from raymem.memory.host import lives_on_host
 from raymem.recipe.schema import Recipe
 
 T = TypeVar("T")
@@ -127,6 +128,9 @@ def replicate(model: nn.Module, dist_env: DistEnv) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     device_ids = [dist_env.device.index] if dist_env.device.type == "cuda" else None
+    # What lies on the host is frozen, and DDP takes parameters of one device only.
+    on_host = [name for name, parameter in model.named_parameters() if lives_on_host(parameter)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, on_host)  # type: ignore[no-untyped-call]
     return DistributedDataParallel(
         model,
         device_ids=device_ids,

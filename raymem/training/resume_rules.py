@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raymem.errors import CheckpointError
+from raymem.recipe.axes import ADAPTERS, BASES
 from raymem.recipe.schema import Recipe
 from raymem.text import cut
 from raymem.training.data.packed.shards import Prepared
@@ -29,6 +30,9 @@ def identity_of(recipe: Recipe, train_data: Prepared) -> dict[str, Any]:
     raw = recipe.to_dict()
     del raw["model"]["attention"]  # another kernel computes the same thing
     del raw["model"]["trust_remote_code"]  # who may run it, rather than what
+    for axis in (BASES, ADAPTERS):
+        for option in axis.of(recipe).exact:
+            del raw[axis.name][option]
     settings = {path: _lookup(raw, path.split(".")) for path in IMMUTABLE_KEYS}
     settings["data.train"] = [[source.directory.name, source.weight] for source in train_data.sources]
     return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -94,6 +95,25 @@ def test_no_number_is_cut_in_a_pipe_of_80_columns(
     assert "\u2026" not in said
     table = said[: said.index("before step:")].splitlines()
     assert max(map(len, table)) <= 80 and len(table) == len(CATEGORIES) + 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_lies_on_the_host_is_a_column(
+    recipe: Path, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    host: dict[str, int] = dict.fromkeys(map(str, CATEGORIES), 0)
+    host |= {"optimizer": 123 << 20, "activations": 877 << 20}
+    plan = dataclasses.replace(plan_of((1 << 30) - 12345, device), host_bytes=1000 << 20, host_terms=host)
+    monkeypatch.setattr("raymem.runs.plan.plan_recipe", lambda *_, **__: plan)
+    assert run_app("plan", recipe) == 0
+    said = capsys.readouterr().out
+    head, *rows = said[: said.index("load:")].splitlines()
+    assert head.split() == ["at", "the", "peak", "host", "forward", "backward", "step"]
+    assert len(rows) == len(CATEGORIES) + 1 and max(map(len, rows)) <= 80
+    shown = [" ".join(row.split()[3:5]) for row in rows]
+    assert shown == [bytes_text(size) for size in (*host.values(), 1000 << 20)]
+    assert ("one memory" in said) == (device == "cpu")
 
 
 def test_wide_shows_all_phases_whole(

@@ -36,6 +36,14 @@ FRAGMENTS: dict[str, list[dict[str, Any]]] = {
     "moram loract": [MORAM, {"activations": {"kind": "loract"}}],
     "mlorc adamw": [FULL, {"optimizer": {"kind": "mlorc_adamw"}}],
     "mlorc lion bf16 checkpoint": [FULL, BF16, CHECKPOINT, {"optimizer": {"kind": "mlorc_lion"}}],
+    "lora streamed": [{"base": {"offload": True}}],
+    "lora streamed offload checkpoint": [
+        {"base": {"offload": True}, "activations": {"kind": "offload", "checkpoint": True}}
+    ],
+    "lora offload": [{"activations": "offload"}],
+    "full bf16 offload checkpoint": [FULL, BF16, {"activations": {"kind": "offload", "checkpoint": True}}],
+    "full 8-bit": [FULL, {"optimizer": "adamw_8bit"}],
+    "full 8-bit bf16 masters": [FULL, BF16, {"optimizer": "adamw_8bit"}],
     "mlorc in backward": [
         FULL,
         {

@@ -53,6 +53,21 @@ CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
     ("activations.side_stream: true", "scaling.use_gpu: false"): [
         {"activations": {"kind": "loract", "side_stream": True}},
     ],
+    ("base.offload: true", "adapter: none"): [{"base": {"offload": True}, "adapter": "none"}],
+    ("base.offload: true", "an adapter that reads base weights outside of their layer's run"): [
+        {"base": {"offload": True}, "adapter": "moram"}
+    ],
+    ("base.offload: true", "base.quantize: nf4"): [{"base": {"offload": True, "quantize": "nf4"}}],
+    ("base.offload: true", "scaling.strategy: fsdp2"): [
+        {"base": {"offload": True}, "scaling": {"strategy": "fsdp2", "num_workers": 2}}
+    ],
+    ("optimizer.paged: true", "scaling.use_gpu: false"): [{"optimizer": {"kind": "adamw_8bit", "paged": True}}],
+    ("optimizer.paged: true", "scaling.strategy: fsdp2"): [
+        {
+            "optimizer": {"kind": "adamw_8bit", "paged": True},
+            "scaling": {"use_gpu": True, "strategy": "fsdp2", "num_workers": 2},
+        }
+    ],
     ("scaling.strategy: fsdp2", "scaling.num_workers: 0"): [{"scaling": {"strategy": "fsdp2", "num_workers": 0}}],
     ("train.master: stochastic_rounding", "train.precision: fp32 or bf16_mixed"): [
         {"train": {"master": "stochastic_rounding"}},

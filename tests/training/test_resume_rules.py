@@ -54,6 +54,7 @@ def test_other_data_is_refused(data: Prepared) -> None:
         {"optimizer": {"lr": 1.0}},
         {"tracking": {"kind": "mlflow"}},
         {"activations": "checkpoint"},
+        {"base": {"offload": True}},
     ],
     ids=str,
 )

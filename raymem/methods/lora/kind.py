@@ -36,6 +36,7 @@ class LoraKind(PeftAdapterKind[LoraOptions]):
     """Two trained factors beside every chosen layer."""
 
     options = LoraOptions
+    reads_base = False
     peft_type = "LORA"
     meaning = {
         "r": "rank",

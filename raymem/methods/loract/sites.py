@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from raymem.errors import ModelError
+from raymem.methods.layers.find import outermost, transformer_layers
 
 
 def find_layers(model: nn.Module, layers: str | nn.ModuleList | None) -> dict[str, nn.Module]:
@@ -37,14 +38,14 @@ def find_layers(model: nn.Module, layers: str | nn.ModuleList | None) -> dict[st
             raise ModelError(
                 f"layers: {layers!r} matches no module of {type(model).__name__}; near names: {', '.join(near)}"
             )
-        return _outermost(matching)
-    matching = {name: module for module, name in names.items() if isinstance(module, _layer_types())}
-    if not matching:
+        return outermost(matching)
+    known = transformer_layers(model)
+    if not known:
         raise ModelError(
             f"layers: no transformer layers were found in {type(model).__name__}, so nothing would be compressed; "
             "name them with layers= (a regular expression such as 'blocks\\.\\d+', or a ModuleList)"
         )
-    return _outermost(matching)
+    return known
 
 
 def first_of_each_stack(layers: dict[str, nn.Module]) -> set[str]:
@@ -100,21 +101,6 @@ def has_matrices(module: nn.Module) -> bool:
 def routes_tokens(module: nn.Module) -> bool:
     """Say whether this is, or contains, a mixture of experts (in transformers it has a member ``experts``)."""
     return any("experts" in inner._modules or "Experts" in type(inner).__name__ for inner in module.modules())
-
-
-def _outermost(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    def is_inner(name: str) -> bool:
-        parts = name.split(".")
-        return any(".".join(parts[:end]) in named for end in range(1, len(parts)))
-
-    return {name: module for name, module in named.items() if not is_inner(name)}
-
-
-def _layer_types() -> tuple[type[nn.Module], ...]:
-    """A model can only have layers of transformers if that has been imported."""
-    layers = sys.modules.get("transformers.modeling_layers")
-    theirs = (layers.GradientCheckpointingLayer,) if layers else ()
-    return (*theirs, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def conv1d_types() -> tuple[type[nn.Module], ...]:

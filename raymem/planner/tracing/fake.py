@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from raymem.errors import PlanError
 from raymem.linalg.local import local
 from raymem.memory import nf4
+from raymem.memory.host import host_like, keep_on_host, lives_on_host
 from raymem.memory.trace import Tracer
 
 
@@ -152,6 +153,8 @@ def _fake_parameter(parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(fake, requires_grad=parameter.requires_grad)
     if type(parameter).__name__ == "Params4bit":
         return nf4.quantised(parameter)
+    if lives_on_host(parameter):
+        return keep_on_host(nn.Parameter(host_like(parameter, torch.device("cpu"))))
     fake_parameter = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype)
     return nn.Parameter(fake_parameter, requires_grad=parameter.requires_grad)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -121,7 +122,7 @@ def _trace(recipe: Recipe, target: Target, rows: RowFacts, dist_env: DistEnv, li
         stack.enter_context(shims(one_segment_per_row=recipe.data.packing != "bfd" or flash or not rows.masked))
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         call = TiedGradients(OutputCache(mode), unwrapped)
-        tracer = stack.enter_context(Tracer(kernels.workspace(target.kind), call))
+        tracer = stack.enter_context(Tracer(kernels.workspace(target.kind), call, host_is_device=target.kind == "cpu"))
         if target.kind == "cuda" and recipe.train.precision == "bf16_mixed":
             stack.enter_context(CudaAutocast())
         fakeify(unwrapped, tracer)
@@ -251,12 +252,15 @@ class _Runner:
     def state_bytes(self) -> dict[str, int]:
         """Measure the terms that have a closed form, for the cross-check (:mod:`raymem.planner.analytic`)."""
 
+        def held(tensors: Iterable[torch.Tensor]) -> int:
+            return fake_bytes(tensor for tensor in tensors if not self.tracer.is_apart(local(tensor)))
+
         frozen = [p for p in self.unwrapped.parameters() if not p.requires_grad]
         scales = [tensor for parameter in frozen for tensor in quantisation_tensors(parameter)]
         moments = [v for p in self.updater.updated.values() for v in self.updater.optimizer.state.get(p, {}).values()]
         return {
-            "weights": fake_bytes([*frozen, *scales, *self.unwrapped.buffers()]),
-            "trainable": fake_bytes([*self.updater.parameters.values(), *self.updater.masters.values()]),
+            "weights": held([*frozen, *scales, *self.unwrapped.buffers()]),
+            "trainable": held([*self.updater.parameters.values(), *self.updater.masters.values()]),
             "gradients": self.gradient_bytes,
-            "optimizer": fake_bytes(moments),
+            "optimizer": held(moments),
         }

@@ -15,6 +15,7 @@ from torch import nn
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, RecipeError
 from raymem.memory import nf4
+from raymem.memory.host import lives_on_host
 from raymem.methods.own_code import as_recipe_says
 from raymem.methods.peft.files import load_adapter
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, building
@@ -75,6 +76,7 @@ def build_model(
     if recipe.base.quantize == "nf4":
         (_stand_in_nf4_linears if planned else _use_nf4_linears)(base_model, base_dtype(recipe))
     places = weights.slots(base_model)
+    BASES.of(recipe).prepare(base_model, recipe.base)
     activations = ACTIVATIONS.of(recipe)
     activations.prepare(base_model, recipe.activations)
     model: nn.Module = base_model
@@ -99,6 +101,9 @@ def build_model(
         for kind in ADAPTERS.kinds():
             kind.register()
         model = load_adapter(base_model, adapter_at, dist_env.device)
+        for parameter in model.parameters():  # PEFT puts an adapter where the weight of its layer is
+            if not lives_on_host(parameter):
+                parameter.data = parameter.data.to(dist_env.device)
         _prepare(model, recipe)
     activations.install(model, recipe.activations, recipe.seed)
     return model

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from raymem.account import Header, refuse_not_finite, refuse_two_places, refuse_untied, unused
 from raymem.errors import ModelError
+from raymem.memory.host import host_like, keep_on_host, lives_on_host
 from raymem.storage.safetensors_io import shard_files
 from raymem.training.dist_env import DistEnv, local_rows
 
@@ -226,6 +227,8 @@ def _parameter_slots(model: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
 def _empty_parameter(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     if type(parameter) is not nn.Parameter:
         return parameter  # a quantised weight allocates itself when its value arrives
+    if lives_on_host(parameter):
+        return keep_on_host(nn.Parameter(host_like(parameter, device)))
     return nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
 
 
