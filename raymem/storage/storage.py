@@ -25,12 +25,14 @@ from raymem.storage import json_files
 from raymem.storage.connect import CHUNK_BYTES, connect, copy_file, verify, verify_names
 from raymem.storage.errors import explain
 from raymem.storage.folders import make_directory
+from raymem.storage.leases import held as leases
 from raymem.storage.publish import seal, unseal
 from raymem.storage.retry import RETRY_FOR_S, retried, retrying
 from raymem.storage.unfinished import scratch
 from raymem.storage.uris import CURE, secret_in
 
 MARKER = "manifest.json"
+_CHANGES = ("write", "delete", "rename")
 _DAMAGED = "the file is damaged: delete it, or restore it from a copy"
 
 
@@ -363,6 +365,8 @@ class Storage:
 
     @contextlib.contextmanager
     def _explained(self, action: str, name: str) -> Iterator[None]:
+        if action in _CHANGES:
+            leases.check(self._at(name))
         try:
             yield
         except OSError as error:
