@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,8 @@ class TrialJob:
     """The Ray resources of the trial's process."""
     parent_run_id: str | None
     """Id of the sweep's run in the tracking system."""
-    storage_id: str
-    """Id of the sweep's storage."""
+    storage_id: str | None
+    """Id of the sweep's storage; None of an object store."""
 
     def to_config(self) -> dict[str, Any]:
         """Pack the job for Ray Tune into few values, since Ray Tune builds long names from many."""
@@ -83,7 +84,7 @@ def run_trial(config: dict[str, Any]) -> None:
     job = TrialJob.of(config)
     recipe = parse_recipe(job.recipe, f"trial {job.number}")
     storage = recipe.storage.open()
-    with held(Path(storage.root), job.storage_id):
+    with nullcontext() if job.storage_id is None else held(Path(storage.root), job.storage_id):
         _run_held(recipe, job, storage.child(recipe.name))
 
 
