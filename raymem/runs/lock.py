@@ -35,8 +35,8 @@ def only_one(storage: Storage, name: str) -> Iterator[None]:
     In the block the storage is held, too: see :func:`raymem.storage.identity.held`.
 
     Raises:
-        StorageError: the storage cannot be written, another process trains a run of this name, or another user's run of
-            this name lies there.
+        RunBusy: another process trains a run of this name.
+        StorageError: the storage cannot be written, or another user's run of this name lies there.
     """
     storage.check_writable()
     with contextlib.ExitStack() as stack:

@@ -153,17 +153,18 @@ class Storage:
         return digest.hexdigest()
 
     @retried
-    def read_json(self, name: str) -> Any:
+    def read_json(self, name: str, *, cure: str = _DAMAGED) -> Any:
         """Parse a JSON file. Raises StorageError if it is missing, unreadable or not JSON."""
         with self._explained("read", name), self._opened(name) as stream:
             text = stream.read(json_files.LIMIT_BYTES + 1)
-        return json_files.parse(text, self.join(name), StorageError, _DAMAGED)
+        return json_files.parse(text, self.join(name), StorageError, cure)
 
     def read_object(
         self, name: str, fields: Mapping[str, tuple[type, ...]] | None = None, *, cure: str | None = None
     ) -> dict[str, Any]:
         """Parse a JSON file that holds an object. Raises StorageError, also if a field is of another type."""
-        return json_files.as_object(self.read_json(name), self.join(name), StorageError, cure or _DAMAGED, fields)
+        cure = cure or _DAMAGED
+        return json_files.as_object(self.read_json(name, cure=cure), self.join(name), StorageError, cure, fields)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file that is seen either whole or not at all. Raises StorageError."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import optuna
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
@@ -24,6 +24,7 @@ FOLDER = "journal"
 PART_BYTES = 256 << 10
 """Size beyond which a part gets no more lines: with each line its part is stored anew."""
 
+Value = TypeVar("Value")
 DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 
 
@@ -122,8 +123,8 @@ class ObjectJournal(BaseJournalBackend):
             ) from None
         return logs
 
-    def _again(self, action: Any) -> Any:
-        def checked() -> Any:
+    def _again(self, action: Callable[[], Value]) -> Value:
+        def checked() -> Value:
             leases.check(self._folder.root)
             return action()
 

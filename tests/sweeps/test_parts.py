@@ -19,6 +19,7 @@ from raymem.errors import (
     OutOfMemory,
     RaymemError,
     RecipeError,
+    RunBusy,
     StorageError,
     TrackingError,
 )
@@ -26,6 +27,7 @@ from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
 from raymem.runs.lock import in_turn
 from raymem.storage.identity import held, identify
+from raymem.storage.leases.held import holding
 from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module
 from raymem.sweeps import trial as trial_module
@@ -305,6 +307,42 @@ def test_the_same_pruned_model_is_made_by_one_trial(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert [word for word, _ in done] == ["begins", "ends"] * 2
+
+
+def test_a_trial_waits_for_the_process_that_still_trains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    result: Any = object()
+    tries: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(tries), sleep=lambda seconds: tries.append(100.0))
+    monkeypatch.setattr(trial_module, "time", clock)
+
+    def train() -> Any:
+        if len(tries) < 2:
+            raise RunBusy("another process is training this run")
+        return result
+
+    assert trial_module._after_its_predecessor(train) is result
+
+    def never() -> Any:
+        raise RunBusy("another process is training this run")
+
+    tries.clear()
+    with pytest.raises(RunBusy):
+        trial_module._after_its_predecessor(never)
+    assert sum(tries) == trial_module.PREDECESSOR_S + 100
+
+
+def test_a_sweep_that_was_taken_over_stops_at_the_next_step_of_ray_tune(recipe: Recipe, tmp_path: Path) -> None:
+    class Lost:
+        holder = "mine"
+
+        def check(self, *, ask: bool = True) -> None:
+            raise StorageError("the lease on this run was taken by ann")
+
+    storage = Storage.open(str(tmp_path))
+    follow = tune.Follow(SimpleNamespace(problems={}), storage, "sweep", lambda running: None)  # type: ignore[arg-type]
+    follow.on_step_begin(0, [])
+    with holding(storage.child("sweep").root, Lost()), pytest.raises(StorageError, match="was taken by ann"):
+        follow.on_step_begin(1, [])
 
 
 def test_a_sweep_stays_at_the_revision_that_it_began_with(recipe: Recipe, tmp_path: Path) -> None:

@@ -125,7 +125,10 @@ class ObjectCell:
 
 
 class FileCell:
-    """A file in a directory. Between its reading and its writing only a lock keeps others out, which the caller has."""
+    """A file in a directory, which must be there: below a mount that is gone none is made.
+
+    Between its reading and its writing only a file lock keeps others out, which the caller has.
+    """
 
     def __init__(self, path: Path) -> None:
         self.place = str(path)
@@ -134,15 +137,13 @@ class FileCell:
     def read(self) -> Version | None:
         try:
             return Version(self._path.read_bytes())
-        except FileNotFoundError:
-            return None
         except OSError as error:
             raise explain(error, "read", self.place) from error
 
     def write(self, data: bytes, over: Version | None) -> Version:
         if self.read() != over:
             raise Changed(self.place)
-        with writing(self._path), self._path.open("r+b" if over is not None else "xb") as file:
+        with writing(self._path), self._path.open("r+b") as file:
             file.write(data)
             file.truncate()
         return Version(data)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from raymem.errors import StorageError
+from raymem.errors import RunBusy, StorageError
 from raymem.storage.leases.cells import Cell, Changed, Version
 from raymem.storage.leases.held import holding, is_held
 from raymem.storage.leases.record import DURATION_S, Record, read_record
@@ -40,7 +40,8 @@ def leased(cell: Cell, run: str, root: str, retry_for_s: float) -> Iterator[None
         retry_for_s: seconds for which taking it is tried again while the storage is away.
 
     Raises:
-        StorageError: somebody else holds it; names who, since when and until when. Or the storage refuses.
+        RunBusy: somebody else holds it; names who, since when and until when.
+        StorageError: the storage refuses.
     """
     lease = _Lease(cell, run, *_take(cell, run, retry_for_s))
     try:
@@ -63,11 +64,11 @@ def watched(cell: Cell, run: str, root: str, holder: str) -> Iterator[None]:
         yield
 
 
-def refusal(run: str, record: Record | None) -> StorageError:
+def refusal(run: str, record: Record | None) -> RunBusy:
     """Return the error for a run that somebody else works on."""
     who = "" if record is None else f" ({record})"
     lasts_s = DURATION_S if record is None else record.duration_s
-    return StorageError(
+    return RunBusy(
         f"{run}: another process is training this run{who}; wait for it, stop it (its lease ends with it, or if it is "
         f"killed {lasts_s:.0f} s after that), or choose another name"
     )
@@ -101,7 +102,7 @@ def _outlived(cell: Cell, run: str, seen: Version, retry_for_s: float) -> Versio
     Time counts only while the cell can be read: a holder that is cut off from the storage as we are is not gone.
 
     Raises:
-        StorageError: it is renewed.
+        RunBusy: it is renewed.
     """
     record = read_record(seen.data)
     lasts_s = DURATION_S if record is None else record.duration_s

@@ -11,7 +11,7 @@ import pytest
 
 from raymem.errors import StorageError, TransientStorageError
 from raymem.storage import connect
-from raymem.storage.leases.cells import Cell, Changed, FileCell, ObjectCell
+from raymem.storage.leases.cells import Cell, Changed, FileCell, ObjectCell, Version
 from raymem.storage.storage import Storage
 from tests.helpers.faulty_proxy import proxy_before
 
@@ -58,18 +58,32 @@ def google_uri() -> Iterator[str]:
     server.server_close()
 
 
-@pytest.fixture(params=["directory", "s3", "gs"])
+@pytest.fixture(params=["s3", "gs"])
 def cell(request: pytest.FixtureRequest, tmp_path: Path) -> Cell:
-    if request.param == "directory":
-        return FileCell(tmp_path / "cell")
     uri = request.getfixturevalue("s3_uri" if request.param == "s3" else "google_uri")
     return ObjectCell(Storage.open(uri).child(tmp_path.name), "a/cell of mine")
 
 
-def test_a_cell_is_written_only_over_what_was_read(cell: Cell) -> None:
+def test_an_object_is_written_only_over_what_was_read(cell: Cell) -> None:
     assert cell.read() is None
     first = cell.write(b"first", None)
     assert first == cell.read()
+    goes_on(cell, first)
+
+
+def test_a_file_is_written_only_over_what_was_read_and_never_made(tmp_path: Path) -> None:
+    cell = FileCell(tmp_path / "cell")
+    for use in (cell.read, lambda: cell.write(b"", None)):
+        with pytest.raises(StorageError, match=r"cannot read .*/cell: no such file or directory"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "cell").write_bytes(b"first, and longer than what comes")
+    first = cell.read()
+    assert first is not None
+    goes_on(cell, first)
+
+
+def goes_on(cell: Cell, first: Version) -> None:
     with pytest.raises(Changed):
         cell.write(b"another first", None)
     second = cell.write(b"second", first)
