@@ -23,7 +23,7 @@ from tests.helpers.faulty_proxy import proxy_before
 from tests.helpers.hosts import Driver, Host
 from tests.helpers.support import make_recipe, run_fragment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 24
 DAY_S = 86400.0
 
@@ -81,7 +81,7 @@ def test_the_second_is_refused_and_a_dead_ones_lease_expires(
     hosts: tuple[Host, Host], command: list[str], remote: Storage, undisturbed: bytes, tmp_path: Path
 ) -> None:
     one, two = hosts
-    first = one.start(command, delay_s=3.0)
+    first = one.start(command, delay_s=8.0)
     with_a_checkpoint(first, remote)
     record = read_record(remote.read_bytes(".locks/run"))
     assert record is not None and record.host == "one" and record.pid == first.process.pid

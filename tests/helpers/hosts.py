@@ -108,14 +108,14 @@ class Driver:
         """What it has printed so far."""
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout_s: float = 240) -> int:
+    def wait(self, timeout_s: float = 500) -> int:
         """Return its exit status."""
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it does not end:\n{self.output[-4000:]}") from None
 
-    def until(self, condition: Callable[[], object], timeout_s: float = 240) -> None:
+    def until(self, condition: Callable[[], object], timeout_s: float = 500) -> None:
         """Wait for something that this driver does."""
         deadline = time.monotonic() + timeout_s
         while not condition():
