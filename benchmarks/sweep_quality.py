@@ -28,11 +28,13 @@ from raymem.recipe.schema import Recipe
 from raymem.recipe.space import Space, sample
 from raymem.recipe.space_load import load_space, recipe_at
 from raymem.seeds import derive
+from raymem.storage.storage import Storage
 from raymem.sweeps import search
 from raymem.sweeps.driver import sweep
+from raymem.sweeps.journal import open_study
 from raymem.sweeps.options import Objective, SweepOptions
 from raymem.sweeps.report import SweepRow
-from raymem.sweeps.search import open_study, started
+from raymem.sweeps.search import started
 
 OBJECTIVE = Objective(("eval_loss",))
 UNLIMITED = 1 << 40
@@ -115,7 +117,7 @@ def main() -> None:
                 wanted = SweepOptions(limit, options.samples, OBJECTIVE, kind, early_stopping=False)
                 began = time.perf_counter()
                 swept = sweep(recipe, space, wanted, fresh=True, status=print)
-                study = open_study(swept.folder / "journal.log", OBJECTIVE, name)
+                study = open_study(Storage.open(swept.folder), OBJECTIVE, name)
                 asked = study.get_trials(deepcopy=False)
                 found = facts(swept.rows, budget, time.perf_counter() - began)
                 judged = [t.user_attrs["judged_s"] for t in asked if not started(t) and "judged_s" in t.user_attrs]

@@ -46,6 +46,10 @@ class StorageError(RaymemError):
     """A storage path that cannot be read or written (permissions, space, not shared between nodes)."""
 
 
+class RunBusy(StorageError):
+    """A run or a sweep that another process works on."""
+
+
 class TransientStorageError(StorageError):
     """A storage that did not answer for longer than it was asked again; a later try may succeed."""
 

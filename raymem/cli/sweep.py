@@ -89,17 +89,20 @@ def sweep(
         with SweepDisplay(options.objective.metrics[0], samples) as display:
             done = sweeps.sweep(named, dimensions, options, fresh=fresh, status=display.status, watch=display.show)
     say = console.out.print
-    say((done.folder / "report" / "pareto.md").read_text(), markup=False)
+    say(done.table, markup=False)
     if done.gave_up:
         say(f"ended early: {done.gave_up}")
-    say(f"figure and tables: {done.folder / 'report'}")
+    say(f"figure and tables: {done.report}")
     if done.best is None:
-        raise RecipeError(f"no trial finished; the problems stand in {done.folder / 'report' / 'trials.json'}")
+        raise RecipeError(f"no trial finished; the problems stand in trials.json of {done.report}")
     for line in done.tracking.summary_lines():
         say(line)
     if done.tracking.problem:
         console.err.print(f"warning: {done.tracking.problem}")
-    say(f"next: raymem train {done.best}")
+    if "://" in done.best:
+        say(f"next: copy {done.best} here, and raymem train best.yaml")
+    else:
+        say(f"next: raymem train {done.best}")
 
 
 def options_of(

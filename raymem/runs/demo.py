@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import ModelError
+from raymem.errors import ModelError, StorageError
 from raymem.recipe.load import MODELS, packaged_recipe, parse_recipe, read_yaml
 from raymem.recipe.schema import Recipe
 from raymem.storage.folders import make_shared, share_published
 from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.facts import FACTS
+from raymem.training.checkpoint import FOLDER
 from raymem.training.data.demo import ensure_demo
 from raymem.training.data.packed.shared import cache_dir
 
@@ -51,8 +52,8 @@ def finished_model(recipe: Recipe) -> str | None:
 
 def discard_checkpoints(recipe: Recipe) -> None:
     """Delete the checkpoints of a finished demo model: it is only read, and they are ten times its size."""
-    run = recipe.storage.open().child(recipe.name)
-    shutil.rmtree(run.join("checkpoints"), ignore_errors=True)
+    with contextlib.suppress(StorageError):
+        recipe.storage.open().child(recipe.name).delete_dir(FOLDER, last=None)
 
 
 def resolve_demo(recipe: Recipe, storage: Storage, build: Callable[[Recipe], object] | None = None) -> Recipe:

@@ -6,48 +6,62 @@ import contextlib
 import fcntl
 import logging
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from raymem.errors import StorageError
-from raymem.storage.errors import user_name, writing
+from raymem.storage.errors import explain, writing
 from raymem.storage.folders import make_shared
 from raymem.storage.identity import held
+from raymem.storage.leases.cells import LOCKS, run_cell
+from raymem.storage.leases.lease import leased, refusal
+from raymem.storage.leases.record import read_record
 from raymem.storage.permissions import open_lock
 from raymem.storage.storage import Storage
 
 log = logging.getLogger(__name__)
 
-_LOCKS = ".locks"
+_MOST = 4096
+"""Characters of a lock file that are read."""
 
 
 @contextlib.contextmanager
 def only_one(storage: Storage, name: str) -> Iterator[None]:
-    """Hold the run's lock; the system gives it back when the process ends, however it ends.
+    """Work alone on a run: hold its lease, and in a directory also a file lock.
+
+    A file lock ends with its process, however that ends, so that the next driver on a host goes on at once; but not
+    every mount brings it to other hosts. The lease does that, and does the same on an object store.
 
     In the block the storage is held, too: see :func:`raymem.storage.identity.held`.
 
     Raises:
-        StorageError: the storage cannot be written, another process on a node that shares the lock trains a run of this
-            name, or another user's run of this name lies there.
+        RunBusy: another process trains a run of this name.
+        StorageError: the storage cannot be written, or another user's run of this name lies there.
     """
     storage.check_writable()
-    if not storage.is_local:
+    with contextlib.ExitStack() as stack:
+        writable = True
+        if storage.is_local:
+            stack.enter_context(held(Path(storage.root)))
+            writable = stack.enter_context(_locked(storage, name)).writable()
+            _check_own(storage, name)
+        if writable:
+            run = storage.child(name)
+            stack.enter_context(leased(run_cell(storage, name), run.path, run.root, storage.retry_for_s))
         yield
-        return
-    with held(Path(storage.root)), _lock_file(storage, name) as file:
+
+
+@contextlib.contextmanager
+def _locked(storage: Storage, name: str) -> Iterator[IO[str]]:
+    """Lock the file of a run in a directory."""
+    with _lock_file(storage, name) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StorageError(
-                f"{storage.join(name)}: another process is training this run{_holder(file)}; wait for it, stop it, or "
-                "choose another name"
-            ) from None
-        _check_own(storage, name)
-        with _named(file):
-            yield
+        except BlockingIOError:
+            raise refusal(storage.join(name), read_record(file.read(_MOST).encode())) from None
+        except OSError as error:
+            raise explain(error, "lock", file.name, cure="mount it with locks, or use another storage") from error
+        yield file
 
 
 @contextlib.contextmanager
@@ -61,16 +75,13 @@ def in_turn(storage: Storage, name: str) -> Iterator[None]:
 def set_aside(storage: Storage, name: str) -> None:
     """Rename an existing run to ``<name>.old-<n>``; nothing is deleted for the user.
 
+    An object store cannot rename: there the files are copied, which takes as long as fetching and storing them again.
+
     Raises:
-        StorageError: an object store cannot rename, or the directory may not be renamed.
+        StorageError: the directory may not be renamed, or the files cannot be copied.
     """
     if not storage.exists(name):
         return
-    if not storage.is_local:
-        raise StorageError(
-            f"{storage.join(name)}: --fresh cannot rename a run on an object store; delete it there, or choose "
-            "another name"
-        )
     number = 1
     while storage.exists(f"{name}.old-{number}"):
         number += 1
@@ -81,37 +92,12 @@ def set_aside(storage: Storage, name: str) -> None:
 @contextlib.contextmanager
 def _lock_file(storage: Storage, name: str) -> Iterator[IO[str]]:
     """Open a lock that any user of the storage may hold."""
-    path = Path(storage.join(_LOCKS, name))
+    path = Path(storage.join(LOCKS, name))
     with writing(path):
         make_shared(path.parent)
         file = open_lock(path)
     with file:
         yield file
-
-
-@contextlib.contextmanager
-def _named(file: IO[str]) -> Iterator[None]:
-    """Write into a lock who holds it, while it is held."""
-    if not file.writable():
-        yield
-        return
-    holder = f"{user_name(os.geteuid())} on {platform.node()}, process {os.getpid()}\n"
-    with contextlib.suppress(OSError):  # a full disk, which is said where it matters
-        os.truncate(file.fileno(), 0)
-        os.write(file.fileno(), holder.encode())
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.truncate(file.fileno(), 0)
-
-
-def _holder(file: IO[str]) -> str:
-    """Return who holds a lock, in brackets; nothing where that is not known."""
-    with contextlib.suppress(OSError, ValueError):
-        if named := file.read(300).partition("\n")[0]:
-            return f" ({named})"
-    return ""
 
 
 def _check_own(storage: Storage, name: str) -> None:

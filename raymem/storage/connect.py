@@ -16,7 +16,7 @@ from pyarrow import fs as pafs
 from raymem.errors import StorageError
 from raymem.storage.inside import is_inside
 
-_CONNECT_TIMEOUT_S, _SILENCE_S, _TRIES = 5, 15, 3
+CONNECT_TIMEOUT_S, SILENCE_S, TRIES = 5, 15, 3
 _GCS_RETRY_S = 10
 
 
@@ -37,9 +37,9 @@ def connect(uri: str) -> tuple[pafs.FileSystem, str]:
     options = {name: truths.get(value, value) for name, value in options.items()}
     limited = pafs.S3FileSystem(
         **{**options, "region": filesystem.region},
-        connect_timeout=_CONNECT_TIMEOUT_S,
-        request_timeout=_SILENCE_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_TRIES),
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=SILENCE_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=TRIES),
     )
     return limited, root
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from raymem.errors import StorageError
 from raymem.storage import json_files
 from raymem.storage.errors import explain, writing
+from raymem.storage.leases import held as leases
 from raymem.storage.permissions import make_file
 
 FILE = ".raymem-storage.json"
@@ -68,11 +69,12 @@ def held(root: Path, known: str | None = None) -> Iterator[str]:
 
 
 def check(path: Path) -> None:
-    """Refuse to write to a path in a storage that this process works on, if that is gone.
+    """Refuse to write to a path in a storage that this process works on, if that is gone or its run is another's.
 
     Raises:
-        StorageError: see :func:`check_id`.
+        StorageError: see :func:`check_id` and :func:`raymem.storage.leases.held.check`.
     """
+    leases.check(str(path))
     for root, known in _held.items():
         if path.is_relative_to(root):
             check_id(root, known)

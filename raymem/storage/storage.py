@@ -25,12 +25,14 @@ from raymem.storage import json_files
 from raymem.storage.connect import CHUNK_BYTES, connect, copy_file, verify, verify_names
 from raymem.storage.errors import explain
 from raymem.storage.folders import make_directory
+from raymem.storage.leases import held as leases
 from raymem.storage.publish import seal, unseal
 from raymem.storage.retry import RETRY_FOR_S, retried, retrying
 from raymem.storage.unfinished import scratch
 from raymem.storage.uris import CURE, secret_in
 
 MARKER = "manifest.json"
+_CHANGES = ("write", "delete", "rename")
 _DAMAGED = "the file is damaged: delete it, or restore it from a copy"
 
 
@@ -151,17 +153,18 @@ class Storage:
         return digest.hexdigest()
 
     @retried
-    def read_json(self, name: str) -> Any:
+    def read_json(self, name: str, *, cure: str = _DAMAGED) -> Any:
         """Parse a JSON file. Raises StorageError if it is missing, unreadable or not JSON."""
         with self._explained("read", name), self._opened(name) as stream:
             text = stream.read(json_files.LIMIT_BYTES + 1)
-        return json_files.parse(text, self.join(name), StorageError, _DAMAGED)
+        return json_files.parse(text, self.join(name), StorageError, cure)
 
     def read_object(
         self, name: str, fields: Mapping[str, tuple[type, ...]] | None = None, *, cure: str | None = None
     ) -> dict[str, Any]:
         """Parse a JSON file that holds an object. Raises StorageError, also if a field is of another type."""
-        return json_files.as_object(self.read_json(name), self.join(name), StorageError, cure or _DAMAGED, fields)
+        cure = cure or _DAMAGED
+        return json_files.as_object(self.read_json(name, cure=cure), self.join(name), StorageError, cure, fields)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file that is seen either whole or not at all. Raises StorageError."""
@@ -363,6 +366,8 @@ class Storage:
 
     @contextlib.contextmanager
     def _explained(self, action: str, name: str) -> Iterator[None]:
+        if action in _CHANGES:
+            leases.check(self._at(name))
         try:
             yield
         except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Callable, Collection
@@ -13,7 +12,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from raymem.errors import BudgetError, BudgetExceeded, RaymemError, RecipeError, StorageError
+from raymem.errors import BudgetError, BudgetExceeded, RaymemError, RecipeError
 from raymem.memory.budget import bytes_text
 from raymem.planner.admission import AdmissionController
 from raymem.recipe.schema import ModelSection, Recipe
@@ -24,17 +23,15 @@ from raymem.runs.lock import only_one, set_aside
 from raymem.runs.prepare import prepare_data
 from raymem.runs.resolve import resolve_shared
 from raymem.runs.train import build_demo
-from raymem.storage.errors import writing
-from raymem.storage.folders import make_directory
 from raymem.storage.identity import identify
-from raymem.storage.json_files import read_object
-from raymem.storage.publish import seal, unseal
 from raymem.storage.storage import Storage
+from raymem.storage.unfinished import temporary
+from raymem.sweeps.journal import open_study
 from raymem.sweeps.options import SweepOptions, check_metrics, trial_name
-from raymem.sweeps.report import SweepRow, best_of, rows_of, write_report
+from raymem.sweeps.report import BEST, REPORT, TABLE, SweepRow, best_of, rows_of, write_report
 from raymem.sweeps.resources import admitted_bytes, resources_of
 from raymem.sweeps.result import SweepResult
-from raymem.sweeps.search import BudgetedSearch, Configure, open_study, started
+from raymem.sweeps.search import BudgetedSearch, Configure, started
 from raymem.sweeps.trial import TrialJob
 from raymem.sweeps.tune import early_stopping, tune
 from raymem.tracking import RunStart, Tracker, start_tracking
@@ -65,28 +62,32 @@ def sweep(
     storage = _check(recipe, options)
     from raymem.cluster.backend import RayBackend
 
-    with only_one(storage, recipe.name):
+    with only_one(storage, recipe.name), temporary("sweep") as copy:
         backend = RayBackend(recipe.scaling.model_copy(update={"num_workers": 0}))  # trials bring their own workers
         backend.connect(storage, status)
         if fresh:
             set_aside(storage, recipe.name)
-        folder = Path(storage.join(recipe.name))
+        folder = storage.child(recipe.name)
         resumed, facts = _same_sweep(folder, recipe, space, options)
         recipe = _prepare(recipe, facts, storage, backend, status)
-        _write_facts(folder, facts | {"revision": recipe.model.revision})
+        folder.write_record(_FACTS, facts | {"revision": recipe.model.revision})
         tracker = _start_tracking(recipe, options, storage, resumed=resumed)
-        report = {"sweep": folder / "report"}
+        report = Path(copy, REPORT)
         try:
             named = partial(trial_name, recipe.name, facts["key"])
-            configure = _configurer(named, tracker.run_id, identify(Path(storage.root)))
-            search, rows = _search(recipe, space, options, folder, configure, storage, status, watch)
+            storage_id = identify(Path(storage.root)) if storage.is_local else None
+            configure = _configurer(named, tracker.run_id, storage_id)
+            search, rows = _search(recipe, space, options, report, configure, storage, status, watch)
             if (best := best_of(rows, options.objective)) is not None:
                 tracker.log([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
         except BaseException as error:
             killed = not isinstance(error, Exception)  # Ctrl-C, or SIGTERM
-            tracker.finish("KILLED" if killed else "FAILED", report if (folder / "report").is_dir() else {})
+            tracker.finish("KILLED" if killed else "FAILED", {"sweep": report} if report.is_dir() else {})
             raise
-        return SweepResult(folder, rows, search.gave_up, tracker.finish("FINISHED", report))
+        tracking = tracker.finish("FINISHED", {"sweep": report})
+        best_recipe = None if best is None else folder.join(REPORT, BEST)
+        table = (report / TABLE).read_text()
+        return SweepResult(folder.path, folder.join(REPORT), best_recipe, table, rows, search.gave_up, tracking)
 
 
 def _check(recipe: Recipe, options: SweepOptions) -> Storage:
@@ -107,13 +108,7 @@ def _check(recipe: Recipe, options: SweepOptions) -> Storage:
             f"{spelling('gpu', options.gpu)}: scaling.use_gpu is false, so trials would run on CPU; set "
             f"scaling.use_gpu: true, or give {spelling('budget')} alone"
         )
-    storage = recipe.storage.open()
-    if not storage.is_local:
-        raise StorageError(
-            f"storage.path: {recipe.storage.path} is an object store, and a sweep keeps a journal that is appended to; "
-            "use a directory that every node sees"
-        )
-    return storage
+    return recipe.storage.open()
 
 
 def _start_tracking(recipe: Recipe, options: SweepOptions, storage: Storage, *, resumed: bool) -> Tracker:
@@ -124,15 +119,19 @@ def _start_tracking(recipe: Recipe, options: SweepOptions, storage: Storage, *, 
 
 
 def _search(
-    recipe: Recipe, space: Space, options: SweepOptions, folder: Path, configure: Configure, storage: Storage,
+    recipe: Recipe, space: Space, options: SweepOptions, report: Path, configure: Configure, storage: Storage,
     status: Status, watch: Watch,
 ) -> tuple[BudgetedSearch, list[SweepRow]]:  # fmt: skip
     """Run trials until the search has ended; the report is written however it ends.
 
+    Args:
+        report: local directory for the report, which is then copied into the storage.
+
     Raises:
         BudgetExceeded, RecipeError: no point of the space could be started.
     """
-    study = open_study(folder / "journal.log", options.objective, recipe.name)
+    folder = storage.child(recipe.name)
+    study = open_study(folder, options.objective, recipe.name)
 
     def trials() -> list[FrozenTrial]:
         return study.get_trials(deepcopy=False)
@@ -154,7 +153,8 @@ def _search(
                 lambda running: watch(_as_they_are(rows_of(trials()), running)),
             )  # fmt: skip
         finally:
-            rows = write_report(folder / "report", trials(), recipe, options.objective, options.budget_bytes)
+            rows = write_report(report, trials(), recipe, options.objective, options.budget_bytes)
+            folder.upload_dir(report, REPORT, last=None)
         if not any(row.status != "refused" for row in rows):
             raise _nothing_fits(space, recipe, gate, rows)
     return search, rows
@@ -168,7 +168,7 @@ def _as_they_are(rows: list[SweepRow], running: Collection[int]) -> list[SweepRo
 
 
 def _same_sweep(
-    folder: Path, recipe: Recipe, space: Space, options: SweepOptions
+    folder: Storage, recipe: Recipe, space: Space, options: SweepOptions
 ) -> tuple[bool, dict[str, Any]]:  # fmt: skip
     """Say whether this sweep was begun before, and return its facts; another one of the same name is refused.
 
@@ -186,31 +186,20 @@ def _same_sweep(
         "objective": list(options.objective.metrics),
         "algorithm": options.algorithm,
     }
-    file = folder / _FACTS
-    if not file.exists():
+    if not folder.exists(_FACTS):
         facts = {**now, "key": secrets.token_hex(2), "revision": None}
-        _write_facts(folder, facts)
+        folder.write_record(_FACTS, facts)
         return False, facts
     cure = f"start over with {options.spelling('fresh', True)}"
-    before = unseal(read_object(file, StorageError, cure, {"model": (dict,), "key": (str,)}))
-    if before is None:
-        raise StorageError(f"{file} has other values than were written (by its own SHA-256); {cure}")
+    before = folder.read_record(_FACTS, {"model": (dict,), "key": (str,)}, cure=cure)
     if _began(before).is_meant_by(recipe.model):
         now["model"] = {**now["model"], "revision": before["model"].get("revision")}
     if different := [name for name in now if now[name] != before.get(name)]:
         raise RecipeError(
-            f"{folder}: a sweep of this name with another {', '.join(different)} lies there; choose another "
+            f"{folder.path}: a sweep of this name with another {', '.join(different)} lies there; choose another "
             f"{options.spelling('name')}, or start over with {options.spelling('fresh', True)}"
         )
     return True, {"revision": None, **before}
-
-
-def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    part = folder / f"{_FACTS}.part"
-    with writing(folder / _FACTS):
-        make_directory(folder)
-        part.write_text(json.dumps(seal(facts), indent=1) + "\n")
-        part.replace(folder / _FACTS)
 
 
 def _began(facts: dict[str, Any]) -> Began:
@@ -230,7 +219,7 @@ def _prepare(recipe: Recipe, facts: dict[str, Any], storage: Storage, backend: B
     return pinned
 
 
-def _configurer(named: Callable[[int], str], parent_run_id: str | None, storage_id: str) -> Configure:
+def _configurer(named: Callable[[int], str], parent_run_id: str | None, storage_id: str | None) -> Configure:
     """Return the function that makes a trial's config."""
 
     def configure(number: int, point: Recipe, predicted_bytes: int, needed_bytes: int) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from raymem.storage.folders import make_directory
 from raymem.sweeps.options import METRICS, Objective
 from raymem.sweeps.search import started
 
+REPORT = "report"
+"""The directory of the report in that of its sweep."""
+TABLE, BEST = "pareto.md", "best.yaml"
 STATUSES = ("running", "finished", "stopped", "infeasible", "failed", "crashed", "refused")
 
 
@@ -95,7 +98,7 @@ def write_report(
     The front in the table is that of all objectives and of memory; the figure shows the first of them against memory.
     """
     rows = rows_of(trials)
-    with writing(folder, then="run the same command again: the trials are kept"):
+    with writing(folder, where="TMPDIR", then="run the same command again: the trials are kept"):
         make_directory(folder)
         _write_files(folder, rows, trials, recipe, objective, budget_bytes)
     return rows
@@ -107,12 +110,12 @@ def _write_files(
 ) -> None:  # fmt: skip
     (folder / "trials.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     names = list(dict.fromkeys([*objective.metrics, "peak_bytes"]))
-    (folder / "pareto.md").write_text(_page(rows, pareto(rows, names), trials, names, budget_bytes))
+    (folder / TABLE).write_text(_page(rows, pareto(rows, names), trials, names, budget_bytes))
     quality = next((name for name in objective.metrics if name != "peak_bytes"), "eval_loss")
     _draw(folder / "pareto.png", rows, pareto(rows, (quality, "peak_bytes")), quality, budget_bytes)
     best = best_of(rows, objective)
     if best is not None:
-        (folder / "best.yaml").write_text(best_recipe(recipe, best, objective.metrics[0], budget_bytes))
+        (folder / BEST).write_text(best_recipe(recipe, best, objective.metrics[0], budget_bytes))
 
 
 def best_recipe(recipe: Recipe, best: SweepRow, metric: str, budget_bytes: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,8 +15,14 @@ if TYPE_CHECKING:
 class SweepResult:
     """A finished sweep."""
 
-    folder: Path
-    """The directory of report, journal and best recipe."""
+    folder: str
+    """Path or URI of the directory of report, journal and best recipe."""
+    report: str
+    """Path or URI of the report in it."""
+    best: str | None
+    """Path or URI of the best trial's recipe, ready to train; None if no trial finished."""
+    table: str
+    """The Pareto front as a table of Markdown."""
     rows: list[SweepRow]
     """Every proposal that was judged."""
     gave_up: str | None
@@ -29,12 +34,6 @@ class SweepResult:
     def run_id(self) -> str | None:
         """Id of the run in the tracking system, whose children are the trials."""
         return self.tracking.run_id
-
-    @property
-    def best(self) -> Path | None:
-        """Recipe of the best trial, ready to train; None if no trial finished."""
-        path = self.folder / "report" / "best.yaml"
-        return path if path.exists() else None
 
     @property
     def trials(self) -> list[dict[str, Any]]:

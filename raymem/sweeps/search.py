@@ -1,6 +1,6 @@
 """Samples the points of a sweep: Optuna proposes, the gate admits, Ray Tune runs.
 
-Every proposal, refusal and result is an Optuna trial in one journal file, which is all that a sweep knows: a killed one
+Every proposal, refusal and result is an Optuna trial in one journal, which is all that a sweep knows: a killed one
 goes on from it. (Ray Tune's own snapshots are pickles, and lag behind; they are not read.)
 """
 
@@ -12,12 +12,9 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
@@ -31,7 +28,6 @@ from raymem.sweeps.options import METRICS, Objective
 
 log = logging.getLogger(__name__)
 
-DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 PATIENCE = 200
 """Proposals in a row that are refused before a search gives up."""
 TRIES_PER_CALL = 2
@@ -39,18 +35,6 @@ TRIES_PER_CALL = 2
 
 Configure = Callable[[int, Recipe, int, int], dict[str, Any]]
 """Maps ``(number, recipe, predicted step peak, needed bytes)`` to the config of a trial's process."""
-
-
-def open_study(journal: Path, objective: Objective, name: str) -> optuna.Study:
-    """Open the study in a journal file, which is created if it is not there."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
-    return optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
-        study_name=name,
-        directions=[DIRECTIONS[METRICS[name]] for name in objective.metrics],
-        load_if_exists=True,
-    )
 
 
 class BudgetedSearch(Searcher):  # type: ignore[misc]

@@ -7,15 +7,17 @@ replaces it. A trial's end is also written beside its run, so that it is known e
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymem.cluster.reservations import reserved
-from raymem.errors import AdapterError, DataError, ModelError, NonFiniteError, OutOfMemory, RecipeError
+from raymem.errors import AdapterError, DataError, ModelError, NonFiniteError, OutOfMemory, RecipeError, RunBusy
 from raymem.memory.oom import measured_at_failure, oom_kills
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.load import parse_recipe
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from raymem.runs.resolved import ResolvedRun
     from raymem.runs.results import TrainResult
 
+log = logging.getLogger(__name__)
+
 RESULT = "trial.json"
 """The file in the directory of a trial's run with its last report, once it has ended."""
 ATTEMPT = "attempt.json"
@@ -36,6 +40,8 @@ ATTEMPT = "attempt.json"
 FINAL = (NonFiniteError, RecipeError, ModelError, DataError, AdapterError)
 """Errors after which another try would end the same way: a learning rate that diverges, say. (A full disk or a server
 that is down would not.)"""
+PREDECESSOR_S = 300.0
+"""Seconds for which a trial waits for a process that still trains it."""
 REPORTED = ("eval_loss", "loss", "peak_bytes", "tokens_per_s", "elapsed_s", "step")
 
 
@@ -56,8 +62,8 @@ class TrialJob:
     """The Ray resources of the trial's process."""
     parent_run_id: str | None
     """Id of the sweep's run in the tracking system."""
-    storage_id: str
-    """Id of the sweep's storage."""
+    storage_id: str | None
+    """Id of the sweep's storage; None of an object store."""
 
     def to_config(self) -> dict[str, Any]:
         """Pack the job for Ray Tune into few values, since Ray Tune builds long names from many."""
@@ -83,7 +89,7 @@ def run_trial(config: dict[str, Any]) -> None:
     job = TrialJob.of(config)
     recipe = parse_recipe(job.recipe, f"trial {job.number}")
     storage = recipe.storage.open()
-    with held(Path(storage.root), job.storage_id):
+    with nullcontext() if job.storage_id is None else held(Path(storage.root), job.storage_id):
         _run_held(recipe, job, storage.child(recipe.name))
 
 
@@ -173,7 +179,25 @@ def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> TrainResult:
     run = resolve(recipe)
     if isinstance(run.base, PlannedModel):
         run = _on_pruned_model(run)
-    return train(run, TrainOptions(recorders=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes)))
+    options = TrainOptions(recorders=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes))
+    return _after_its_predecessor(lambda: train(run, options))
+
+
+def _after_its_predecessor(train: Callable[[], TrainResult]) -> TrainResult:
+    """Train once the process is gone that trained this for an earlier driver: Ray may take a while to end it.
+
+    Raises:
+        RunBusy: it does not end.
+    """
+    deadline = time.monotonic() + PREDECESSOR_S
+    while True:
+        try:
+            return train()
+        except RunBusy as busy:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("%s; this trial waits for it", busy)
+            time.sleep(1.0)
 
 
 def _on_pruned_model(run: ResolvedRun) -> ResolvedRun:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from ray import tune as ray_tune
 from ray.exceptions import OutOfMemoryError
 from ray.tune.schedulers import ASHAScheduler
 
+from raymem.cluster.connection import session_directory
 from raymem.cluster.reservations import free_reservation
 from raymem.errors import ClusterError
 from raymem.planner import prediction_error
 from raymem.recipe.schema import Recipe
 from raymem.runs.demo import discard_checkpoints
 from raymem.storage.identity import check
+from raymem.storage.leases import held as leases
 from raymem.storage.storage import Storage
 from raymem.sweeps.options import METRICS, Objective
 from raymem.sweeps.resources import most_at_once, nested
@@ -55,9 +58,9 @@ def tune(
     kills_without_trial = 0
     while True:
         search = new_search()
-        follow = Follow(search, storage, changed)
+        follow = Follow(search, storage, recipe.name, changed)
         try:
-            _fit(search, follow, recipe, storage, admitted_bytes, scheduler)
+            _fit(search, follow, recipe, admitted_bytes, scheduler)
         except RuntimeError as error:
             # Ray Tune crashes when Ray's memory monitor kills one of its workers.
             if not isinstance(error.__cause__, OutOfMemoryError):
@@ -90,8 +93,7 @@ def early_stopping(recipe: Recipe, objective: Objective) -> ASHAScheduler | None
 
 
 def _fit(
-    search: BudgetedSearch, follow: Follow, recipe: Recipe, storage: Storage, admitted_bytes: int,
-    scheduler: ASHAScheduler | None,
+    search: BudgetedSearch, follow: Follow, recipe: Recipe, admitted_bytes: int, scheduler: ASHAScheduler | None
 ) -> None:  # fmt: skip
     def process(config: dict[str, Any]) -> Any:
         return ray_tune.PlacementGroupFactory([TrialJob.of(config).resources])
@@ -109,7 +111,7 @@ def _fit(
         ),
         run_config=ray_tune.RunConfig(
             name="tune",
-            storage_path=storage.join(recipe.name),
+            storage_path=tempfile.mkdtemp(prefix="sweep-", dir=session_directory()),  # nothing of it is read again
             verbose=0,
             failure_config=ray_tune.FailureConfig(max_failures=CRASHES),
             callbacks=[follow],
@@ -120,8 +122,9 @@ def _fit(
 class Follow(ray_tune.Callback):  # type: ignore[misc]
     """Takes note of trials that end, and gives back the memory that they held."""
 
-    def __init__(self, search: BudgetedSearch, storage: Storage, changed: Changed) -> None:
+    def __init__(self, search: BudgetedSearch, storage: Storage, name: str, changed: Changed) -> None:
         self._search, self._storage, self._changed = search, storage, changed
+        self._folder = storage.child(name).root
         self._running: dict[str, TrialJob] = {}
         self._ended: list[Recipe] = []
 
@@ -139,7 +142,9 @@ class Follow(ray_tune.Callback):  # type: ignore[misc]
         return any_trial
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        check(Path(self._storage.root))  # Ray Tune makes its directory again where it is gone
+        if self._storage.is_local:
+            check(Path(self._storage.root))
+        leases.check(self._folder, ask=False)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running[trial.trial_id] = TrialJob.of(trial.config)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from raymem.storage.errors import explain
 from raymem.storage.identity import check
+from raymem.storage.leases import held as leases
 from raymem.storage.retry import retrying
 from raymem.storage.storage import Storage
 from raymem.training.reporter import Row
@@ -77,7 +78,12 @@ class History:
         self._written = b"" if self._run.is_local else kept
 
     def add(self, row: Row) -> None:
-        """Take the row of a step. One that cannot be written waits: a log is no reason to lose a run."""
+        """Take the row of a step. One that cannot be written waits: a log is no reason to lose a run.
+
+        Raises:
+            StorageError: the run is known to be another driver's by now.
+        """
+        leases.check(self._run.root, ask=False)
         self._waiting += _line(row)
         if not self._run.is_local:
             return

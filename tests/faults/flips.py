@@ -199,9 +199,9 @@ class Arena:
         from raymem.sweeps.options import SweepOptions
         from raymem.sweeps.trial import RESULT, earlier_result
 
-        folder = self.store / "sweep"
+        folder = Storage.open(str(self.store / "sweep"))
         recipe, options = self.recipe("sweep"), SweepOptions(budget_bytes=1 << 30, samples=1)
-        trial = Storage.open(str(folder / "trial"))
+        trial = folder.child("trial")
         trial.write_record(RESULT, {"status": "finished", "number": 3, "eval_loss": 2.25, "peak_bytes": 123456})
         _same_sweep(folder, recipe, {}, options)
         yield Use("sweep", ("store/sweep",), lambda: (_same_sweep(folder, recipe, {}, options), earlier_result(trial)))

@@ -122,7 +122,7 @@ def _records(folder: Path) -> Any:
     storage = Storage.open(str(folder))
     options = SweepOptions(budget_bytes=1 << 30, samples=1)
     for ask in (
-        lambda: _same_sweep(folder, make_recipe(), {}, options),
+        lambda: _same_sweep(storage, make_recipe(), {}, options),
         lambda: [_record(storage, stage) for stage in ("prune", "train", "verify", "evaluate")],
         lambda: earlier_result(storage),
         lambda: began_with(storage),

@@ -34,7 +34,7 @@ def test_a_stage_of_loram_says_which_file_to_delete(tmp_path: Path, stage: str, 
 def test_a_sweep_says_how_to_start_over(tmp_path: Path, text: str) -> None:
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(StorageError, match=r"sweep\.json .*; start over with "):
-        _same_sweep(tmp_path, make_recipe(), {}, SweepOptions(budget_bytes=1 << 30, samples=1))
+        _same_sweep(Storage.open(str(tmp_path)), make_recipe(), {}, SweepOptions(budget_bytes=1 << 30, samples=1))
 
 
 @pytest.mark.parametrize("text", DAMAGED)

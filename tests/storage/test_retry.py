@@ -31,7 +31,7 @@ def proxy(s3_uri: str) -> Iterator[FaultyProxy]:
 @pytest.fixture
 def away(proxy: FaultyProxy, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
     """A storage behind the proxy, with files in ``here``; raymem alone waits for it, and soon no more."""
-    monkeypatch.setattr("raymem.storage.connect._TRIES", 1)
+    monkeypatch.setattr("raymem.storage.connect.TRIES", 1)
     ends_when_noticed(proxy, monkeypatch)
     storage = Storage.open(proxy.uri(s3_uri)).child(tmp_path.name)
     (tmp_path / "local").mkdir()
@@ -107,7 +107,7 @@ def test_an_outage_is_said_once_and_its_end_too(
 def test_after_its_time_it_is_an_error_that_says_how_long(
     proxy: FaultyProxy, s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raymem.storage.connect._TRIES", 1)
+    monkeypatch.setattr("raymem.storage.connect.TRIES", 1)
     impatient = Storage.open(proxy.uri(s3_uri), 0.2).child("x")
     proxy.away()
     with pytest.raises(TransientStorageError, match=r"cannot read .*/x/a.*; check the network.* tried for \d s: run"):

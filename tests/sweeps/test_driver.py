@@ -23,13 +23,14 @@ from raymem.errors import BudgetExceeded, RecipeError
 from raymem.planner import Planner, process
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
+from raymem.storage.storage import Storage
 from raymem.sweeps import search as search_module
 from raymem.sweeps import tune
 from raymem.sweeps.driver import sweep
+from raymem.sweeps.journal import open_study
 from raymem.sweeps.options import Objective, SweepOptions
 from raymem.sweeps.report import SweepRow
 from raymem.sweeps.result import SweepResult
-from raymem.sweeps.search import open_study
 from raymem.tracking.none_kind import NoTracking
 from tests.helpers.ray_processes import RayHead, clean_environment, end_session, free_ports
 from tests.helpers.runs import MONITOR, ray_recipe
@@ -98,9 +99,9 @@ def test_only_what_fits_is_tried_and_the_best_can_be_trained(
         assert row.measured_bytes is not None and row.measured_bytes <= budget
         assert row.predicted_bytes == pytest.approx(row.measured_bytes, rel=0.03)
     assert not leaked_groups()
-    best = yaml.safe_load((swept.folder / "report/best.yaml").read_text())
+    best = yaml.safe_load(Path(str(swept.best)).read_text())
     assert best["train"]["micro_batch"] < 8 and best["scaling"] == recipe.to_dict()["scaling"]
-    assert (swept.folder / "report/pareto.png").exists()
+    assert (Path(swept.report) / "pareto.png").exists()
     again = run(tracked, budget, samples=4)  # nothing is left to do
     assert [row.number for row in again.rows] == [row.number for row in swept.rows]
     with pytest.raises(RecipeError, match="a sweep of this name with another budget lies there"):
@@ -160,13 +161,13 @@ def test_memory_that_runs_out_is_a_result_and_a_crash_is_tried_again(
     for number in [str(row.number) for row in rows if row.status == "infeasible"]:
         failed = next(index for index, (n, _) in enumerate(lines) if n == number)
         assert lines[failed][1] not in processes[failed + 1 :], "a process that ran out of memory is not used again"
-    study = open_study(swept.folder / "journal.log", Objective(("eval_loss",)), recipe.name)
+    study = open_study(Storage.open(swept.folder), Objective(("eval_loss",)), recipe.name)
     assert all(trial.state.is_finished() for trial in study.get_trials())
     assert not leaked_groups()
 
 
 def left_checkpoints(swept: SweepResult) -> list[Path]:
-    return list(swept.folder.parent.glob(f"{swept.folder.name}-*/checkpoints/*"))
+    return list(Path(swept.folder).parent.glob(f"{Path(swept.folder).name}-*/checkpoints/*"))
 
 
 LONG = {"steps": 30, "eval_every": 3, "save_every": 3}
@@ -184,7 +185,7 @@ def test_what_is_clearly_worse_is_stopped_and_nothing_is_lost(
     counts = Counter(row.status for row in rows)
     assert counts.total() == 6 and counts["finished"] and counts["stopped"] >= 2, counts
     assert set(counts) == {"finished", "stopped"} and rows[0].status == "finished"
-    study = open_study(swept.folder / "journal.log", Objective(("eval_loss",)), recipe.name)
+    study = open_study(Storage.open(swept.folder), Objective(("eval_loss",)), recipe.name)
     assert all(trial.state.is_finished() for trial in study.get_trials())
     stopped = [trial for trial in study.get_trials() if trial.user_attrs["status"] == "stopped"]
     assert all(0 < trial.user_attrs["step"] < LONG["steps"] for trial in stopped)
@@ -202,7 +203,7 @@ def test_a_stopped_trial_with_workers_ends_with_them(cluster: RayHead, recipe: R
     swept = run(wanted, 2 * sizes[-1], samples=2, early_stopping=True, algorithm="grid")
     rows = started(swept.rows)
     assert [row.status for row in rows] == ["finished", "stopped"]
-    (folder,) = swept.folder.parent.glob(f"{swept.folder.name}-*-{rows[1].number:04d}")
+    (folder,) = Path(swept.folder).parent.glob(f"{Path(swept.folder).name}-*-{rows[1].number:04d}")
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) < longer["steps"]
     deadline = time.monotonic() + 30  # Ray Train gives back a dead group's places a second later

@@ -19,6 +19,7 @@ from raymem.errors import (
     OutOfMemory,
     RaymemError,
     RecipeError,
+    RunBusy,
     StorageError,
     TrackingError,
 )
@@ -26,15 +27,16 @@ from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
 from raymem.runs.lock import in_turn
 from raymem.storage.identity import held, identify
+from raymem.storage.leases.held import holding
 from raymem.storage.storage import Storage
 from raymem.sweeps import driver as sweep_module
 from raymem.sweeps import trial as trial_module
 from raymem.sweeps import tune
 from raymem.sweeps.driver import sweep
+from raymem.sweeps.journal import open_study
 from raymem.sweeps.options import Objective, SweepOptions
 from raymem.sweeps.report import rows_of
 from raymem.sweeps.resources import RUNTIME_BYTES, admitted_bytes, most_at_once, nested, resources_of
-from raymem.sweeps.search import open_study
 from raymem.sweeps.trial import TrialJob
 from raymem.training.loop import Outcome
 from raymem.training.model.revision import Began, at_revision
@@ -165,7 +167,7 @@ def test_a_trial_that_was_killed_for_memory_says_so(tmp_path: Path, monkeypatch:
 
 
 def test_rows_of_an_empty_study_are_none(tmp_path: Path) -> None:
-    assert rows_of(open_study(tmp_path / "j", Objective(("eval_loss",)), "x").get_trials()) == []
+    assert rows_of(open_study(Storage.open(str(tmp_path)), Objective(("eval_loss",)), "x").get_trials()) == []
 
 
 def test_a_gpu_is_not_planned_for_trials_that_run_without(recipe: Recipe) -> None:
@@ -277,7 +279,7 @@ def test_what_a_trial_held_is_given_back_however_it_ends(
 ) -> None:
     freed: list[str] = []
     monkeypatch.setattr(tune, "free_reservation", freed.append)
-    follow = tune.Follow(SimpleNamespace(problems={}), Storage.open(str(tmp_path)), lambda running: None)  # type: ignore[arg-type]
+    follow = tune.Follow(SimpleNamespace(problems={}), Storage.open(str(tmp_path)), "sweep", lambda running: None)  # type: ignore[arg-type]
     checkpoints = tmp_path / "t-0003" / "checkpoints"
     checkpoints.mkdir(parents=True)
     config = job_of(recipe).to_config()
@@ -307,18 +309,55 @@ def test_the_same_pruned_model_is_made_by_one_trial(tmp_path: Path) -> None:
     assert [word for word, _ in done] == ["begins", "ends"] * 2
 
 
+def test_a_trial_waits_for_the_process_that_still_trains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    result: Any = object()
+    tries: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(tries), sleep=lambda seconds: tries.append(100.0))
+    monkeypatch.setattr(trial_module, "time", clock)
+
+    def train() -> Any:
+        if len(tries) < 2:
+            raise RunBusy("another process is training this run")
+        return result
+
+    assert trial_module._after_its_predecessor(train) is result
+
+    def never() -> Any:
+        raise RunBusy("another process is training this run")
+
+    tries.clear()
+    with pytest.raises(RunBusy):
+        trial_module._after_its_predecessor(never)
+    assert sum(tries) == trial_module.PREDECESSOR_S + 100
+
+
+def test_a_sweep_that_was_taken_over_stops_at_the_next_step_of_ray_tune(recipe: Recipe, tmp_path: Path) -> None:
+    class Lost:
+        holder = "mine"
+
+        def check(self, *, ask: bool = True) -> None:
+            raise StorageError("the lease on this run was taken by ann")
+
+    storage = Storage.open(str(tmp_path))
+    follow = tune.Follow(SimpleNamespace(problems={}), storage, "sweep", lambda running: None)  # type: ignore[arg-type]
+    follow.on_step_begin(0, [])
+    with holding(storage.child("sweep").root, Lost()), pytest.raises(StorageError, match="was taken by ann"):
+        follow.on_step_begin(1, [])
+
+
 def test_a_sweep_stays_at_the_revision_that_it_began_with(recipe: Recipe, tmp_path: Path) -> None:
+    folder = Storage.open(str(tmp_path)).child("s")
     space, options = load_space(None, recipe), SweepOptions(1 << 30)
-    resumed, facts = sweep_module._same_sweep(tmp_path / "s", recipe, space, options)
+    resumed, facts = sweep_module._same_sweep(folder, recipe, space, options)
     assert (resumed, facts["revision"]) == (False, None)
-    sweep_module._write_facts(tmp_path / "s", {**facts, "revision": "c0ffee"})
+    folder.write_record(sweep_module._FACTS, {**facts, "revision": "c0ffee"})
     for revision in (None, "c0ffee"):  # what it asked for then, and the commit that this was
         same = at_revision(recipe, revision)
-        resumed, again = sweep_module._same_sweep(tmp_path / "s", same, space, options)
+        resumed, again = sweep_module._same_sweep(folder, same, space, options)
         assert resumed and again == {**facts, "revision": "c0ffee"}
     assert sweep_module._began(again) == Began(recipe.model.name, "c0ffee", None)
     with pytest.raises(RecipeError, match="a sweep of this name with another model lies there"):
-        sweep_module._same_sweep(tmp_path / "s", at_revision(recipe, "v2"), space, options)
+        sweep_module._same_sweep(folder, at_revision(recipe, "v2"), space, options)
 
 
 def test_where_there_is_no_room_for_any_process_the_sweep_ends(
@@ -340,7 +379,7 @@ def test_where_there_is_no_room_for_any_process_the_sweep_ends(
 def test_a_sweep_and_its_trials_stop_where_the_storage_is_gone(recipe: Recipe, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     moved = recipe.model_copy(update={"storage": recipe.storage.model_copy(update={"path": str(root)})})
-    follow = tune.Follow(SimpleNamespace(problems={}), Storage.open(str(root)), lambda running: None)  # type: ignore[arg-type]
+    follow = tune.Follow(SimpleNamespace(problems={}), Storage.open(str(root)), "sweep", lambda running: None)  # type: ignore[arg-type]
     with held(root):
         follow.on_step_begin(0, [])
         job = job_of(moved)

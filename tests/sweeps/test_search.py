@@ -18,10 +18,12 @@ from raymem.planner.admission import Admit, Decision, Reject
 from raymem.recipe.load import load_recipe
 from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import load_space
+from raymem.storage.storage import Storage
 from raymem.sweeps import search as search_module
+from raymem.sweeps.journal import open_study
 from raymem.sweeps.options import Objective
 from raymem.sweeps.report import best_of, best_recipe, pareto, rows_of, write_report
-from raymem.sweeps.search import BudgetedSearch, open_study, started
+from raymem.sweeps.search import BudgetedSearch, started
 from tests.helpers.support import make_recipe
 
 SPACE = {
@@ -63,7 +65,7 @@ def begin(
 
     objective = Objective(metrics)
     folder.mkdir(exist_ok=True)
-    study = open_study(folder / "journal", objective, "search")
+    study = open_study(Storage.open(str(folder)), objective, "search")
     space = load_space(None, recipe)
     gate: Any = RankGate()
     return BudgetedSearch(

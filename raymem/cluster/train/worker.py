@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from raymem.errors import RaymemError, TransientStorageError
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import Recipe
 from raymem.storage.identity import held, identify
+from raymem.storage.leases.cells import run_cell
+from raymem.storage.leases.held import holder_of
+from raymem.storage.leases.lease import watched
 from raymem.storage.storage import Storage
 from raymem.training.data.packed.shared import localise, to_dict
 from raymem.training.dist_env import DistEnv
@@ -35,6 +38,7 @@ def config_of(prepared: PreparedRun) -> dict[str, Any]:
         "recipe": prepared.recipe.to_dict(),
         "kinds": registered(),
         "run": prepared.run.path,
+        "lease": holder_of(prepared.run.root),
         "storage_id": identify(Path(prepared.storage.root)) if prepared.storage.is_local else None,
         "train_data": to_dict(prepared.train_data),
         "eval_data": prepared.eval_data and to_dict(prepared.eval_data),
@@ -68,7 +72,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         with pulse, nullcontext() if mailbox is None else warnings_to_driver(mailbox, rank):
             dist_env = DistEnv.current(recipe, context.get_local_rank(), device)
             storage = recipe.storage.open()
-            with held(Path(storage.root), config["storage_id"]) if storage.is_local else nullcontext():
+            with (
+                held(Path(storage.root), config["storage_id"]) if storage.is_local else nullcontext(),
+                _watched(storage, recipe.name, config["lease"]),
+            ):
                 train_data = localise(config["train_data"], storage)
                 eval_data = config["eval_data"] and localise(config["eval_data"], storage)
                 run_storage = Storage.open(config["run"], storage.retry_for_s)
@@ -86,3 +93,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         if mailbox is not None:
             ray.get(mailbox.fail.remote(error))
         raise
+
+
+def _watched(storage: Storage, name: str, holder: str | None) -> AbstractContextManager[None]:
+    """Return the context in which this worker stops once its driver has lost the run; without a lease it never does."""
+    if holder is None:
+        return nullcontext()
+    run = storage.child(name)
+    return watched(run_cell(storage, name), run.path, run.root, holder)

@@ -158,6 +158,7 @@ def test_a_storage_that_is_away_is_a_crash_and_not_the_users_mistake(
         "kinds": {},
         "run": str(tmp_path / "r"),
         "storage_id": None,
+        "lease": None,
         "train_data": {},
         "eval_data": None,
         "mailbox": Box(),

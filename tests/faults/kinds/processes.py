@@ -69,9 +69,6 @@ class TwoDrivers(Fault):
     name = "two drivers"
     can_fail = False
 
-    def applies(self, case: Case, arena: Arena) -> bool:
-        return not case.remote  # an object store has no lock
-
     def inject(self, round_: Round, session: Session) -> None:
         second = round_.start()
         if not second.wait(120):

@@ -169,12 +169,12 @@ def test_on_an_object_store_too(
 
 def test_a_sweep_means_one_commit(hub: Hub, recipe: Any, tmp_path: Path) -> None:
     asks, storage = recipe("sweep", revision="main"), Storage.open(str(tmp_path / "runs"))
-    options = SweepOptions(1 << 30)
+    options, folder = SweepOptions(1 << 30), storage.child("sweep")
 
     def settled(wanted: Recipe) -> str | None:
-        _, facts = sweep_module._same_sweep(tmp_path / "runs" / "sweep", wanted, {}, options)
+        _, facts = sweep_module._same_sweep(folder, wanted, {}, options)
         revision = sweep_module._prepare(wanted, facts, storage, LocalBackend(), print).model.revision
-        sweep_module._write_facts(tmp_path / "runs" / "sweep", {**facts, "revision": revision})
+        folder.write_record(sweep_module._FACTS, {**facts, "revision": revision})
         return revision
 
     (first,) = hub.commits

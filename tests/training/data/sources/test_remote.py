@@ -88,7 +88,7 @@ def test_a_store_that_is_away_is_waited_for(
     bucket: Bucket, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the middle of a file, which is then read from its start, and while it is looked for."""
-    monkeypatch.setattr("raymem.storage.connect._TRIES", 1)
+    monkeypatch.setattr("raymem.storage.connect.TRIES", 1)
     with monkeypatch.context() as patch, proxy_before(s3_uri) as proxy:
         uri = proxy.uri(bucket.write("x.jsonl", LINES * 100))
         for number, how in enumerate(("reset", "refuse")):
