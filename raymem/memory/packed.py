@@ -81,7 +81,7 @@ class Packing:
     @property
     def num_bytes(self) -> int:
         """Bytes of the flat tensor."""
-        last = max(section.stop for section, _, _ in self.sections.values())
+        last: int = max(section.stop for section, _, _ in self.sections.values())
         return -(-last // _ALIGNED_BYTES) * _ALIGNED_BYTES
 
     def placeholder(self) -> nn.Parameter:

@@ -78,11 +78,10 @@ def test_a_packed_layer_computes_what_bitsandbytes_does(columns: int) -> None:
     theirs = bnb.nn.Linear4bit(columns, 40, True, torch.bfloat16, quant_type="nf4")
     theirs.weight = bnb.nn.Params4bit(matrix, requires_grad=False, quant_type="nf4", module=theirs).to("cpu")
     ours.bias = theirs.bias = nn.Parameter(bias, requires_grad=False)
-    outputs, gradients = [], []
-    for layer in (ours, theirs):
-        x = weight(7, columns).requires_grad_()
-        outputs.append(layer(x))
-        outputs[-1].backward(weight(7, 40))
-        gradients.append(x.grad)
-    assert torch.equal(*outputs)
-    assert torch.equal(*gradients)
+    inputs = [weight(7, columns).requires_grad_() for _ in range(2)]
+    found, expected = ours(inputs[0]), theirs(inputs[1])
+    assert torch.equal(found, expected)
+    for output in (found, expected):
+        output.backward(weight(7, 40))
+    assert inputs[0].grad is not None and inputs[1].grad is not None
+    assert torch.equal(inputs[0].grad, inputs[1].grad)

@@ -16,7 +16,7 @@ class FullBase:
 
     kind: Literal["full"] = "full"
     quantize: Literal["none", "nf4"] = "none"
-    """``nf4`` stores the frozen linear layers in 4 bits (bitsandbytes, ``pip install raymem[quant]``)."""
+    """``nf4`` stores frozen linear layers and experts in 4 bits (bitsandbytes, ``pip install raymem[quant]``)."""
 
 
 class FullBaseKind(BaseKind[FullBase]):

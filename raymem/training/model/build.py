@@ -22,7 +22,7 @@ from raymem.seeds import derive
 from raymem.storage.checksums import check_files
 from raymem.training import lean, loss
 from raymem.training.dist_env import DistEnv, shard
-from raymem.training.model import adapter, packing, quantised, weights
+from raymem.training.model import adapter, experts, packing, quantised, weights
 from raymem.training.model.base_name import base_name
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,8 @@ def build_model(
     added: list[str] = []
     if adapter_at is None:
         of_base = {id(tensor) for tensor in adapter.tensors_of(base_model).values()}
-        model = adapter.attach(base_model, recipe, trainable_dtype(recipe))
+        with experts.shown_to_peft(base_model):
+            model = adapter.attach(base_model, recipe, trainable_dtype(recipe))
         added = [name for name, tensor in adapter.tensors_of(model).items() if id(tensor) not in of_base]
         _prepare(model, recipe)
     if dist_env.sharded:
@@ -97,7 +98,8 @@ def build_model(
     if adapter_at is not None:
         for kind in ADAPTERS.kinds():
             kind.register()
-        model = load_adapter(base_model, adapter_at, dist_env.device)
+        with experts.shown_to_peft(base_model):
+            model = load_adapter(base_model, adapter_at, dist_env.device)
         _prepare(model, recipe)
     activations.install(model, recipe.activations, recipe.seed)
     return model

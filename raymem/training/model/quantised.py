@@ -12,11 +12,11 @@ from torch import nn
 from raymem.errors import ModelError
 from raymem.memory import nf4
 from raymem.memory.packed import PackedLinear
-from raymem.training.model import weights
+from raymem.training.model import experts, weights
 
 
 def place(base_model: Any, dtype: torch.dtype, *, planned: bool, sharded: bool) -> None:
-    """Swap every linear layer but the output head for a 4-bit one (NF4, double quantisation, as QLoRA).
+    """Swap every linear layer but the output head for a 4-bit one (NF4, double quantisation, as QLoRA), and experts.
 
     Args:
         base_model: bare transformers model on the meta device.
@@ -25,10 +25,11 @@ def place(base_model: Any, dtype: torch.dtype, *, planned: bool, sharded: bool) 
         sharded: FSDP2 is going to shard the model.
 
     Raises:
-        ModelError: bitsandbytes is not installed.
+        ModelError: bitsandbytes is not installed, or there are experts of an unknown layout.
     """
     if not planned:
         _require_bitsandbytes()
+    experts.place(base_model, dtype, planned=planned)
     if sharded:
         _swap(base_model, partial(PackedLinear, dtype=dtype, planned=planned))
     else:
@@ -57,7 +58,7 @@ def _swap(base_model: Any, make: Callable[[int, int, bool], nn.Module]) -> None:
         if (isinstance(module, Conv1D) or type(module) is nn.Linear) and should_convert_module(name, unquantised):
             transposed = isinstance(module, Conv1D)
             inputs, outputs = module.weight.shape if transposed else module.weight.shape[::-1]
-            layer = make(inputs, outputs, module.bias is not None)
+            layer: Any = make(inputs, outputs, module.bias is not None)
             setattr(layer, weights.TRANSPOSED, transposed)
             base_model.set_submodule(name, layer)
 
@@ -65,10 +66,10 @@ def _swap(base_model: Any, make: Callable[[int, int, bool], nn.Module]) -> None:
 def _linear_of_bitsandbytes(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> nn.Module:
     import bitsandbytes as bnb
 
-    layer: nn.Module = bnb.nn.Linear4bit(
+    layer: Any = bnb.nn.Linear4bit(
         inputs, outputs, bias, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
     )
     # On CPUs with AVX512-BF16 the first evaluation would repack the weights for a kernel that has no gradient.
     if hasattr(layer, "support_avx512bf16_for_cpu"):
         layer.support_avx512bf16_for_cpu = False
-    return layer.requires_grad_(False)
+    return layer.requires_grad_(False)  # type: ignore[no-any-return]

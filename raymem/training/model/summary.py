@@ -108,14 +108,11 @@ def _quantised(model: Any) -> list[Line]:
             packed[plain] = ""
         elif not any(part in name for part in (".lora_", ".moram_")):
             whole[plain] = "transformers keeps the output head and what is tied to it"
-    experts = {
-        name.replace(".base_layer", ""): "bitsandbytes packs linear layers, and fused experts are none"
-        for name in routed_experts(model)
-    }
+    experts = {name.replace(".base_layer", ""): "" for name in routed_experts(model)}
     return [
         *_lines("in 4 bits", packed),
+        *_lines("in 4 bits", experts, depth=2),
         *_lines("not in 4 bits", whole, depth=2),
-        *_lines("not in 4 bits", experts, depth=2),
     ]
 
 

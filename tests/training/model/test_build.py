@@ -201,10 +201,10 @@ def test_nf4_multiplies_by_the_weights_of_gpt2_the_right_way_round(tmp_path: Pat
     packed, exact = build_model(make_recipe(NF4, model=gpt2)), build_model(make_recipe(BF16, model=gpt2))
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     for leaf in ("attn.c_proj", "attn.c_attn"):
-        found, expected = (
-            model.get_submodule(f"base_model.model.transformer.h.0.{leaf}").get_base_layer()(x).float()
-            for model in (packed, exact)
-        )
+        layers: list[Any] = [
+            model.get_submodule(f"base_model.model.transformer.h.0.{leaf}") for model in (packed, exact)
+        ]
+        found, expected = (layer.get_base_layer()(x).float() for layer in layers)
         assert (found - expected).norm() < 0.15 * expected.norm()
 
 
