@@ -175,6 +175,12 @@ class PackedLinear(nf4.Linear4bit):
         super().__init__(in_features, out_features, bias, dtype)
         self.packings = {"weight": Packing((out_features, in_features), dtype, planned)}
         self.weight = self.packings["weight"].placeholder()
+        self._read: tuple[torch.Tensor, tuple[torch.Tensor, Any]] | None = None
+        """The flat tensor that was read last, and its views: FSDP2 gathers into the same memory every time."""
 
     def packed_weight(self) -> tuple[torch.Tensor, Any] | None:
-        return None if isinstance(self.weight, DTensor) else self.packings["weight"].unpack(self.weight)
+        if isinstance(self.weight, DTensor):
+            return None
+        if self._read is None or self._read[0] is not self.weight:
+            self._read = self.weight, self.packings["weight"].unpack(self.weight)
+        return self._read[1]

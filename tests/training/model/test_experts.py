@@ -76,19 +76,24 @@ def test_lora_on_packed_experts_is_that_of_peft(family: str, tmp_path: Path) -> 
     models = [build(base, fragment, ON_EXPERTS) for fragment in (NF4, EXACT)]
     take_weights(models[1], models[0])
     name = next(name for name, _ in models[0].named_modules() if name.endswith(".mlp.experts"))
-    results = []
+    results, most_kept = [], []
     for model in models:
         wrapper = model.get_submodule(name)
         source = torch.Generator().manual_seed(1)
         factors = {n: p for n, p in wrapper.named_parameters() if p.requires_grad}
         for factor in factors.values():
             factor.data = 0.1 * torch.randn(factor.shape, generator=source)
-        adapted = pass_through(wrapper, wrapper.num_experts)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):  # type: ignore[misc,func-returns-value]
+            adapted = pass_through(wrapper, wrapper.num_experts)
+        most_kept.append(max(kept))
         with model.disable_adapter():
             plain, _ = pass_through(wrapper, wrapper.num_experts)
         assert (adapted[0] - plain).norm() > 0.1 * plain.norm()
         results.append([*adapted, plain, *(factor.grad for factor in factors.values())])
     assert len(results[0]) == 3 + 4, "A and B of either projection"
+    one_projection = experts_of(models[1])[0].down_proj.numel()
+    assert most_kept[0] < one_projection <= most_kept[1], "PEFT keeps a dense copy of all experts for backward"
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
