@@ -41,7 +41,7 @@ and left alone, and why.
 - **experts**: routed experts are parameters with three dimensions, no linear layers. They are left alone in every
   architecture, because PEFT reaches them under rules that differ between architectures and holds a whole copy of them
   for backward. `adapter.targets: [q_proj, experts.down_proj, experts.gate_up_proj]` adapts them (LoRA without
-  dropout).
+  dropout); where they are in 4 bits, without that copy.
 - **NF4**: `base.quantize: nf4` stores linear layers in 4 bits, except the output head, and routed experts, each as a
   linear layer of its own would be. Experts whose weights lie in a way that is not known are refused.
 - **LoRAM**: whether `base.kind: loram` can prune it.

@@ -109,10 +109,10 @@ def test_the_peak_with_4_bit_weights(activations: str, tmp_path: Path) -> None:
     [("mixtral", {"intermediate_size": 192}), ("qwen3_moe", {"moe_intermediate_size": 64, "num_experts": 8})],
 )
 def test_the_peak_with_4_bit_experts(
-    family: str, sizes: dict[str, int], adapter: dict[str, Any], activations: str, tmp_path: Path
+    family: str, sizes: dict[str, Any], adapter: dict[str, Any], activations: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    wide = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
+    wide: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
     model = families.save(tmp_path / "model", family, **wide, **sizes)
     train = {"precision": "bf16", "global_batch": 8, "micro_batch": 8}
     check(

@@ -84,7 +84,12 @@ def test_lora_on_packed_experts_is_that_of_peft(family: str, tmp_path: Path) -> 
         for factor in factors.values():
             factor.data = 0.1 * torch.randn(factor.shape, generator=source)
         kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):  # type: ignore[misc,func-returns-value]
+
+        def keep(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             adapted = pass_through(wrapper, wrapper.num_experts)
         most_kept.append(max(kept))
         with model.disable_adapter():
