@@ -120,12 +120,12 @@ class PackedExperts:
         """PEFT's wrapper of every projection that has one."""
 
     def __call__(
-        self, hidden_TH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:  # fmt: skip
         """Sum up what the chosen experts make of every token.
 
         Args:
-            hidden_TH: [T, H].
+            hidden_states: [T, H]; named, as the others are, as in transformers, whose blocks may pass them by name.
             top_k_index, top_k_weights: the experts of every token and their shares [T, k].
         """
         module: Any = self.module
@@ -134,7 +134,7 @@ class PackedExperts:
         ends_E = torch.searchsorted(expert_S, torch.arange(module.num_experts, device=expert_S.device), right=True)
         ends_E = ends_E.to(torch.int32)
         up_name, down_name = _projections(module)
-        inner = self._project(up_name, hidden_TH[order_S // chosen], expert_S, ends_E)
+        inner = self._project(up_name, hidden_states[order_S // chosen], expert_S, ends_E)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
         output_SH = self._project(down_name, inner, expert_S, ends_E)
         if module.has_post_expert_norm:
@@ -142,7 +142,7 @@ class PackedExperts:
         output_SH = output_SH * top_k_weights.flatten()[order_S, None]
         place_S = torch.empty_like(order_S)
         place_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        return output_SH[place_S].view(tokens, chosen, -1).sum(1).to(hidden_TH.dtype)
+        return output_SH[place_S].view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
 
     def _project(self, name: str, x_SK: torch.Tensor, expert_S: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         """Multiply each row by the matrix of its expert; rows are sorted by expert."""
