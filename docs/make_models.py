@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,9 +41,9 @@ and left alone, and why.
 - **experts**: routed experts are parameters with three dimensions, no linear layers. They are left alone in every
   architecture, because PEFT reaches them under rules that differ between architectures and holds a whole copy of them
   for backward. `adapter.targets: [q_proj, experts.down_proj, experts.gate_up_proj]` adapts them (LoRA without
-  dropout).
-- **NF4**: `base.quantize: nf4` stores linear layers in 4 bits, except the output head. Fused experts keep the dtype
-  of the base, since bitsandbytes packs linear layers only.
+  dropout); where they are in 4 bits, without that copy.
+- **NF4**: `base.quantize: nf4` stores linear layers in 4 bits, except the output head, and routed experts, each as a
+  linear layer of its own would be. Experts whose weights lie in a way that is not known are refused.
 - **LoRAM**: whether `base.kind: loram` can prune it.
 
 With full fine-tuning (`adapter: none`) parameters that text does not pass through stay as they are.
@@ -87,7 +88,7 @@ def row(name: str) -> str:
         way,
         left_out,
         "left alone" if experts else "",
-        "all but experts" if experts else "yes",
+        "yes" if _can_be_quantised(model) else "refused",
         "yes" if _can_be_pruned(name) else "",
     ]
     return f"| {' | '.join(cells)} |"
@@ -95,6 +96,17 @@ def row(name: str) -> str:
 
 def _model_types() -> set[str]:
     return {options_of(name)["model_type"] for name in FAMILIES}
+
+
+def _can_be_quantised(model: Any) -> bool:
+    from raymem.errors import RaymemError
+    from raymem.training.model import experts
+
+    try:
+        experts.check(model)
+    except RaymemError:
+        return False
+    return True
 
 
 def _can_be_pruned(name: str) -> bool:

@@ -103,10 +103,10 @@ def quantised(weight: torch.Tensor) -> nn.Parameter:
 class Linear4bit(nn.Linear):
     """A frozen 4-bit layer, which multiplies as bitsandbytes' does once its weight is what :func:`quantised` gives."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, compute_dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(in_features, out_features, bias, device="meta")
         self.weight = Params4bit(self.weight.data, requires_grad=False)
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = dtype
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,10 +117,40 @@ class Linear4bit(nn.Linear):
             if bias.dtype != x.dtype:
                 bias.data = bias.data.to(x.dtype)
             bias = bias.to(self.compute_dtype)
-        state = self.weight.quant_state  # type: ignore[attr-defined]
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        multiply: Any = _Product.apply if needs_grad else _product
-        return multiply(x, self.weight, bias, state).to(input_dtype)  # type: ignore[no-any-return]
+        held = self.packed_weight()
+        assert held is not None
+        return multiply(x, *held, bias).to(input_dtype)
+
+    def packed_weight(self) -> tuple[torch.Tensor, Any] | None:
+        """Return the packed bytes and the state by which they are read; None as long as they are not there."""
+        state = getattr(self.weight, "quant_state", None)
+        return None if state is None else (self.weight, state)
+
+
+def multiply(x: torch.Tensor, packed: torch.Tensor, state: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute ``x W^T + bias`` as the library that reads weights with this state does."""
+    if not isinstance(state, QuantState):
+        import bitsandbytes as bnb
+
+        real: torch.Tensor = bnb.matmul_4bit(x, packed, bias=bias, quant_state=state)
+        return real
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    product: Any = _Product.apply if needs_grad else _product
+    return product(x, packed, bias, state)  # type: ignore[no-any-return]
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Say whether a module is a 4-bit linear layer: of bitsandbytes, or one of those here."""
+    return any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__)
+
+
+def packed_weight(layer: Any) -> tuple[torch.Tensor, Any] | None:
+    """Return the packed bytes of a linear layer and the state by which they are read; None where it has none."""
+    if isinstance(layer, Linear4bit):
+        return layer.packed_weight()
+    weight = layer._parameters.get("weight")
+    state = getattr(weight, "quant_state", None)
+    return None if state is None else (weight, state)
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, state: QuantState) -> torch.Tensor:
@@ -171,7 +201,12 @@ def dequantize_4bit(A: torch.Tensor, state: QuantState) -> torch.Tensor:
 
 def functional(state: Any) -> Any:
     """Return the library that reads weights with this state: bitsandbytes.functional, or this module."""
-    if isinstance(state, QuantState):
+    return library(planned=isinstance(state, QuantState))
+
+
+def library(*, planned: bool) -> Any:
+    """Return bitsandbytes.functional, or this module where only memory counts."""
+    if planned:
         import raymem.memory.nf4 as own
 
         return own

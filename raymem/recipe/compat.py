@@ -36,12 +36,6 @@ RULES: tuple[Rule, ...] = (
         lambda r: _nf4(r) and not r.trains_adapter,
     ),
     Rule(
-        ("base.quantize: nf4", "scaling.strategy: fsdp2"),
-        "bitsandbytes packs a weight into bytes that FSDP2 cannot shard by rows, and this is not tested",
-        "use scaling.strategy: ddp",
-        lambda r: _nf4(r) and r.scaling.strategy == "fsdp2",
-    ),
-    Rule(
         ("base.quantize: nf4", "model.config"),
         "random weights are not worth quantising, and this is not tested",
         "give model.name",

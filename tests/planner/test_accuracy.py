@@ -16,6 +16,7 @@ from raymem.planner.tracing.step_trace import planned_model, trace_step
 from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
 from raymem.testing import measure_step
+from tests.helpers import families
 from tests.helpers.planner_cases import FRAGMENTS, LENGTH, case, model_config
 from tests.helpers.support import in_processes, make_recipe, save_model
 
@@ -95,6 +96,29 @@ def test_the_peak_with_4_bit_weights(activations: str, tmp_path: Path) -> None:
         make_recipe(
             {"base": {"quantize": "nf4"}, "train": train, "data": {"sequence_length": 2 * LENGTH}},
             {"activations": activations},
+            model=model,
+        )
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["none", "checkpoint"])
+@pytest.mark.parametrize("adapter", [{}, {"targets": ["q_proj", "experts.gate_up_proj", "experts.down_proj"]}])
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("mixtral", {"intermediate_size": 192}), ("qwen3_moe", {"moe_intermediate_size": 64, "num_experts": 8})],
+)
+def test_the_peak_with_4_bit_experts(
+    family: str, sizes: dict[str, Any], adapter: dict[str, Any], activations: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    wide: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
+    model = families.save(tmp_path / "model", family, **wide, **sizes)
+    train = {"precision": "bf16", "global_batch": 8, "micro_batch": 8}
+    check(
+        make_recipe(
+            {"base": {"quantize": "nf4"}, "train": train, "data": {"sequence_length": LENGTH}},
+            {"activations": activations, "adapter": adapter},
             model=model,
         )
     )

@@ -14,7 +14,7 @@ from raymem.memory import nf4
 from raymem.planner.subprocess_main import answer
 from raymem.planner.tracing.step_trace import planned_model
 from raymem.recipe.schema import Recipe
-from raymem.training.model import build as models
+from raymem.training.model import quantised
 from tests.helpers.support import make_recipe, save_model
 
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 256, "head_dim": 32}
@@ -72,7 +72,10 @@ def test_a_plan_is_that_of_bitsandbytes_own_layers(
     pytest.importorskip("bitsandbytes")
     recipe = recipe_of(directories[family], fragment)
     plan = plan_of(recipe)
-    monkeypatch.setattr(models, "_stand_in_nf4_linears", models._use_nf4_linears)
+    place = quantised.place
+    monkeypatch.setattr(
+        quantised, "place", lambda *model, planned, sharded: place(*model, planned=False, sharded=sharded)
+    )
     monkeypatch.setattr(nf4, "quantised", quantised_by_bitsandbytes)
     assert any(type(module).__module__.startswith("bitsandbytes") for module in planned_model(recipe).modules())
     assert plan_of(recipe) == plan
@@ -89,3 +92,12 @@ def test_a_plan_needs_no_bitsandbytes(directories: dict[str, Path], monkeypatch:
 def test_stand_ins_cannot_compute() -> None:
     with pytest.raises(NotImplementedError, match="raymem::dequantize_blockwise"):
         torch.ops.raymem.dequantize_blockwise(torch.zeros(4, dtype=torch.uint8), torch.float32)
+
+
+def test_two_workers_share_codes_and_scales(directories: dict[str, Path]) -> None:
+    """Of the base; the rest of a worker is planned and counted as for any sharded model."""
+    states = {}
+    for strategy in ("ddp", "fsdp2"):
+        recipe = recipe_of(directories["llama"], {"scaling": {"num_workers": 2, "strategy": strategy}})
+        states[strategy] = plan_of(recipe)["state"]
+    assert states["fsdp2"]["weights"] == pytest.approx(states["ddp"]["weights"] / 2, rel=0.01)

@@ -21,7 +21,6 @@ IN_BACKWARD = {"adapter": "none", "optimizer": {"kind": "mlorc_adamw", "step_in_
 # The two settings of a rule -> recipes that break that rule and no other.
 CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
     ("base.quantize: nf4", "adapter: none"): [{**NF4, "adapter": "none"}],
-    ("base.quantize: nf4", "scaling.strategy: fsdp2"): [{**NF4, "scaling": {"strategy": "fsdp2", "num_workers": 2}}],
     ("base.quantize: nf4", "model.config"): [
         {**NF4, "model": {"name": None, "config": {"model_type": "llama"}, "tokenizer": "demo"}}
     ],

@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mlorc": {"adapter": {"kind": "none"}, "optimizer": {"kind": "mlorc_adamw", "rank": 4, "min_dim": 16}},
     "loract": {"activations": {"kind": "loract", "rank": 8}},
     "moram": {"adapter": {"kind": "moram", "rank": 4, "density": 0.25}},
+    "nf4": {"base": {"quantize": "nf4"}, "train": {"precision": "bf16"}},
 }
 Untouched = Callable[[str, str], tuple[list[float], bytes]]
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from raymem.errors import AdapterError
 from raymem.memory import nf4
+from raymem.memory.packed import packing_of
 
 # O outputs, I inputs, C rows of a chunk, K connections per row
 
@@ -95,25 +96,38 @@ def base_weight(layer: nn.Module) -> BaseWeight:
     weight: Any = layer.weight
     if hooked or isinstance(weight, DTensor):
         return BaseWeight(None)
-    state = getattr(weight, "quant_state", None)
-    if state is not None and type(layer).__module__.startswith(("bitsandbytes", nf4.__name__)):
-        # On CPUs bitsandbytes may keep another packing, and reads rows that end inside a block in its own way.
-        packed_for_cpu = getattr(state, "packing_format_for_cpu", False)
-        whole = state.shape[1] if weight.device.type == "cpu" else math.prod(state.shape)
-        readable = not packed_for_cpu and whole % state.blocksize == 0
-        return BaseWeight(weight, quant_state=state) if readable else BaseWeight(None)
+    if nf4.is_4bit(layer):
+        held = nf4.packed_weight(layer)
+        return BaseWeight(None) if held is None else _readable(*held)
     if weight.is_floating_point() and type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return BaseWeight(weight, transposed=isinstance(layer, Conv1D))
     return BaseWeight(None)
+
+
+def _readable(packed: torch.Tensor, state: Any) -> BaseWeight:
+    """Return a 4-bit weight, opaque where its rows cannot be read one range at a time."""
+    # On CPUs bitsandbytes may keep another packing, and reads rows that end inside a block in its own way.
+    packed_for_cpu = getattr(state, "packing_format_for_cpu", False)
+    whole = state.shape[1] if packed.device.type == "cpu" else math.prod(state.shape)
+    readable = not packed_for_cpu and whole % state.blocksize == 0
+    return BaseWeight(packed, quant_state=state) if readable else BaseWeight(None)
+
+
+def gathered_weight(layer: Any) -> BaseWeight:
+    """Return the weight of a layer that may be sharded; collective if it is."""
+    weight = layer.weight
+    if not isinstance(weight, DTensor):
+        return base_weight(layer)
+    packing = packing_of(layer, "weight")
+    full = weight.full_tensor()
+    return BaseWeight(full) if packing is None else _readable(*packing.unpack(full))
 
 
 def compute_dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
     """Dtype in which the layer multiplies: autocast's, that of a 4-bit layer, or its input's."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
-    if hasattr(getattr(layer, "weight", None), "quant_state"):
-        return getattr(layer, "compute_dtype", None) or x.dtype
-    return x.dtype
+    return getattr(layer, "compute_dtype", None) or x.dtype
 
 
 def fan(layer: nn.Module) -> tuple[int, int]:

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from raymem.errors import AdapterError
 from raymem.memory.target import worth_visiting
-from raymem.methods.moram.base import BaseWeight, base_weight, fingerprint
+from raymem.methods.moram.base import fingerprint, gathered_weight
 from raymem.methods.moram.config import Criterion
 from raymem.methods.moram.indices import rows_at_once, top_columns
 from raymem.methods.moram.layer import MoRAMLinear, check_bases, layers
@@ -270,9 +269,7 @@ def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 def _largest_weights(layer: MoRAMLinear, layer_name: str, adapter_name: str) -> torch.Tensor:
     """Return columns of largest |weight|, of a readable weight of any kind."""
     module: Any = layer.get_base_layer()
-    base = base_weight(module)
-    if isinstance(module.weight, DTensor):
-        base = BaseWeight(module.weight.full_tensor())
+    base = gathered_weight(module)
     if base.weight is None:
         raise AdapterError(
             f"{layer_name}: the weight of {type(module).__name__} cannot be read; use criterion: gradient or random"

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D  # how GPT-2 writes its linear layers
 
+from raymem.memory.packed import packing_of
 from raymem.methods.peft.importing import without_bitsandbytes
 from raymem.methods.probe import asked_once, class_of, first_line, why_not
 from raymem.methods.tiny_model import VOCABULARY, random_clone
@@ -81,14 +82,22 @@ def adaptable(model: Any) -> list[str]:
 
 def routed_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that hold the weights of all experts of a layer, by name."""
-    experts = {}
-    for prefix, module in model.named_modules():
-        if "expert" not in type(module).__name__.lower():
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() == _EXPERT_DIMENSIONS:
-                experts[f"{prefix}.{name}"] = parameter
-    return experts
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in model.named_modules()
+        for name, parameter in experts_of_a_layer(module).items()
+    }
+
+
+def experts_of_a_layer(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of one module that hold the weights of all experts, in 4 bits or not, by name."""
+    if "expert" not in type(module).__name__.lower():
+        return {}
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (parameter.dim() == _EXPERT_DIMENSIONS or packing_of(module, name) is not None)
+    }
 
 
 def freeze_unused(model: Any) -> None:

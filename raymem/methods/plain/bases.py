@@ -18,7 +18,7 @@ class FullBase:
 
     kind: Literal["full"] = "full"
     quantize: Literal["none", "nf4"] = "none"
-    """``nf4`` stores the frozen linear layers in 4 bits (bitsandbytes, ``pip install raymem[quant]``)."""
+    """``nf4`` stores frozen linear layers and experts in 4 bits (bitsandbytes, ``pip install raymem[quant]``)."""
     offload: bool = False
     """Frozen layers live in page-locked memory of the host; each is copied to the device while the layer before it (in
     backward: behind it) runs."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from raymem.memory.nf4 import functional
+from raymem.memory.nf4 import functional, packed_weight
 
 # T tokens, N output features, K input features
 
@@ -39,7 +39,7 @@ class Weight:
             return None
         if kind is nn.Linear:
             return Weight(layer, packed=False) if weight.dtype == dtype else None
-        packed = kind.__name__ == "Linear4bit" and getattr(weight, "quant_state", None) is not None
+        packed = packed_weight(layer) is not None
         return Weight(layer, packed=True) if packed and getattr(layer, "compute_dtype", None) == dtype else None
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,10 +47,9 @@ class Weight:
         if self.dense is not None or not self._is_large(x):
             return self._layer(x)  # type: ignore[no-any-return]
         x_TK = x.flatten(0, -2)
-        state = self._layer.weight.quant_state
+        packed_NK, scales_NK, state = self._unpacked()
         rows, columns = state.shape
         y_TN = x_TK.new_empty(x_TK.shape[0], rows)
-        packed_NK, scales_NK = self._unpacked()
         step = max(1, BLOCK_BYTES // (columns * x.element_size()))
         for start in range(0, rows, step):
             part = slice(start, min(rows, start + step))
@@ -67,8 +66,7 @@ class Weight:
         """
         if dense_NK is not None:
             return grad_TN @ dense_NK
-        state = self._layer.weight.quant_state
-        packed_NK, scales_NK = self._unpacked()
+        packed_NK, scales_NK, state = self._unpacked()
         if not self._is_large(grad_TN):
             return grad_TN @ _dequantised(packed_NK, scales_NK, state, grad_TN.dtype)
         rows, columns = state.shape
@@ -83,21 +81,28 @@ class Weight:
         return grad_TK
 
     def _is_large(self, x: torch.Tensor) -> bool:
-        rows, columns = self._layer.weight.quant_state.shape
+        _, state = self._packed()
+        rows, columns = state.shape
         whole = rows * columns * x.element_size() <= WHOLE_BYTES
         tokens = x.numel() // x.shape[-1]
-        return not whole and tokens > _FEW_TOKENS and columns % self._layer.weight.quant_state.blocksize == 0
+        return not whole and tokens > _FEW_TOKENS and columns % state.blocksize == 0
 
-    def _unpacked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the packed weight [N, K / 2] and fp32 scales [N, K / blocksize]; one row where rows share a block."""
-        weight = self._layer.weight
-        state = weight.quant_state
+    def _packed(self) -> tuple[torch.Tensor, Any]:
+        """Return the bytes of the weight as they lie now: a sharded one is gathered anew for every pass."""
+        held = packed_weight(self._layer)
+        assert held is not None
+        return held
+
+    def _unpacked(self) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Return the packed weight [N, K / 2], fp32 scales [N, K / blocksize] and the state; one row where rows share a
+        block."""
+        weight, state = self._packed()
         scales: torch.Tensor = state.absmax
         if state.nested:
             scales = functional(state).dequantize_blockwise(scales, state.state2)
             scales += state.offset
         rows = state.shape[0] if state.shape[1] % state.blocksize == 0 else 1
-        return weight.detach().view(rows, -1), scales.float().view(rows, -1)
+        return weight.detach().view(rows, -1), scales.float().view(rows, -1), state
 
 
 def _dequantised(packed_NK: torch.Tensor, scales: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -14,7 +14,6 @@ from torch import nn
 
 from raymem.account import refuse_quantised
 from raymem.errors import ModelError, RecipeError
-from raymem.memory import nf4
 from raymem.memory.host import lives_on_host
 from raymem.methods.own_code import as_recipe_says
 from raymem.methods.peft.files import load_adapter
@@ -24,7 +23,7 @@ from raymem.seeds import derive
 from raymem.storage.checksums import check_files
 from raymem.training import lean, loss
 from raymem.training.dist_env import DistEnv, shard
-from raymem.training.model import adapter, packing, weights
+from raymem.training.model import adapter, experts, packing, quantised, weights
 from raymem.training.model.base_name import base_name
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ def build_model(
     tied = weights.tied_names(base_model)
     blocks = [m for m in base_model.modules() if type(m).__name__ in (base_model._no_split_modules or ())]
     if recipe.base.quantize == "nf4":
-        (_stand_in_nf4_linears if planned else _use_nf4_linears)(base_model, base_dtype(recipe))
+        quantised.place(base_model, base_dtype(recipe), planned=planned, sharded=dist_env.sharded)
     places = weights.slots(base_model)
     BASES.of(recipe).prepare(base_model, recipe.base)
     activations = ACTIVATIONS.of(recipe)
@@ -83,7 +82,8 @@ def build_model(
     added: list[str] = []
     if adapter_at is None:
         of_base = {id(tensor) for tensor in adapter.tensors_of(base_model).values()}
-        model = adapter.attach(base_model, recipe, trainable_dtype(recipe))
+        with experts.shown_to_peft(base_model):
+            model = adapter.attach(base_model, recipe, trainable_dtype(recipe))
         added = [name for name, tensor in adapter.tensors_of(model).items() if id(tensor) not in of_base]
         _prepare(model, recipe)
     if dist_env.sharded:
@@ -100,7 +100,8 @@ def build_model(
     if adapter_at is not None:
         for kind in ADAPTERS.kinds():
             kind.register()
-        model = load_adapter(base_model, adapter_at, dist_env.device)
+        with experts.shown_to_peft(base_model):
+            model = load_adapter(base_model, adapter_at, dist_env.device)
         for parameter in model.parameters():  # PEFT puts an adapter where the weight of its layer is
             if not lives_on_host(parameter):
                 parameter.data = parameter.data.to(dist_env.device)
@@ -287,40 +288,6 @@ def _source(base_model: Any, config: Any, recipe: Recipe, dist_env: DistEnv) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, "init"))
         return weights.StateDictSource(type(base_model)._from_config(config).state_dict())
-
-
-def _use_nf4_linears(base_model: Any, dtype: torch.dtype) -> None:
-    """Swap every linear layer but the output head for bitsandbytes' 4-bit one (double quantisation, as QLoRA)."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ModelError("base.quantize: nf4 needs bitsandbytes: pip install 'raymem[quant]'") from None
-    from transformers import BitsAndBytesConfig
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    excluded = get_keys_to_not_convert(base_model)
-    replace_with_bnb_linear(base_model, modules_to_not_convert=excluded, quantization_config=config)
-    for module in base_model.modules():
-        # On CPUs with AVX512-BF16 the first evaluation would repack the weights for a kernel that has no gradient.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _stand_in_nf4_linears(base_model: Any, dtype: torch.dtype) -> None:
-    """Swap linear layers as :func:`_use_nf4_linears` does, for ones that only stand for memory."""
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    unquantised = get_keys_to_not_convert(base_model)
-    for name, module in list(base_model.named_modules()):
-        if (isinstance(module, Conv1D) or type(module) is nn.Linear) and should_convert_module(name, unquantised):
-            inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-            base_model.set_submodule(name, nf4.Linear4bit(inputs, outputs, module.bias is not None, dtype))
 
 
 def _restore_computed_buffers(base_model: Any, filled: Sequence[torch.Tensor]) -> None:

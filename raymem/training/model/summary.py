@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from raymem.memory.nf4 import is_4bit
 from raymem.methods.peft.linear_layers import UNUSED, linear_layers, pattern_of, routed_experts, text_pass
 from raymem.recipe.schema import Recipe
 
@@ -103,18 +104,15 @@ def _quantised(model: Any) -> list[Line]:
     packed, whole = {}, {}
     for name, module in layers.items():
         plain = name.removesuffix(".base_layer")
-        if type(module).__name__ == "Linear4bit":
+        if is_4bit(module):
             packed[plain] = ""
         elif not any(part in name for part in (".lora_", ".moram_")):
             whole[plain] = "transformers keeps the output head and what is tied to it"
-    experts = {
-        name.replace(".base_layer", ""): "bitsandbytes packs linear layers, and fused experts are none"
-        for name in routed_experts(model)
-    }
+    experts = {name.replace(".base_layer", ""): "" for name in routed_experts(model)}
     return [
         *_lines("in 4 bits", packed),
+        *_lines("in 4 bits", experts, depth=2),
         *_lines("not in 4 bits", whole, depth=2),
-        *_lines("not in 4 bits", experts, depth=2),
     ]
 
 

@@ -19,7 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from raymem.account import Header, refuse_not_finite, refuse_two_places, refuse_untied, unused
 from raymem.errors import ModelError
+from raymem.linalg.local import local
 from raymem.memory.host import host_like, keep_on_host, lives_on_host
+from raymem.memory.packed import packing_of
 from raymem.storage.safetensors_io import shard_files
 from raymem.training.dist_env import DistEnv, local_rows
 
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 
 NOT_FINITE = "fetch the model again, or train it again from a checkpoint without them"
 """The cure for a model with such numbers."""
+
+TRANSPOSED = "weight_is_transposed_in_files"
+"""Attribute of a 4-bit layer: whether a checkpoint holds its weight [K, N], as GPT-2's do."""
 
 Slot = tuple[nn.Module, str]
 """The module and attribute that hold a tensor. They stay valid when adapters wrap the module or FSDP2 shards it."""
@@ -279,7 +284,7 @@ def _missing(names: set[str]) -> str:
 def put(
     module: nn.Module, attribute: str, read: Callable[[slice | None], torch.Tensor], dist_env: DistEnv, name: str
 ) -> None:
-    """Write one tensor into its slot: whole, as this rank's rows, or quantised.
+    """Write one tensor into its slot: whole, as this rank's rows, quantised, or this rank's share of that.
 
     Raises:
         ModelError: the shapes differ, or a number of a parameter is nan or infinite.
@@ -287,17 +292,31 @@ def put(
     target = getattr(module, attribute)
     if isinstance(target, nn.Parameter):  # a buffer may be a mask
         given, read = read, lambda rows: refuse_not_finite(given(rows), f"model.name: tensor {name}", NOT_FINITE)
-    if isinstance(target, DTensor):
+    if (packing := packing_of(module, attribute)) is not None:
+        value = _as_multiplied(module, read(None))
+        _same_shape(name, torch.empty(packing.shape, device="meta"), value)
+        flat = packing.pack(value, dist_env.device)  # the whole weight, for its scales have a scale in common
+        if isinstance(target, DTensor):
+            flat = flat[local_rows(len(flat), dist_env.rank, dist_env.world_size)]
+        local(target).copy_(flat)
+    elif isinstance(target, DTensor):
         rows = local_rows(target.shape[0], dist_env.rank, dist_env.world_size) if target.dim() else None
-        local, value = target.to_local(), read(rows)
-        _same_shape(name, local, value)
-        local.copy_(value)
+        share, value = target.to_local(), read(rows)
+        _same_shape(name, share, value)
+        share.copy_(value)
     elif type(target) is not nn.Parameter and isinstance(target, nn.Parameter):
-        _quantise(module, attribute, read(None), dist_env)
+        value = _as_multiplied(module, read(None))
+        _same_shape(name, target, value)
+        _quantise(module, attribute, value, dist_env)
     else:
         value = read(None)
         _same_shape(name, target, value)
         target.copy_(value)
+
+
+def _as_multiplied(module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    """Return a weight [N, K], the way round that a 4-bit layer multiplies by it."""
+    return value.mT.contiguous() if getattr(module, TRANSPOSED, False) else value
 
 
 def _same_shape(name: str, target: torch.Tensor, value: torch.Tensor) -> None:

@@ -168,7 +168,8 @@ def test_the_tokenizer_is_the_models_own_unless_named(llama: Path) -> None:
     assert tokenizer_path(make_recipe({"model": {"tokenizer": "demo"}}, model=llama)) == "demo"
 
 
-NF4 = {"base": {"quantize": "nf4"}, "train": {"precision": "bf16"}}
+BF16 = {"train": {"precision": "bf16"}}
+NF4 = {"base": {"quantize": "nf4"}, **BF16}
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nf4_stores_four_bits_and_computes_nearly_the_same(wider: Path) -> None:
     pytest.importorskip("bitsandbytes")
     model = build_model(make_recipe(NF4, model=wider))
-    exact = build_model(make_recipe({"train": {"precision": "bf16"}}, model=wider))
+    exact = build_model(make_recipe(BF16, model=wider))
     packed = {name: p for name, p in model.named_parameters() if p.dtype == torch.uint8}
     assert len(packed) == 2 * 7, "every linear layer of both blocks, not the head"
     weights = sum(p.numel() for name, p in exact.named_parameters() if name in packed)
@@ -191,6 +192,20 @@ def test_nf4_stores_four_bits_and_computes_nearly_the_same(wider: Path) -> None:
     assert 4.0 < bits_per_weight < 4.7, "with the scales of the scales"
     alike = nn.functional.cosine_similarity(logits(model).float().flatten(), logits(exact).float().flatten(), dim=0)
     assert 0.98 < alike < 1
+
+
+def test_nf4_multiplies_by_the_weights_of_gpt2_the_right_way_round(tmp_path: Path) -> None:
+    """Its files hold them transposed; of a square one bitsandbytes would not notice."""
+    pytest.importorskip("bitsandbytes")
+    gpt2 = save_model(tmp_path / "model", "gpt2")
+    packed, exact = build_model(make_recipe(NF4, model=gpt2)), build_model(make_recipe(BF16, model=gpt2))
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for leaf in ("attn.c_proj", "attn.c_attn"):
+        layers: list[Any] = [
+            model.get_submodule(f"base_model.model.transformer.h.0.{leaf}") for model in (packed, exact)
+        ]
+        found, expected = (layer.get_base_layer()(x).float() for layer in layers)
+        assert (found - expected).norm() < 0.15 * expected.norm()
 
 
 def test_nf4_trains_an_adapter_also_after_an_evaluation(wider: Path) -> None:

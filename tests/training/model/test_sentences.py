@@ -122,7 +122,6 @@ def test_the_lines_say_what_is_in_4_bits(planned: bool, tmp_path: Path) -> None:
     lines = [str(line) for line in what_is_trained(build_model(recipe, meta=True, planned=planned), recipe)]
     assert lines[2:] == [
         "in 4 bits (8): q_proj, k_proj, v_proj, o_proj",
+        "in 4 bits (4): experts.gate_up_proj, experts.down_proj",
         "not in 4 bits (1): lm_head - transformers keeps the output head and what is tied to it",
-        "not in 4 bits (4): experts.gate_up_proj, experts.down_proj - bitsandbytes packs linear layers, and fused "
-        "experts are none",
     ]
