@@ -3,8 +3,7 @@
 On a CPU both are the same memory. Buffers are made and copies taken all the same, so that a step on a CPU is the one on
 a GPU in every allocation, and a plan can tell the two memories apart (:func:`raymem.memory.trace.on_host`).
 
-No CUDA device was at hand where this was written; the order of copies is tested with a lane that delays them
-(tests/helpers/delayed_lane.py).
+The order of copies is tested without a CUDA device, with a lane that delays them (tests/helpers/delayed_lane.py).
 """
 
 from __future__ import annotations
