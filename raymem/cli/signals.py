@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from raymem import stopping
 from raymem.cli import console
-from raymem.training import stopping
 
 _SAME_S = 1.0
 """Seconds in which a second Ctrl-C is the first one again, as from a parent that passes on what we got ourselves."""

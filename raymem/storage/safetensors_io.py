@@ -287,7 +287,7 @@ def index_file(directory: Path) -> Path | None:
     if index.is_file() or named:
         return index
     raise ModelError(
-        f"model.name: {directory} holds no {_SINGLE} and no index of such files; raymem reads no pickled "
+        f"model.name: {directory} holds no model.safetensors and no index of such files; raymem reads no pickled "
         "weights: convert them with transformers' save_pretrained"
     )
 

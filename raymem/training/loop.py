@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from raymem import stopping
 from raymem.errors import NonFiniteError, OutOfMemory
 from raymem.linalg.local import local
 from raymem.memory.meter import PeakMeter, resident_tensors, storage_bytes
@@ -19,7 +20,6 @@ from raymem.methods.sentences import first_step
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
 from raymem.storage.storage import Storage
-from raymem.training import stopping
 from raymem.training.artifacts.export import export_final
 from raymem.training.checkpoint import FOLDER, Checkpoints
 from raymem.training.data.batches import Batch, global_targets, rank_batches

@@ -20,11 +20,11 @@ from raymem.cluster.train.watchdog import Watch, collective_timeout_s
 from raymem.cluster.train.worker import STOPPED_AT, config_of, train_worker
 from raymem.errors import ClusterError
 from raymem.recipe.axes import registered
+from raymem.stopping import Stopped
 from raymem.tracking import Tracker
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Audience
-from raymem.training.stopping import Stopped
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]

@@ -11,11 +11,11 @@ from typing import Any
 
 import ray
 
+from raymem import stopping
 from raymem.cluster.connection import HeadCheck
 from raymem.cluster.train.events import Event, Logged, Restarted, Rows, Scheduled, Told
 from raymem.cluster.train.waiting import Waiting
 from raymem.recipe.schema import ScalingSection
-from raymem.training import stopping
 from raymem.training.reporter import Audience
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from raymem import stopping
 from raymem.cluster.train.pulse import Pulse
-from raymem.training import stopping
 from raymem.training.dist_env import DistEnv
 from raymem.training.reporter import Row, Wanted
 

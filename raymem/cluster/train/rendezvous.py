@@ -14,8 +14,8 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 
+from raymem import stopping
 from raymem.cluster.connection import session_directory
-from raymem.training import stopping
 
 
 class Rendezvous(TorchConfig):  # type: ignore[misc]

@@ -17,6 +17,7 @@ from raymem.cluster.train.pulse import Pulse
 from raymem.errors import RaymemError, TransientStorageError
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import Recipe
+from raymem.stopping import Stopped
 from raymem.storage.identity import held, identify
 from raymem.storage.leases.cells import run_cell
 from raymem.storage.leases.held import holder_of
@@ -26,7 +27,6 @@ from raymem.training.data.packed.shared import localise, to_dict
 from raymem.training.dist_env import DistEnv
 from raymem.training.job import PreparedRun
 from raymem.training.loop import run
-from raymem.training.stopping import Stopped
 
 STOPPED_AT = "stopped_at"
 """The key of the step at which a run was stopped."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from raymem import stopping
 from raymem.recipe.schema import Recipe
-from raymem.training import stopping
 from raymem.training.dist_env import DistEnv
 from raymem.training.loop import run
 from raymem.training.reporter import LocalReporter, Row
