@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 
+import pytest
 import torch
 
 from raymem.memory import host
@@ -66,3 +68,15 @@ class DelayedLane(CopyLane):
         while self.taken < (mark or 0):
             self._begun[self.taken]()
             self.taken += 1
+
+
+def delay_copies(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[DelayedLane]:
+    """Give what ``module`` makes lanes that delay; returns those that are made."""
+    lanes: list[DelayedLane] = []
+
+    def make(device: torch.device) -> DelayedLane:
+        lanes.append(DelayedLane(device))
+        return lanes[-1]
+
+    monkeypatch.setattr(module, "CopyLane", make)
+    return lanes

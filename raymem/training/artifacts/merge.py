@@ -107,11 +107,12 @@ def _is_layer_by_layer(model: Any, skeleton: Skeleton) -> bool:
     if not isinstance(model.base_model, BaseTuner) or getattr(model.active_peft_config, "layer_replication", None):
         return False
     seen: set[int] = set()
-    stored = {id(module): skeleton.key_of(name) for name, (module, _) in skeleton.places.items()}
+    known = {id(module) for module, _ in skeleton.places.values()}
+    converted = {id(module) for name, (module, _) in skeleton.places.items() if skeleton.key_of(name) is None}
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             base = id(module.get_base_layer())
-            if base in seen or stored.get(base) is None or hasattr(module, "parameter_name"):
+            if base in seen or base not in known - converted or hasattr(module, "parameter_name"):
                 return False
             seen.add(base)
         if hasattr(module, "unload_and_optionally_merge_module") and not isinstance(module, ModulesToSaveWrapper):

@@ -20,7 +20,7 @@ from raymem.planner.types import Target
 from raymem.recipe.schema import Recipe
 from raymem.testing import measure_step
 from raymem.training.model.build import build_model
-from tests.helpers.delayed_lane import DelayedLane
+from tests.helpers.delayed_lane import DelayedLane, delay_copies
 from tests.helpers.offloading import GPU, HiddenHost, assert_same_bits, gradients, tiny
 from tests.helpers.planner_cases import case
 from tests.helpers.support import in_processes, make_recipe
@@ -33,14 +33,7 @@ PLAIN_OF: dict[bool, dict[str, Any]] = {False: {"activations": "none"}, True: {"
 
 @pytest.fixture
 def delayed(monkeypatch: pytest.MonkeyPatch) -> list[DelayedLane]:
-    lanes: list[DelayedLane] = []
-
-    def make(device: torch.device) -> DelayedLane:
-        lanes.append(DelayedLane(device))
-        return lanes[-1]
-
-    monkeypatch.setattr(install, "CopyLane", make)
-    return lanes
+    return delay_copies(monkeypatch, install)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["alone", "checkpoint"])

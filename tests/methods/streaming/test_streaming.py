@@ -24,7 +24,7 @@ from raymem.recipe.schema import Recipe
 from raymem.testing import measure_step
 from raymem.training.dist_env import DistEnv, replicate
 from raymem.training.model.build import build_model
-from tests.helpers.delayed_lane import DelayedLane
+from tests.helpers.delayed_lane import DelayedLane, delay_copies
 from tests.helpers.offloading import GPU, HiddenHost, assert_same_bits, gradients, tiny
 from tests.helpers.planner_cases import case
 from tests.helpers.support import in_processes, make_recipe
@@ -35,14 +35,7 @@ ACTIVATIONS: list[Any] = ["none", "checkpoint", "offload", {"kind": "offload", "
 
 @pytest.fixture
 def delayed(monkeypatch: pytest.MonkeyPatch) -> list[DelayedLane]:
-    lanes: list[DelayedLane] = []
-
-    def make(device: torch.device) -> DelayedLane:
-        lanes.append(DelayedLane(device))
-        return lanes[-1]
-
-    monkeypatch.setattr(stream, "CopyLane", make)
-    return lanes
+    return delay_copies(monkeypatch, stream)
 
 
 def streamed_layers(model: nn.Module) -> list[Any]:

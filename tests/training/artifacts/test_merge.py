@@ -16,6 +16,7 @@ from raymem.storage.safetensors_io import read_header, read_tensor
 from raymem.training.artifacts import merge as merging
 from raymem.training.artifacts.load import load_artifact
 from raymem.training.artifacts.merge import merge
+from tests.helpers.resident import status_bytes
 from tests.helpers.support import in_processes, save_model, save_tokenizer
 
 MIB = 2**20
@@ -157,17 +158,12 @@ SLACK = 8 * MIB
 
 def rise(small: str, adapter: str, output: str) -> int:
     """How far resident memory rises at most while an adapter is merged, once a small one was."""
-
-    def status(field: str) -> int:
-        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
-        return int(line.split()[1]) * 1024
-
     merge(small, f"{output}-small")  # imports and first uses are not what is measured
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MIB)  # else glibc keeps what is freed, up to the largest matrix twice
     Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    before = status_bytes("VmRSS")
     merge(adapter, output)
-    return status("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def test_it_takes_two_matrices_above_the_adapter(tmp_path: Path) -> None:

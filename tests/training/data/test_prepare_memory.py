@@ -13,6 +13,7 @@ from raymem.recipe.data import DataSection
 from raymem.training.data import readers
 from raymem.training.data.packed import shards
 from raymem.training.data.packed.shards import prepare
+from tests.helpers.resident import status_bytes
 from tests.helpers.support import in_processes
 
 MIB = 1 << 20
@@ -30,11 +31,6 @@ def write(path: Path, size_bytes: int) -> Path:
         while written < size_bytes:
             written += file.write(draw.choice(rows) + "\n")
     return path
-
-
-def status_bytes(field: str) -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
-    return int(line.split()[1]) * 1024
 
 
 def rise(files: list[str], tokenizer: str, cache: str, block_bytes: int) -> int:

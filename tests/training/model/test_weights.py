@@ -16,6 +16,7 @@ from raymem.memory.meter import storage_bytes
 from raymem.recipe.schema import Recipe
 from raymem.training.dist_env import DistEnv, local_rows
 from raymem.training.model.build import build_model
+from tests.helpers.resident import status_bytes
 from tests.helpers.support import (
     FAMILIES,
     in_processes,
@@ -144,11 +145,6 @@ SLACK = 8 * MIB
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("large") / "model", max_shard_size="34MB", **LARGE)
-
-
-def status_bytes(field: str) -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
-    return int(line.split()[1]) * 1024
 
 
 def load_and_measure(raw: dict[str, Any]) -> dict[str, int]:
