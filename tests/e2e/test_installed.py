@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
+from raymem.recipe.load import load_recipe
 from tests.helpers.loram_runs import BASE
-from tests.helpers.ray_processes import RayHead, running_head
-from tests.helpers.support import merged
+from tests.helpers.ray_processes import KillOnce, RayHead, running_head
+from tests.helpers.run_files import losses, result_bytes
+from tests.helpers.runs import train_here
+from tests.helpers.support import in_processes, merged
 
 pytestmark = pytest.mark.ray
 
@@ -65,13 +69,13 @@ def installed(packages: Path) -> Iterator[Installed]:
         yield Installed(head, packages)
 
 
-def write_recipe(folder: Path, model: Path, train: str, **sections: Any) -> Path:
+def write_recipe(folder: Path, model: Path, data: str, **sections: Any) -> Path:
     """my.yaml in a directory of its own; storage is elsewhere. Returns the storage path."""
     folder.mkdir()
     storage = folder.parent / "runs"
     plain = {
         "model": {"name": str(model)},
-        "data": {"train": train, "sequence_length": 32},
+        "data": {"train": data, "sequence_length": 32},
         "adapter": {"rank": 4},
         "train": {"steps": 4, "global_batch": 4, "micro_batch": 2, "save_every": 2},
         "scaling": {"num_workers": 1, "resources_per_worker": {"CPU": 1}},
@@ -82,18 +86,38 @@ def write_recipe(folder: Path, model: Path, train: str, **sections: Any) -> Path
     return storage
 
 
-def test_a_recipe_alone_in_a_directory(installed: Installed, tmp_path: Path, llama: Path, examples: Path) -> None:
-    """Trains on a Ray worker with the code of the wheel, and the same run again with a further option."""
+def test_a_recipe_alone_in_a_directory_and_a_worker_that_hangs(
+    installed: Installed, tmp_path: Path, llama: Path, examples: Path
+) -> None:
+    """A Ray worker trains with the code of the wheel; stopped at its first checkpoint, it is named and killed.
+
+    The end is bit for bit that without Ray.
+    """
     project = tmp_path / "project"
-    storage = write_recipe(project, llama, str(examples / "train.jsonl"))
+    steps = {"steps": 40, "save_every": 4}
+    storage = write_recipe(
+        project, llama, str(examples / "train.jsonl"), train=steps, adapter={"dropout": 0.1},
+        scaling={"hang_timeout": "8s"},
+    )  # fmt: skip
     where = installed.run("-c", "import raymem; print(raymem.__file__)", folder=project)
     assert Path(where.stdout.strip()).is_relative_to(installed.packages), where.stdout
+    killer = KillOnce(installed.head, storage / "my", signal.SIGSTOP)
+    killer.start()
     done = installed.run("-m", "raymem", "submit", "my.yaml", folder=project)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "trained 4 steps: loss" in done.stdout
+    assert "step 40/40" in done.stdout
+    assert "trained 40 steps (resumed at " in done.stdout, "from a checkpoint"
     assert "Traceback" not in done.stdout + done.stderr
-    assert (storage / "my" / "adapter" / "adapter_model.safetensors").is_file()
+    assert installed.head.token_path.read_text() not in done.stdout + done.stderr
+    assert f"process {killer.killed}) hangs: no progress for scaling.hang_timeout=8 s" in done.stdout
+    assert "its process is stopped (SIGSTOP)" in done.stdout
     assert [path.name for path in project.iterdir()] == ["my.yaml"]
+
+    untouched = load_recipe(project / "my.yaml", ["scaling.num_workers=0", f"storage.path={tmp_path / 'untouched'}"])
+    (expected,) = in_processes(train_here, 0, tmp_path / "meet", untouched)
+    assert (losses(storage / "my"), result_bytes(storage / "my")) == (
+        expected, result_bytes(tmp_path / "untouched" / "my")
+    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ def test_a_run_goes_on_when_its_bucket_is_back(
     assert re.search(r"cannot write .*run/checkpoints/step_00000006/shard", said[2])
 
 
+@pytest.mark.slow
 def test_what_is_away_too_long_stops_the_run_and_is_resumed(
     proxy: FaultyProxy, s3_uri: str, llama: Path, examples: Path, tmp_path: Path, undisturbed: bytes
 ) -> None:

@@ -217,7 +217,7 @@ def test_training_predicts_for_the_targets_that_it_has(tmp_path: Path) -> None:
     lines = ({"prompt": "def add(a, b):\n" * 40, "completion": f" {number}"} for number in range(8))
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     wide = {
-        "model_type": "llama", "vocab_size": 1 << 17, "hidden_size": 64, "intermediate_size": 128,
+        "model_type": "llama", "vocab_size": 1 << 15, "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512,
     }  # fmt: skip
     raw = {

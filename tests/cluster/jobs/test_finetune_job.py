@@ -15,6 +15,8 @@ from tests.helpers.run_files import losses, result_bytes
 from tests.helpers.runs import ray_recipe, train_here
 from tests.helpers.support import in_processes
 
+pytestmark = pytest.mark.slow  # test_installed.py submits one to a head in the default tier
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -49,7 +51,6 @@ def test_a_job_trains_and_a_worker_that_hangs_changes_nothing(
     assert (losses(run), result_bytes(run)) == (expected, result_bytes(tmp_path / "untouched" / "job"))
 
 
-@pytest.mark.slow
 def test_a_refused_recipe_fails_the_job_with_one_line(
     ray_head: RayHead, llama: Path, examples: Path, tmp_path: Path
 ) -> None:

@@ -1,6 +1,6 @@
 """A rank that hangs is named and killed, the group starts again, and the result is that of an undisturbed run.
 
-In the default tier one such run is that of test_finetune_job.py.
+In the default tier one such run is that of test_installed.py.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def transients(formulation: Any, k: int, dtype: torch.dtype, factor_dtype: torch
     return in_forward, in_backward - case.x.grad.nbytes - case.factor_A_RI.grad.nbytes - case.factor_B_OR.grad.nbytes
 
 
-@pytest.mark.parametrize("k", [4, 16, 64])
+@pytest.mark.parametrize("k", [pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32, torch.float32), (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
 )
