@@ -19,7 +19,8 @@ from raymem.cli.signals import goes_on
 from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
-    from raymem.runs.loram.pipeline import Pipeline, PrunedBase
+    from raymem.runs.loram.models import PrunedBase
+    from raymem.runs.loram.pipeline import Pipeline
     from raymem.runs.suggest import Suggestion
     from raymem.training.data.sources.early import Split
 
@@ -139,7 +140,7 @@ def _show_plan(pruned: PrunedBase) -> None:
         f"with quantize: nf4: {bytes_text(small.nf4_bytes)} stored, {plan.nf4_reduction:.2f}x; "
         f"{plan.paper_nf4_reduction:.2f}x by the paper's count (every parameter in 4 bits, scales free)"
     )
-    say(f"pruned model: {pruned.directory}")
+    say(f"pruned model: {pruned.location}")
 
 
 def _show_training(outcome: dict[str, Any]) -> None:
@@ -151,11 +152,11 @@ def _show_training(outcome: dict[str, Any]) -> None:
     say(f"adapter of the pruned model: {outcome['artifact']}")
 
 
-def _show_recovery(directory: Path, suggestion: Suggestion | None) -> None:
+def _show_recovery(location: str, suggestion: Suggestion | None) -> None:
     say = console.out.print
-    say(f"adapter of the full model: {directory}", markup=False)
-    say(f"serve it: raymem export {shlex.quote(str(directory))} --check vllm", markup=False)
-    say(f"next: {generate.command(str(directory), suggestion)}", markup=False)
+    say(f"adapter of the full model: {location}", markup=False)
+    say(f"serve it: raymem export {shlex.quote(location)} --check vllm", markup=False)
+    say(f"next: {generate.command(location, suggestion)}", markup=False)
 
 
 def _show_verification(checked: Any) -> None:

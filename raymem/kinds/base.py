@@ -82,5 +82,9 @@ class BaseKind(Kind[OptionsT]):
         what to do; None if it does, or has nothing to do with this kind."""
         return None
 
-    def stamp(self, directory: Path, options: OptionsT) -> None:
-        """Add to a written result the facts about these weights that its use on the full model needs."""
+    def stamp(self, result: Path, weights: Path) -> None:
+        """Add to a written result the facts about these weights that its use on the full model needs.
+
+        Args:
+            weights: holds the files beside the weights of :meth:`directory`.
+        """

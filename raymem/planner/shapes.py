@@ -45,7 +45,7 @@ def located(recipe: Recipe) -> tuple[Recipe, str | None]:
     name, revision = recipe.model.name, recipe.model.revision
     base = BASES.of(recipe)
     stands_alone = not base.is_planned(recipe.base) and base.directory(recipe.base) is not None
-    if name is None or stands_alone or Path(name).is_dir() or Path(name).is_absolute():
+    if name is None or stands_alone or "://" in name or Path(name).is_dir() or Path(name).is_absolute():
         return recipe, None
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -6,10 +6,12 @@ import contextlib
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from raymem.errors import RunBusy
 from raymem.storage.errors import explain, writing
 from raymem.storage.folders import make_shared
 from raymem.storage.identity import held
@@ -66,7 +68,22 @@ def _locked(storage: Storage, name: str) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def in_turn(storage: Storage, name: str) -> Iterator[None]:
-    """Wait for whoever does the same work, on any node that shares the lock; the storage is a directory."""
+    """Wait for whoever does the same work, on any node.
+
+    Raises:
+        StorageError: the storage cannot be written.
+    """
+    if not storage.is_local:
+        work = storage.child(name)
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(leased(run_cell(storage, name), work.path, work.root, storage.retry_for_s))
+                    break
+                except RunBusy:
+                    time.sleep(1.0)
+            yield
+        return
     with _lock_file(storage, name) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -19,7 +19,7 @@ from raymem.recipe.load import alignment
 from raymem.recipe.schema import Recipe
 from raymem.runs.backend import Backend, backend_of
 from raymem.runs.demo import resolve_demo, with_demo_tokenizer
-from raymem.runs.loram.base import find_site, is_made, manifest_of, named_model
+from raymem.runs.loram.base import find_site, is_made, made_model, named_model
 from raymem.runs.loram.models import Alignment, PlannedModel, PrunedModel, PruningSite
 from raymem.runs.prepare import prepare_data, share_tokenizer
 from raymem.runs.resolved import Base, FullModel, ResolvedRun
@@ -212,31 +212,31 @@ def _at_site(
     recipe: Recipe, site: PruningSite, storage: Storage, backend: Backend, status: Status
 ) -> tuple[Recipe, Base]:  # fmt: skip
     """Return the model that pruning and alignment have left so far."""
-    if not is_made(site.directory):
+    if not is_made(site.location):
         missing = (
             f"base.kind: loram: {recipe.model.name} is not pruned with these options yet in {storage.path}; run: "
             "raymem loram prune RECIPE"
         )
         return recipe, PlannedModel(site, missing)
     if site.alignment is None:
-        site = dataclasses.replace(site, alignment=_alignment(recipe, site.directory, storage, backend, status))
-    directory = site.directory if site.alignment is None else site.alignment.model
-    if not is_made(directory):
-        missing = f"base.align: the pruned model {site.directory} is not aligned yet; run: raymem loram align RECIPE"
+        site = dataclasses.replace(site, alignment=_alignment(recipe, site.location, storage, backend, status))
+    location = site.location if site.alignment is None else site.alignment.model
+    if not is_made(location):
+        missing = f"base.align: the pruned model {site.location} is not aligned yet; run: raymem loram align RECIPE"
         return recipe, PlannedModel(site, missing)
-    named = recipe.model_copy(update={"base": BASES.of(recipe).located(recipe.base, str(directory))})
-    return named, PrunedModel(directory, manifest_of(directory), site.source, site)
+    named = recipe.model_copy(update={"base": BASES.of(recipe).located(recipe.base, location)})
+    return named, made_model(location, site.source, site)
 
 
 def _alignment(
-    recipe: Recipe, pruned: Path, storage: Storage, backend: Backend, status: Status
+    recipe: Recipe, pruned: str, storage: Storage, backend: Backend, status: Status
 ) -> Alignment | None:  # fmt: skip
     """Return the run that aligns a pruned model, named by its content, and its data; None if the recipe has none.
 
     Raises:
         RecipeError, DataError: its sections are no recipe, or its data cannot be read.
     """
-    model = {**recipe.to_dict()["model"], "name": str(pruned), "revision": None}
+    model = {**recipe.to_dict()["model"], "name": pruned, "revision": None}
     aligning = alignment(recipe, model=model, name="loram-aligned")
     if aligning is None:
         return None
@@ -244,7 +244,7 @@ def _alignment(
     train_data = prepare_data(aligning.data, "train", tokenizer, storage, backend)
     values = aligning.to_dict()
     sections = {name: values[name] for name in ("seed", "adapter", "activations", "optimizer", "train")}
-    name = f"loram-aligned-{digest([manifest_of(pruned).digest, train_data.key, sections])[:16]}"
+    name = f"loram-aligned-{digest([made_model(pruned, None, None).manifest.digest, train_data.key, sections])[:16]}"
     settled = choose_micro_batch(aligning.model_copy(update={"name": name}), status=status)
     if aligning.scaling != recipe.scaling:
         backend = backend_of(aligning)  # connects when it trains

@@ -26,7 +26,7 @@ _SHOWN = 12
 _LIMIT_BYTES = 16 << 20
 
 
-def write_checksums(directory: Path, known: Mapping[str, str] | None = None) -> None:
+def write_checksums(directory: Path, known: Mapping[str, str] | None = None, *, elsewhere: bool = False) -> None:
     """List every file below a directory; descriptions for people (``*.md``) may change and are left out.
 
     It is the last thing that is written into a directory that leaves raymem, so the files also get the rights that the
@@ -34,6 +34,7 @@ def write_checksums(directory: Path, known: Mapping[str, str] | None = None) -> 
 
     Args:
         known: digests that the writers of files have computed; other files are read.
+        elsewhere: list what is known whether it is here or not: it lies beside the list on an object store.
 
     Raises:
         OSError: a file cannot be read.
@@ -42,7 +43,8 @@ def write_checksums(directory: Path, known: Mapping[str, str] | None = None) -> 
     by_umask(directory)
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     names = sorted(name for name in files if name != CHECKSUMS and not name.endswith(".md"))
-    _write(directory, {name: (known or {}).get(name) or file_sha256(files[name]) for name in names})
+    digests = {name: (known or {}).get(name) or file_sha256(files[name]) for name in names}
+    _write(directory, {**(known or {}), **digests} if elsewhere else digests)
 
 
 def add_checksum(directory: Path, name: str) -> None:

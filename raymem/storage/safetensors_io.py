@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -47,6 +47,13 @@ _HEADER_LIMIT_BYTES = 100_000_000
 _SAMPLE_BYTES = 4096
 
 
+class Directory(Protocol):
+    """A directory whose files can be read; see :func:`raymem.storage.remote.files.directory_at`."""
+
+    def __truediv__(self, file: str, /) -> Any:
+        """Return a file: of :class:`pathlib.Path` what reading takes, ``open``, ``stat`` and ``is_file``."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """The position of one tensor in the files of a directory."""
@@ -67,7 +74,7 @@ class Entry:
         return self.end - self.begin
 
 
-def read_header(directory: Path, file: str) -> tuple[dict[str, str], dict[str, Entry]]:
+def read_header(directory: Directory, file: str) -> tuple[dict[str, str], dict[str, Entry]]:
     """Read metadata, and the tensors of a safetensors file by key.
 
     Raises:
@@ -99,7 +106,7 @@ def read_header(directory: Path, file: str) -> tuple[dict[str, str], dict[str, E
     return metadata, entries
 
 
-def read_tensor(directory: Path, entry: Entry) -> torch.Tensor:
+def read_tensor(directory: Directory, entry: Entry) -> torch.Tensor:
     """Read one tensor to the CPU; its own bytes are all that is allocated.
 
     Raises:
@@ -122,7 +129,7 @@ def read_tensor(directory: Path, entry: Entry) -> torch.Tensor:
     return raw.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
-def fingerprint(directory: Path, file: str) -> dict[str, Any]:
+def fingerprint(directory: Directory, file: str) -> dict[str, Any]:
     """Return size and a digest of the header and of two pages of every tensor: {"bytes": int, "sample_sha256": str}.
 
     Names and shapes alone would not tell two trainings of one architecture apart; all bytes would take as long as the
@@ -255,16 +262,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def shard_files(directory: Path) -> list[str]:
+def shard_files(directory: Path, weights: Directory | None = None) -> list[str]:
     """List the safetensors files of a model directory that transformers would read, in its order.
 
     What ``config.json`` names as ``transformers_weights`` comes first, then the single file, then the index: of several
     sets of files that lie together only one is the model.
 
+    Args:
+        directory: holds ``config.json`` and the index, if there is one.
+        weights: holds the weights, where that is another directory.
+
     Raises:
         ModelError: there is none, or the index is malformed.
     """
-    index = index_file(directory)
+    index = index_file(directory, weights)
     if index is None:
         return [_named_file(directory) or _SINGLE]
     names = read_object(index, ModelError, "fetch it again", {"weight_map": (dict,)})["weight_map"].values()
@@ -273,15 +284,15 @@ def shard_files(directory: Path) -> list[str]:
     return sorted(set(names))
 
 
-def index_file(directory: Path) -> Path | None:
+def index_file(directory: Path, weights: Directory | None = None) -> Path | None:
     """Return the index of a model directory's weights; None if they are one file.
 
     Raises:
         ModelError: there are no weights that can be read.
     """
     named = _named_file(directory)
-    single = directory / (named or _SINGLE)
-    if single.name.endswith(".safetensors") and (single.is_file() or named):
+    single = named or _SINGLE
+    if single.endswith(".safetensors") and (named or ((weights or directory) / single).is_file()):
         return None
     index = directory / (named or INDEX)
     if index.is_file() or named:

@@ -39,8 +39,7 @@ _DAMAGED = "the file is damaged: delete it, or restore it from a copy"
 class Storage:
     """A storage root. Pickles as its path, so that it can travel to any process that sees the same storage.
 
-    Every operation is tried again, from its start, while the storage is away (:mod:`raymem.storage.retry`); what is
-    still away then is a TransientStorageError.
+    Every operation is tried again while the storage is away; what is still away then is a TransientStorageError.
     """
 
     def __init__(self, path: str, filesystem: pafs.FileSystem, root: str, retry_for_s: float = RETRY_FOR_S) -> None:
@@ -197,8 +196,7 @@ class Storage:
         With ``last=None`` the files are merged into the directory instead (several ranks upload their own shards; one
         of them then writes the marker with :meth:`write_json`). A failed upload is removed again, to give back space.
 
-        Returns:
-            file -> ``{bytes, sha256}``, as it was copied.
+        Returns file -> ``{bytes, sha256}``, as it was copied.
 
         Raises:
             StorageError: the copy failed, or the local directory lacks its marker.
@@ -213,7 +211,7 @@ class Storage:
         copied = {}
         try:
             for file in files:
-                copied[file] = self._upload(local / file, f"{name}/{file}")
+                copied[file] = self.upload_file(local / file, f"{name}/{file}")
         except StorageError as error:
             if last is not None and not isinstance(error, TransientStorageError):
                 with contextlib.suppress(StorageError):
@@ -224,7 +222,8 @@ class Storage:
         return copied
 
     @retried
-    def _upload(self, local: Path, name: str) -> dict[str, Any]:
+    def upload_file(self, local: Path, name: str) -> dict[str, Any]:
+        """Copy a local file to ``name``. Raises StorageError."""
         with self._explained("write", name):
             target = self._at(name)
             self._make_parent(target)
@@ -236,10 +235,8 @@ class Storage:
     def download_dir(self, name: str, local: str | Path, last: str | None = MARKER) -> dict[str, dict[str, Any]]:
         """Copy the directory ``name`` to ``local``, which must not exist yet and appears only when whole.
 
-        If the marker is a JSON object with ``files: {name: {bytes, sha256}}``, each of these is verified.
-
-        Returns:
-            file -> ``{bytes, sha256}``, as it was copied.
+        If the marker is a JSON object with ``files: {name: {bytes, sha256}}``, each of these is verified. Returns
+        file -> ``{bytes, sha256}``, as it was copied.
 
         Raises:
             StorageError: marker or a listed file missing, wrong size or digest, ``local`` taken, or the copy failed.
@@ -259,7 +256,7 @@ class Storage:
             files = self._files(name)
             verify_names(self.join(name), expected, files)
             for file in files:
-                copies[file] = self._download(f"{name}/{file}", scratch / file)
+                copies[file] = self.download_file(f"{name}/{file}", scratch / file)
                 verify(self.join(name, file), expected.get(file), copies[file])
             with self._explained("download", name):
                 scratch.mkdir(parents=True, exist_ok=True)
@@ -277,10 +274,17 @@ class Storage:
         return sorted(info.path[len(base) :].strip("/") for info in infos if info.is_file)
 
     @retried
-    def _download(self, name: str, local: Path) -> dict[str, Any]:
+    def download_file(self, name: str, local: Path) -> dict[str, Any]:
+        """Copy the file ``name`` to a local one. Raises StorageError."""
         with self._explained("download", name):
             local.parent.mkdir(parents=True, exist_ok=True)
             return copy_file(self.filesystem, self._at(name), pafs.LocalFileSystem(), str(local))
+
+    @retried
+    def delete_file(self, name: str) -> None:
+        """Delete a file; absent is fine. Raises StorageError."""
+        with self._explained("delete", name), contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self._at(name))
 
     @retried
     def delete_dir(self, name: str, last: str | None = MARKER) -> None:

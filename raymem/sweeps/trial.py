@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from raymem.cluster.reservations import reserved
@@ -208,7 +208,7 @@ def _on_pruned_model(run: ResolvedRun) -> ResolvedRun:
 
     assert isinstance(run.base, PlannedModel)
     pipeline = Pipeline(run.asked, run=run)
-    with in_turn(run.storage, f"pruning-{run.base.site.directory.name}"):
+    with in_turn(run.storage, f"pruning-{PurePosixPath(run.base.site.name).name}"):
         pipeline.prune()
         pipeline.align()
     return pipeline.trainable()

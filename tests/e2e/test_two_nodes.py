@@ -1,7 +1,7 @@
-"""A sweep and a run with workers on two Ray nodes that share only a bucket (moto on loopback), killed and resumed.
+"""A sweep, a run with workers, and LoRAM on two Ray nodes that share only a bucket (moto on loopback).
 
-Nodes and drivers have their own HOME, TMPDIR and working directory each; the results are those on a local disk, to the
-bit.
+They are killed and resumed. Nodes and drivers have their own HOME, TMPDIR and working directory each; the results are
+those on a local disk, to the bit.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from raymem.recipe.schema import Recipe
 from raymem.recipe.space_load import recipe_at
 from raymem.report.find import find
 from raymem.report.sweep_facts import read_sweep
+from raymem.runs.loram.pipeline import Pipeline
 from raymem.runs.train import launch
 from raymem.storage.leases.record import read_record
 from raymem.storage.storage import Storage
 from raymem.training.history import read_history
 from tests.helpers.hosts import Driver, Host
+from tests.helpers.loram_runs import files_of, loram_recipe, run_stages
 from tests.helpers.ray_processes import QUIET, RayHead, end_session, running_head
 from tests.helpers.runs import ray_recipe, train_here
 from tests.helpers.support import in_processes
@@ -180,3 +182,46 @@ def test_a_run_with_workers_goes_on_from_another_host(
     plain["storage"] |= {"path": disk.path}
     in_processes(train_here, 2, tmp_path / "meet", parse_recipe(plain))  # what a worker computes does not depend on Ray
     assert tensors(remote, "run", tmp_path) == tensors(disk, "run", tmp_path)
+
+
+def test_loram_is_killed_in_every_stage(
+    hosts: list[Host], nodes: list[Path], s3_uri: str, llama: Path, examples: Path, tmp_path: Path
+) -> None:
+    """The full model lies in the bucket, too; each stage goes on from the host whose driver was not killed."""
+    remote, disk = Storage.open(s3_uri).child(tmp_path.name), tmp_path / "disk"
+    remote.upload_dir(llama, "model", last="config.json")
+    plain = loram_recipe(llama, examples, disk).to_dict()
+    plain["model"] |= {"name": remote.join("model")}
+    plain["train"] |= {"steps": 8}
+    run_stages(Pipeline(parse_recipe(plain)))
+    plain["storage"] |= {"path": remote.path}
+    plain["scaling"] |= {"num_workers": 1, "resources_per_worker": SLOT}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(plain))
+
+    def there(directory: str, *names: str) -> bool:
+        """Say whether a directory whose name begins so holds one of the files."""
+        above, _, begins = directory.rpartition("/")
+        found = [name for name in remote.list_dirs(above) if name.startswith(begins)]
+        return any(remote.exists(f"{above}/{name}/{one}".lstrip("/")) for name in found for one in names)
+
+    stages = {
+        "prune": lambda: there("cache/loram/", "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"),
+        "align": lambda: there("loram-aligned-", "checkpoints/step_00000001/manifest.json"),
+        "train": lambda: there("small", "checkpoints/step_00000002/manifest.json"),
+        "recover": lambda: there("small", "adapter/raymem.json"),
+        "verify": lambda: there("small", "recovered/raymem.json"),
+        "evaluate": lambda: there("small", "loram/evaluate.json"),
+    }
+    for number, (stage, began) in enumerate(stages.items()):
+        driver = hosts[number % 2].start(["loram", "run", str(file)])
+        driver.until(began)
+        driver.process.kill()
+        assert driver.wait() != 0, f"{stage} was over before it was killed"
+    last = hosts[0].start(["loram", "run", str(file)])
+    assert last.wait() == 0, last.output[-4000:]
+    assert "Traceback" not in last.output and "adapter of the full model: s3://" in last.output
+    assert all(list(node.glob("raymem-cache-*/models/*")) for node in nodes[:1]), "from files of its own"
+    expected = files_of(disk)
+    assert {name: remote.read_bytes(name) for name in expected} == expected
+    assert not [name for name in remote.list_dirs("cache/loram") if name.startswith(".")], "nothing is left over"

@@ -26,7 +26,7 @@ from raymem.methods.loram import (
 )
 from raymem.methods.loram.source import open_source
 from raymem.recipe.data import DataSection
-from raymem.runs.loram.pipeline import _record
+from raymem.runs.loram.results import record_of
 from raymem.storage.storage import Storage
 from raymem.sweeps.driver import _same_sweep
 from raymem.sweeps.options import SweepOptions
@@ -123,7 +123,7 @@ def _records(folder: Path) -> Any:
     options = SweepOptions(budget_bytes=1 << 30, samples=1)
     for ask in (
         lambda: _same_sweep(storage, make_recipe(), {}, options),
-        lambda: [_record(storage, stage) for stage in ("prune", "train", "verify", "evaluate")],
+        lambda: [record_of(storage, stage) for stage in ("prune", "train", "verify", "evaluate")],
         lambda: earlier_result(storage),
         lambda: began_with(storage),
     ):

@@ -124,9 +124,10 @@ def test_without_the_hub_a_known_model_is_planned_and_says_so(caplog: pytest.Log
             planner.plan_within(make_recipe(recipe.to_dict(), {"data": {"sequence_length": 128}}), 1), Above
         )
     assert plan.traced and plan.config_source == "shipped"
-    assert plan.config_note == caplog.messages[0]
-    assert len(caplog.messages) == 1, "once, for however many plans"
-    assert caplog.messages[0] == (
+    said = [message for message in caplog.messages if not message.startswith("still planning")]  # on a busy machine
+    assert plan.config_note == said[0]
+    assert len(said) == 1, "once, for however many plans"
+    assert said[0] == (
         "model.name: meta-llama/Llama-3.2-1B-Instruct: the Hub cannot be asked (HF_HUB_OFFLINE is set); planned from "
         f"the shape that raymem ships (as of {shapes._shipped()['as_of']})"
     )

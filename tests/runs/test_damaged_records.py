@@ -8,7 +8,7 @@ import pytest
 
 from raymem import cache
 from raymem.errors import StorageError
-from raymem.runs.loram.pipeline import _record
+from raymem.runs.loram.results import record_of
 from raymem.storage.storage import Storage
 from raymem.sweeps.driver import _same_sweep
 from raymem.sweeps.options import SweepOptions
@@ -23,11 +23,11 @@ DAMAGED = ["", '{"key": ', "[]", "{}"]
 @pytest.mark.parametrize("stage", ["verify", "train"])
 def test_a_stage_of_loram_says_which_file_to_delete(tmp_path: Path, stage: str, text: str) -> None:
     run = Storage.open(str(tmp_path))
-    assert _record(run, stage) == {}
+    assert record_of(run, stage) == {}
     (tmp_path / "loram").mkdir()
     (tmp_path / "loram" / f"{stage}.json").write_text(text)
     with pytest.raises(StorageError, match=rf"loram/{stage}\.json .*delete"):
-        _record(run, stage)
+        record_of(run, stage)
 
 
 @pytest.mark.parametrize("text", DAMAGED)

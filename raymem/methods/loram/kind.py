@@ -96,11 +96,11 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
             return None
         return "it is of a pruned model; recover it first: raymem loram recover RECIPE"
 
-    def stamp(self, directory: Path, options: LoRAMOptions) -> None:
+    def stamp(self, result: Path, weights: Path) -> None:
         """Record which weights of the full model the adapter was trained on, so that it can be recovered."""
         from raymem.methods.loram.recover import stamp_adapter
 
-        stamp_adapter(directory, self.directory(options))
+        stamp_adapter(result, weights)
 
     def rules(self) -> Sequence[Rule]:
         return (
@@ -115,12 +115,6 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
                 "random weights are not worth pruning",
                 "give model.name",
                 lambda r: _is_loram(r) and r.model.config is not None,
-            ),
-            Rule(
-                ("base.kind: loram", "storage.path on an object store"),
-                "the pruned model is written and read layer by layer, as plain files",
-                "use a shared directory, or prune into one and give it as base.artifact",
-                lambda r: _is_loram(r) and r.base.artifact is None and "://" in r.storage.path,
             ),
         )
 

@@ -107,21 +107,25 @@ def _units(groups: Any) -> dict[str, list[int]]:
     return dict(groups)
 
 
-def mark_aligned(aligned: str | Path, pruned: str | Path, facts: Mapping[str, Any]) -> Manifest:
+def mark_aligned(
+    aligned: str | Path, pruned: str | Path, facts: Mapping[str, Any], *, weights: str | None = None
+) -> Manifest:
     """Give a pruned model whose weights were trained further (LoRAM's alignment) its manifest.
 
     Args:
         aligned: what was saved after the training of ``pruned``.
         facts: about the training, plain JSON values that tell it from others (a key of it, steps, data).
+        weights: where the weights of ``aligned`` lie, if not in that directory.
 
     Raises:
         ModelError: ``aligned`` has other sizes than ``pruned``, or is no complete model.
         StorageError: the manifest cannot be written.
     """
-    directory, manifest = Path(aligned), read_manifest(pruned)
+    directory, manifest = Path(aligned), read_manifest(pruned, with_weights=weights is None)
     if counts_of(read_config(directory)) != counts_of(read_config(pruned)):
         raise ModelError(f"{aligned} is not of the sizes of {pruned}; give what was trained from it")
-    files = {file: (directory / file).stat().st_size for file in open_source(directory).identity["files"]}
+    described = open_source(directory, weights=weights).identity["files"]
+    files = {file: facts_of["bytes"] for file, facts_of in described.items()}
     manifest = dataclasses.replace(manifest, files=files, aligned=dict(facts))
     manifest.write(directory)
     add_checksum(directory, MANIFEST)

@@ -77,7 +77,7 @@ def stamp_adapter(adapter: str | Path, pruned: str | Path) -> None:
         ModelError: ``pruned`` is no pruned model.
         StorageError: the adapter's directory cannot be written.
     """
-    read_manifest(pruned).write(Path(adapter))
+    read_manifest(pruned, with_weights=False).write(Path(adapter))
     add_checksum(Path(adapter), MANIFEST)
 
 

@@ -15,6 +15,7 @@ from raymem.errors import ModelError
 from raymem.methods.loram.coupling import Coupling, couple
 from raymem.methods.loram.nonuniform import meta_model, read_config
 from raymem.storage.checksums import check_files
+from raymem.storage.remote.files import directory_at
 from raymem.storage.safetensors_io import Entry, fingerprint, read_header, read_tensor, shard_files
 
 
@@ -23,6 +24,7 @@ class Source:
     """A model directory, opened. Plain values only: it travels between processes; weights are read where needed."""
 
     directory: str
+    """The files beside the weights: ``config.json``, the index, the tokenizer."""
     name: str
     """Hugging Face id or path under which others know the model."""
     revision: str | None
@@ -30,6 +32,8 @@ class Source:
     """Parameter (or buffer) name in the model -> where it lies; names in the files may differ (old checkpoints)."""
     identity: Mapping[str, Any]
     """Identifies the content: fingerprints of all weight files and the digest of ``config.json``."""
+    weights: str
+    """The directory of the weights, or their address; see :func:`raymem.storage.remote.files.directory_at`."""
 
     def config(self) -> Any:
         """Return the transformers config."""
@@ -47,7 +51,7 @@ class Source:
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, in its stored dtype."""
-        return read_tensor(Path(self.directory), self.tensors[name])
+        return read_tensor(directory_at(self.weights), self.tensors[name])
 
     def layer(self, coupling: Coupling, layer: int) -> dict[str, Entry]:
         """Return the tensors of one decoder layer, by full name."""
@@ -59,24 +63,29 @@ class Source:
         return {name: entry for name, entry in self.tensors.items() if coupling.locate(name) is None}
 
 
-def open_source(directory: str | Path, name: str | None = None, revision: str | None = None) -> Source:
+def open_source(
+    directory: str | Path, name: str | None = None, revision: str | None = None, *, weights: str | None = None
+) -> Source:
     """Open a model directory (pruned ones too); only headers and samples are read.
 
     Args:
         name: Hugging Face id, if the directory is a download; by default its absolute path.
         revision: commit of that id.
+        weights: where the weights lie, if not in that directory.
 
     Raises:
         ModelError: no such model, unknown architecture, a shard is missing or truncated, tensors are missing or do not
             fit ``config.json``, are stored in fewer bits, or are not known to be of no use.
     """
     directory = Path(directory).absolute()
+    weights = weights or str(directory)
+    place = directory_at(weights)
     check_files(directory, ModelError, weights=False)
     config = read_config(directory)
     couple(config)  # an unknown architecture is refused before anything is read
     model = meta_model(config)
-    files = shard_files(directory)
-    entries = [entry for file in files for entry in read_header(directory, file)[1].values()]
+    files = shard_files(directory, place)
+    entries = [entry for file in files for entry in read_header(place, file)[1].values()]
     on_disk = {entry.key: entry for entry in entries}
     names = _model_names(model, list(on_disk))
     refuse_two_places(directory, [(names[entry.key], entry.key, entry.file) for entry in entries])
@@ -85,9 +94,9 @@ def open_source(directory: str | Path, name: str | None = None, revision: str | 
     tensors = {names[key]: entry for key, entry in on_disk.items() if key not in useless}
     identity = {
         "config_sha256": hashlib.sha256((directory / "config.json").read_bytes()).hexdigest(),
-        "files": {file: fingerprint(directory, file) for file in files},
+        "files": {file: fingerprint(place, file) for file in files},
     }
-    source = Source(str(directory), name or str(directory), revision, tensors, identity)
+    source = Source(str(directory), name or str(directory), revision, tensors, identity, weights)
     _check_complete(source, model)
     refuse_untied(model, directory, tensors, source.read)
     return source

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from raymem.methods.loram.manifest import Manifest
+from raymem.methods.loram import Manifest, Plan, PruneOptions, plan_pruning
 from raymem.methods.loram.source import Source
 from raymem.training.data.packed.shards import Prepared
 
@@ -23,22 +23,27 @@ class PruningSite:
     source: Source
     """The full model."""
     calibration: torch.Tensor | None
-    directory: Path
-    """The pruned model, before any alignment."""
+    name: str
+    """Name of the pruned model in the storage, before any alignment."""
+    location: str
+    """Directory or address of that."""
     alignment: Alignment | None = None
     """The run that aligns it; None where the recipe has none, and until the model is pruned."""
 
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """A pruned (and, where the recipe says so, aligned) model that lies on disk."""
+    """A pruned (and, where the recipe says so, aligned) model that is there."""
 
+    location: str
+    """Its directory or address."""
     directory: Path
+    """Its files on this node; weights of an object store are fetched into it where they are read."""
     manifest: Manifest
     source: Source | None
     """The full model; None where only the hub has it, and the recipe names the pruned one."""
     site: PruningSite | None
-    """Where the model was made; None where the recipe names the directory."""
+    """Where the model was made; None where the recipe names it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,30 @@ class Alignment:
     train_data: Prepared
 
     @property
-    def model(self) -> Path:
-        """Return the directory of the model that the run leaves."""
-        return Path(self.run.run.join("model"))
+    def model(self) -> str:
+        """Return directory or address of the model that the run leaves."""
+        return self.run.run.join("model")
+
+
+@dataclass(frozen=True)
+class PrunedBase:
+    """A pruned model beside the full one."""
+
+    plan: Plan
+    location: str
+    """Directory or address of the pruned model, aligned if the recipe says so."""
+    directory: Path
+    """Its files on this node; weights of an object store are fetched into it where they are read."""
+    manifest: Manifest
+    source: Source
+    """The full model."""
+    run: ResolvedRun
+
+
+def beside_full(run: ResolvedRun, pruned: PrunedModel, source: Source) -> PrunedBase:
+    """Return a pruned model with the plan by which it was made of the full one."""
+    manifest = pruned.manifest
+    ratios = manifest.options["layer_ratios"]
+    options = PruneOptions(**{**manifest.options, "layer_ratios": None if ratios is None else tuple(ratios)})
+    plan = plan_pruning(source.config(), options)
+    return PrunedBase(plan, pruned.location, pruned.directory, manifest, source, run)

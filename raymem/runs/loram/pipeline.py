@@ -14,51 +14,48 @@ Every key says what a result was made of. A stage that was killed goes on where 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import ModelError, RecipeError, StorageError
+from raymem.errors import ModelError, RecipeError
 from raymem.methods.loram import (
-    Manifest,
-    Plan,
-    PruneOptions,
     Verification,
-    mark_aligned,
-    plan_pruning,
-    read_manifest,
     recover_adapter,
     verify_recovery,
 )
-from raymem.methods.loram.manifest import MANIFEST
-from raymem.methods.loram.pruning.job import open_job
+from raymem.methods.loram.pruning.job import describe_job, open_job
 from raymem.methods.loram.pruning.prune import Pruning
-from raymem.methods.loram.recover import WEIGHTS, is_recovery_of
-from raymem.methods.loram.source import Source
+from raymem.methods.loram.pruning.remote import RemotePruning
+from raymem.methods.loram.recover import is_recovery_of
 from raymem.recipe.axes import BASES
 from raymem.recipe.schema import Recipe
 from raymem.runs import demo
 from raymem.runs.evaluate import check_has_eval, evaluate_run
-from raymem.runs.loram.base import open_full_model
-from raymem.runs.loram.models import PlannedModel, PrunedModel, PruningSite
+from raymem.runs.loram.base import is_made, made_model, open_full_model
+from raymem.runs.loram.models import PlannedModel, PrunedBase, PrunedModel, PruningSite, beside_full
+from raymem.runs.loram.results import (
+    RECOVERED,
+    here,
+    local_result,
+    note_alignment,
+    record_of,
+    weights_sha256,
+    whole,
+    write_recovery,
+)
 from raymem.runs.prepare import Split, prepare_split
 from raymem.runs.resolve import locate_again, note_start, on_full_model, resolve
 from raymem.runs.resolved import FullModel, ResolvedRun
 from raymem.runs.suggest import Suggestion, suggest
 from raymem.runs.train import Begin, TrainOptions, build_demo, train
-from raymem.storage.checksums import check_files, difference
+from raymem.storage.checksums import difference
 from raymem.storage.errors import writing
 from raymem.storage.folders import make_shared, share_published
 from raymem.storage.permissions import share
 from raymem.storage.publish import digest
-from raymem.storage.storage import Storage
-from raymem.training.artifacts.card import write_card
-from raymem.training.artifacts.facts import FACTS
 from raymem.training.reporter import Listener, Status
 from raymem.training.resume_rules import identity_of
 
@@ -66,19 +63,6 @@ log = logging.getLogger(__name__)
 
 FORWARD_LIMIT_BYTES = 16 << 30
 """Size of both models in fp32 up to which a verification runs them unasked."""
-
-
-@dataclass(frozen=True)
-class PrunedBase:
-    """A pruned model beside the full one."""
-
-    plan: Plan
-    directory: Path
-    """The pruned model, aligned if the recipe says so."""
-    manifest: Manifest
-    source: Source
-    """The full model."""
-    run: ResolvedRun
 
 
 class Pipeline:
@@ -95,7 +79,7 @@ class Pipeline:
 
     Raises:
         RecipeError: another kind of base.
-        StorageError: the storage cannot be written, or is an object store.
+        StorageError: the storage cannot be written.
     """
 
     def __init__(
@@ -106,11 +90,6 @@ class Pipeline:
         if not BASES.of(recipe).replaces_model:
             raise RecipeError(f"base.kind: {recipe.base.kind} is not pruned; set base: {{kind: loram, ...}}")
         self.storage = recipe.storage.open()
-        if not self.storage.is_local:
-            raise StorageError(
-                f"storage.path: {recipe.storage.path} is an object store, and the stages of LoRAM need plain files; "
-                "use a directory that every node sees"
-            )
         self.storage.check_writable()
         self.recipe, self.base = recipe, recipe.base
         self.status, self.listeners, self.begin, self.fresh = status, listeners, begin, fresh
@@ -129,22 +108,18 @@ class Pipeline:
         site = _site(run)
         if site is None:
             return self.ready()
-        with writing(site.directory):
-            make_shared(site.directory.parent)
-        job = open_job(site.source, site.directory, self.base.pruning, site.calibration)
-        pruning = Pruning(job)
+        pruning = self._pruning(site)
         if pruning.is_committed():
-            self.status(f"pruned before: {site.directory}")
+            self.status(f"pruned before: {site.location}")
         else:
             steps = pruning.steps()
             done = sum(map(pruning.is_done, steps))
             self.status(f"pruning {site.source.name}: {len(steps)} steps, {done} of them done before")
-            for folder in (job.workspace, job.work):  # another user goes on with a job that was killed
-                share(folder, writable=True)
             run.backend.run_steps(pruning, self._progress)
-            share_published(site.directory)
-            self.status(f"pruned: {site.directory}")
-        return _beside_full(run, site.directory, site.source)
+            if self.storage.is_local:
+                share_published(Path(site.location))
+            self.status(f"pruned: {site.location}")
+        return beside_full(run, made_model(site.location, site.source, site), site.source)
 
     def align(self) -> PrunedBase | None:
         """Train the pruned model itself as ``base.align`` says; None if the recipe leaves that out.
@@ -160,18 +135,20 @@ class Pipeline:
         if site.alignment is None:
             raise ModelError(f"base.align: {site.source.name} is not pruned yet; run: raymem loram prune RECIPE")
         aligning, model = site.alignment.run, site.alignment.model
-        if (model / MANIFEST).is_file():
+        if is_made(model):
             self.status(f"aligned before: {model}")
-            return _beside_full(run, model, site.source)
+            return beside_full(run, made_model(model, site.source, site), site.source)
         self.status(f"aligning the pruned model (run {aligning.recipe.name})")
         options = TrainOptions(listeners=self.listeners, status=self.status, begin=self.begin, source=self.source)
         finished = train(aligning, options, train_data=site.alignment.train_data)
         sources = [source.path for source in finished.recipe.data.train]
-        mark_aligned(model, site.directory, {"run": aligning.recipe.name, "steps": finished.steps, "data": sources})
+        facts = {"run": aligning.recipe.name, "steps": finished.steps, "data": sources}
+        note_alignment(aligning.run, model, here(site.location), facts)
         demo.discard_checkpoints(aligning.recipe)
-        share_published(model.parent)
+        if self.storage.is_local:
+            share_published(Path(model).parent)
         self.status(f"aligned: {model}")
-        return _beside_full(run, model, site.source)
+        return beside_full(run, made_model(model, site.source, site), site.source)
 
     def train(self, *, fresh: bool = False) -> dict[str, Any]:
         """Train the adapter on the pruned model; returns the outcome of the run.
@@ -184,27 +161,21 @@ class Pipeline:
         """
         return self._trained(self._located(), fresh=fresh)
 
-    def recover(self) -> Path:
+    def recover(self) -> str:
         """Write the adapter of the full model to ``<run>/recovered``; an earlier one of other content is set aside.
+
+        Returns:
+            Its directory or address.
 
         Raises:
             RaymemError: nothing is trained yet, or it cannot be recovered.
         """
-        base = self.ready()
-        adapter, out = self._adapter(), Path(self.run_storage.join("recovered"))
-        if out.exists() and not is_recovery_of(out, adapter, base.manifest):
-            number = 1
-            while (aside := out.with_name(f"recovered.old-{number}")).exists():
-                number += 1
-            if (damage := difference(out)) is not None:
-                log.warning("%s: %s; it is recovered again", out, damage)
-            out.rename(aside)
-            self.status(f"the earlier recovery is now {aside}")
-        for left in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
-        recover_adapter(adapter, base.directory, out, base.source)
-        with writing(out):
-            write_card(out)
+        base, adapter, storage = self._with_weights(), self._adapter(), self.run_storage
+        out, before = storage.join(RECOVERED), local_result(storage.join(RECOVERED))
+        if before is None or not is_recovery_of(before, adapter, base.manifest):
+            if storage.exists(RECOVERED):
+                self._set_aside(before)
+            write_recovery(storage, lambda out: recover_adapter(adapter, base.directory, out, base.source))
         self.status(f"recovered: {out}")
         return out
 
@@ -217,13 +188,19 @@ class Pipeline:
         Raises:
             RaymemError: nothing is recovered yet, or it does not hold.
         """
-        base, recovered = self.ready(), self._recovered()
+        base, recovered = self._with_weights(), self._recovered()
         if forward is None:
             forward = 4 * (base.plan.full.parameters + base.plan.pruned.parameters) <= FORWARD_LIMIT_BYTES
         key = digest(
-            [_sha256(self._adapter()), _sha256(recovered), base.manifest.digest, base.source.identity, forward]
+            [
+                weights_sha256(self._adapter()),
+                weights_sha256(recovered),
+                base.manifest.digest,
+                base.source.identity,
+                forward,
+            ]
         )
-        before = _record(self.run_storage, "verify")
+        before = record_of(self.run_storage, "verify")
         if before.get("key") == key:
             self.status("verified before")
             return Verification(**before["verification"])
@@ -245,22 +222,22 @@ class Pipeline:
         """
         base = self.ready()
         pruned, full = base.run, on_full_model(base.run, self.recipe.name)
-        adapter, recovered = self._adapter(), self._recovered()
+        self._adapter(), self._recovered()
         check_has_eval(pruned.recipe)
         rows: dict[str, tuple[ResolvedRun, str]] = {
             "full": (full, "base"),
             "pruned": (pruned, "base"),
-            "pruned + adapter": (pruned, str(adapter)),
-            "full + recovered": (full, str(recovered)),
+            "pruned + adapter": (pruned, self.run_storage.join("adapter")),
+            "full + recovered": (full, self.run_storage.join(RECOVERED)),
         }
         if with_lora:
             plain = on_full_model(base.run, f"{self.recipe.name[:58]}-full")
             rows["full + lora"] = full, str(self._trained(plain)["artifact"])
         split = prepare_split(pruned, "eval")
-        stored = _record(self.run_storage, "evaluate")
+        stored = record_of(self.run_storage, "evaluate")
         results: dict[str, dict[str, Any]] = {}
         for row, (run, artifact) in rows.items():
-            content = None if artifact == "base" else _sha256(Path(artifact))
+            content = None if artifact == "base" else weights_sha256(whole(artifact))
             weights = None if run is full else [base.manifest.digest, run.recipe.base.quantize]
             precision = [run.recipe.train.precision, run.recipe.model.dtype]
             key = digest([base.source.identity, weights, content, split.key, *precision])
@@ -289,7 +266,7 @@ class Pipeline:
             base = run.require_base()
             assert isinstance(base, PrunedModel)
             source = base.source or open_full_model(on_full_model(run, self.recipe.name).recipe)
-            self._ready = _beside_full(run, base.directory, source)
+            self._ready = beside_full(run, base, source)
         return self._ready
 
     def trainable(self) -> ResolvedRun:
@@ -327,9 +304,10 @@ class Pipeline:
         sections = [values[name] for name in ("data", "train", "optimizer", "activations", "storage")]
         pruned = None if isinstance(base, FullModel) else base.manifest.digest
         key = digest([identity_of(run.recipe, train_data), pruned, sections])
-        before = _record(run.run, "train")
-        if before.get("key") == key and not fresh and (Path(before["outcome"]["artifact"]) / FACTS).is_file():
-            if (damage := difference(before["outcome"]["artifact"])) is None:
+        before = record_of(run.run, "train")
+        there = None if fresh or before.get("key") != key else local_result(before["outcome"]["artifact"])
+        if there is not None:
+            if (damage := difference(there)) is None:
                 self.status(f"trained before: {before['outcome']['artifact']}")
                 return dict(before["outcome"])
             log.warning("%s: %s; it is written again", before["outcome"]["artifact"], damage)
@@ -340,19 +318,52 @@ class Pipeline:
         run.run.write_record("loram/train.json", {"key": key, "outcome": outcome})
         return outcome
 
+    def _pruning(self, site: PruningSite) -> Pruning | RemotePruning:
+        """Return the pruning of a site, ready for its first step."""
+        if not self.storage.is_local:
+            described = describe_job(site.source, site.name, self.base.pruning, site.calibration)
+            remote = RemotePruning(described, self.storage, site.name)
+            if remote.is_committed():
+                remote.commit()  # a driver may have been killed before the last of its files was gone
+            else:
+                remote.begin(site.calibration)
+            return remote
+        with writing(site.location):
+            make_shared(Path(site.location).parent)
+        job = open_job(site.source, site.location, self.base.pruning, site.calibration)
+        pruning = Pruning(job)
+        if not pruning.is_committed():
+            for folder in (job.workspace, job.work):  # another user goes on with a job that was killed
+                share(folder, writable=True)
+        return pruning
+
+    def _with_weights(self) -> PrunedBase:
+        """Return the base as :meth:`ready`, with its weights on this node."""
+        base = self.ready()
+        here(base.location, weights_too=True)
+        return base
+
+    def _set_aside(self, before: Path | None) -> None:
+        """Give an earlier recovery another name.
+
+        Args:
+            before: its files; None if it is not whole.
+        """
+        number = 1
+        while self.run_storage.exists(aside := f"{RECOVERED}.old-{number}"):
+            number += 1
+        if before is not None and (damage := difference(before)) is not None:
+            log.warning("%s: %s; it is recovered again", self.run_storage.join(RECOVERED), damage)
+        self.run_storage.rename_dir(RECOVERED, aside)
+        self.status(f"the earlier recovery is now {self.run_storage.join(aside)}")
+
     def _adapter(self) -> Path:
-        adapter = Path(self.run_storage.join("adapter"))
-        if not (adapter / FACTS).is_file():
-            raise ModelError(f"{adapter}: run {self.recipe.name!r} has no result yet; run: raymem loram train RECIPE")
-        check_files(adapter, ModelError)
-        return adapter
+        cure = f"run {self.recipe.name!r} has no result yet; run: raymem loram train RECIPE"
+        return whole(self.run_storage.join("adapter"), cure)
 
     def _recovered(self) -> Path:
-        recovered = Path(self.run_storage.join("recovered"))
-        if not (recovered / FACTS).is_file():
-            raise ModelError(f"{recovered}: nothing is recovered yet; run: raymem loram recover RECIPE")
-        check_files(recovered, ModelError)
-        return recovered
+        cure = "nothing is recovered yet; run: raymem loram recover RECIPE"
+        return whole(self.run_storage.join(RECOVERED), cure)
 
     def _progress(self, done: int, total: int) -> None:
         if done == total or done % max(1, total // 10) == 0:
@@ -363,29 +374,3 @@ def _site(run: ResolvedRun) -> PruningSite | None:
     """Return where the run's model is pruned; None where the recipe names a pruned one."""
     assert isinstance(run.base, PlannedModel | PrunedModel)
     return run.base.site
-
-
-def _beside_full(run: ResolvedRun, directory: Path, source: Source) -> PrunedBase:
-    """Open a pruned model, with the plan by which it was made of the full one."""
-    manifest = read_manifest(directory)
-    ratios = manifest.options["layer_ratios"]
-    options = PruneOptions(**{**manifest.options, "layer_ratios": None if ratios is None else tuple(ratios)})
-    return PrunedBase(plan_pruning(source.config(), options), directory, manifest, source, run)
-
-
-_RECORDED: dict[str, dict[str, tuple[type, ...]]] = {
-    "verify": {"key": (str,), "verification": (dict,)},
-    "train": {"key": (str,), "outcome": (dict,)},
-}
-
-
-def _record(run_storage: Storage, stage: str) -> dict[str, Any]:
-    name = f"loram/{stage}.json"
-    if not run_storage.exists(name):
-        return {}
-    cure = "delete the file: this stage is then done again"
-    return run_storage.read_record(name, _RECORDED.get(stage), cure=cure)
-
-
-def _sha256(adapter: Path) -> str:
-    return hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()

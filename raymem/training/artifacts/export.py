@@ -81,7 +81,8 @@ def _write(model: Any, state: dict[str, torch.Tensor], recipe: Recipe, run: Stor
         load_tokenizer(tokenizer_path(recipe)).save_pretrained(staging)
         if not recipe.trains_adapter:
             _complete(staging, recipe)
-        BASES.of(recipe).stamp(staging, recipe.base)
+        if (weights := BASES.of(recipe).directory(recipe.base)) is not None:
+            BASES.of(recipe).stamp(staging, fetch(weights, None, DistEnv(), weights_too=False))
         contents = {"raymem": __version__, "recipe": recipe.to_dict(), **facts}
         (staging / FACTS).write_text(json.dumps(contents, indent=1) + "\n")
         write_card(staging)

@@ -93,6 +93,8 @@ def _with_own_kind(directory: Path) -> Any:
             "it was trained on the random weights of model.config, which lie nowhere; save them as a model directory, "
             "and train on that as model.name"
         )
+    if "://" in name:
+        name = str(fetch(name, None, DistEnv(), weights_too=True))
     base, kind = _load(name, revision), ADAPTERS[options.kind]
     of_base = {id(tensor) for tensor in tensors_of(base).values()}
     model = kind.attach(base, options, AttachContext(base.dtype, name, revision))
@@ -111,6 +113,8 @@ def _with_own_kind(directory: Path) -> Any:
 def _base(adapter: Path, config: Any) -> tuple[str, str | None]:
     """Return name and revision of the model that an adapter was trained on."""
     name = config.base_model_name_or_path
+    if "://" in name:
+        return str(fetch(name, None, DistEnv(), weights_too=True)), None
     trained = trained_from(str(adapter), name)
     return name, config.revision if trained is None else trained.commit
 

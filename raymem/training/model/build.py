@@ -20,7 +20,8 @@ from raymem.methods.peft.files import load_adapter
 from raymem.recipe.axes import ACTIVATIONS, ADAPTERS, BASES, LOSSES, building
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
-from raymem.storage.checksums import check_files
+from raymem.storage.checksums import CHECKSUMS, check_files
+from raymem.storage.remote.copies import fetched
 from raymem.training import lean, loss
 from raymem.training.dist_env import DistEnv, shard
 from raymem.training.model import adapter, experts, packing, quantised, weights
@@ -163,7 +164,7 @@ def load_config(recipe: Recipe, dist_env: DistEnv | None = None) -> Any:
 def fetch(
     name: str, revision: str | None, dist_env: DistEnv, *, weights_too: bool, code_too: bool = False
 ) -> Path:  # fmt: skip
-    """Return the local directory of a model; a hub id is downloaded once per node.
+    """Return the local directory of a model; from the hub or an object store it is fetched once per node.
 
     Args:
         code_too: the recipe trusts the code that the model brings.
@@ -171,18 +172,15 @@ def fetch(
     Raises:
         ModelError: neither a directory with a config.json nor a hub id that can be had, or a file of it is not as
             raymem wrote it.
+        StorageError: it cannot be fetched from its object store.
     """
     directory = Path(name)
     if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise ModelError(f"model.name: {directory} has no config.json; give a directory that save_pretrained wrote")
-        check_files(directory, ModelError, weights=weights_too)
-        return directory
+        return _checked(directory, name, weights_too)
     if directory.is_absolute():
-        raise ModelError(f"model.name: {directory} does not exist; give an existing directory or a Hugging Face id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+        raise ModelError(
+            f"model.name: {directory} does not exist; give an existing directory, s3://, gs:// or a Hugging Face id"
+        )
     patterns = [
         "*.json",
         "*.txt",
@@ -195,13 +193,30 @@ def fetch(
     ]
     if dist_env.local_rank != 0:
         dist_env.barrier()
-    try:
-        downloaded = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(not_to_be_had(name, error)) from None
+    if "://" in name:  # code, too, of which a list of checksums may tell: it is copied, not run
+        downloaded = _checked(fetched(name, [*patterns, "*.py", CHECKSUMS]), name, weights_too)
+    else:
+        downloaded = _downloaded(name, revision, patterns)
     if dist_env.local_rank == 0:
         dist_env.barrier()
     return downloaded
+
+
+def _checked(directory: Path, name: str, weights_too: bool) -> Path:
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"model.name: {name} has no config.json; give a directory that save_pretrained wrote")
+    check_files(directory, ModelError, weights=weights_too)
+    return directory
+
+
+def _downloaded(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(not_to_be_had(name, error)) from None
 
 
 def not_to_be_had(name: str, error: Exception) -> str:

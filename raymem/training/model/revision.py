@@ -123,8 +123,9 @@ def record(run: Storage, recipe: Recipe, asked: str | None) -> None:
 
 
 def on_hub(model: ModelSection) -> bool:
-    """Say whether the model is named by an id of the hub, rather than a directory, raymem's own name or a config."""
-    return model.name is not None and model.name not in {*MODELS, SMOLLM2} and not Path(model.name).is_dir()
+    """Say whether the model is named by an id of the hub, rather than a place, raymem's own name or a config."""
+    name = model.name
+    return name is not None and "://" not in name and name not in {*MODELS, SMOLLM2} and not Path(name).is_dir()
 
 
 def _recorded(run: Storage) -> Began:

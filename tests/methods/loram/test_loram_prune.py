@@ -218,6 +218,14 @@ def test_steps_may_run_in_any_order_that_after_allows(full: Path, tmp_path: Path
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_a_process_may_do_the_same_job_twice(full: Path, tmp_path: Path) -> None:
+    """It keeps the model that steps compute with, of which the weights outside the layers come and go."""
+    options = PruneOptions(criterion="taylor", keep_first=1, keep_last=1)
+    for name in ("one", "two"):
+        prune_model(full, tmp_path / name, options, IDS)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 def test_a_late_step_of_a_committed_job_does_nothing(full: Path, tmp_path: Path) -> None:
     job = open_job(full, tmp_path / "pruned", RANDOM)
     prune_model(full, tmp_path / "pruned", RANDOM)

@@ -220,5 +220,5 @@ def test_the_stages_of_loram_mean_one_commit(hub: Hub, examples: Path, tmp_path:
     fresh.train(fresh=True)
     hub.move()
     assert Pipeline(named).ready().run.recipe.model.revision == second
-    assert Pipeline(recipe).recover() == recovered
+    assert Pipeline(recipe).recover() == str(recovered)
     assert json.loads((recovered / "adapter_config.json").read_text())["revision"] == second

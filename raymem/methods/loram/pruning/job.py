@@ -33,6 +33,7 @@ from raymem.storage.inside import leads_out
 from raymem.storage.json_files import as_object, parse
 from raymem.storage.safetensors_io import (
     INDEX,
+    Directory,
     Entry,
     Spec,
     digest,
@@ -104,25 +105,48 @@ def open_job(
     """Check everything that can be checked before work starts, and make the job's workspace.
 
     Args:
-        model: directory of the full model, or what was opened of it.
-        out: directory to be made; one that holds the result of the same job is fine.
-        calibration: token ids [N, T] (int64, no padding) for the criteria that look at data.
         name: Hugging Face id, if ``model`` is a download.
         revision: commit of that id.
 
     Raises:
-        ModelError: unknown architecture, damaged or pruned source, coupling that does not hold, ``out`` is taken.
-        RecipeError: options that leave nothing of a layer.
-        DataError: calibration missing, superfluous or out of the vocabulary.
+        ModelError, RecipeError, DataError: see :func:`describe_job`; also if the source is damaged, its coupling does
+            not hold, or ``out`` is taken.
         StorageError: the workspace cannot be made.
     """
     source = model if isinstance(model, Source) else open_source(model, name, revision)
+    job = describe_job(source, out, options, calibration)
+    if is_committed(job):
+        return job
+    check_files(source.directory, ModelError)
+    validate_coupling(source.config())
+    with writing(job.work):
+        make_directory(job.work)
+    if calibration is not None and not (job.work / CALIBRATION).is_file():
+        save_tensors(job.work / CALIBRATION, {"ids": calibration})
+    return job
+
+
+def describe_job(
+    source: Source, out: str | Path, options: PruneOptions, calibration: torch.Tensor | None = None
+) -> PruneJob:
+    """Check a job and name its files; nothing is written.
+
+    Args:
+        source: the full model.
+        out: directory to be made; one that holds the result of the same job is fine.
+        calibration: token ids [N, T] (int64, no padding) for the criteria that look at data.
+
+    Raises:
+        ModelError: unknown architecture, or pruned source.
+        RecipeError: options that leave nothing of a layer.
+        DataError: calibration missing, superfluous or out of the vocabulary.
+    """
     config = source.config()
     if counts_of(config):
-        raise ModelError(f"model.name: {source.directory} is pruned already; prune the full model")
+        raise ModelError(f"model.name: {source.name} is pruned already; prune the full model")
     plan = plan_pruning(config, options)
     _check_calibration(calibration, options, config)
-    job = PruneJob(
+    return PruneJob(
         source,
         plan.coupling,
         options,
@@ -132,15 +156,6 @@ def open_job(
         job_key(source, options, calibration),
         _sha256(calibration),
     )
-    if is_committed(job):
-        return job
-    check_files(source.directory, ModelError)
-    validate_coupling(config)
-    with writing(job.work):
-        make_directory(job.work)
-    if calibration is not None and not (job.work / CALIBRATION).is_file():
-        save_tensors(job.work / CALIBRATION, {"ids": calibration})
-    return job
 
 
 def is_committed(job: PruneJob) -> bool:
@@ -187,6 +202,11 @@ def shard_name(job: PruneJob, layer: int | None) -> str:
     return f"model-{last if layer is None else layer + 1:05d}-of-{last:05d}.safetensors"
 
 
+def shard_names(job: PruneJob) -> list[str]:
+    """Files of the result's weights: layer by layer, then what is outside of them."""
+    return [shard_name(job, layer) for layer in [*range(job.coupling.num_layers), None]]
+
+
 def write_shard(
     job: PruneJob,
     file: str,
@@ -209,21 +229,28 @@ def write_shard(
     tag = json.dumps({"key": job.key, "kept": kept}, separators=(",", ":"))
     by_key = {key: specs[name] for key, name in names.items()}
     write_tensors(
-        job.workspace / file, by_key, lambda key: make(names[key]), {_TAG: tag}, sha256_at=_sha256_of(job, file)
+        job.workspace / file, by_key, lambda key: make(names[key]), {_TAG: tag}, sha256_at=sha256_of(job, file)
     )
 
 
-def _sha256_of(job: PruneJob, file: str) -> Path:
+def sha256_of(job: PruneJob, file: str) -> Path:
     """Return where the digest of a shard is kept until all are written."""
     return job.work / f"{file}.sha256"
 
 
-def read_shard(job: PruneJob, file: str) -> tuple[dict[str, list[int]] | None, dict[str, Entry]] | None:
-    """Kept units (None of a whole layer) and tensors of a shard that this job wrote; None if it has not."""
-    if not (job.workspace / file).is_file():
+def read_shard(
+    job: PruneJob, file: str, directory: Directory | None = None
+) -> tuple[dict[str, list[int]] | None, dict[str, Entry]] | None:
+    """Return kept units (None of a whole layer) and tensors of a shard that this job wrote; None if it has not.
+
+    Args:
+        directory: holds the shards; by default the job's workspace.
+    """
+    directory = directory or job.workspace
+    if not (directory / file).is_file():
         return None
-    metadata, entries = read_header(job.workspace, file)
-    where, cure = f"{job.workspace / file}: {_TAG}", "delete the file"
+    metadata, entries = read_header(directory, file)
+    where, cure = f"{directory / file}: {_TAG}", "delete the file"
     tag = as_object(parse(metadata.get(_TAG, "{}"), where, ModelError, cure), where, ModelError, cure)
     return (tag["kept"], entries) if tag.get("key") == job.key else None
 
@@ -237,39 +264,52 @@ def commit(job: PruneJob) -> Manifest:
     """
     if is_committed(job):
         return read_manifest(job.out)
-    kept, weight_map, files, total_bytes = {}, {}, {}, 0
-    digests: dict[str, str] = {}
-    for layer in [*range(job.coupling.num_layers), None]:
-        file = shard_name(job, layer)
-        shard = read_shard(job, file)
-        if shard is None:
-            raise ModelError(f"{job.workspace / file} is missing: run the steps of this job before it is committed")
-        if layer is not None and shard[0] is not None:
-            kept[layer] = shard[0]
-        weight_map.update(dict.fromkeys(shard[1], file))
-        files[file] = (job.workspace / file).stat().st_size
-        if _sha256_of(job, file).is_file():  # an earlier version kept none: the shard is read below
-            digests[file] = _sha256_of(job, file).read_text(errors="replace").strip('"\n')
-        total_bytes += sum(entry.num_bytes for entry in shard[1].values())
-    source = {"name": job.source.name, "revision": job.source.revision, "identity": dict(job.source.identity)}
-    manifest = Manifest(
-        job.key, dataclasses.asdict(job.options), job.coupling.model_type, source, job.calibration, kept, files
-    )
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    write_json(job.workspace / INDEX, index)
+    digests = {}
+    for file in shard_names(job):
+        if sha256_of(job, file).is_file():  # an earlier version kept none: the shard is read below
+            digests[file] = sha256_of(job, file).read_text(errors="replace").strip('"\n')
+    describe(job, job.workspace, job.workspace)
     with writing(job.out, then="run the same command again: finished layers are not repeated"):
-        config = job.source.config()
-        (with_counts(config, job.counts) if job.counts else config).save_pretrained(job.workspace)
-        for path in sorted(Path(job.source.directory).iterdir()):
-            if path.is_file() and path.name.startswith(_COPIED) and not leads_out(path, Path(job.source.directory)):
-                shutil.copyfile(path, job.workspace / path.name)
-        manifest.write(job.workspace)
         shutil.rmtree(job.work, ignore_errors=True)
         for left in job.workspace.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         write_checksums(job.workspace, digests)
         _appear(job)
     return read_manifest(job.out)
+
+
+def describe(job: PruneJob, directory: Path, shards_at: Directory) -> None:
+    """Write into a directory all of a job's result but its shards: config, index, tokenizer and manifest.
+
+    Args:
+        shards_at: holds the shards.
+
+    Raises:
+        ModelError: a shard is missing.
+        StorageError: a file cannot be written.
+    """
+    kept, weight_map, files, total_bytes = {}, {}, {}, 0
+    for layer, file in zip([*range(job.coupling.num_layers), None], shard_names(job), strict=True):
+        shard = read_shard(job, file, shards_at)
+        if shard is None:
+            raise ModelError(f"{shards_at / file} is missing: run the steps of this job before it is committed")
+        if layer is not None and shard[0] is not None:
+            kept[layer] = shard[0]
+        weight_map.update(dict.fromkeys(shard[1], file))
+        files[file] = (shards_at / file).stat().st_size
+        total_bytes += sum(entry.num_bytes for entry in shard[1].values())
+    source = {"name": job.source.name, "revision": job.source.revision, "identity": dict(job.source.identity)}
+    manifest = Manifest(
+        job.key, dataclasses.asdict(job.options), job.coupling.model_type, source, job.calibration, kept, files
+    )
+    write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    with writing(directory, then="run the same command again: finished layers are not repeated"):
+        config = job.source.config()
+        (with_counts(config, job.counts) if job.counts else config).save_pretrained(directory)
+        for path in sorted(Path(job.source.directory).iterdir()):
+            if path.is_file() and path.name.startswith(_COPIED) and not leads_out(path, Path(job.source.directory)):
+                shutil.copyfile(path, directory / path.name)
+        manifest.write(directory)
 
 
 def _appear(job: PruneJob) -> None:

@@ -90,6 +90,7 @@ class LayerwiseModel:
     def drop_rest(self) -> None:
         """Forget the weights outside the layers."""
         self._hollow(self._rest)
+        self._filled = []
 
     def load_layer(self, layer: int) -> nn.Module:
         """Return a decoder layer with its weights in fp32; it keeps them until :meth:`drop_layer`."""

@@ -25,7 +25,7 @@ import torch
 
 from raymem.methods.loram.index_map import take
 from raymem.methods.loram.pruning import layer_passes
-from raymem.methods.loram.pruning.job import PruneJob, is_committed, read_shard, shard_name, write_shard
+from raymem.methods.loram.pruning.job import CALIBRATION, PruneJob, is_committed, read_shard, shard_name, write_shard
 from raymem.methods.loram.pruning.layerwise import LayerwiseModel
 from raymem.methods.loram.pruning.masks import magnitude_mask
 from raymem.methods.loram.pruning.refit import readers
@@ -133,8 +133,31 @@ def is_done(job: PruneJob, step: Step) -> bool:
     if not job.workspace.is_dir() and is_committed(job):
         return True
     if step.kind in ("rest", "layer"):
-        return read_shard(job, shard_name(job, step.layer if step.kind == "layer" else None)) is not None
+        return read_shard(job, result_of(job, step)) is not None
     return _marker(job, step).is_file()
+
+
+def reads(job: PruneJob, step: Step) -> list[str]:
+    """Return the files in the job's ``work`` directory that a step reads."""
+    layer, last = step.layer, job.coupling.num_layers
+    match step.kind:
+        case "rest":
+            return []
+        case "layer":
+            if layer not in job.counts:
+                return []
+            files = [f"scores-{layer}"] if job.options.ranks_by_data else []
+            files += [f"refitted-{layer}"] if job.options.refit else []
+        case "embed":
+            files = []
+        case "forward" | "mask":
+            files = [f"hidden-{layer}"]
+        case "loss":
+            files = [f"hidden-{last}"]
+        case "backward":
+            files = [f"hidden-{layer}", f"gradient-{layer + 1}"]
+    of_texts = [] if step.kind == "layer" else [CALIBRATION]
+    return [*of_texts, *(f"{name}.safetensors" for name in files)]
 
 
 def memory_bytes(job: PruneJob, step: Step) -> int:
@@ -167,8 +190,15 @@ def layerwise_model(job: PruneJob, device: torch.device | str = "cpu") -> Layerw
     return LayerwiseModel(job.source, layer_passes.calibration(job).shape[1], device)
 
 
+def result_of(job: PruneJob, step: Step) -> str:
+    """Return the file that a step writes last: a shard of the result, or a note in ``work``."""
+    if step.kind in ("rest", "layer"):
+        return shard_name(job, step.layer if step.kind == "layer" else None)
+    return f"done-{step.name}.json"
+
+
 def _marker(job: PruneJob, step: Step) -> Path:
-    return job.work / f"done-{step.name}.json"
+    return job.work / result_of(job, step)
 
 
 def _write_layer(job: PruneJob, layer: int) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import RaymemError, StorageError
+from raymem.errors import RaymemError
 from raymem.storage.publish import read_manifest
+from raymem.storage.remote.copies import node_cache
 from raymem.storage.storage import Storage
 from raymem.training.data.packed.shards import Prepared, PreparedSource
 
@@ -20,11 +19,7 @@ def cache_dir(storage: Storage) -> Path:
     """Return where prepared data lies as plain files: in the storage itself, or for an object store on local disk."""
     if storage.is_local:
         return Path(storage.join(CACHE))
-    directory = Path(tempfile.gettempdir()) / f"raymem-cache-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise StorageError(f"{directory} belongs to another user; remove it, or set TMPDIR to a directory of your own")
-    return directory
+    return node_cache()
 
 
 def to_dict(prepared: Prepared) -> dict[str, Any]:
