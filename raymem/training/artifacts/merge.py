@@ -252,7 +252,7 @@ class Merging:
         product_OI = self._memory[: weight.numel()].view(weight.shape)
         torch.matmul(up_OR.float(), down_RI.float(), out=product_OI)
         rows = max(1, _BLOCK // weight.shape[1])
-        for weight_BI, update_BI in zip(weight.split(rows), product_OI.split(rows), strict=True):
+        for weight_BI, update_BI in zip(torch.split(weight, rows), torch.split(product_OI, rows), strict=True):
             scaled_BI = update_BI.mul_(layer.scaling[names[0]]).to(up_OR.dtype)
             weight_BI.copy_(weight_BI.float() + scaled_BI)
 
