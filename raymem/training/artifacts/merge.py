@@ -1,6 +1,6 @@
 """Folds an adapter into its base, in the base's own dtype, as a model directory.
 
-PEFT's own layers do the arithmetic, one at a time, on a model whose matrices take no memory: a layer gets its weight
+PEFT's own layers say what is added, one at a time, on a model whose matrices take no memory: a layer gets its weight
 when its place in the files has come, and gives it away when it is written. Everything else is copied tensor by tensor
 under its name in the base's files. So two matrices and the adapter are all that is held, whatever the model's size.
 
@@ -41,6 +41,10 @@ from raymem.training.artifacts.load import WHOLE, base_directory, load_artifact,
 from raymem.training.artifacts.skeleton import Skeleton
 from raymem.training.model.adapter import continuing, is_of_own_kind
 from raymem.training.model.companions import GENERATION, copy_companions
+
+_BLOCK = 1 << 20
+"""The numbers that are added at a time: they stay in the processor's cache."""
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def merge(adapter: str | Path, output: str | Path) -> Path:
@@ -135,6 +139,7 @@ class Layers:
         self._adapted: dict[int, Any] = {}
         self._saved: dict[int, nn.Module] = {}
         self._merged: dict[str, torch.Tensor] = {}
+        self._merging = Merging()
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 self._adapted[id(module.get_base_layer())] = module
@@ -214,11 +219,42 @@ class Layers:
                 key = self._skeleton.key_of(its_name)
                 assert key is not None
                 module._parameters[attribute] = nn.Parameter(self._skeleton.read(key), requires_grad=False)
-            self._adapted[id(module)].merge()
+            self._merging.merge(self._adapted[id(module)])
             self._merged |= {its_name: getattr(module, attribute) for attribute, its_name in names.items()}
             for its_name in matrices.values():
                 self._skeleton.take_memory(its_name)
         return self._merged.pop(name)
+
+
+class Merging:
+    """Merges layers of PEFT into their bases, with the numbers that PEFT's ``merge()`` gives, to the bit.
+
+    Of plain LoRA on a linear layer it takes the product itself, into memory that it keeps, and adds it some rows at a
+    time in fp32, rounding once. PEFT takes new memory for each of three matrices in fp32, and adds the last one to a
+    weight of fewer bits by slow code: four times the time in all.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def merge(self, layer: Any) -> None:
+        """Merge a layer; its weight is changed in place, or replaced."""
+        from peft.tuners.lora import Linear
+
+        weight, names = layer.get_base_layer().weight, layer.active_adapters
+        is_plain = type(layer) is Linear and not layer.fan_in_fan_out and len(names) == 1 and names[0] in layer.lora_B
+        if not is_plain or layer.lora_variant or any(layer.lora_bias.values()) or weight.dtype not in _FLOATS:
+            layer.merge()
+            return
+        down_RI, up_OR = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
+        if self._memory.numel() < weight.numel():
+            self._memory = torch.empty(weight.numel())
+        product_OI = self._memory[: weight.numel()].view(weight.shape)
+        torch.matmul(up_OR.float(), down_RI.float(), out=product_OI)
+        rows = max(1, _BLOCK // weight.shape[1])
+        for weight_BI, update_BI in zip(torch.split(weight, rows), torch.split(product_OI, rows), strict=True):
+            scaled_BI = update_BI.mul_(layer.scaling[names[0]]).to(up_OR.dtype)
+            weight_BI.copy_(weight_BI.float() + scaled_BI)
 
 
 def _write_config(base: Path, directory: Path, *, untied: bool) -> None:

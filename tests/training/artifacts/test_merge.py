@@ -62,13 +62,14 @@ LINEAR = ["q_proj", "v_proj", "down_proj"]
 @pytest.mark.parametrize(
     ("family", "options"),
     [
+        ("llama", {"target_modules": "all-linear", "use_rslora": True}),
         ("llama", {"target_modules": LINEAR, "use_dora": True}),
         ("llama", {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]}),
         ("gpt_neox", {"target_modules": ["query_key_value"], "bias": "all"}),
         ("gpt_neox", {"target_modules": ["query_key_value", "dense"], "lora_bias": True}),
         ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     ],
-    ids=["dora", "embedding and head", "biases", "bias of its own", "transposed"],
+    ids=["plain", "dora", "embedding and head", "biases", "bias of its own", "transposed"],
 )
 def test_every_tensor_is_what_peft_makes_of_the_whole_model(
     family: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -78,6 +79,7 @@ def test_every_tensor_is_what_peft_makes_of_the_whole_model(
     base = save_model(tmp_path / "base", family, max_shard_size="20KB", dtype=dtype)
     adapter = save_adapter(tmp_path / "adapter", base, **options)
     monkeypatch.setattr(merging, "_write_whole", refuse)
+    monkeypatch.setattr(merging, "_BLOCK", 200)  # a few rows
     merged = merge(adapter, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype).state_dict()
     for name, tensor in by_peft(base, adapter, dtype).items():
