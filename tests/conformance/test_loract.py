@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from raymem.testing import ConformanceSuite
 
 
@@ -13,10 +15,12 @@ class TestSublayerScope(ConformanceSuite):
     fragment = {"activations": {"kind": "loract", "scope": "sublayer"}}
 
 
+@pytest.mark.slow
 class TestLinearScopeInFullFineTuning(ConformanceSuite):
     fragment = {"adapter": "none", "activations": {"kind": "loract", "scope": "linear"}}
 
 
+@pytest.mark.slow
 class TestAutoRankUnderAutocast(ConformanceSuite):
     fragment = {
         "activations": {"kind": "loract", "rank": "auto", "report_every": 1},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from raymem.methods.loram import PruneOptions, prune_model
 from raymem.testing import ConformanceSuite
 
@@ -22,5 +24,6 @@ class TestLoRAM(OnPruned):
     adapter = {"kind": "lora", "rank": 4}
 
 
+@pytest.mark.slow
 class TestLoRAMWithMoRAM(OnPruned):
     adapter = {"kind": "moram", "rank": 4, "density": 0.25, "criterion": "random"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from raymem.testing import ConformanceSuite
 
 # Square, wide and tall matrices are left; each takes seconds on fake tensors.
@@ -12,6 +14,7 @@ class TestMLorcAdamW(ConformanceSuite):
     fragment = {"adapter": NONE, "optimizer": {"kind": "mlorc_adamw", "min_dim": 8}}
 
 
+@pytest.mark.slow
 class TestMLorcAdamWSqrt(ConformanceSuite):
     fragment = {"adapter": NONE, "optimizer": {"kind": "mlorc_adamw", "min_dim": 8, "second_moment": "sqrt"}}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from raymem.testing import ConformanceSuite
 
 
@@ -17,6 +19,7 @@ class TestLoraWithCheckpointing(ConformanceSuite):
     fragment = {"activations": "checkpoint"}
 
 
+@pytest.mark.slow
 class TestForeachAdamW(ConformanceSuite):
     fragment = {"optimizer": {"implementation": "foreach"}}
 
@@ -29,5 +32,6 @@ class TestStochasticRounding(ConformanceSuite):
     fragment = {"train": {"precision": "bf16", "master": "stochastic_rounding"}}
 
 
+@pytest.mark.slow
 class TestMixedPrecision(ConformanceSuite):
     fragment = {"train": {"precision": "bf16_mixed"}, "model": {"dtype": "bf16"}}

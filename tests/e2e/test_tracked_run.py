@@ -71,7 +71,7 @@ def test_sigkill_of_the_command_changes_nothing(adapter: str, tmp_path: Path, ll
     assert killed == straight
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGHUP"))])
 def test_a_signal_ends_the_tracked_run_and_says_how_to_go_on(
     name: str, tmp_path: Path, llama: Path, examples: Path, storage: Path
 ) -> None:

@@ -68,7 +68,14 @@ def contents(storage: Storage, name: str) -> dict[str, bytes]:
     return {file: storage.read_bytes(f"{name}/{file}") for file in storage.sizes(name)}
 
 
-@pytest.mark.parametrize("number", range(len(OPERATIONS)), ids=list(OPERATIONS))
+OFTEN = ("list_dirs", "write_json", "upload_dir", "download_dir")
+"""Operations of the default tier: one for each fault."""
+
+
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=[] if name in OFTEN else pytest.mark.slow, id=name) for n, name in enumerate(OPERATIONS)],
+)
 def test_every_operation_waits_until_the_store_is_back(
     number: int, away: Storage, proxy: FaultyProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

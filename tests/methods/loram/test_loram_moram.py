@@ -43,7 +43,7 @@ def deltas(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", [{"density": 0.3}, {"k": 5}, {"density": 1.0}], ids=str)
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("phi3", "gpt_neox"))])
 def test_recovery_is_exact(family: str, options: dict[str, float], tmp_path: Path) -> None:
     full, pruned, trained, out = (tmp_path / name for name in ("full", "pruned", "trained", "recovered"))
     manifest = prune_model(save(full, family), pruned, PruneOptions(layer_ratios=(0.0, 0.5, 0.7, 0.25)))

@@ -72,7 +72,7 @@ def test_what_the_kept_inputs_tell_is_made_up_for(case: Any, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("phi3", "opt"))])
 def test_a_pruned_layer_holds_the_fitted_weights(family: str, criterion: Any, tmp_path: Path) -> None:
     """Of the full model's own activations, whatever chooses the units; all other weights are as without."""
     options = {"criterion": criterion, "keep_first": 1, "keep_last": 1}

@@ -108,6 +108,7 @@ def test_a_model_in_a_bucket_is_read_there(full: Path, storage: Storage, tmp_pat
     assert contents(storage, "cache/loram/key") == expected
 
 
+@pytest.mark.slow
 def test_a_step_that_is_killed_while_it_uploads_is_done_again(
     full: Path, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
