@@ -1,9 +1,9 @@
 """Throughput of training with a checkpoint every 20 steps on a slow bucket, on the local disk, and without any.
 
 The bucket is moto's behind a proxy that waits 200 ms before each answer and lets 20 MB/s through. The model is trained
-whole, so that a checkpoint has three times its weights: 76 MB, of which the upload takes less than 20 steps do. The runs
-take turns of 20 steps, each with one checkpoint at its beginning; a turn ends with no upload under way, so that none goes
-on while another run has its turn. What one did before, waiting for each upload, is a run of its own.
+whole, so that a checkpoint has three times its weights: 76 MB, of which the upload takes less than 20 steps do. The
+runs take turns of 20 steps, each with one checkpoint at its beginning; a turn ends with no upload under way, so that
+none goes on while another run has its turn. What raymem did before, waiting for each upload, is a run of its own.
 
 Times are given as CPU time of the training process, its uploading thread included, and by the clock, where other
 processes of the machine count, too: among them moto and the proxy, whose own CPU time is named apart.
@@ -35,6 +35,7 @@ from turns import Contestant, spread
 from raymem.recipe.load import load_recipe, packaged_recipe
 from raymem.runs.train import launch
 from raymem.training.checkpoint import Checkpoints
+from raymem.training.data.demo import DemoPaths, ensure_demo
 from raymem.training.reporter import Row
 from raymem.training.saving.upload import Uploads
 
@@ -128,7 +129,7 @@ ANSWERS = os.fdopen(os.dup(1), "w")
 """Standard output; what libraries print goes elsewhere."""
 
 
-def train(kind: str, storage: str) -> None:
+def train(kind: str, storage: str, demo: str) -> None:
     os.dup2(2, 1)
     torch.set_num_threads(1)
     turns = Turns()
@@ -136,7 +137,8 @@ def train(kind: str, storage: str) -> None:
     every = 10**6 if kind == "none" else EVERY
     overrides = [
         f"storage.path={storage}", "name=run", f"train.save_every={every}", "train.steps=1000000", "tracking=none",
-        "scaling.num_workers=0", "train.schedule=constant",
+        "scaling.num_workers=0", "train.schedule=constant", f"model.tokenizer={DemoPaths(Path(demo)).tokenizer}",
+        f"data.train={{path: {DemoPaths(Path(demo)).corpus('text', 'train')}, max_rows: 2000}}",
     ]  # fmt: skip
     launch(load_recipe(packaged_recipe("pretrain"), overrides), listeners=[turns.listen])
 
@@ -146,7 +148,7 @@ def main() -> None:
         serve()
         return
     if sys.argv[1:2] == ["--train"]:
-        train(*sys.argv[2:4])
+        train(*sys.argv[2:5])
         return
     parser = provenance.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -162,12 +164,13 @@ def main() -> None:
     ):  # fmt: skip
         assert server.stdout is not None and server.stdin is not None
         bucket = server.stdout.readline().strip()
-        contestants = {}
-        for kind in KINDS:
-            name = kind.replace(", ", "-")
-            storage = bucket.replace("runs?", f"runs/{name}?") if "bucket" in kind else f"{folder}/{name}"
-            contestants[kind] = Contestant(__file__, "--train", kind, storage, environment=environment)
+        demo = str(ensure_demo(Path(folder)).directory)
+        contestants: dict[str, Contestant] = {}
         try:
+            for kind in KINDS:
+                name = kind.replace(", ", "-")
+                storage = bucket.replace("runs?", f"runs/{name}?") if "bucket" in kind else f"{folder}/{name}"
+                contestants[kind] = Contestant(__file__, "--train", kind, storage, demo, environment=environment)
             server.stdin.write("\n")
             server.stdin.flush()
             assert server.stdout.readline() == "slow\n"

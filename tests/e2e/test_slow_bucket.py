@@ -1,4 +1,4 @@
-"""Commands whose checkpoints take seconds to upload: signals wait for them or leave, and nothing is computed otherwise."""
+"""Commands whose checkpoints take seconds to upload: signals wait for them or leave, and the bits are the same."""
 
 from __future__ import annotations
 

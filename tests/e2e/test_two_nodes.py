@@ -143,7 +143,7 @@ def test_a_sweep_goes_on_from_another_host(
     assert second.wait() == 0, second.output[-4000:]
     assert "has expired and is taken over" in second.output
     assert {name: remote.read_bytes(f"{name}/trial.json") for name in before} == before, "none is trained again"
-    assert all(list(node.glob("raymem-cache-*/data/*")) for node in nodes), "each node trained, from data of its own"
+    assert all(list(node.parent.glob("home/cache/data/*")) for node in nodes), "each node trained, from data of its own"
     facts = read_sweep(find(remote.join("searched")))
     assert facts.counts == {"finished": 6} and facts.best is not None
     assert not [name for name in remote.list_dirs("searched") if name not in ("journal", "report")]
