@@ -150,7 +150,7 @@ class Checkpoints:
 
     def start(
         self, manifest: Manifest, tensors: dict[str, torch.Tensor], keep: str, num_to_keep: int,
-        record: Callable[[], None] = lambda: None,
+        write_history: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Write a checkpoint, then delete those that the retention rule lets go.
 
@@ -159,7 +159,7 @@ class Checkpoints:
         way: the next call waits for it.
 
         Args:
-            record: writes what must be there before the checkpoint is; called on rank 0.
+            write_history: writes what must be there before the checkpoint is; called on rank 0.
 
         Raises:
             StorageError: no space or no permission; older checkpoints are untouched and nothing half-written stays.
@@ -167,7 +167,7 @@ class Checkpoints:
         self.finish()
         retain = partial(prune, self._run, keep, num_to_keep, self._undeleted)
         if self._run.is_local:
-            self._dist_env.on_main(record)
+            self._dist_env.on_main(write_history)
             self._save_here(manifest, tensors)
             self._dist_env.on_main(retain)
             return
@@ -177,7 +177,7 @@ class Checkpoints:
         except BaseException:
             shards.cleanup()
             raise
-        self._uploads.start(manifest, shards, record, retain)
+        self._uploads.start(manifest, shards, write_history, retain)
 
     def look(self) -> None:
         """See whether the checkpoint that is being uploaded is whole; called between two steps, it waits for nobody.

@@ -56,7 +56,7 @@ class History:
     def __init__(self, run: Storage) -> None:
         self._run = run
         self._written = b""
-        """What is in the file, or will be when it is recorded, on an object store; in a directory its length is
+        """What is in the file, or will be when its writer has run, on an object store; in a directory its length is
         enough."""
         self._length = 0
         self._waiting = b""
@@ -103,9 +103,9 @@ class History:
         Raises:
             StorageError: it cannot be written; neither could the checkpoint.
         """
-        self.recorder()()
+        self.writer()()
 
-    def recorder(self) -> Callable[[], None]:
+    def writer(self) -> Callable[[], None]:
         """Return what writes the rows so far as :meth:`save` does; another thread may call it while rows are added.
 
         It is called before the checkpoint of the last of them is written. If it fails, so does the run.

@@ -320,8 +320,8 @@ class _Session:
             self.peak_bytes, self._elapsed_s(),
         )  # fmt: skip
         storage = self.recipe.storage
-        state, record = self.updater.state(), self.history.recorder()
-        self.checkpoints.start(manifest, state, storage.keep, storage.num_to_keep, record)
+        state, write_history = self.updater.state(), self.history.writer()
+        self.checkpoints.start(manifest, state, storage.keep, storage.num_to_keep, write_history)
         self.recent = []
 
     def _await_upload(self) -> None:

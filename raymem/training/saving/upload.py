@@ -57,18 +57,18 @@ class Uploads:
         return None if self._flight is None else self._flight.manifest.step
 
     def start(
-        self, manifest: Manifest, shards: tempfile.TemporaryDirectory[str], record: Callable[[], None],
+        self, manifest: Manifest, shards: tempfile.TemporaryDirectory[str], write_history: Callable[[], None],
         retain: Callable[[], None],
     ) -> None:  # fmt: skip
         """Begin to upload a checkpoint.
 
         Args:
             shards: the files of this rank; deleted once they are uploaded.
-            record: writes what must be there before the checkpoint is; called on rank 0, in its thread.
+            write_history: writes what must be there before the checkpoint is; called on rank 0, in its thread.
             retain: deletes older checkpoints; called on rank 0, in its thread, once this one counts.
         """
         assert self._flight is None, "one upload at a time"
-        upload = partial(self._upload, folder_of(manifest.step), shards, record)
+        upload = partial(self._upload, folder_of(manifest.step), shards, write_history)
         alone = self._dist_env.world_size == 1  # and so there is nobody to wait for
         work = (lambda: self._commit(manifest, upload(), retain)) if alone else upload
         self._flight = _Flight(manifest, retain, Background(work, "raymem-upload"), commits=alone)
@@ -116,10 +116,10 @@ class Uploads:
         work = Background(commit if self._dist_env.is_main else _nothing, "raymem-upload")
         self._flight = _Flight(flight.manifest, flight.retain, work, commits=True)
 
-    def _upload(self, name: str, shards: tempfile.TemporaryDirectory[str], record: Callable[[], None]) -> Files:
+    def _upload(self, name: str, shards: tempfile.TemporaryDirectory[str], write_history: Callable[[], None]) -> Files:
         with shards:
             if self._dist_env.is_main:
-                record()
+                write_history()
             return self._run.upload_dir(shards.name, f"{FOLDER}/{name}", last=None)
 
     def _commit(self, manifest: Manifest, files: Files, retain: Callable[[], None]) -> None:

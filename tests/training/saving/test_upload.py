@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import tempfile
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from raymem import stopping
-from raymem.errors import StorageError, TransientStorageError
+from raymem.errors import NonFiniteError, StorageError, TransientStorageError
 from raymem.recipe.schema import Recipe
 from raymem.storage.leases.held import holding
 from raymem.storage.storage import Storage
@@ -194,6 +195,22 @@ def test_an_error_in_training_waits_for_the_checkpoint_before(
         trained(recipe, run, LocalReporter(listen))
     assert whole_steps(run) == [2]
     assert "training has failed; it ends once the checkpoint of step 2 is uploaded" in caplog.text
+
+
+def test_what_is_kept_after_a_bad_loss_is_what_was_being_uploaded(
+    recipe: Recipe, run: Storage, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = loop.train_step
+
+    def broken(model: Any, batches: Any, targets: int, updater: Any, number: int, *args: Any, **options: Any) -> Any:
+        if number == 2:
+            gate.open_soon()
+        return step(model, batches, math.nan if number == 2 else targets, updater, number, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(NonFiniteError, match="the checkpoint of step 2 is kept"):
+        trained(recipe, run, LocalReporter())
+    assert whole_steps(run) == [2]
 
 
 def test_an_interrupt_gives_the_upload_up(
