@@ -1,7 +1,7 @@
 """Throughput of training with a checkpoint every 20 steps on a slow bucket, on the local disk, and without any.
 
 The bucket is moto's behind a proxy that waits 200 ms before each answer and lets 20 MB/s through. The model is trained
-whole, so that a checkpoint has three times its weights: 76 MB, of which the upload takes less than 20 steps do. The
+whole, so that a checkpoint has three times its weights: 88 MB, of which the upload takes less than 20 steps do. The
 runs take turns of 20 steps, each with one checkpoint at its beginning; a turn ends with no upload under way, so that
 none goes on while another run has its turn. What raymem did before, waiting for each upload, is a run of its own.
 
@@ -180,11 +180,11 @@ def main() -> None:
                     answer = contestants[kind].ask(None)
                     found[kind].append({**answer, "server_cpu_s": cpu_s(server.pid) - before})
                     print(kind, found[kind][-1], file=sys.stderr, flush=True)
+                provenance.save("slow_bucket", {**figures(found), "turns": found})
         finally:
             for contestant in contestants.values():
                 contestant.end()
             server.stdin.close()
-    provenance.save("slow_bucket", {**figures(found), "turns": found})
 
 
 def cpu_s(pid: int) -> float:

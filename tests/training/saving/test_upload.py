@@ -274,7 +274,7 @@ def killed_before_the_manifest(uri: str, name: str) -> None:
 
 
 def test_a_killed_process_leaves_nothing_that_looks_whole(s3_uri: str, run: Storage, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"a process died: exit codes \[-9\]"):
+    with pytest.raises(AssertionError, match="a process died"):
         in_processes(killed_before_the_manifest, 0, tmp_path, s3_uri, tmp_path.name)
     assert len(run.list_dirs("checkpoints")) == 2 and whole_steps(run) == [1]
     checkpoints = Checkpoints(run, DistEnv())
