@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from raymem.storage.publish import verify
 LONG_AGO = 1_000_000_000
 HOLDER = """
 import sys
+import time
 from pathlib import Path
 from raymem.entries import hold
 print(hold(Path(sys.argv[1])), flush=True)
@@ -24,6 +27,7 @@ sys.stdin.read()
 """
 MAKER = """
 import sys
+import time
 from pathlib import Path
 from raymem.cache import cache_root, publish_entry
 from raymem.entries import _held
@@ -150,3 +154,32 @@ def test_plans_count_and_go_as_well(root: Path, monkeypatch: pytest.MonkeyPatch)
     os.utime(root / "plans" / "b.json", (LONG_AGO,) * 2)
     cache.write_json(root / "plans" / "c.json", {"peak": 3})
     assert sorted(path.name for path in (root / "plans").iterdir()) == ["a.json", "c.json"]
+
+
+def test_without_locks_an_entry_is_in_use_for_a_week(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(entries.fcntl, "flock", no_locks)
+    old, new = entry(root, "old", 400, 0), entry(root, "new", 400, 0)
+    week_ago = time.time() - 7 * 24 * 3600
+    os.utime(old, (week_ago - 60,) * 2)
+    os.utime(new, (week_ago + 60,) * 2)
+    entries.make_room(root, 0)
+    assert names(root) == ["new"]
+
+
+def test_what_is_used_while_room_is_made_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between looking at all entries and removing them, another process used one, and is gone again."""
+    seen = entries._entries
+
+    def used_meanwhile(root: Path) -> list[object]:
+        found = list(seen(root))
+        os.utime(root / "data" / "used")
+        return found
+
+    entry(root, "used", 400, 0)
+    entry(root, "free", 400, 1)
+    monkeypatch.setattr(entries, "_entries", used_meanwhile)
+    entries.make_room(root, 400)
+    assert names(root) == ["used"]
