@@ -245,6 +245,35 @@ def _over(values: Iterable[float], form: str) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
 
 
+def slow_bucket(results: Path) -> str:
+    rows = [
+        [
+            {"none": "none", "disk": "local disk", "bucket": "bucket", "bucket, waiting": "bucket, training waits"}[
+                row["kind"]
+            ],
+            _spread(row["cpu_over_none"], ".3f"),
+            _spread(row["wall_over_none"], ".2f"),
+            f"{row['blocked_s']:.2f}",
+            f"{row['upload_s']:.1f}" if row["upload_s"] else "",
+            f"{row['server_cpu_s']:.1f}" if row["upload_s"] else "",
+        ]
+        for row in read(results, "slow_bucket")["rows"]
+    ]
+    head = [
+        "checkpoints",
+        "CPU time over none",
+        "clock over none",
+        "training stands still, s a checkpoint",
+        "upload, s",
+        "CPU s of the bucket",
+    ]
+    return markdown(head, rows)
+
+
+def _spread(figures: dict[str, float], form: str) -> str:
+    return f"{figures['median']:{form}} ({figures['min']:{form}} to {figures['max']:{form}})"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "listed": listed,
     "methods": methods,
@@ -255,4 +284,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "fits": fits,
     "quality": quality,
     "loram": loram,
+    "slow_bucket": slow_bucket,
 }

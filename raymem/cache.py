@@ -1,4 +1,7 @@
-"""Keeps plans, calibration and results of probes between runs on this machine. All of it can be made again."""
+"""The cache of this machine: plans, calibration, results of probes, and what runs on object stores need here.
+
+All of it can be made again. It lies in one directory, RAYMEM_CACHE, and stays within RAYMEM_CACHE_LIMIT bytes.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,68 @@ import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from raymem.entries import hold, make_room, touch
+from raymem.errors import StorageError
+from raymem.memory.budget import parse_bytes
 from raymem.storage.folders import make_shared
 from raymem.storage.json_files import read_object
 from raymem.storage.permissions import share
-from raymem.storage.publish import seal, unseal
+from raymem.storage.publish import publish, seal, unseal
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LIMIT = "RAYMEM_CACHE_LIMIT"
+"""The environment variable that names the largest size of the cache."""
+DEFAULT_LIMIT = "50GiB"
 
 
 def cache_root() -> Path:
     """RAYMEM_CACHE, or raymem's folder in the user's cache directory."""
     base = os.environ.get("RAYMEM_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "raymem")
     return Path(base).expanduser()
+
+
+def limit_bytes() -> int:
+    """RAYMEM_CACHE_LIMIT, or 50 GiB.
+
+    Raises:
+        StorageError: it is no size.
+    """
+    try:
+        return parse_bytes(os.environ.get(LIMIT) or DEFAULT_LIMIT)
+    except ValueError as error:
+        raise StorageError(f"{LIMIT}: {error}") from None
+
+
+def publish_entry(directory: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Publish a directory, see :func:`raymem.storage.publish.publish`; one in this machine's cache see :func:`kept`."""
+    return kept(directory, lambda: publish(directory, write))
+
+
+def kept(directory: Path, make: Callable[[], T]) -> T:
+    """Make an entry, or find it there as it was made, and use it until this process ends: so long it is not removed.
+
+    Others go where it leaves too little room. A directory outside of the cache is made and nothing more.
+
+    Args:
+        make: makes it unless it is there.
+
+    Raises:
+        StorageError: RAYMEM_CACHE_LIMIT is no size, or ``make`` raises it.
+    """
+    if not directory.is_relative_to(cache_root()):
+        return make()
+    limit, was_there = limit_bytes(), hold(directory)
+    value = make()
+    while not hold(directory):  # another process has made room in between
+        value = make()
+    if not was_there:
+        make_room(cache_root(), limit)
+    return value
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
@@ -40,6 +91,8 @@ def read_json(file: Path) -> dict[str, Any] | None:
         values = unseal(content)
     if values is None:
         log.warning("%s is not as it was written, and is made again", file)
+    if values:
+        touch(file)
     return values or None
 
 
@@ -53,6 +106,7 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
         part.replace(file)
     except OSError:
         return
+    make_room(cache_root(), limit_bytes())
 
 
 @functools.cache

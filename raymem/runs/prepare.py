@@ -6,12 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+from raymem.cache import publish_entry
 from raymem.errors import ModelError, StorageError
 from raymem.recipe.data import DataSection
 from raymem.runs.backend import Backend
 from raymem.runs.resolved import ResolvedRun
 from raymem.storage.checksums import check_files
-from raymem.storage.publish import digest, publish
+from raymem.storage.publish import digest
 from raymem.storage.storage import Storage
 from raymem.training.data.packed import shards
 from raymem.training.data.packed.shards import Prepared, source_keys
@@ -110,5 +111,5 @@ def share_tokenizer(source: str, storage: Storage) -> str:
         save_tokenizer(tokenizer, target)
         return {}
 
-    publish(directory, save)
+    publish_entry(directory, save)
     return str(directory)

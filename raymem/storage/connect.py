@@ -15,6 +15,7 @@ from pyarrow import fs as pafs
 
 from raymem.errors import StorageError
 from raymem.storage.inside import is_inside
+from raymem.storage.retry import check_wanted
 
 CONNECT_TIMEOUT_S, SILENCE_S, TRIES = 5, 15, 3
 _GCS_RETRY_S = 10
@@ -54,6 +55,7 @@ def copy_file(source: pafs.FileSystem, path: str, target: pafs.FileSystem, to: s
     reader, writer = source.open_input_stream(path, compression=None), target.open_output_stream(to, compression=None)
     with reader, writer:
         while chunk := reader.read(CHUNK_BYTES):
+            check_wanted()
             digest.update(chunk)
             size += len(chunk)
             writer.write(chunk)

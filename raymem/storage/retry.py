@@ -6,11 +6,13 @@ still fails begins anew here, from its start, until the storage is back or the t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import secrets
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from raymem.errors import TransientStorageError
@@ -22,8 +24,34 @@ RETRY_FOR_S = 300.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0
 _random = secrets.SystemRandom()  # jitter is not to be the same on every worker, nor to touch a seeded stream
 
+_this_thread = threading.local()
+
 Value = TypeVar("Value")
 Arguments = ParamSpec("Arguments")
+
+
+class Abandoned(Exception):
+    """Ends the work of a thread that nobody wants any more."""
+
+
+@contextlib.contextmanager
+def until(unwanted: threading.Event) -> Iterator[None]:
+    """Let what this thread does with storages in the block end with :class:`Abandoned` once an event is set.
+
+    It ends before the next chunk of a file, the next change and the next try, so that nothing is written afterwards.
+    """
+    _this_thread.unwanted = unwanted
+    try:
+        yield
+    finally:
+        del _this_thread.unwanted
+
+
+def check_wanted() -> None:
+    """Raise :class:`Abandoned` if nobody wants the work of this thread any more, see :func:`until`."""
+    unwanted: threading.Event | None = getattr(_this_thread, "unwanted", None)
+    if unwanted is not None and unwanted.is_set():
+        raise Abandoned
 
 
 class Outage:
@@ -44,6 +72,7 @@ class Outage:
 
         Raises:
             TransientStorageError: it is over; says how long that was.
+            Abandoned: see :func:`until`.
         """
         now, sentence = time.monotonic(), str(error).rstrip(".")
         if self._began is None:
@@ -58,6 +87,7 @@ class Outage:
                 "storage is back, which resumes from the last checkpoint, or raise storage.retry_for"
             ) from error
         time.sleep(min(left_s, self._wait_s * _random.uniform(0.5, 1.0)))
+        check_wanted()
         self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
 
     def end(self) -> None:

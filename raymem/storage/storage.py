@@ -27,7 +27,7 @@ from raymem.storage.errors import explain
 from raymem.storage.folders import make_directory
 from raymem.storage.leases import held as leases
 from raymem.storage.publish import seal, unseal
-from raymem.storage.retry import RETRY_FOR_S, retried, retrying
+from raymem.storage.retry import RETRY_FOR_S, check_wanted, retried, retrying
 from raymem.storage.unfinished import scratch
 from raymem.storage.uris import CURE, secret_in
 
@@ -371,6 +371,7 @@ class Storage:
     @contextlib.contextmanager
     def _explained(self, action: str, name: str) -> Iterator[None]:
         if action in _CHANGES:
+            check_wanted()
             leases.check(self._at(name))
         try:
             yield

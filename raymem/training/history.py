@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from raymem.storage.errors import explain
@@ -45,7 +47,7 @@ class History:
     """The history of a run, as rank 0 writes it.
 
     In a directory a line is there as soon as its step is done. On an object store, where no file can grow, the file is
-    written with each checkpoint.
+    written with each checkpoint, in the thread that uploads it.
 
     Args:
         run: storage of the run's directory.
@@ -54,7 +56,8 @@ class History:
     def __init__(self, run: Storage) -> None:
         self._run = run
         self._written = b""
-        """What is in the file, on an object store; in a directory its length is enough."""
+        """What is in the file, or will be when its writer has run, on an object store; in a directory its length is
+        enough."""
         self._length = 0
         self._waiting = b""
         self._failed = False
@@ -95,16 +98,24 @@ class History:
             self._failed = True
 
     def save(self) -> None:
-        """Write what waits, to the disk; called before a checkpoint is written.
+        """Write what waits, to the disk.
 
         Raises:
             StorageError: it cannot be written; neither could the checkpoint.
         """
+        self.writer()()
+
+    def writer(self) -> Callable[[], None]:
+        """Return what writes the rows so far as :meth:`save` does; another thread may call it while rows are added.
+
+        It is called before the checkpoint of the last of them is written. If it fails, so does the run.
+        """
         if self._run.is_local:
-            retrying(self._run.path, self._run.retry_for_s, self._sync)
-        elif self._waiting:
-            self._run.write_bytes(FILE, self._written + self._waiting)
-            self._written, self._waiting = self._written + self._waiting, b""
+            return lambda: retrying(self._run.path, self._run.retry_for_s, self._sync)
+        if not self._waiting:
+            return lambda: None
+        self._written, self._waiting = self._written + self._waiting, b""
+        return partial(self._run.write_bytes, FILE, self._written)
 
     def _sync(self) -> None:
         check(Path(self._run.root))  # else a mount that is gone would be a file that is not there

@@ -125,7 +125,7 @@ class _Session:
         self.eval_loss: float | None = None
         self.recent: list[Row] = []
         self.last_row: Row = {}
-        self.earlier_s = 0.0
+        self.earlier_s = self.upload_wait_s = 0.0
         self.began = time.perf_counter()
 
     def run(self) -> Outcome:
@@ -140,7 +140,7 @@ class _Session:
         self.total_steps = max(start, self.total_steps)  # a run that is longer already stays what it is
         self.model = self.unwrapped if self.dist_env.sharded else replicate(self.unwrapped, self.dist_env)
         row: Row = {}
-        with stopping.heard():
+        with stopping.heard(), self.checkpoints:
             for step in range(start, self.total_steps):
                 row = self._take(step, start)
         self.reporter.flush()
@@ -189,9 +189,12 @@ class _Session:
         if self.dist_env.is_main:
             self.history.add(row)
         self.reporter.log(row)
+        self.checkpoints.look()
         wanted = self.reporter.wanted()
         if wanted is not Wanted.NOTHING or self._due(done, self.save_every):
             self._save(done)
+        if wanted is not Wanted.NOTHING or done == self.total_steps:
+            self._await_upload()
         if wanted is Wanted.STOP and done < self.total_steps:
             raise stopping.Stopped(done)
         if wanted is Wanted.SAVE:
@@ -204,6 +207,7 @@ class _Session:
 
     def _resume(self) -> int:
         manifest = self.checkpoints.latest()
+        self.checkpoints.clear_unfinished(0 if manifest is None else manifest.step)
         if manifest is None:
             return 0
         checkpoint_path = self.run_storage.join(FOLDER)
@@ -261,6 +265,8 @@ class _Session:
             "elapsed_s": self._elapsed_s(),
             "epoch": (step + 1) * train.global_batch / self.sampler.epoch_size,
         }
+        if self.upload_wait_s:
+            row["upload_wait_s"], self.upload_wait_s = self.upload_wait_s, 0.0
         if is_metered:
             assert self.peak_bytes is not None
             row["peak_bytes"] = float(self.peak_bytes)
@@ -305,17 +311,26 @@ class _Session:
 
     def _save(self, done: int) -> None:
         eval_loss = self.eval_loss if self._is_evaluated(done) else None
+        self._await_upload()
         # Delivered before the checkpoint is: whatever the last report did not carry is in the manifest.
         self.reporter.flush()
         self.reporter.progress(f"the checkpoint of step {done}", brief=False)
-        self.dist_env.on_main(self.history.save)
         manifest = Manifest(
             done, self.identity, self.recipe.to_dict(), eval_loss, self.recent, states_of(self.hooks),
             self.peak_bytes, self._elapsed_s(),
         )  # fmt: skip
         storage = self.recipe.storage
-        self.checkpoints.save(manifest, self.updater.state(), storage.keep, storage.num_to_keep)
+        state, write_history = self.updater.state(), self.history.writer()
+        self.checkpoints.start(manifest, state, storage.keep, storage.num_to_keep, write_history)
         self.recent = []
+
+    def _await_upload(self) -> None:
+        """Wait until the checkpoint that is being uploaded counts, and say so if it does not yet."""
+        step, began = self.checkpoints.uploading, time.perf_counter()
+        if step is not None:
+            self._doing(f"waiting until the checkpoint of step {step} is uploaded")
+            self.checkpoints.finish()
+            self.upload_wait_s = time.perf_counter() - began
 
     def _elapsed_s(self) -> float:
         return self.earlier_s + time.perf_counter() - self.began

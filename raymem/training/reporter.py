@@ -12,7 +12,8 @@ from raymem import stopping
 Row = dict[str, float]
 """One step's metrics: ``step`` (steps done, from 1), ``loss``, ``lr``, ``grad_norm``, ``tokens_per_s``, ``elapsed_s``
 (of all sessions, from where each one's loop was set up), ``epoch``, and when due
-``eval_loss``, ``eval_perplexity``, ``eval_loss/<name>`` of named evaluation data, ``peak_bytes``, and with it
+``eval_loss``, ``eval_perplexity``, ``eval_loss/<name>`` of named evaluation data, ``upload_wait_s`` (for which training
+stood still before this step because the checkpoint before was being uploaded still), ``peak_bytes``, and with it
 ``held_bytes/<term>``: what rank 0 keeps on its device between steps, for the terms weights, trainable and optimizer."""
 
 Listener = Callable[[Sequence[Row]], None]
@@ -62,7 +63,7 @@ class Reporter(Protocol):
         """Say what is wanted now, after a row was taken; all ranks get the same answer."""
 
     def saved(self) -> None:
-        """Learn that there is a checkpoint that was wanted; a worker that is to end may do so."""
+        """Learn that a checkpoint that was wanted is whole where it belongs; a worker that is to end may do so."""
 
     def progress(self, what: str, *, brief: bool = True, told: bool = False) -> None:
         """Learn what this rank does from now on; it must be cheap, since each step and evaluated batch calls it.

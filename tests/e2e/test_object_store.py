@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ def recipe_on(storage: str, llama: Path, examples: Path, steps: int) -> Recipe:
 
 
 def another_machine(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """Give this process an empty temporary directory, where the node's cache lies."""
+    """Give this process an empty temporary directory and an empty cache."""
     path.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(path))
+    monkeypatch.setenv("RAYMEM_CACHE", str(path / "cache"))
 
 
 def adapter(storage: Storage, folder: Path) -> bytes:
@@ -48,7 +48,7 @@ def test_run_on_s3_equals_a_run_on_disk(
     another_machine(monkeypatch, tmp_path / "second")
     finished = launch(recipe_on(remote.path, llama, examples, steps=8))
     assert finished.outcome.started_at == 4
-    assert (tmp_path / "second" / f"raymem-cache-{os.getuid()}" / "data" / shards).is_dir()
+    assert (tmp_path / "second" / "cache" / "data" / shards).is_dir()
     launch(recipe_on(str(tmp_path / "disk"), llama, examples, steps=8))
     on_disk = (tmp_path / "disk" / "remote" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert adapter(remote, tmp_path / "fetched") == on_disk

@@ -65,6 +65,7 @@ def test_a_run_goes_on_when_its_bucket_is_back(
         if rows[-1]["step"] == 2:
             proxy.away()
         if rows[-1]["step"] == 5:
+            wait_for(remote, "run/checkpoints/step_00000003/manifest.json")  # which steps do not
             proxy.away("reset", at="step_00000006/shard")
 
     launch(recipe_on(proxy.uri(remote.path), llama, examples, 9), listeners=[disturb])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import itertools
+import math
 import random
 import socket
 import struct
@@ -56,6 +57,7 @@ class FaultyProxy:
         self._absence: Absence | None = None
         self._error: tuple[int, str, str] = _ERRORS[500]
         self._rate = self._delay_s = 0.0
+        self._bytes_per_s, self._link_is_free_at = math.inf, 0.0
         self._later: tuple[str, Callable[[], None]] | None = None
         self._timer = threading.Timer(0, self.back)
         self._wake = threading.Event()
@@ -109,7 +111,7 @@ class FaultyProxy:
         """End every fault, also one that is still to come."""
         self._timer.cancel()
         self._later = None
-        self._absence, self._rate, self._delay_s = None, 0.0, 0.0
+        self._absence, self._rate, self._delay_s, self._bytes_per_s = None, 0.0, 0.0, math.inf
         self._wake.set()
         self._listen()
 
@@ -121,10 +123,10 @@ class FaultyProxy:
         """Answer this share of the requests with an error: 403 and 404 are for good, 500 is not."""
         self._error, self._rate = _ERRORS[status], rate
 
-    def slow(self, delay_s: float = 1.0) -> None:
-        """Wait before each answer."""
+    def slow(self, delay_s: float = 1.0, *, bytes_per_s: float = math.inf) -> None:
+        """Be far away: wait before each answer, and let all bodies together through at a limited rate."""
         self._wake.clear()
-        self._delay_s = delay_s
+        self._delay_s, self._bytes_per_s = delay_s, bytes_per_s
 
     def close(self) -> None:
         """Let the port go."""
@@ -162,13 +164,15 @@ class FaultyProxy:
         with self._lock:
             fails = self._random.random() < self._rate
             self.failed += fails or self._absence is not None
-        if self._delay_s:
-            self._wake.wait(self._delay_s)
+        if self._delay_s or self._bytes_per_s < math.inf:
+            self._wake.wait(self._delay_s + self._transfer_s(len(body)))
         if self._absence == "hang":
             self._wake.wait()
             _reset(handler.connection)
             return
         status, headers, content = self._error_page() if fails else self._forward(handler, body)
+        if self._bytes_per_s < math.inf and handler.command != "HEAD":
+            self._wake.wait(self._transfer_s(len(content)))
         if self._absence is not None:
             if handler.command == "HEAD":  # whose answer has no middle
                 _reset(handler.connection)
@@ -182,6 +186,13 @@ class FaultyProxy:
             handler.wfile.write(content)
         if self._absence is not None:
             _reset(handler.connection)
+
+    def _transfer_s(self, size: int) -> float:
+        """Return after how many seconds a body is through the link, behind those that came before it."""
+        with self._lock:
+            now = time.monotonic()
+            self._link_is_free_at = max(now, self._link_is_free_at) + size / self._bytes_per_s
+            return self._link_is_free_at - now
 
     def _error_page(self) -> tuple[int, list[tuple[str, str]], bytes]:
         status, code, message = self._error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from raymem.errors import StorageError, TransientStorageError
 from raymem.storage import retry
-from raymem.storage.connect import connect
+from raymem.storage.connect import connect, copy_file
 from raymem.storage.errors import explain
 from raymem.storage.storage import Storage
 from tests.helpers.faulty_proxy import FaultyProxy, ends_when_noticed, proxy_before
@@ -235,3 +236,52 @@ def test_googles_store_is_left_to_the_same_waiting(monkeypatch: pytest.MonkeyPat
         "gs://b/x?retry_limit_seconds=10", "gs://b/x?project_id=p&retry_limit_seconds=10",
         "gs://b/x?retry_limit_seconds=3",
     ]  # fmt: skip
+
+
+def test_work_that_nobody_wants_ends_before_the_next_chunk_change_and_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, unwanted = Storage.open(str(tmp_path / "storage")), threading.Event()
+    monkeypatch.setattr("raymem.storage.connect.CHUNK_BYTES", 10)
+
+    class Source:
+        """A file of which two chunks are read, and then nobody wants its copy."""
+
+        chunks = 0
+
+        def open_input_stream(self, path: str, compression: None) -> Source:
+            return self
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def read(self, size: int) -> bytes:
+            self.chunks += 1
+            if self.chunks > 2:
+                unwanted.set()
+            return bytes(size)
+
+    with retry.until(unwanted):
+        storage.write_bytes("before", b"wanted")
+        with pytest.raises(retry.Abandoned):
+            copy_file(Source(), "file", storage.filesystem, str(tmp_path / "copy"))
+        assert (tmp_path / "copy").stat().st_size == 20
+        with pytest.raises(retry.Abandoned):
+            storage.write_bytes("after", b"unwanted")
+        with pytest.raises(retry.Abandoned):
+            storage.delete_dir("before")
+        assert storage.read_bytes("before") == b"wanted"
+    assert not storage.exists("after")
+    storage.write_bytes("after", b"another thread's, or later")
+
+    tries: list[int] = []
+
+    def away() -> None:
+        tries.append(1)
+        raise TransientStorageError("away")
+
+    monkeypatch.setattr("raymem.storage.retry.time", SimpleNamespace(sleep=lambda s: None, monotonic=time.monotonic))
+    with retry.until(unwanted), pytest.raises(retry.Abandoned):
+        retry.retrying("place", 100.0, away)
+    assert len(tries) == 1

@@ -47,6 +47,20 @@ def test_a_history_goes_on_at_the_checkpoint(run: Storage) -> None:
     assert steps(run) == [1, 2, 3, 4]
 
 
+def test_a_writer_writes_the_rows_up_to_its_checkpoint(s3_uri: str, tmp_path: Path) -> None:
+    """It is called later, in another thread, when there may be more."""
+    run = Storage.open(s3_uri).child(tmp_path.name)
+    history = begun(run, 0)
+    history.add({"step": 1})
+    write = history.writer()
+    history.add({"step": 2})
+    assert read_history(run, 9) == []
+    write()
+    assert steps(run) == [1]
+    history.writer()()
+    assert steps(run) == [1, 2]
+
+
 def test_a_new_run_begins_a_new_history(run: Storage) -> None:
     history = begun(run, 0)
     history.add({"step": 1})

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
@@ -14,14 +13,17 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from raymem.errors import StorageError
+from raymem.cache import cache_root, kept, limit_bytes
+from raymem.entries import make_room
 from raymem.storage.checksums import CHECKSUMS
 from raymem.storage.connect import copy_file
-from raymem.storage.errors import explain
+from raymem.storage.errors import writing
 from raymem.storage.publish import digest
 from raymem.storage.remote.files import asked, storage_at
 from raymem.storage.storage import Storage
 from raymem.storage.unfinished import unfinished_name
+
+_LOCK = ".lock"
 
 
 def fetched(uri: str, patterns: Sequence[str]) -> Path:
@@ -44,14 +46,12 @@ def fetched(uri: str, patterns: Sequence[str]) -> Path:
         content: Any = storage.read_bytes(CHECKSUMS).decode(errors="replace")
     else:
         content = sorted([info.base_name, info.size, info.mtime_ns] for info in infos if info.is_file)
-    directory = node_cache() / "models" / digest([uri.partition("?")[0], content])
-    with _alone(directory):
-        for name, size in sizes.items():
-            target = directory / name
-            if any(fnmatch(name, pattern) for pattern in patterns) and not (
-                target.is_file() and target.stat().st_size == size
-            ):
-                _fetch(storage, name, target)
+    with writing(root := cache_root(), where="RAYMEM_CACHE"):
+        (root / "models").mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = root / "models" / digest([uri.partition("?")[0], content])
+    wanted = {name: size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+    if kept(directory, partial(_fetch_missing, storage, directory, wanted)):
+        make_room(root, limit_bytes())
     return directory
 
 
@@ -59,17 +59,16 @@ def _listed(storage: Storage, path: str) -> Any:
     return storage.filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
 
 
-def node_cache() -> Path:
-    """Return this user's directory on this node for copies of what lies on object stores.
-
-    Raises:
-        StorageError: it belongs to another user.
-    """
-    directory = Path(tempfile.gettempdir()) / f"raymem-cache-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise StorageError(f"{directory} belongs to another user; remove it, or set TMPDIR to a directory of your own")
-    return directory
+def _fetch_missing(storage: Storage, directory: Path, sizes: Mapping[str, int]) -> int:
+    """Fetch what a directory lacks of some files; returns how many that were."""
+    count = 0
+    with _alone(directory):
+        for name, size in sizes.items():
+            target = directory / name
+            if not (target.is_file() and target.stat().st_size == size):
+                _fetch(storage, name, target)
+                count += 1
+    return count
 
 
 def _fetch(storage: Storage, name: str, target: Path) -> None:
@@ -88,14 +87,10 @@ def _fetch(storage: Storage, name: str, target: Path) -> None:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Hold a directory, which is made, for this process."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise explain(
-            error, "make", str(directory), where="cache of this node", cure="set TMPDIR to another"
-        ) from error
+    """Let no other process fetch into a directory, which is made."""
+    with writing(directory, where="RAYMEM_CACHE"):
+        directory.mkdir(exist_ok=True)
+        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

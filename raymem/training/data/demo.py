@@ -24,7 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from raymem.storage.publish import digest, publish
+from raymem.cache import publish_entry
+from raymem.storage.publish import digest
 
 CORPORA = ("functions", "text")
 SPLITS = ("train", "eval")
@@ -76,7 +77,7 @@ def ensure_demo(cache_dir: Path) -> DemoPaths:
     """
     key = digest([_SCHEMA_VERSION, _library_digest(), version("tokenizers"), version("transformers")])
     paths = DemoPaths(cache_dir / "demo" / key)
-    publish(paths.directory, _build)
+    publish_entry(paths.directory, _build)
     return paths
 
 

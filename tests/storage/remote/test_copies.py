@@ -18,8 +18,7 @@ FILES = {"config.json": b"{}", "model.safetensors": b"weights", "notes.bin": b"o
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "node").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node"))
+    monkeypatch.setenv("RAYMEM_CACHE", str(tmp_path / "node"))
     return tmp_path / "node"
 
 
@@ -45,7 +44,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
+    return {path.name for path in directory.iterdir() if not path.name.startswith(".")}
 
 
 def test_what_matches_is_fetched_and_more_of_it_later(remote: Storage, asked: list[str]) -> None:
@@ -91,4 +90,18 @@ def test_a_copy_that_fails_leaves_nothing(remote: Storage, cache: Path, monkeypa
     monkeypatch.setattr(copies, "copy_file", full)
     with pytest.raises(StorageError, match="no space left"):
         fetched(remote.path, ["*"])
-    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_the_cache_stays_within_its_limit(remote: Storage, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process has fetched stays, since it may be reading it; what another one left goes."""
+    left = cache / "models" / "left"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(bytes(100))
+    monkeypatch.setenv("RAYMEM_CACHE_LIMIT", "50")
+    directory = fetched(remote.path, ["*.json"])
+    assert not left.exists() and names(directory) == {"config.json"}
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(bytes(100))
+    fetched(remote.path, ["*"])
+    assert not left.exists() and names(directory) == {*FILES}, "more of an entry needs room, too"

@@ -19,10 +19,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from raymem.cache import publish_entry
 from raymem.errors import DataError, StorageError
 from raymem.recipe.data import DataSection, Source
 from raymem.storage.errors import writing
-from raymem.storage.publish import digest, publish
+from raymem.storage.publish import digest
 from raymem.training.data.encode import Encoder
 from raymem.training.data.formats import (
     Example,
@@ -143,7 +144,7 @@ def prepare(
         if split == "eval":
             _warn_if_trained_on(plan, section, cache_dir)
         directory = cache_dir / "data" / plan.key
-        manifest = publish(directory, partial(_build, plan, map_blocks))
+        manifest = publish_entry(directory, partial(_build, plan, map_blocks))
         facts = manifest["facts"]
         check_dropped(facts, plan.opened.where, section.max_dropped)
         prepared.append(

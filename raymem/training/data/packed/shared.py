@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import RaymemError
-from raymem.storage.publish import read_manifest
-from raymem.storage.remote.copies import node_cache
+from raymem.cache import cache_root, kept
+from raymem.errors import DataError, RaymemError
+from raymem.storage.errors import writing
+from raymem.storage.publish import read_manifest, verify
 from raymem.storage.storage import Storage
+from raymem.storage.unfinished import unfinished_name
 from raymem.training.data.packed.shards import Prepared, PreparedSource
+
+log = logging.getLogger(__name__)
 
 CACHE = "cache"
 
 
 def cache_dir(storage: Storage) -> Path:
-    """Return where prepared data lies as plain files: in the storage itself, or for an object store on local disk."""
+    """Return where prepared data lies as plain files: in the storage itself, or in this machine's cache.
+
+    Raises:
+        StorageError: the cache cannot be made.
+    """
     if storage.is_local:
         return Path(storage.join(CACHE))
-    return node_cache()
+    with writing(root := cache_root(), where="RAYMEM_CACHE"):
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return root
 
 
 def to_dict(prepared: Prepared) -> dict[str, Any]:
@@ -48,8 +61,22 @@ def download_source(key: str, storage: Storage) -> None:
         StorageError: it cannot be fetched, or a file has another hash than its manifest says.
     """
     local, remote = cache_dir(storage) / "data" / key, f"{CACHE}/data/{key}"
-    if read_manifest(local) is not None or not storage.exists(f"{remote}/manifest.json"):
-        return
+    if local.exists() or storage.exists(f"{remote}/manifest.json"):
+        kept(local, lambda: _fetch(storage, remote, local))
+
+
+def _fetch(storage: Storage, remote: str, local: Path) -> None:
+    """Fetch prepared data unless they are here as they were made."""
+    if local.exists():
+        try:
+            verify(local)
+            return
+        except DataError as damage:
+            log.warning("%s They are fetched again.", damage)
+            doomed = local.with_name(unfinished_name(local.name))
+            with contextlib.suppress(FileNotFoundError):  # another worker of this node was faster
+                local.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
     try:
         storage.download_dir(remote, local)
     except RaymemError:

@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raymem.cache import publish_entry
 from raymem.errors import DataError
 from raymem.recipe.data import MAX_EXAMPLE_BYTES
 from raymem.recipe.paths import COMPRESSIONS
-from raymem.storage.publish import digest, publish
+from raymem.storage.publish import digest
 from raymem.storage.retry import retrying
 from raymem.training.data.rows.json_text import too_long
 from raymem.training.data.sources.digests import content_digest
@@ -70,7 +71,7 @@ def plain_copy(file: SourceFile, where: str, cache_dir: Path, max_bytes: int = M
         write = partial(_unpack_local, file, max_bytes)
     name = _plain_name(file.name)
     directory = cache_dir / FOLDER / digest([*key, name.rpartition(".")[2]])
-    publish(directory, write)
+    publish_entry(directory, write)
     return directory / name
 
 
