@@ -37,10 +37,8 @@ _DAMAGED = "the file is damaged: delete it, or restore it from a copy"
 
 
 class Storage:
-    """A storage root. Pickles as its path, so that it can travel to any process that sees the same storage.
-
-    Every operation is tried again while the storage is away; what is still away then is a TransientStorageError.
-    """
+    """A storage root; pickles as its path. Every operation is tried again while the storage is away; what is still away
+    then is a TransientStorageError."""
 
     def __init__(self, path: str, filesystem: pafs.FileSystem, root: str, retry_for_s: float = RETRY_FOR_S) -> None:
         self.path = path

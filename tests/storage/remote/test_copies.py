@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def test_what_matches_is_fetched_and_more_of_it_later(remote: Storage, asked: li
 
 def test_another_model_under_the_address_is_another_directory(remote: Storage) -> None:
     before = fetched(remote.path, ["*"])
+    time.sleep(1.1)  # stores know when a file was written to the second
     remote.write_bytes("model.safetensors", b"WEIGHTS")  # of the same size
     after = fetched(remote.path, ["*"])
     assert after != before and (after / "model.safetensors").read_bytes() == b"WEIGHTS"
