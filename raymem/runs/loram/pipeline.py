@@ -266,7 +266,7 @@ class Pipeline:
             key = digest([base.source.identity, weights, content, split.key, *precision])
             if stored.get(row, {}).get("key") != key:
                 self.status(f"evaluating: {row}")
-                result = evaluate_run(run, artifact, split)
+                result = evaluate_run(run, artifact, split, status=self.status)
                 stored[row] = {"key": key, "loss": result.loss, "num_targets": result.num_targets}
                 self.run_storage.write_record("loram/evaluate.json", stored)
             results[row] = {name: value for name, value in stored[row].items() if name != "key"}

@@ -11,6 +11,7 @@ import torch
 from raymem.account import refuse_not_finite, refuse_quantised
 from raymem.errors import ModelError
 from raymem.kinds import AttachContext
+from raymem.memory.oom import is_out_of_memory
 from raymem.methods.own_code import built_in_only
 from raymem.methods.peft.files import load_adapter
 from raymem.methods.peft.importing import without_bitsandbytes
@@ -59,12 +60,7 @@ def load_artifact(
         for kind in ADAPTERS.kinds():
             kind.register()
     path = Path(directory)
-    check_files(path, ModelError)
-    if not (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ModelError(
-            f"{path} holds neither adapter_config.json nor config.json; give the adapter or model directory of a run, "
-            "for example raymem-runs/quickstart/adapter"
-        )
+    _require_artifact(path)
     try:
         if dist_env is not None and dist_env.sharded:
             model = _spread(path, dist_env)
@@ -79,6 +75,8 @@ def load_artifact(
         reason = str(error).removeprefix("model.name: ").removeprefix("adapter.init_from: ")
         raise ModelError(f"{path} cannot be loaded: {reason}") from None
     except Exception as error:  # model code may raise anything
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} cannot be loaded: {reason}; check the base model that it names") from None
     return model.eval(), load_tokenizer(str(path))
@@ -133,19 +131,9 @@ class _OwnKind:
 def _spread(path: Path, dist_env: DistEnv) -> Any:
     """Return the model of any artefact spread over the workers by FSDP2; each reads its own rows of every tensor."""
     own = _OwnKind(path) if is_of_own_kind(path) else None
-    if own is not None:
-        name, revision = own.name, own.revision
-    elif (path / "adapter_config.json").is_file():
-        from peft import PeftConfig
-
-        name, revision = _base(path, PeftConfig.from_pretrained(str(path)))
-    else:
-        name, revision = str(path), None
-    config = read_config(name, revision)
+    name, revision = _base_of(path, own)
     directory = fetch(name, revision, dist_env, weights_too=True)
-    if getattr(config, "dtype", None) is None:
-        config.dtype = _stored_dtype(directory)
-    base = on_meta(config)
+    base = _bare(name, revision, directory)
     values: dict[str, torch.Tensor] = {}
 
     def attach(base_model: Any) -> Any:
@@ -167,6 +155,50 @@ def _spread(path: Path, dist_env: DistEnv) -> Any:
     model = spread(base, checkpoint_source(base, directory), dist_env, attach=attach, fill=fill)
     base.generation_config = _generation_config(base, directory)
     return model
+
+
+def bare_model(artifact: str | Path) -> Any:
+    """Return the model of an adapter or model directory without values, in its stored dtype: on the meta device.
+
+    Raises:
+        ModelError: see :func:`load_artifact`.
+    """
+    path = Path(artifact)
+    with without_bitsandbytes():
+        import peft  # noqa: F401  (below it is there, and brings nothing else)
+
+    for kind in ADAPTERS.kinds():
+        kind.register()
+    _require_artifact(path)
+    name, revision = _base_of(path, _OwnKind(path) if is_of_own_kind(path) else None)
+    return _bare(name, revision, fetch(name, revision, DistEnv(), weights_too=True))
+
+
+def _bare(name: str, revision: str | None, directory: Path) -> Any:
+    config = read_config(name, revision)
+    if getattr(config, "dtype", None) is None:
+        config.dtype = _stored_dtype(directory)
+    return on_meta(config)
+
+
+def _base_of(path: Path, own: _OwnKind | None) -> tuple[str, str | None]:
+    """Return name and revision of the model that an artefact is, or was trained on."""
+    if own is not None:
+        return own.name, own.revision
+    if not (path / "adapter_config.json").is_file():
+        return str(path), None
+    from peft import PeftConfig
+
+    return _base(path, PeftConfig.from_pretrained(str(path)))
+
+
+def _require_artifact(path: Path) -> None:
+    check_files(path, ModelError)
+    if not (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path} holds neither adapter_config.json nor config.json; give the adapter or model directory of a run, "
+            "for example raymem-runs/quickstart/adapter"
+        )
 
 
 def _stored_dtype(directory: Path) -> torch.dtype:
