@@ -20,7 +20,6 @@ from raymem.memory.budget import bytes_text
 
 if TYPE_CHECKING:
     from raymem.runs.loram.pipeline import Pipeline, PrunedBase
-    from raymem.runs.suggest import Suggestion
     from raymem.training.data.sources.early import Split
 
 app = typer.Typer(
@@ -65,7 +64,7 @@ def train(recipe: RecipeFile, set_: Overrides = [], fresh: Fresh = False, verbos
 def recover(recipe: RecipeFile, set_: Overrides = [], verbose: Verbose = False) -> None:  # noqa: B006
     """Write the adapter of the full model, a plain PEFT directory."""
     with _pipeline(recipe, set_, verbose) as pipeline:
-        _show_recovery(pipeline.recover(), pipeline.suggestion())
+        _show_recovery(pipeline.recover(), pipeline)
 
 
 @app.command()
@@ -99,7 +98,7 @@ def run(
         _show_verification(pipeline.verify(forward=forward))
         if pipeline.recipe.data.eval is not None:
             _show_evaluation(pipeline.evaluate(with_lora=with_lora), as_json=False)
-        _show_recovery(recovered, pipeline.suggestion())
+        _show_recovery(recovered, pipeline)
 
 
 @contextmanager
@@ -151,11 +150,11 @@ def _show_training(outcome: dict[str, Any]) -> None:
     say(f"adapter of the pruned model: {outcome['artifact']}")
 
 
-def _show_recovery(directory: Path, suggestion: Suggestion | None) -> None:
+def _show_recovery(directory: Path, pipeline: Pipeline) -> None:
     say = console.out.print
     say(f"adapter of the full model: {directory}", markup=False)
     say(f"serve it: raymem export {shlex.quote(str(directory))} --check vllm", markup=False)
-    say(f"next: {generate.command(str(directory), suggestion)}", markup=False)
+    say(f"next: {generate.command(str(directory), pipeline.suggestion(), pipeline.recipe.scaling)}", markup=False)
 
 
 def _show_verification(checked: Any) -> None:

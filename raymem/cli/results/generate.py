@@ -13,6 +13,7 @@ from raymem.cli.threads import spin_on_quiet_cores
 from raymem.text import printable
 
 if TYPE_CHECKING:
+    from raymem.recipe.schema import ScalingSection
     from raymem.runs.suggest import Suggestion
 
 _WHOLE, _LINES = 120, 3
@@ -43,7 +44,8 @@ def generate(
     workers: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            min=1, show_default=False,
+            min=1,
+            show_default=False,
             help="FSDP2 workers on Ray that share the model; by default none, or as many as hold what one GPU cannot.",
         ),
     ] = None,
@@ -67,13 +69,15 @@ def generate(
     console.err.print(f"the answer is empty ({why}); {cure}", markup=False)
 
 
-def command(artifact: str, suggestion: Suggestion | None, workers: int = 1) -> str:
+def command(artifact: str, suggestion: Suggestion | None, scaling: ScalingSection | None = None) -> str:
     """Return the command line, for a shell, that tries an artefact with a prompt; of a long one with its beginning.
 
     Args:
-        workers: that share its model.
+        scaling: of the run, whose workers may have shared the model.
     """
-    words = ["raymem", "generate", artifact, *(["--workers", str(workers)] if workers > 1 else [])]
+    words = ["raymem", "generate", artifact]
+    if scaling is not None and scaling.shares_model:
+        words += ["--workers", str(max(2, scaling.least_workers))]
     if suggestion is None:
         return shlex.join([*words, "--prompt", "Hello"])
     if suggestion.system is not None and len(suggestion.system) <= _SYSTEM and suggestion.system.isprintable():

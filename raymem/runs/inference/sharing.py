@@ -34,15 +34,24 @@ class Sizes:
     """What decides how many devices hold a model, in bytes."""
 
     weights: int
-    unit: int
-    """The largest unit of FSDP2, which is whole on each device while it runs: a block, or all that is in none."""
+    block: int
+    """The largest transformer block."""
+    rest: int
+    """All that is in no block: embeddings and head."""
 
     @staticmethod
     def of(model: Any) -> Sizes:
         """Measure a bare transformers model, usually on the meta device."""
         blocks = [_num_bytes(block) for block in blocks_of(model)]
         weights = _num_bytes(model)
-        return Sizes(weights, max([weights - sum(blocks), *blocks]))
+        return Sizes(weights, max(blocks, default=0), weights - sum(blocks))
+
+    @property
+    def gathered(self) -> int:
+        """What each worker of FSDP2 holds above its share at most while the model runs: all that is in no block, which
+        stays whole, beside a block, the copy that it was gathered in, and the next one; or that rest with its own copy.
+        """
+        return self.rest + max(self.rest, 3 * self.block)
 
     def least_workers(self, device_bytes: int, apart_bytes: int) -> int | None:
         """Return how many devices hold it together, with room to work; None if no number does.
@@ -51,8 +60,7 @@ class Sizes:
             device_bytes: of each.
             apart_bytes: of each that are taken by something else, where there are several.
         """
-        # A unit is gathered in one piece and copied out of it.
-        left = int(device_bytes * (1 - _WORK)) - apart_bytes - 2 * self.unit
+        left = int(device_bytes * (1 - _WORK)) - apart_bytes - self.gathered
         return None if left <= 0 else max(2, math.ceil(self.weights / left))
 
     def fits_one(self, device_bytes: int, apart_bytes: int) -> bool:
@@ -103,8 +111,8 @@ def shared(
     least = sizes.least_workers(device_bytes, apart)
     if least is None:
         raise BudgetExceeded(
-            f"{where}: {too_large}, which cannot even hold what each of any number of workers needs whole (twice "
-            f"{bytes_text(sizes.unit)} while it is gathered); use devices with more memory"
+            f"{where}: {too_large}, which cannot even hold what each of any number of workers gathers to compute with "
+            f"({bytes_text(sizes.gathered)}); use devices with more memory"
         )
     num_workers = max(least, scaling.least_workers)
     if scaling.use_gpu and not os.environ.get("RAY_ADDRESS") and num_workers > torch.cuda.device_count():
