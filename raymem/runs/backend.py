@@ -20,6 +20,9 @@ Progress = Callable[[int, int], None]
 """A function that is told how many of how many steps are done."""
 
 
+_HERE = ScalingSection(num_workers=0)
+
+
 class Backend(Protocol):
     """The four kinds of work that a run consists of. Functions and their arguments are plain data."""
 
@@ -66,7 +69,7 @@ class LocalBackend:
         scaling: says on which device.
     """
 
-    def __init__(self, scaling: ScalingSection = ScalingSection(num_workers=0)) -> None:
+    def __init__(self, scaling: ScalingSection = _HERE) -> None:
         self.scaling = scaling
 
     def connect(self, storage: Storage | None, status: Status) -> None:

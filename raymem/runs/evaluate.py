@@ -43,8 +43,8 @@ def evaluate_recipe(
 ) -> EvaluationResult:
     """Compute the evaluation loss of a run's artefact, on the revision of the base that it was trained on.
 
-    A model that the recipe shares among workers (``scaling.strategy: fsdp2``), or that one device cannot hold, is spread
-    over FSDP2 workers.
+    A model that the recipe shares among workers (``scaling.strategy: fsdp2``), or that one device cannot hold, is
+    spread over FSDP2 workers.
 
     Args:
         artifact: PEFT or model directory; ``base`` is the model without an adapter; by default the run's own result.

@@ -35,7 +35,7 @@ def evaluate(
 ) -> None:
     """Loss and perplexity on the recipe's evaluation data, and a few predictions beside the references.
 
-    A model that is too large for one device, or that the recipe shares (scaling.strategy: fsdp2), is spread over workers.
+    A model that is too large for one device, or that workers share (scaling.strategy: fsdp2), is spread over them.
     """
     console.log_to_stderr(verbose)
     from raymem.recipe.load import load_recipe

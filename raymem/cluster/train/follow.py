@@ -13,8 +13,8 @@ import ray
 
 from raymem import stopping
 from raymem.cluster.connection import HeadCheck
-from raymem.cluster.train.failures import TRAINING, Again
 from raymem.cluster.train.events import Event, Logged, Restarted, Rows, Scheduled, Told
+from raymem.cluster.train.failures import TRAINING, Again
 from raymem.cluster.train.waiting import Waiting
 from raymem.recipe.schema import ScalingSection
 from raymem.training.reporter import Audience

@@ -57,7 +57,7 @@ def load_adapter(base: Any, directory: Path, device: torch.device | str, *, in_b
 
 
 def adapter_values(model: Any, directory: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a PEFT directory, whole and on the CPU, under the names of a model that has the adapter on it.
+    """Read the tensors of a PEFT directory, whole and on the CPU, under the names of a model with that adapter.
 
     PEFT itself says which tensor belongs where, and would then copy it there. A model whose tensors are on the meta
     device, or about to be sharded, has no place for whole ones yet.

@@ -1,4 +1,4 @@
-"""Spreads the model of an artefact over workers by FSDP2: no process ever holds more of it than its share and a unit."""
+"""Spreads the model of an artefact over workers by FSDP2: no process ever holds the whole."""
 
 from __future__ import annotations
 

@@ -112,14 +112,12 @@ def test_weights_in_4_bits_count_as_such(tmp_path: Path) -> None:
 
 def test_memory_that_ends_is_named_with_what_helps() -> None:
     whole, third = DistEnv(), DistEnv(rank=2, world_size=3, strategy="fsdp2")
-    with pytest.raises(
-        OutOfMemory, match=r"on rank 0 of 1, which holds the whole model: give --workers 2, so that more"
-    ):
-        with named_memory(whole, more_workers("give --workers", whole)):
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    with pytest.raises(OutOfMemory, match=r"rank 2 of 3, which holds a share of 1/3 of the model: N: 6, so"):
-        with named_memory(third, more_workers("N:", third)):
-            raise MemoryError
+    of_one = r"on rank 0 of 1, which holds the whole model: give --workers 2, so that more"
+    with pytest.raises(OutOfMemory, match=of_one), named_memory(whole, more_workers("give --workers", whole)):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    of_three = r"rank 2 of 3, which holds a share of 1/3 of the model: N: 6, so"
+    with pytest.raises(OutOfMemory, match=of_three), named_memory(third, more_workers("N:", third)):
+        raise MemoryError
     with pytest.raises(RuntimeError, match="something else"), named_memory(whole, ""):
         raise RuntimeError("something else")
 
