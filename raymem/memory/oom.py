@@ -34,9 +34,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "std::bad_alloc")
-    )
+    said = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")  # by torch, the system, and C++
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in said)
 
 
 def oom_kills() -> int:

@@ -41,7 +41,7 @@ def generate(
         BudgetExceeded: this machine's GPUs cannot hold it together.
         OutOfMemory: there was not enough for it; says what helps.
     """
-    config = {
+    config: dict[str, Any] = {
         "location": str(Path(location).absolute()) if is_local(location) and Path(location).exists() else location,
         "prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "raw": raw,
         "system": system,

@@ -44,6 +44,7 @@ from raymem.recipe.axes import BASES
 from raymem.recipe.schema import Recipe
 from raymem.runs import demo
 from raymem.runs.evaluate import check_has_eval, evaluate_run
+from raymem.runs.loram import verify
 from raymem.runs.loram.base import open_full_model
 from raymem.runs.loram.models import PlannedModel, PrunedModel, PruningSite
 from raymem.runs.prepare import Split, prepare_split
@@ -212,14 +213,17 @@ class Pipeline:
         """Prove the recovery; see :func:`raymem.methods.loram.verify_recovery`.
 
         Args:
-            forward: whether both models run; by default where they take at most 16 GiB in fp32.
+            forward: whether both models run; by default where they take at most 16 GiB in fp32, of each worker where
+                workers share them (``scaling.strategy: fsdp2``); else they run on the CPU of this process.
 
         Raises:
             RaymemError: nothing is recovered yet, or it does not hold.
         """
         base, recovered = self.ready(), self._recovered()
+        scaling = base.run.recipe.scaling
         if forward is None:
-            forward = 4 * (base.plan.full.parameters + base.plan.pruned.parameters) <= FORWARD_LIMIT_BYTES
+            limit_bytes = FORWARD_LIMIT_BYTES * (scaling.least_workers if scaling.shares_model else 1)
+            forward = 4 * (base.plan.full.parameters + base.plan.pruned.parameters) <= limit_bytes
         key = digest(
             [_sha256(self._adapter()), _sha256(recovered), base.manifest.digest, base.source.identity, forward]
         )
@@ -227,7 +231,11 @@ class Pipeline:
         if before.get("key") == key:
             self.status("verified before")
             return Verification(**before["verification"])
-        checked = verify_recovery(self._adapter(), base.directory, recovered, full=base.source, forward=forward)
+        alone = forward and not scaling.shares_model
+        checked = verify_recovery(self._adapter(), base.directory, recovered, full=base.source, forward=alone)
+        if forward and not alone:
+            difference = verify.shared_difference(base.run, self._adapter(), base.directory, recovered, self.status)
+            checked = dataclasses.replace(checked, logit_difference=difference)
         self.run_storage.write_record("loram/verify.json", {"key": key, "verification": dataclasses.asdict(checked)})
         return checked
 

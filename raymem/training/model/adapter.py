@@ -97,8 +97,13 @@ def lay(base_model: Any, directory: Path, *, in_base_dtype: bool = True) -> tupl
 
 
 @torch.no_grad()
-def fill_laid(model: nn.Module, values: Mapping[str, torch.Tensor], dist_env: DistEnv) -> None:
+def fill_laid(
+    model: nn.Module, values: Mapping[str, torch.Tensor], dist_env: DistEnv, *, any_base: bool = False
+) -> None:
     """Copy this rank's share of an adapter's values into a model whose base is filled. Collective.
+
+    Args:
+        any_base: also on another base than the adapter was made for.
 
     Raises:
         ModelError, AdapterError: the adapter was made for another base, or a tensor has another shape.
@@ -106,7 +111,7 @@ def fill_laid(model: nn.Module, values: Mapping[str, torch.Tensor], dist_env: Di
     places = weights.slots(model)
     for name, value in values.items():
         weights.put(*places[name], lambda rows, value=value: value if rows is None else value[rows], dist_env, name)  # type: ignore[misc]
-    for kind in ADAPTERS.kinds():
+    for kind in ADAPTERS.kinds() if not any_base else ():
         kind.check_base(model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def peaks_of(config: dict[str, Any], dist_env: DistEnv) -> dict[str, int]:
         model, tokenizer = load_artifact(config["location"], dist_env=dist_env)
         prepare(model, FullLossKind(), FullLoss())
         peaks["share"] = storage_bytes(model.parameters())
-        with PeakMeter(dist_env.device, lambda model=model: resident_tensors(model)) as meter:
+        with PeakMeter(dist_env.device, partial(resident_tensors, model)) as meter:
             if name == "evaluating":
                 evaluate(model, rows, dist_env, micro_batch=1, mixed=False)
             else:
