@@ -14,6 +14,7 @@ from raymem.cluster.train.failures import CALL
 from raymem.cluster.train.mailbox import new_mailbox, warnings_to_driver
 from raymem.cluster.train.pulse import Pulse
 from raymem.errors import RaymemError, TransientStorageError
+from raymem.memory.heap import give_freed_memory_back
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import ScalingSection
 from raymem.training.dist_env import DistEnv
@@ -57,6 +58,7 @@ def call_worker(call: dict[str, Any]) -> Any:
     scaling = ScalingSection.model_validate(call["scaling"])
     if not scaling.use_gpu:
         torch.set_num_threads(call["threads"])
+        give_freed_memory_back()  # the process ends with the call
     context = ray.train.get_context()
     rank = context.get_world_rank()
     device = ray.train.torch.get_device() if scaling.use_gpu else None

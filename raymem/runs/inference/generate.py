@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from raymem.errors import ModelError
-from raymem.recipe.paths import is_local
+from raymem.recipe.paths import absolute, is_local
 from raymem.recipe.schema import ScalingSection
 from raymem.runs.artifacts import local_or_downloaded
 from raymem.runs.backend import LocalBackend, backend_of
@@ -42,7 +42,7 @@ def generate(
         OutOfMemory: there was not enough for it; says what helps.
     """
     config: dict[str, Any] = {
-        "location": str(Path(location).absolute()) if is_local(location) and Path(location).exists() else location,
+        "location": absolute(location) if is_local(location) else location,
         "prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "raw": raw,
         "system": system,
     }  # fmt: skip

@@ -25,13 +25,12 @@ from tests.helpers.limited import (
     refuse_on_rank_1,
 )
 from tests.helpers.ray_processes import RayHead
-from tests.helpers.support import make_recipe, prepare_split, run_fragment, save_model, train
+from tests.helpers.support import make_recipe, prepare_split, run_fragment, save_model, train, write_examples
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 MIB = 1 << 20
 LARGE: dict[str, Any] = {
-    "vocab_size": 1024,
     "hidden_size": 512,
     "intermediate_size": 2048,
     "num_hidden_layers": 32,
@@ -47,14 +46,14 @@ PROMPT = {"prompt": "w1 w2 w3", "max_new_tokens": 3, "temperature": 0.0, "seed":
 
 
 @pytest.fixture(scope="module")
-def configs(
-    llama: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, dict[str, Any]]]:
+def configs(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
     """Work -> ``tiny`` and ``large`` -> its plain data, with a LoRA adapter of the model."""
     place = tmp_path_factory.mktemp("large")
+    write_examples(place / "train.jsonl", 4, seed=0)
+    write_examples(place / "eval.jsonl", 5, seed=1)
     found: dict[str, dict[str, Any]] = {"evaluating": {}, "generating": {}}
     for name, model in (("tiny", llama), ("large", save_model(place / "model", max_shard_size="34MB", **LARGE))):
-        where = run_fragment(examples, place, evaluated=True)
+        where = run_fragment(place, place, evaluated=True)
         recipe = make_recipe(where, {"name": name, "train": {"steps": 1, "global_batch": 1}}, model=model)
         outcome, _ = train(recipe)
         assert outcome is not None
