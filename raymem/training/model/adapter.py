@@ -83,15 +83,18 @@ def lay(base_model: Any, directory: Path, *, in_base_dtype: bool = True) -> tupl
     of_base = {id(tensor) for tensor in tensors_of(base_model).values()}
     for kind in ADAPTERS.kinds():
         kind.register()
+    cure = f"use one worker, or merge it into its base (raymem merge {directory} -o MERGED) and use MERGED"
     with experts.shown_to_peft(base_model):
-        model = load_adapter(base_model, directory, "cpu", in_base_dtype=in_base_dtype)
+        try:
+            model = load_adapter(base_model, directory, "cpu", in_base_dtype=in_base_dtype)
+        except ModelError as error:  # such as of PiSSA, which changes the base's values
+            raise ModelError(f"{error}. Workers that share a base have no values yet at that point: {cure}") from None
         values = adapter_values(model, directory)
     for name, tensor in tensors_of(model).items():
         if id(tensor) not in of_base and name not in values:
             raise ModelError(
-                f"{directory}: {name} is computed from the whole base when a {_type(read_config(directory))} adapter "
-                "is put on it, and FSDP2 workers have only shares of that; merge it into its base (raymem merge "
-                f"{directory} -o MERGED) and use MERGED, or use one worker"
+                f"{directory}: {name} is not in its file but made when a {_type(read_config(directory))} adapter is "
+                f"put on its whole base, which no worker has that shares it: {cure}"
             )
     return model, values
 

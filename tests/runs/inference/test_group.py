@@ -221,8 +221,8 @@ def test_two_ranks_generate_what_one_process_does(
 
 def test_an_adapter_that_needs_the_whole_base_is_refused_with_a_cure(found: dict[str, list[Any]]) -> None:
     for told in found["tokens"]:
-        assert "embed_tokens.trainable_tokens_original.default" in told and "is computed from the whole base" in told
-        assert "(raymem merge" in told and "or use one worker" in told
+        assert "embed_tokens.trainable_tokens_original.default" in told and "is not in its file but made when" in told
+        assert "use one worker, or merge it into its base (raymem merge" in told
 
 
 def test_an_adapter_of_another_base_is_refused(found: dict[str, list[Any]]) -> None:
