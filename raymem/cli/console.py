@@ -31,6 +31,11 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """Print a line about what goes on to standard error, beside a result on standard output."""
+    err.print(text, markup=False, style="dim" if err.is_terminal else None)
+
+
 def hush_libraries() -> None:
     """Keep other libraries' chatter (progress bars, deprecations, advice) out of raymem's output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -21,7 +21,6 @@ from raymem.memory.budget import bytes_text
 if TYPE_CHECKING:
     from raymem.runs.loram.models import PrunedBase
     from raymem.runs.loram.pipeline import Pipeline
-    from raymem.runs.suggest import Suggestion
     from raymem.training.data.sources.early import Split
 
 app = typer.Typer(
@@ -66,7 +65,7 @@ def train(recipe: RecipeFile, set_: Overrides = [], fresh: Fresh = False, verbos
 def recover(recipe: RecipeFile, set_: Overrides = [], verbose: Verbose = False) -> None:  # noqa: B006
     """Write the adapter of the full model, a plain PEFT directory."""
     with _pipeline(recipe, set_, verbose) as pipeline:
-        _show_recovery(pipeline.recover(), pipeline.suggestion())
+        _show_recovery(pipeline.recover(), pipeline)
 
 
 @app.command()
@@ -100,7 +99,7 @@ def run(
         _show_verification(pipeline.verify(forward=forward))
         if pipeline.recipe.data.eval is not None:
             _show_evaluation(pipeline.evaluate(with_lora=with_lora), as_json=False)
-        _show_recovery(recovered, pipeline.suggestion())
+        _show_recovery(recovered, pipeline)
 
 
 @contextmanager
@@ -152,11 +151,11 @@ def _show_training(outcome: dict[str, Any]) -> None:
     say(f"adapter of the pruned model: {outcome['artifact']}")
 
 
-def _show_recovery(location: str, suggestion: Suggestion | None) -> None:
+def _show_recovery(location: str, pipeline: Pipeline) -> None:
     say = console.out.print
     say(f"adapter of the full model: {location}", markup=False)
     say(f"serve it: raymem export {shlex.quote(location)} --check vllm", markup=False)
-    say(f"next: {generate.command(location, suggestion)}", markup=False)
+    say(f"next: {generate.command(location, pipeline.suggestion(), pipeline.recipe.scaling)}", markup=False)
 
 
 def _show_verification(checked: Any) -> None:

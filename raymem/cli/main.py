@@ -90,7 +90,7 @@ def train(
     if finished.recipe.data.eval is not None:
         overrides = (word for override in set_ for word in ("--set", override))
         say(f"evaluate it: {shlex.join(['raymem', 'evaluate', str(recipe), *overrides])}", markup=False)
-    say(f"next: {generate.command(outcome.artifact, finished.suggestion)}", markup=False)
+    say(f"next: {generate.command(outcome.artifact, finished.suggestion, loaded.scaling)}", markup=False)
 
 
 init.register(app)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from raymem.recipe.schema import ScalingSection
 from raymem.storage.storage import Storage
 from raymem.tracking import Tracker
-from raymem.training.job import PreparedRun, StepJob
+from raymem.training.job import GroupTask, PreparedRun, StepJob
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Audience, Status, unheard
 
@@ -20,7 +20,7 @@ class RayBackend:
     """A Ray cluster, which :meth:`connect` joins or starts.
 
     Args:
-        scaling: how many workers a training has, and what each worker (and each :meth:`call`) gets.
+        scaling: how many workers a training has, whether they share the model, and what each one gets.
     """
 
     def __init__(self, scaling: ScalingSection) -> None:
@@ -28,7 +28,7 @@ class RayBackend:
         self._connected = False
         self._status: Status = unheard
 
-    def connect(self, storage: Storage, status: Callable[[str], None]) -> None:
+    def connect(self, storage: Storage | None, status: Callable[[str], None]) -> None:
         """Join or start the cluster, and prove that all of its nodes see the storage."""
         self._status = status
         if self._connected:
@@ -38,7 +38,8 @@ class RayBackend:
 
         status("starting Ray")
         connection.connect(self.scaling)
-        checks.check_storage_shared(storage.path)
+        if storage is not None:
+            checks.check_storage_shared(storage.path)
         self._connected = True
 
     def map(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
@@ -47,8 +48,12 @@ class RayBackend:
 
         return ray_map(function, items, self._status)
 
-    def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
-        """Run one task with a worker's resources."""
+    def group(self, function: GroupTask[Value], config: dict[str, Any], status: Status = unheard) -> Value:
+        """Run Ray Train workers that share the model, or one task with a worker's resources."""
+        if self.scaling.shares_model:
+            from raymem.cluster.train.group import call_on_workers
+
+            return call_on_workers(function, config, self.scaling, status)
         from raymem.cluster.tasks import call_as_worker
 
         return call_as_worker(function, config, self.scaling)

@@ -10,7 +10,9 @@ import torch
 
 from raymem.recipe.axes import register_again, registered
 from raymem.recipe.schema import ScalingSection
-from raymem.training.reporter import Status, unheard
+from raymem.training.dist_env import DistEnv
+from raymem.training.job import GroupTask
+from raymem.training.reporter import LocalReporter, Status, unheard
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,9 +61,7 @@ def function_of(function: Callable[[Item], Result], item: Item, kinds: Mapping[s
     return function(item)
 
 
-def call_as_worker(
-    function: Callable[[dict[str, Any]], Result], config: dict[str, Any], scaling: ScalingSection
-) -> Result:
+def call_as_worker(function: GroupTask[Result], config: dict[str, Any], scaling: ScalingSection) -> Result:
     """Make one call as a Ray task with the resources of one worker; plain data in, plain values out."""
     import ray
 
@@ -74,16 +74,18 @@ def call_as_worker(
     options["resources"] = resources
     task = ray.remote(_with_threads).options(**options)
     with named_losses("the work of one worker"):
-        result: Result = ray.get(task.remote(function, config, threads, registered()))
+        result: Result = ray.get(task.remote(function, config, scaling, threads, registered()))
         return result
 
 
 def _with_threads(
-    function: Callable[[dict[str, Any]], Result],
+    function: GroupTask[Result],
     config: dict[str, Any],
+    scaling: ScalingSection,
     threads: int,
     kinds: Mapping[str, Mapping[str, str]],
 ) -> Result:
     torch.set_num_threads(threads)
     register_again(kinds)
-    return function(config)
+    alone = scaling.model_copy(update={"strategy": "ddp"})  # a task has no process group to shard over
+    return function(config, DistEnv.of(alone), LocalReporter().progress)

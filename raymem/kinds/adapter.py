@@ -127,6 +127,14 @@ class AdapterKind(Kind[OptionsT]):
     def loaded(self, model: Any, options: OptionsT, seed: int) -> None:
         """Do further work once base and adapter have their values, before the first step of a new run."""
 
+    def check_base(self, model: Any) -> None:
+        """Refuse base weights that are not those for which an adapter of this kind in ``model`` was made, where it can
+        tell; both have their values. Collective if the model is sharded.
+
+        Raises:
+            ModelError, AdapterError: they are others.
+        """
+
     def trained_shapes(self, model: Any, options: OptionsT) -> dict[str, tuple[int, ...]]:
         """Map each trained tensor of an attached model to its shape: read from it, unless a closed form is known."""
         return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}

@@ -28,6 +28,16 @@ def measured_at_failure(error: BaseException, *, on_gpu: bool) -> int:
     return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, numpy or Python itself says that a device or the host had no memory left."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")  # by torch, the system, and C++
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in said)
+
+
 def oom_kills() -> int:
     """Count the processes of this container that the kernel has killed for memory."""
     for file in _OOM_EVENTS:

@@ -38,7 +38,7 @@ def closed_form(recipe: Recipe, target: Target, model: nn.Module) -> dict[str, i
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     if target.kind == "cuda":
         frozen = {name: p for name, p in frozen.items() if not lives_on_host(p)}
-    weights += sum(_frozen_bytes(name, p, share) for name, p in frozen.items())
+    weights += sum(frozen_bytes(p, share) for p in frozen.values())
     weights += sum(b.numel() * b.element_size() for name, b in model.named_buffers() if not adapter.owns_buffer(name))
     width = trainable_dtype(recipe).itemsize
     low_precision = recipe.train.precision == "bf16"
@@ -72,7 +72,8 @@ def _rows(shape: tuple[int, ...], share: int) -> tuple[int, ...]:
     return (-(-shape[0] // share), *shape[1:]) if shape else shape
 
 
-def _frozen_bytes(name: str, parameter: Any, share: int) -> int:
+def frozen_bytes(parameter: Any, share: int) -> int:
+    """Count the bytes of worker 0's share of a parameter, in 4 bits or as it is."""
     if type(parameter).__name__ == "Params4bit":
         return int(_NF4_TABLES_BYTES + weight_bytes(parameter.numel()))
     return int(math.prod(_rows(tuple(parameter.shape), share)) * parameter.element_size())

@@ -140,6 +140,11 @@ class ScalingSection(RecipeModel):
         return None if self.hang_timeout is None else parse_duration(self.hang_timeout)
 
     @property
+    def shares_model(self) -> bool:
+        """Whether several workers hold one model together."""
+        return self.strategy == "fsdp2" and self.most_workers > 1
+
+    @property
     def least_workers(self) -> int:
         """The smaller end of an elastic range, or the fixed number."""
         return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from raymem.recipe.schema import Recipe
+from raymem.recipe.schema import ScalingSection
 from raymem.storage.storage import Storage
 from raymem.tracking import Tracker
 from raymem.training.dist_env import DistEnv
-from raymem.training.job import PreparedRun, StepJob
+from raymem.training.job import GroupTask, PreparedRun, StepJob
 from raymem.training.loop import Outcome, run
-from raymem.training.reporter import Audience, LocalReporter, Status
+from raymem.training.reporter import Audience, LocalReporter, Status, unheard
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -20,11 +20,17 @@ Progress = Callable[[int, int], None]
 """A function that is told how many of how many steps are done."""
 
 
+_HERE = ScalingSection(num_workers=0)
+
+
 class Backend(Protocol):
     """The four kinds of work that a run consists of. Functions and their arguments are plain data."""
 
-    def connect(self, storage: Storage, status: Status) -> None:
+    def connect(self, storage: Storage | None, status: Status) -> None:
         """Be ready for work, and make sure that whoever does it sees the storage; a second call does nothing.
+
+        Args:
+            storage: None for work that needs none.
 
         Raises:
             ClusterError: it cannot be reached, or will never have what the recipe asks for.
@@ -34,8 +40,20 @@ class Backend(Protocol):
     def map(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
         """Return the function's values, in order; a call may be repeated."""
 
-    def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
-        """Make one call with the resources that the recipe gives to one worker."""
+    def group(self, function: GroupTask[Value], config: dict[str, Any], status: Status = unheard) -> Value:
+        """Call a function once per worker that holds the model: on each rank where workers share it
+        (``scaling.strategy: fsdp2``), else with the resources of one worker.
+
+        Args:
+            status: told what a group of workers waits for and does.
+
+        Returns:
+            What rank 0 returned.
+
+        Raises:
+            RaymemError: what the function raised for the user.
+            ClusterError: workers died again and again, or never started.
+        """
 
     def train(self, prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
         """Train to the end; every row of metrics goes to the tracker and, in this process, to the audience."""
@@ -45,18 +63,25 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """Works in this process, without Ray."""
+    """Works in this process, without Ray.
 
-    def connect(self, storage: Storage, status: Status) -> None:
+    Args:
+        scaling: says on which device.
+    """
+
+    def __init__(self, scaling: ScalingSection = _HERE) -> None:
+        self.scaling = scaling
+
+    def connect(self, storage: Storage | None, status: Status) -> None:
         """Do nothing: this process is ready."""
 
     def map(self, function: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
         """Make one call after the other."""
         return [function(item) for item in items]
 
-    def call(self, function: Callable[[dict[str, Any]], Value], config: dict[str, Any]) -> Value:
-        """Make the call."""
-        return function(config)
+    def group(self, function: GroupTask[Value], config: dict[str, Any], status: Status = unheard) -> Value:
+        """Make one call, of which a status would tell nothing that people wait for."""
+        return function(config, DistEnv.of(self.scaling), LocalReporter().progress)
 
     def train(self, prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
         """Run the loop."""
@@ -80,10 +105,10 @@ class LocalBackend:
         job.commit()
 
 
-def backend_of(recipe: Recipe) -> Backend:
+def backend_of(scaling: ScalingSection) -> Backend:
     """Return the backend that ``scaling`` asks for."""
-    if recipe.scaling.num_workers == 0:
-        return LocalBackend()
+    if scaling.num_workers == 0:
+        return LocalBackend(scaling)
     from raymem.cluster.backend import RayBackend
 
-    return RayBackend(recipe.scaling)
+    return RayBackend(scaling)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import DataError, ModelError, StorageError
+from raymem.memory.oom import is_out_of_memory
 from raymem.methods.probe import first_line
 from raymem.methods.sentences import first_step
 from raymem.recipe.axes import BASES, full_base, no_adapter
 from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
+from raymem.runs.backend import backend_of
+from raymem.runs.inference.sharing import more_workers, named_memory, sharing
 from raymem.runs.prepare import prepare_split
 from raymem.runs.record import note_predictions
 from raymem.runs.resolve import resolve
@@ -26,22 +29,32 @@ from raymem.training.data.sources.early import check_files_are_here
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
+from raymem.training.job import Doing
 from raymem.training.model.adapter import continuing, is_peft
 from raymem.training.model.build import build_model, tokenizer_path
 from raymem.training.predictions import Prediction, predict
+from raymem.training.reporter import Status
 
 log = logging.getLogger(__name__)
 
 
-def evaluate_recipe(recipe: Recipe, artifact: str | None = None, *, predictions: int = 0) -> EvaluationResult:
+def evaluate_recipe(
+    recipe: Recipe, artifact: str | None = None, *, predictions: int = 0, status: Status = log.info
+) -> EvaluationResult:
     """Compute the evaluation loss of a run's artefact, on the revision of the base that it was trained on.
+
+    A model that the recipe shares among workers (``scaling.strategy: fsdp2``), or that one device cannot hold, is
+    spread over FSDP2 workers.
 
     Args:
         artifact: PEFT or model directory; ``base`` is the model without an adapter; by default the run's own result.
         predictions: so many evaluation examples are continued by the model; the run keeps those of its own result.
+        status: told of a model that workers share, and what these do.
 
     Raises:
         DataError: the recipe has no evaluation data.
+        BudgetExceeded: no number of workers can hold the model, see :func:`raymem.runs.inference.sharing.sharing`.
+        OutOfMemory: they could not; says what helps.
         ModelError: there is nothing to evaluate, or the recipe names another revision than it was trained on.
     """
     check_has_eval(recipe)
@@ -49,7 +62,7 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None, *, predictions:
     given, artifact = artifact, artifact or _own_artifact(recipe)
     run = resolve(recipe, artifact=artifact)
     run.require_base()
-    result = evaluate_run(run, artifact, prepare_split(run, "eval"), predictions=predictions)
+    result = evaluate_run(run, artifact, prepare_split(run, "eval"), predictions=predictions, status=status)
     if given is None and result.predictions:
         try:
             note_predictions(run.run, artifact, [one.to_dict() for one in result.predictions])
@@ -58,15 +71,16 @@ def evaluate_recipe(recipe: Recipe, artifact: str | None = None, *, predictions:
     return result
 
 
-def evaluate_run(run: ResolvedRun, artifact: str, data: Prepared, *, predictions: int = 0) -> EvaluationResult:
+def evaluate_run(
+    run: ResolvedRun, artifact: str, data: Prepared, *, predictions: int = 0, status: Status = log.info
+) -> EvaluationResult:
     """Compute the evaluation loss of an artefact on prepared data; see :func:`evaluate_recipe`."""
-    config = {
-        "recipe": run.recipe.to_dict(),
-        "artifact": artifact,
-        "data": to_dict(data),
-        "predictions": predictions,
-    }
-    return EvaluationResult(artifact, *run.backend.call(evaluation_task, config))
+    scaling, recipe, backend = sharing(run.recipe, status), run.recipe, run.backend
+    if scaling != recipe.scaling:
+        recipe, backend = recipe.model_copy(update={"scaling": scaling}), backend_of(scaling)
+        backend.connect(run.storage, status)
+    config = {"recipe": recipe.to_dict(), "artifact": artifact, "data": to_dict(data), "predictions": predictions}
+    return EvaluationResult(artifact, *backend.group(evaluation_task, config, status))
 
 
 def check_has_eval(recipe: Recipe) -> None:
@@ -75,32 +89,42 @@ def check_has_eval(recipe: Recipe) -> None:
         raise DataError("data.eval: this recipe has no evaluation data; add it, or --set data.eval=<path>")
 
 
-def evaluation_task(config: dict[str, Any]) -> tuple[Evaluation, list[Prediction]]:
-    """Evaluate in one process; takes plain data and returns plain values."""
+def evaluation_task(
+    config: dict[str, Any], dist_env: DistEnv, doing: Doing
+) -> tuple[Evaluation, list[Prediction]]:  # fmt: skip
+    """Evaluate, in one process or as one of the ranks that share the model; takes plain data, returns plain values."""
     recipe = Recipe.model_validate(config["recipe"])
-    with local_copy(config["artifact"]) as directory:
+    more = "set scaling.strategy: fsdp2 and " + more_workers("scaling.num_workers:", dist_env)
+    with local_copy(config["artifact"]) as directory, named_memory(dist_env, more):
         if directory != "base":
             check_files(directory, ModelError)
         adapter = Path(directory) if is_peft(directory) else None
-        return _evaluate(_with_weights(recipe, directory), adapter, config)
+        return _evaluate(_with_weights(recipe, directory), adapter, config, dist_env, doing)
 
 
 def _evaluate(
-    recipe: Recipe, adapter: Path | None, config: dict[str, Any]
+    recipe: Recipe, adapter: Path | None, config: dict[str, Any], dist_env: DistEnv, doing: Doing
 ) -> tuple[Evaluation, list[Prediction]]:  # fmt: skip
     prepared = localise(config["data"], recipe.storage.open())
-    dist_env = DistEnv.current(recipe)
+    doing("loading the weights", brief=False, told=True)
     model = build_model(recipe, dist_env, adapter_at=adapter)
     mixed = recipe.train.is_mixed
     rows = evaluation_rows(prepared)
+    doing("evaluating", brief=False, told=True)
     with first_step(model, is_first=True):
-        result = evaluate(model, rows, dist_env, micro_batch=recipe.train.rows_per_pass, mixed=mixed)
+        result = evaluate(
+            model, rows, dist_env, micro_batch=recipe.train.rows_per_pass, mixed=mixed,
+            progress=lambda: doing("a batch of the evaluation"),
+        )  # fmt: skip
     if not config["predictions"]:
         return result, []
+    doing("generating predictions", brief=False, told=True)
     try:
         tokenizer = load_tokenizer(tokenizer_path(Recipe.model_validate(config["recipe"])))
         return result, predict(model, rows, tokenizer, config["predictions"], mixed=mixed)
     except Exception as error:  # code of models may raise anything, and the figures are worth having
+        if is_out_of_memory(error):
+            raise
         log.warning("no predictions: %s cannot generate (%s)", type(model).__name__, first_line(error))
         return result, []
 
@@ -117,11 +141,8 @@ def _own_artifact(recipe: Recipe) -> str:
 
 
 def _with_weights(recipe: Recipe, artifact: str) -> Recipe:
-    """Return the recipe of one unsharded process that starts from a local ``artifact``; adapters load as they are."""
-    update: dict[str, Any] = {
-        "scaling": recipe.scaling.model_copy(update={"num_workers": 0, "strategy": "ddp"}),
-        "adapter": no_adapter(),
-    }
+    """Return the recipe that starts from a local ``artifact``; adapters load as they are."""
+    update: dict[str, Any] = {"adapter": no_adapter()}
     directory = Path(artifact)
     if artifact == "base":
         pass

@@ -76,7 +76,7 @@ def resolve(
         pinned = resolve_revision(at_hand, None if fresh else began_with(run))
     else:
         pinned = _as_trained(at_hand, artifact, run)
-    backend = backend_of(recipe)
+    backend = backend_of(recipe.scaling)
     backend.connect(storage, status)
     settled = choose_micro_batch(pinned, status=status)
     asked = settled.model_copy(update={"model": recipe.model})
@@ -247,6 +247,6 @@ def _alignment(
     name = f"loram-aligned-{digest([made_model(pruned, None, None).manifest.digest, train_data.key, sections])[:16]}"
     settled = choose_micro_batch(aligning.model_copy(update={"name": name}), status=status)
     if aligning.scaling != recipe.scaling:
-        backend = backend_of(aligning)  # connects when it trains
+        backend = backend_of(aligning.scaling)  # connects when it trains
     run = ResolvedRun(settled, FullModel(), tokenizer, storage, storage.child(name), backend, settled)
     return Alignment(run, train_data)

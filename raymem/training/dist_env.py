@@ -12,7 +12,7 @@ from torch import nn
 
 from raymem.errors import RaymemError, RecipeError
 from raymem.memory.host import lives_on_host
-from raymem.recipe.schema import Recipe
+from raymem.recipe.schema import Recipe, ScalingSection
 
 T = TypeVar("T")
 
@@ -29,6 +29,11 @@ class DistEnv:
 
     @staticmethod
     def current(recipe: Recipe, local_rank: int = 0, device: torch.device | None = None) -> DistEnv:
+        """Read where this process stands from its process group, if there is one; see :meth:`of`."""
+        return DistEnv.of(recipe.scaling, local_rank, device)
+
+    @staticmethod
+    def of(scaling: ScalingSection, local_rank: int = 0, device: torch.device | None = None) -> DistEnv:
         """Read where this process stands from its process group, if there is one.
 
         Raises:
@@ -36,7 +41,7 @@ class DistEnv:
         """
         grouped = dist.is_initialized()
         if device is None:
-            device = torch.device("cuda", 0) if recipe.scaling.use_gpu else torch.device("cpu")
+            device = torch.device("cuda", 0) if scaling.use_gpu else torch.device("cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RecipeError("scaling.use_gpu: true, but PyTorch sees no CUDA device here; set it to false")
         return DistEnv(
@@ -44,7 +49,7 @@ class DistEnv:
             world_size=dist.get_world_size() if grouped else 1,
             local_rank=local_rank,
             device=device,
-            strategy=recipe.scaling.strategy,
+            strategy=scaling.strategy,
         )
 
     @property
@@ -112,13 +117,15 @@ def shard(model: nn.Module, blocks: list[nn.Module], dist_env: DistEnv) -> None:
     Works on meta parameters, so that no rank ever holds more than its shard.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # Named explicitly: the default is the machine's accelerator even where the run is to use the CPU.
     mesh = init_device_mesh(dist_env.device.type, (dist_env.world_size,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if hasattr(model, "generate"):  # PEFT's calls the bare model inside, past the root that holds the embeddings
+        register_fsdp_forward_method(model, "generate")
 
 
 def replicate(model: nn.Module, dist_env: DistEnv) -> nn.Module:

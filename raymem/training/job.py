@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
 from raymem.training.data.packed.shards import Prepared
+from raymem.training.dist_env import DistEnv
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,21 @@ class PreparedRun:
     eval_data: Prepared | None
     predicted_peak_bytes: int | None = None
     """What the planner says, where it was asked; the result tells it beside what was measured."""
+
+
+class Doing(Protocol):
+    """Learns what a worker does from now on, see :meth:`raymem.training.reporter.Reporter.progress`."""
+
+    def __call__(self, what: str, *, brief: bool = True, told: bool = False) -> None: ...
+
+
+Value_co = TypeVar("Value_co", covariant=True)
+
+
+class GroupTask(Protocol[Value_co]):
+    """A function at the top of a module that every rank of a group calls alike; takes and returns plain data."""
+
+    def __call__(self, config: dict[str, Any], dist_env: DistEnv, doing: Doing, /) -> Value_co: ...
 
 
 class StepJob(Protocol):

@@ -16,6 +16,7 @@ from raymem import stopping
 from raymem.errors import NonFiniteError, OutOfMemory
 from raymem.linalg.local import local
 from raymem.memory.meter import PeakMeter, resident_tensors, storage_bytes
+from raymem.memory.oom import is_out_of_memory
 from raymem.methods.sentences import first_step
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
@@ -279,7 +280,7 @@ class _Session:
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(
                 f"out of memory at step {step + 1} on rank {self.dist_env.rank} with train.micro_batch="

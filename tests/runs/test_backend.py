@@ -15,6 +15,7 @@ from raymem.cluster.doctor import checks
 from raymem.recipe.schema import ScalingSection
 from raymem.runs.backend import LocalBackend, backend_of
 from raymem.storage.storage import Storage
+from raymem.training.dist_env import DistEnv
 from tests.helpers.support import make_recipe
 
 
@@ -30,14 +31,14 @@ def test_a_run_in_this_process_loads_no_ray() -> None:
 
 @pytest.mark.parametrize(("num_workers", "kind"), [(0, LocalBackend), (1, RayBackend), ([1, 2], RayBackend)])
 def test_scaling_decides(num_workers: Any, kind: type) -> None:
-    assert type(backend_of(make_recipe({"scaling": {"num_workers": num_workers}}))) is kind
+    assert type(backend_of(make_recipe({"scaling": {"num_workers": num_workers}}).scaling)) is kind
 
 
 def test_this_process_does_one_thing_after_the_other(tmp_path: Path) -> None:
     backend, told = LocalBackend(), list[str]()
     backend.connect(Storage.open(str(tmp_path)), told.append)
     assert backend.map(lambda number: number + 1, [1, 2]) == [2, 3]
-    assert backend.call(lambda config: config["x"], {"x": 5}) == 5
+    assert backend.group(lambda config, dist_env, doing: (config["x"], dist_env), {"x": 5}) == (5, DistEnv())
     assert not told
 
 

@@ -33,7 +33,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Loss and perplexity on the recipe's evaluation data, and a few predictions beside the references."""
+    """Loss and perplexity on the recipe's evaluation data, and a few predictions beside the references.
+
+    A model that is too large for one device, or that workers share (scaling.strategy: fsdp2), is spread over them.
+    """
     console.log_to_stderr(verbose)
     from raymem.recipe.load import load_recipe
     from raymem.training.data.sources.early import check_files_are_here
@@ -44,7 +47,7 @@ def evaluate(
         spin_on_quiet_cores()
     from raymem.runs.evaluate import evaluate_recipe
 
-    result = evaluate_recipe(loaded, artifact, predictions=predictions)
+    result = evaluate_recipe(loaded, artifact, predictions=predictions, status=console.note)
     if as_json:
         shown = {"predictions": [one.to_dict() for one in result.predictions]} if predictions else {}
         figures = {"artifact": result.artifact, **result.result.metrics, "num_targets": result.num_targets}

@@ -13,6 +13,7 @@ from raymem.cli.threads import spin_on_quiet_cores
 from raymem.text import printable
 
 if TYPE_CHECKING:
+    from raymem.recipe.schema import ScalingSection
     from raymem.runs.suggest import Suggestion
 
 _WHOLE, _LINES = 120, 3
@@ -40,18 +41,26 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut.")] = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="FSDP2 workers on Ray that share the model; by default none, or as many as hold what one GPU cannot.",
+        ),
+    ] = None,
 ) -> None:
     """Answer a prompt with what a run left: in the chat template, or as a plain text where there is none."""
     console.log_to_stderr(False)
-    spin_on_quiet_cores()
-    from raymem.runs.artifacts import local_or_downloaded
-    from raymem.training.artifacts.generate import generate as answer
+    if workers in (None, 1):
+        spin_on_quiet_cores()
+    from raymem.runs.inference.generate import generate as answer
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with local_or_downloaded(artifact) as directory:
-        found = answer(
-            directory, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw, system=system
-        )
+    found = answer(
+        artifact, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw, system=system,
+        workers=workers, status=console.note,
+    )  # fmt: skip
     if found.text.strip():
         typer.echo(printable(found.text))
         return
@@ -60,9 +69,15 @@ def generate(
     console.err.print(f"the answer is empty ({why}); {cure}", markup=False)
 
 
-def command(artifact: str, suggestion: Suggestion | None) -> str:
-    """Return the command line, for a shell, that tries an artefact with a prompt; of a long one with its beginning."""
+def command(artifact: str, suggestion: Suggestion | None, scaling: ScalingSection | None = None) -> str:
+    """Return the command line, for a shell, that tries an artefact with a prompt; of a long one with its beginning.
+
+    Args:
+        scaling: of the run, whose workers may have shared the model.
+    """
     words = ["raymem", "generate", artifact]
+    if scaling is not None and scaling.shares_model:
+        words += ["--workers", str(max(2, scaling.least_workers))]
     if suggestion is None:
         return shlex.join([*words, "--prompt", "Hello"])
     if suggestion.system is not None and len(suggestion.system) <= _SYSTEM and suggestion.system.isprintable():

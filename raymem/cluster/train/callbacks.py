@@ -38,6 +38,13 @@ class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
         ray.get(self._mailbox.push.remote(Rows(rows, replayed)))
         self._tracker.log(rows)
 
+
+class FailureCallback(ray.train.UserCallback):  # type: ignore[misc]
+    """Counts the failures of a group in the mailbox."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         self._mailbox.failed.remote(first_rank(worker_exceptions))
 

@@ -1,9 +1,11 @@
-"""Trains on Ray Train: builds the trainer, watches it, and returns the outcome or raises the user's own error."""
+"""Runs groups of workers on Ray Train: builds the trainer, watches it, and returns the outcome or raises the user's own
+error."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -11,8 +13,8 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from raymem.cluster.connection import named_losses, session_directory, worker_resources
-from raymem.cluster.train.callbacks import GroupCallback, ReportCallback
-from raymem.cluster.train.failures import START_ATTEMPTS, explain
+from raymem.cluster.train.callbacks import FailureCallback, GroupCallback, ReportCallback
+from raymem.cluster.train.failures import START_ATTEMPTS, TRAINING, Again, explain
 from raymem.cluster.train.follow import Follow
 from raymem.cluster.train.mailbox import new_mailbox
 from raymem.cluster.train.rendezvous import Rendezvous
@@ -20,6 +22,7 @@ from raymem.cluster.train.watchdog import Watch, collective_timeout_s
 from raymem.cluster.train.worker import STOPPED_AT, config_of, train_worker
 from raymem.errors import ClusterError
 from raymem.recipe.axes import registered
+from raymem.recipe.schema import ScalingSection
 from raymem.stopping import Stopped
 from raymem.tracking import Tracker
 from raymem.training.job import PreparedRun
@@ -39,29 +42,51 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
 
 
 def train_workers(prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
-    """Run the worker group to its end; Ray restarts it after crashes, and the loop resumes from its checkpoints.
+    """Train with a group of workers; Ray restarts it after crashes, and the loop resumes from its checkpoints.
 
     raymem writes, finds and prunes checkpoints itself, so that local and Ray runs share them; Ray is not told of
-    them, since its controller stops when one that it knows has been pruned. What it would write into the storage, such
-    as a marker, goes into the directory of its session.
+    them, since its controller stops when one that it knows has been pruned.
 
     Raises:
         RaymemError: what a worker raised for the user.
         ClusterError: workers kept crashing, or never started.
     """
-    recipe, scaling = prepared.recipe, prepared.recipe.scaling
+    recipe, mailbox = prepared.recipe, new_mailbox()
+    reports = ReportCallback((recipe.tracking.kind, tracker.spec(), registered()), mailbox)
+    value = run_workers(
+        train_worker, config_of(prepared), recipe.scaling, mailbox, audience,
+        name=recipe.name, what="the run", again=TRAINING, callbacks=[reports],
+    )  # fmt: skip
+    if STOPPED_AT in value:
+        raise Stopped(value[STOPPED_AT])
+    return Outcome(**value)
+
+
+def run_workers(
+    worker: Callable[[dict[str, Any]], Any], config: dict[str, Any], scaling: ScalingSection, mailbox: Any,
+    audience: Audience, *, name: str, what: str, again: Again, callbacks: Sequence[ray.train.UserCallback] = (),
+) -> Any:  # fmt: skip
+    """Run a group of workers to its end, and return what rank 0 returned; Ray starts it again after crashes.
+
+    What Ray would write into the storage, such as a marker, goes into the directory of its session.
+
+    Args:
+        worker: the function of each worker; gets ``config`` with ``threads`` and the ``mailbox``.
+        name: of the group, for Ray.
+        what: that is lost if a process of Ray itself is; for people.
+        again: how the work goes on after a failure.
+
+    Raises:
+        RaymemError: what a worker sent to the mailbox.
+        ClusterError: workers kept crashing, or never started.
+    """
     resources = worker_resources(scaling)
-    mailbox = new_mailbox()
     waiting_s = int(collective_timeout_s(scaling.hang_timeout_s))
     # Ray's own check of processes that do not answer; the watchdog's comes before it and says more.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(waiting_s)
     trainer = _Trainer(
-        train_worker,
-        train_loop_config={
-            **config_of(prepared),
-            "threads": max(1, int(resources.get("CPU", 1))),
-            "mailbox": mailbox,
-        },
+        worker,
+        train_loop_config={**config, "threads": max(1, int(resources.get("CPU", 1))), "mailbox": mailbox},
         # Both backends, so that host objects can be exchanged on GPU runs too.
         torch_config=Rendezvous(
             backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo",
@@ -71,31 +96,26 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, audience: Audience) -
             num_workers=scaling.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name=recipe.name,
+            name=name,
             storage_path=tempfile.mkdtemp(prefix="train-", dir=session_directory()),
-            callbacks=[
-                ReportCallback((recipe.tracking.kind, tracker.spec(), registered()), mailbox),
-                GroupCallback(mailbox),
-            ],
+            callbacks=[*callbacks, FailureCallback(mailbox), GroupCallback(mailbox)],
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
             ),
         ),
     )
     audience.status("starting Ray Train")
-    follow = Follow(mailbox, audience, scaling)
-    with named_losses("the run"), follow, Watch(mailbox, scaling.hang_timeout_s) as watch:
+    follow = Follow(mailbox, audience, scaling, again)
+    with named_losses(what), follow, Watch(mailbox, scaling.hang_timeout_s, again.start) as watch:
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as failure:
             if (error := ray.get(mailbox.error.remote())) is not None:
                 raise error from None
             failures = ray.get(mailbox.failures.remote())
-            raise ClusterError(explain(failure, failures, watch.killed, scaling)) from failure
+            raise ClusterError(explain(failure, failures, watch.killed, scaling, again)) from failure
         except SystemExit:  # what Ray's waits make of a signal
             raise KeyboardInterrupt from None
         if (error := ray.get(mailbox.error.remote())) is not None:
             raise error
-    if STOPPED_AT in result.return_value:
-        raise Stopped(result.return_value[STOPPED_AT])
-    return Outcome(**result.return_value)
+    return result.return_value

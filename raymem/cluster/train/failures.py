@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import ray.train
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
@@ -13,19 +14,41 @@ from raymem.text import cut
 
 START_ATTEMPTS = 10
 """The number of tries, of up to a minute each, to get resources; an autoscaler needs some minutes to bring a node."""
-RESUME = "the last checkpoint is kept: run the same command again to resume, with --verbose for the workers' output"
 
 
-def explain(failure: BaseException, failures: Sequence[int], hung: Mapping[int, str], scaling: ScalingSection) -> str:
+@dataclass(frozen=True)
+class Again:
+    """How work goes on after a failure, in words."""
+
+    start: str
+    """Where a group that starts again goes on."""
+    kept: str
+    """What is left if it does not; may be empty."""
+    cure: str
+
+
+TRAINING = Again(
+    "from the last checkpoint",
+    "; the last checkpoint is kept",
+    "the last checkpoint is kept: run the same command again to resume, with --verbose for the workers' output",
+)
+CALL = Again("from the beginning", "", "run the same command again, with --verbose for the workers' output")
+
+
+def explain(
+    failure: BaseException, failures: Sequence[int], hung: Mapping[int, str], scaling: ScalingSection,
+    again: Again = TRAINING,
+) -> str:  # fmt: skip
     """Return the error for a group that Ray Train gave up.
 
     Args:
         failure: what Ray Train raised.
         failures: the rank that each failure of the group began with, see :func:`first_rank`.
         hung: by process id, what the watchdog said before it killed the process.
+        again: how the work goes on.
     """
     if not isinstance(failure, ray.train.WorkerGroupError):
-        return _not_started(getattr(failure, "controller_failure", failure), scaling)
+        return _not_started(getattr(failure, "controller_failure", failure), again)
     causes = failure.worker_failures
     rank = first_rank(causes)
     said = [sentence for pid, sentence in hung.items() if f"pid: {pid}\n" in str(causes[rank])]
@@ -35,7 +58,7 @@ def explain(failure: BaseException, failures: Sequence[int], hung: Mapping[int, 
         times += f" ({', '.join(f'worker {rank}: {count}' for rank, count in sorted(ranks.items()))})"
     return (
         f"scaling: the workers failed {times}, one more than scaling.max_failures={scaling.max_failures} allows, "
-        f"at last {said[0] if said else f'worker {rank} with: {last_line(causes[rank])}'}; {RESUME}"
+        f"at last {said[0] if said else f'worker {rank} with: {last_line(causes[rank])}'}; {again.cure}"
     )
 
 
@@ -50,16 +73,16 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _not_started(cause: BaseException, scaling: ScalingSection) -> str:
+def _not_started(cause: BaseException, again: Again) -> str:
     tries = START_ATTEMPTS + 1
     if isinstance(cause, WorkerGroupStartupTimeoutError):
         return (
             f"scaling: the cluster had no room for {cause.num_workers} workers in {tries} tries of a minute each; "
             "lower scaling.num_workers or scaling.resources_per_worker, or add nodes (`ray status` shows what they "
-            "have); the last checkpoint is kept"
+            f"have){again.kept}"
         )
     if isinstance(cause, WorkerGroupStartupFailedError):
         reason = last_line(cause.__cause__ or cause)
-        return f"scaling: the workers died {tries} times while they started, at last with: {reason}; {RESUME}"
+        return f"scaling: the workers died {tries} times while they started, at last with: {reason}; {again.cure}"
     reason = f"{type(cause).__name__}: {cut(' '.join(str(cause).split()), 300)}"
-    return f"scaling: Ray Train could not start or lead the workers ({reason}); {RESUME}"
+    return f"scaling: Ray Train could not start or lead the workers ({reason}); {again.cure}"

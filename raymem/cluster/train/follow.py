@@ -14,6 +14,7 @@ import ray
 from raymem import stopping
 from raymem.cluster.connection import HeadCheck
 from raymem.cluster.train.events import Event, Logged, Restarted, Rows, Scheduled, Told
+from raymem.cluster.train.failures import TRAINING, Again
 from raymem.cluster.train.waiting import Waiting
 from raymem.recipe.schema import ScalingSection
 from raymem.training.reporter import Audience
@@ -29,10 +30,11 @@ class Follower:
 
     Args:
         waiting: says what a group of workers waits for, see :class:`Waiting`.
+        again: how the work goes on after a failure.
     """
 
-    def __init__(self, audience: Audience, waiting: Waiting) -> None:
-        self._audience, self._waiting = audience, waiting
+    def __init__(self, audience: Audience, waiting: Waiting, again: Again = TRAINING) -> None:
+        self._audience, self._waiting, self._again = audience, waiting, again
         self._wanted: int | None = None
         self._hearing = contextlib.ExitStack()
         """Open while steps are taken: nothing is saved before the first one."""
@@ -95,15 +97,15 @@ class Follower:
     def _restart(self, event: Restarted) -> None:
         self.close()
         self._wanted, self._said = None, ""
-        log.warning("%s; the workers start again from the last checkpoint", event.reason)
+        log.warning("%s; the workers start again %s", event.reason, self._again.start)
 
 
 class Follow:
     """Reads a mailbox in a thread while the driver waits for the run."""
 
-    def __init__(self, mailbox: Any, audience: Audience, scaling: ScalingSection) -> None:
+    def __init__(self, mailbox: Any, audience: Audience, scaling: ScalingSection, again: Again = TRAINING) -> None:
         self._mailbox = mailbox
-        self._follower = Follower(audience, Waiting.of(scaling))
+        self._follower = Follower(audience, Waiting.of(scaling), again)
         self._received = 0
         self._head = HeadCheck(ray.get_runtime_context().gcs_address)
         self._done = threading.Event()

@@ -106,9 +106,11 @@ class Watch:
 
     Args:
         timeout_s: ``scaling.hang_timeout``; None watches nothing.
+        start: where a group that starts again goes on, in words.
     """
 
-    def __init__(self, mailbox: Any, timeout_s: float | None) -> None:
+    def __init__(self, mailbox: Any, timeout_s: float | None, start: str = "from the last checkpoint") -> None:
+        self._start = start
         self.killed: dict[int, str] = {}
         """By process id, what was said about a process that hung."""
         self._mailbox, self._timeout_s = mailbox, timeout_s
@@ -138,11 +140,13 @@ class Watch:
             hung = watchdog.look(beats, min(now - last, 2 * every_s))
             last = now
             if hung:
-                self.killed |= end_hung(hung, self._timeout_s, len(beats))
+                self.killed |= end_hung(hung, self._timeout_s, len(beats), self._start)
                 watchdog.forget()
 
 
-def end_hung(hung: list[Beat], timeout_s: float, num_ranks: int) -> dict[int, str]:
+def end_hung(
+    hung: list[Beat], timeout_s: float, num_ranks: int, start: str = "from the last checkpoint"
+) -> dict[int, str]:
     """Kill the processes of ranks that hang, with a warning about each; return by process what was said."""
     said: dict[int, str] = {}
     for beat in hung:
@@ -164,8 +168,9 @@ def end_hung(hung: list[Beat], timeout_s: float, num_ranks: int) -> dict[int, st
             f"{timeout_s:g} s after it began {beat.what}{waiting}, and its process {state}"
         )
         log.warning(
-            "%s; the process is killed, and the group starts again from the last checkpoint. Its stack:\n%s",
+            "%s; the process is killed, and the group starts again %s. Its stack:\n%s",
             said[beat.pid],
+            start,
             (beat.stack or stack or "  unknown: the process does not answer and py-spy could not read it").rstrip(),
         )
     return said

@@ -143,7 +143,7 @@ def _compare_logits(adapter: Path, pruned: Path, recovered: Path, coupling: Coup
     state = {name: put(coupling, manifest.kept, name, value) for name, value in small.state_dict().items()}
     zeroed = from_config(without_counts(small.config), dtype=torch.float32)
     zeroed.load_state_dict(state)
-    ids = torch.randint(small.config.vocab_size, (_TEXTS, _LENGTH), generator=generator(0, "loram", "verify"))
+    ids = probe_ids(small.config.vocab_size)
 
     def logits(model: Any, directory: Path) -> torch.Tensor:
         with temporary("verify") as folder:
@@ -155,6 +155,20 @@ def _compare_logits(adapter: Path, pruned: Path, recovered: Path, coupling: Coup
 
     expected, actual = logits(small, adapter), logits(zeroed, recovered)
     difference = float((actual - expected).abs().max() / expected.abs().max())
+    return require_same_logits(recovered, difference)
+
+
+def probe_ids(vocabulary: int) -> torch.Tensor:
+    """Draw the random tokens that both models run on, int64 [texts, length]."""
+    return torch.randint(vocabulary, (_TEXTS, _LENGTH), generator=generator(0, "loram", "verify"))
+
+
+def require_same_logits(recovered: Path, difference: float) -> float:
+    """Return a difference of logits, relative to the largest, that rounding explains.
+
+    Raises:
+        RecoveryMismatch: it does not.
+    """
     if not difference <= _TOLERANCE:
         raise RecoveryMismatch(
             f"{recovered}: the full model without pruned units and the pruned model differ by {difference:.1e} of the "

@@ -102,6 +102,11 @@ class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
         elif not options.needs_data:
             select_indices(model, criterion=options.criterion, seed=seed)
 
+    def check_base(self, model: Any) -> None:
+        from raymem.methods.moram import check_base
+
+        check_base(model)
+
     def hooks(self, options: MoRAMOptions, model: Any, seed: int) -> Sequence[Hook]:
         from raymem.methods.moram.hook import MoRAMHook
 

@@ -20,6 +20,8 @@ _CURE = "train the adapter again (with a lower learning rate if that made them),
 def load_adapter(base: Any, directory: Path, device: torch.device | str, *, in_base_dtype: bool = True) -> Any:
     """Put the adapter of a PEFT directory on a loaded model.
 
+    On a model without values (on the meta device) it has none either: :func:`adapter_values` has them.
+
     Args:
         in_base_dtype: the adapter has the dtype of the base, as in training; otherwise it is fp32 beside a base of
             lower precision, as PEFT itself has it.
@@ -44,6 +46,7 @@ def load_adapter(base: Any, directory: Path, device: torch.device | str, *, in_b
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             return PeftModel.from_pretrained(
                 base,
                 str(directory),
@@ -51,6 +54,29 @@ def load_adapter(base: Any, directory: Path, device: torch.device | str, *, in_b
                 autocast_adapter_dtype=not in_base_dtype,
                 torch_device=str(device),
             )
+
+
+def adapter_values(model: Any, directory: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a PEFT directory, whole and on the CPU, under the names of a model with that adapter.
+
+    PEFT itself says which tensor belongs where, and would then copy it there. A model whose tensors are on the meta
+    device, or about to be sharded, has no place for whole ones yet.
+    """
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    values: dict[str, torch.Tensor] = {}
+    result = torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def keep(state: dict[str, torch.Tensor], **options: Any) -> Any:
+        values.update(state)
+        return result
+
+    model.__dict__["load_state_dict"] = keep
+    try:
+        set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
+    finally:
+        del model.__dict__["load_state_dict"]
+    return values
 
 
 def _check_weights(directory: Path) -> None:

@@ -34,6 +34,7 @@ from raymem.recipe.axes import BASES
 from raymem.recipe.schema import Recipe
 from raymem.runs import demo
 from raymem.runs.evaluate import check_has_eval, evaluate_run
+from raymem.runs.loram import verify
 from raymem.runs.loram.base import is_made, made_model, open_full_model
 from raymem.runs.loram.models import PlannedModel, PrunedBase, PrunedModel, PruningSite, beside_full
 from raymem.runs.loram.results import (
@@ -183,14 +184,17 @@ class Pipeline:
         """Prove the recovery; see :func:`raymem.methods.loram.verify_recovery`.
 
         Args:
-            forward: whether both models run; by default where they take at most 16 GiB in fp32.
+            forward: whether both models run; by default where they take at most 16 GiB in fp32, of each worker where
+                workers share them (``scaling.strategy: fsdp2``); else they run on the CPU of this process.
 
         Raises:
             RaymemError: nothing is recovered yet, or it does not hold.
         """
         base, recovered = self._with_weights(), self._recovered()
+        scaling = base.run.recipe.scaling
         if forward is None:
-            forward = 4 * (base.plan.full.parameters + base.plan.pruned.parameters) <= FORWARD_LIMIT_BYTES
+            limit_bytes = FORWARD_LIMIT_BYTES * (scaling.least_workers if scaling.shares_model else 1)
+            forward = 4 * (base.plan.full.parameters + base.plan.pruned.parameters) <= limit_bytes
         key = digest(
             [
                 weights_sha256(self._adapter()),
@@ -204,7 +208,12 @@ class Pipeline:
         if before.get("key") == key:
             self.status("verified before")
             return Verification(**before["verification"])
-        checked = verify_recovery(self._adapter(), base.directory, recovered, full=base.source, forward=forward)
+        alone = forward and not scaling.shares_model
+        checked = verify_recovery(self._adapter(), base.directory, recovered, full=base.source, forward=alone)
+        if forward and not alone:
+            adapters = self.run_storage.join("adapter"), self.run_storage.join(RECOVERED)
+            difference = verify.shared_difference(base.run, base.location, *adapters, self.status)
+            checked = dataclasses.replace(checked, logit_difference=difference)
         self.run_storage.write_record("loram/verify.json", {"key": key, "verification": dataclasses.asdict(checked)})
         return checked
 
@@ -243,7 +252,7 @@ class Pipeline:
             key = digest([base.source.identity, weights, content, split.key, *precision])
             if stored.get(row, {}).get("key") != key:
                 self.status(f"evaluating: {row}")
-                result = evaluate_run(run, artifact, split)
+                result = evaluate_run(run, artifact, split, status=self.status)
                 stored[row] = {"key": key, "loss": result.loss, "num_targets": result.num_targets}
                 self.run_storage.write_record("loram/evaluate.json", stored)
             results[row] = {name: value for name, value in stored[row].items() if name != "key"}

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from raymem.errors import ModelError
 from raymem.training.artifacts.load import load_artifact
 from raymem.training.data.chat.template import Template, Turn
+from raymem.training.dist_env import DistEnv
 
 OnText = Callable[[str], None]
 
@@ -66,6 +69,9 @@ def continued(
 ) -> list[int]:  # fmt: skip
     """Return the ids that a model puts behind a prompt, with the one that ends them if there is one.
 
+    Ranks that share a model take part in each of its forward passes, and must draw from streams seeded alike; all get
+    the same ids.
+
     Args:
         temperature: 0 always takes the likeliest token.
         streamer: of transformers; gets the ids as they come.
@@ -81,9 +87,17 @@ def continued(
         pad_token_id=pad,
         trust_remote_code=False,
         streamer=streamer,
+        logits_processor=[_of_rank_0] if isinstance(model, FSDPModule) else None,
         **sampling,
     )
     return list(map(int, output[0][len(ids) :]))
+
+
+def _of_rank_0(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Give every rank the logits of rank 0: one that rounded otherwise would stop elsewhere, and the others wait."""
+    scores = scores.contiguous()
+    dist.broadcast(scores, src=0)
+    return scores
 
 
 class Responder:
@@ -91,15 +105,18 @@ class Responder:
 
     Args:
         directory: of an adapter or a model.
+        dist_env: if it is sharded, the workers share the model, and all of them make the same calls.
 
     Raises:
         ModelError: see :func:`raymem.training.artifacts.load.load_artifact`.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, dist_env: DistEnv | None = None) -> None:
         self.name = str(directory)
-        model, self.tokenizer = load_artifact(directory)
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model, self.tokenizer = load_artifact(directory, dist_env=dist_env)
+        self.model = model
+        if dist_env is None or not dist_env.sharded:
+            self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.template = Template(self.tokenizer, self.name)
         self.stops = stop_ids(model, self.tokenizer, self.template)
 
@@ -174,7 +191,7 @@ class ContextFull(ModelError):
 
 def generate(
     directory: str | Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, raw: bool = False,
-    system: str | None = None,
+    system: str | None = None, dist_env: DistEnv | None = None,
 ) -> Generated:  # fmt: skip
     """Answer a prompt in the chat template, if the tokenizer has one, or continue it as a text.
 
@@ -182,12 +199,13 @@ def generate(
         temperature: 0 is greedy.
         raw: continue it even if there is a template.
         system: what the conversation begins with.
+        dist_env: see :class:`Responder`.
 
     Raises:
         ModelError: see :class:`Responder` and its methods; or a system text without a template.
         DataError: the template takes no system text.
     """
-    responder = Responder(directory)
+    responder = Responder(directory, dist_env)
     if raw or not responder.template.exists:
         if system is not None:
             why = "--raw leaves the chat template off" if raw else f"the tokenizer of {directory} has no chat template"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from raymem.errors import ModelError, RaymemError
 from raymem.kinds import AdapterKind, AttachContext
+from raymem.methods.peft.files import adapter_values, load_adapter
 from raymem.methods.peft.kind import merged_instead, read_config
 from raymem.methods.probe import first_line
 from raymem.recipe.axes import ADAPTERS, BASES
@@ -20,7 +21,7 @@ from raymem.recipe.axis_field import adapter_of
 from raymem.recipe.schema import Recipe
 from raymem.storage.checksums import check_files
 from raymem.training.dist_env import DistEnv
-from raymem.training.model import weights
+from raymem.training.model import experts, weights
 from raymem.training.model.base_name import base_name
 
 
@@ -65,6 +66,56 @@ def fill(model: nn.Module, added: Sequence[str], recipe: Recipe, dist_env: DistE
             weights.put(*places[name], lambda rows, full=full: full if rows is None else full[rows], dist_env, name)  # type: ignore[misc]
         else:
             tensor.copy_(full)
+
+
+def lay(base_model: Any, directory: Path, *, in_base_dtype: bool = True) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Put the adapter of a PEFT directory on a model on the meta device, where it can be sharded with its base.
+
+    Args:
+        in_base_dtype: see :func:`raymem.methods.peft.files.load_adapter`.
+
+    Returns:
+        The wrapped model, still without values, and those of the adapter, whole: name in that model -> tensor.
+
+    Raises:
+        ModelError: as :func:`load_adapter`, or an adapter that needs the whole base to be put on it.
+    """
+    of_base = {id(tensor) for tensor in tensors_of(base_model).values()}
+    for kind in ADAPTERS.kinds():
+        kind.register()
+    cure = f"use one worker, or merge it into its base (raymem merge {directory} -o MERGED) and use MERGED"
+    with experts.shown_to_peft(base_model):
+        try:
+            model = load_adapter(base_model, directory, "cpu", in_base_dtype=in_base_dtype)
+        except ModelError as error:  # such as of PiSSA, which changes the base's values
+            raise ModelError(f"{error}. Workers that share a base have no values yet at that point: {cure}") from None
+        values = adapter_values(model, directory)
+    for name, tensor in tensors_of(model).items():
+        if id(tensor) not in of_base and name not in values:
+            raise ModelError(
+                f"{directory}: {name} is not in its file but made when a {_type(read_config(directory))} adapter is "
+                f"put on its whole base, which no worker has that shares it: {cure}"
+            )
+    return model, values
+
+
+@torch.no_grad()
+def fill_laid(
+    model: nn.Module, values: Mapping[str, torch.Tensor], dist_env: DistEnv, *, any_base: bool = False
+) -> None:
+    """Copy this rank's share of an adapter's values into a model whose base is filled. Collective.
+
+    Args:
+        any_base: also on another base than the adapter was made for.
+
+    Raises:
+        ModelError, AdapterError: the adapter was made for another base, or a tensor has another shape.
+    """
+    places = weights.slots(model)
+    for name, value in values.items():
+        weights.put(*places[name], lambda rows, value=value: value if rows is None else value[rows], dist_env, name)  # type: ignore[misc]
+    for kind in ADAPTERS.kinds() if not any_base else ():
+        kind.check_base(model)
 
 
 def _kind_of(config: dict[str, Any], directory: str) -> AdapterKind[Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,8 @@ from raymem.training import lean, loss
 from raymem.training.dist_env import DistEnv, shard
 from raymem.training.model import adapter, experts, packing, quantised, weights
 from raymem.training.model.base_name import base_name
+from raymem.training.model.computed import restore_computed_buffers
+from raymem.training.model.spread import blocks_of
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def build_model(
     # Names are those of the bare model: quantising, wrapping and sharding change names or parameters, not the places.
     source = None if meta else _source(base_model, config, recipe, dist_env)
     tied = weights.tied_names(base_model)
-    blocks = [m for m in base_model.modules() if type(m).__name__ in (base_model._no_split_modules or ())]
+    blocks = blocks_of(base_model)
     if recipe.base.quantize == "nf4":
         quantised.place(base_model, base_dtype(recipe), planned=planned, sharded=dist_env.sharded)
     places = weights.slots(base_model)
@@ -80,12 +80,15 @@ def build_model(
     activations = ACTIVATIONS.of(recipe)
     activations.prepare(base_model, recipe.activations)
     model: nn.Module = base_model
-    added: list[str] = []
+    of_base = {id(tensor) for tensor in adapter.tensors_of(base_model).values()}
+    laid = None
     if adapter_at is None:
-        of_base = {id(tensor) for tensor in adapter.tensors_of(base_model).values()}
         with experts.shown_to_peft(base_model):
             model = adapter.attach(base_model, recipe, trainable_dtype(recipe))
-        added = [name for name, tensor in adapter.tensors_of(model).items() if id(tensor) not in of_base]
+    elif dist_env.sharded:
+        model, laid = adapter.lay(base_model, adapter_at)
+    added = [name for name, tensor in adapter.tensors_of(model).items() if id(tensor) not in of_base]
+    if adapter_at is None or laid is not None:
         _prepare(model, recipe)
     if dist_env.sharded:
         shard(model, blocks, dist_env)
@@ -95,10 +98,12 @@ def build_model(
         if adapter_at is None:
             adapter.fill(model, added, recipe, dist_env)
             ADAPTERS.of(recipe).loaded(model, recipe.adapter, recipe.seed)
-        _restore_computed_buffers(
+        elif laid is not None:
+            adapter.fill_laid(model, laid, dist_env)
+        restore_computed_buffers(
             base_model, [tensor for name, tensor in adapter.tensors_of(model).items() if name in added]
         )
-    if adapter_at is not None:
+    if adapter_at is not None and laid is None:
         for kind in ADAPTERS.kinds():
             kind.register()
         with experts.shown_to_peft(base_model):
@@ -303,67 +308,6 @@ def _source(base_model: Any, config: Any, recipe: Recipe, dist_env: DistEnv) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, "init"))
         return weights.StateDictSource(type(base_model)._from_config(config).state_dict())
-
-
-def _restore_computed_buffers(base_model: Any, filled: Sequence[torch.Tensor]) -> None:
-    """Recompute buffers that no checkpoint holds (rotary frequencies, embedding scales) through transformers' own rule.
-
-    transformers initialises what is not flagged; so everything that was just loaded is flagged, and of the modules
-    only those that own such buffers are visited. A buffer that its own module leaves alone is that of a module around
-    it to fill.
-
-    Args:
-        filled: tensors of an adapter, which have their values.
-
-    Raises:
-        ModelError: nothing fills one of them.
-    """
-    for tensor in [*base_model.parameters(), *base_model.buffers()]:
-        tensor._is_hf_initialized = True
-    computed = {
-        f"{prefix}.{name}" if prefix else name: module
-        for prefix, module in base_model.named_modules()
-        for name in module._non_persistent_buffers_set
-        if getattr(module, name) is not None and not any(getattr(module, name) is tensor for tensor in filled)
-    }
-    visited = {name.rpartition(".")[0] for name in computed}
-    for name in computed:
-        buffer = base_model.get_buffer(name)
-        buffer._is_hf_initialized = False
-        buffer.fill_(_untouched(buffer))
-    _initialise(base_model, visited)
-    left = [name for name in computed if _is_untouched(base_model.get_buffer(name))]
-    if left:
-        around = {".".join(name.split(".")[:end]) for name in left for end in range(name.count("."))}
-        _initialise(base_model, around - visited)
-        left = [name for name in left if _is_untouched(base_model.get_buffer(name))]
-    if left:
-        raise ModelError(
-            f"model: {type(base_model).__name__} computes {left[0]} in a way that transformers does not repeat after "
-            "loading, so that it would hold no value; load and save the model with a class that transformers ships"
-        )
-
-
-def _initialise(base_model: Any, paths: set[str]) -> None:
-    """Run transformers' initialisation of some modules; it leaves out what is flagged."""
-    for path, module in base_model.named_modules():
-        module._is_hf_initialized = path not in paths
-    base_model.initialize_weights()
-
-
-def _untouched(buffer: torch.Tensor) -> float | int | bool:
-    """Return a value that no computed buffer is full of."""
-    if buffer.dtype == torch.bool:
-        return False
-    return math.nan if buffer.is_floating_point() or buffer.is_complex() else torch.iinfo(buffer.dtype).min
-
-
-def _is_untouched(buffer: torch.Tensor) -> bool:
-    if buffer.dtype == torch.bool or not buffer.numel():
-        return False
-    if buffer.is_floating_point() or buffer.is_complex():
-        return bool(buffer.isnan().all())
-    return bool((buffer == torch.iinfo(buffer.dtype).min).all())
 
 
 def _reason(error: Exception) -> str:

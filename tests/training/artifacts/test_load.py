@@ -63,7 +63,7 @@ def test_a_prompt_begins_once(results: dict[str, Path], monkeypatch: pytest.Monk
         return input_ids
 
     monkeypatch.setattr(model, "generate", continued)
-    monkeypatch.setattr("raymem.training.artifacts.generate.load_artifact", lambda _: (model, tokenizer))
+    monkeypatch.setattr("raymem.training.artifacts.generate.load_artifact", lambda _, **__: (model, tokenizer))
     generate(results["model"], prompt, max_new_tokens=1, temperature=0, seed=0)
     words = tokenizer.backend_tokenizer.encode("w1 w3 w9", add_special_tokens=False).ids
     assert seen == [[begin, *words]]

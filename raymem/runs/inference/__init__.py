@@ -1,0 +1,1 @@
+"""Uses models that one device cannot hold: how many workers share one, and what they do with it."""
