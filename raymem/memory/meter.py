@@ -117,9 +117,22 @@ def resident_tensors(model: nn.Module, extra: Iterable[torch.Tensor] = ()) -> It
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Count the bytes of the storages behind the tensors: each storage once, and only a DTensor's local part."""
+    """Count the bytes of the storages behind the tensors: each storage once, and only a DTensor's local part.
+
+    A tensor that consists of others, such as the 8-bit moments of torchao, has the bytes of these.
+    """
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        storage = local(tensor).untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
+        for part in _parts(local(tensor)):
+            storage = part.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _parts(getattr(tensor, name))

@@ -115,6 +115,13 @@ def test_shared_storages_count_once() -> None:
     assert storage_bytes([base, base.clone(), torch.empty(0)]) == 16 * KIB
 
 
+def test_a_tensor_of_others_has_their_bytes() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    one, other = torch.zeros(2 * FLOATS), torch.zeros(2 * FLOATS)
+    assert storage_bytes([TwoTensor(one, other), one]) == one.nbytes + other.nbytes
+
+
 def test_everything_a_model_keeps_is_resident() -> None:
     model = nn.BatchNorm1d(FLOATS)
     model(torch.randn(4, FLOATS)).sum().backward()
