@@ -35,3 +35,19 @@ def test_on_cpu_it_is_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with mmap.mmap(-1, 64 << 20) as held:  # a tensor may get pages that the process holds already
         held.write(bytes([1]) * len(held))
         assert oom.measured_at_failure(MemoryError(), on_gpu=False) > before + (32 << 20)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("unable to mmap 9 bytes from file <m>: Cannot allocate memory (12)"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("Connection closed by peer"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_errors_of_memory_are_known_from_others(error: Exception, is_one: bool) -> None:
+    assert oom.is_out_of_memory(error) == is_one

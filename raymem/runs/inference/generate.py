@@ -73,7 +73,7 @@ def _scaling(location: str, workers: int | None, status: Status) -> ScalingSecti
     if workers == 1 or device_bytes is None:
         return here
     with local_or_downloaded(location) as directory:
-        return shared(here, Sizes.of(bare_model(directory)), device_bytes, location, status)
+        return shared(here, Sizes.of(bare_model(directory)), device_bytes, status)
 
 
 def _recorded(directory: str) -> ScalingSection | None:

@@ -87,38 +87,40 @@ def sharing(recipe: Recipe, status: Status) -> ScalingSection:
     model = on_meta(load_config(recipe), recipe)
     if recipe.base.quantize == "nf4":
         quantised.place(model, base_dtype(recipe), planned=True, sharded=False)
-    where = "scaling.use_gpu" if recipe.budget is None else "budget"
-    return shared(scaling, Sizes.of(model), device_bytes, where, status)
+    return shared(scaling, Sizes.of(model), device_bytes, status)
 
 
-def shared(
-    scaling: ScalingSection, sizes: Sizes, device_bytes: int, where: str, status: Status
-) -> ScalingSection:  # fmt: skip
+def shared(scaling: ScalingSection, sizes: Sizes, device_bytes: int, status: Status) -> ScalingSection:
     """Return the scaling if one of its devices holds a model, else that of as many FSDP2 workers as hold it together.
+
+    Where that cannot be, one device may still do, with less room than is wanted or more than a budget allows.
 
     Args:
         device_bytes: memory of a device.
-        where: what says so, for errors.
         status: told of the workers.
 
     Raises:
-        BudgetExceeded: no number of devices can hold it, or more than this machine has GPUs.
+        BudgetExceeded: no GPU of this machine holds the weights, and neither do all of them or any number of them.
     """
     alone, apart = (outside_bytes(Target("cuda" if scaling.use_gpu else "cpu", number), None) for number in (1, 2))
     if sizes.fits_one(device_bytes, alone):
         return scaling
     too_large = f"the weights take {bytes_text(sizes.weights)}, and a device has {bytes_text(device_bytes)}"
     least = sizes.least_workers(device_bytes, apart)
-    if least is None:
+    num_workers = None if least is None else max(least, scaling.least_workers)
+    gpus = torch.cuda.device_count() if scaling.use_gpu and not os.environ.get("RAY_ADDRESS") else None
+    if num_workers is None or (gpus is not None and num_workers > gpus):
+        real_bytes = gpu_bytes() if scaling.use_gpu else None
+        if real_bytes is None or sizes.weights + alone <= real_bytes:
+            return scaling
+        if num_workers is None:
+            raise BudgetExceeded(
+                f"scaling: {too_large}, too little even for what each of any number of FSDP2 workers gathers "
+                f"({bytes_text(sizes.gathered)}); use devices with more memory, or raise budget if it says so"
+            )
         raise BudgetExceeded(
-            f"{where}: {too_large}, which cannot even hold what each of any number of workers gathers to compute with "
-            f"({bytes_text(sizes.gathered)}); use devices with more memory"
-        )
-    num_workers = max(least, scaling.least_workers)
-    if scaling.use_gpu and not os.environ.get("RAY_ADDRESS") and num_workers > torch.cuda.device_count():
-        raise BudgetExceeded(
-            f"{where}: {too_large}: {num_workers} FSDP2 workers would hold the model, and this machine has "
-            f"{torch.cuda.device_count()} GPUs; run it on a Ray cluster that has as many (RAY_ADDRESS)"
+            f"scaling: {too_large}: {num_workers} FSDP2 workers would hold the model, and this machine has {gpus} "
+            "GPUs; run it on a Ray cluster that has as many (RAY_ADDRESS)"
         )
     status(f"{too_large}: {num_workers} FSDP2 workers share the model")
     return scaling.model_copy(update={"num_workers": num_workers, "strategy": "fsdp2"})

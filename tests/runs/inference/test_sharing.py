@@ -15,6 +15,7 @@ from raymem.planner.plan import outside_bytes
 from raymem.planner.types import Target
 from raymem.recipe.schema import ScalingSection
 from raymem.runs.inference import generate as generating
+from raymem.runs.inference import sharing as deciding
 from raymem.runs.inference.sharing import Sizes, more_workers, named_memory, shared, sharing
 from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import load_config, on_meta
@@ -32,7 +33,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asked_of(scaling: ScalingSection, sizes: Sizes, device_bytes: int) -> tuple[ScalingSection, list[str]]:
     told: list[str] = []
-    return shared(scaling, sizes, device_bytes, "here", told.append), told
+    return shared(scaling, sizes, device_bytes, told.append), told
 
 
 def test_a_model_that_one_gpu_holds_is_left_alone() -> None:
@@ -58,14 +59,24 @@ def test_the_recipes_own_workers_are_kept_where_they_are_more() -> None:
 
 def test_too_few_gpus_and_too_small_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = ScalingSection(num_workers=0, use_gpu=True)
-    with pytest.raises(BudgetExceeded, match=r"^here: .*: 16 FSDP2 workers would hold .* has 4 GPUs; run it on a Ray"):
+    monkeypatch.setattr(deciding, "gpu_bytes", lambda: 20 * GIB)
+    with pytest.raises(BudgetExceeded, match=r": 16 FSDP2 workers would hold .* has 4 GPUs; run it on a Ray cluster"):
         asked_of(scaling, LLAMA_70B, 20 * GIB)
+    with pytest.raises(BudgetExceeded, match=r"too little even for .*\(8\.69 GiB\); use devices with more memory"):
+        asked_of(scaling, LLAMA_70B, 8 * GIB)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert asked_of(scaling, LLAMA_70B, 20 * GIB)[0].num_workers == 16
-    with pytest.raises(
-        BudgetExceeded, match=r"^here: .*cannot even hold .*\(8\.69 GiB\); use devices with more memory"
-    ):
-        asked_of(scaling, LLAMA_70B, 8 * GIB)
+
+
+def test_what_cannot_be_shared_is_tried_where_the_weights_themselves_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    scaling = ScalingSection(num_workers=1, use_gpu=True)
+    tight = LLAMA_70B.weights + 2 * GIB
+    monkeypatch.setattr(deciding, "gpu_bytes", lambda: tight)
+    for device_bytes in (tight, 24 * GIB, 8 * GIB):  # the last two as a budget may have it
+        assert asked_of(scaling, LLAMA_70B, device_bytes) == (scaling, [])
+    on_cpu = ScalingSection(num_workers=1)
+    assert asked_of(on_cpu, LLAMA_70B, 8 * GIB) == (on_cpu, [])
 
 
 def test_the_units_of_a_model_are_its_blocks_and_what_is_in_none(tmp_path: Path) -> None:
