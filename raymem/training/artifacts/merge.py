@@ -42,7 +42,7 @@ from raymem.training.artifacts.skeleton import Skeleton
 from raymem.training.model.adapter import continuing, is_of_own_kind
 from raymem.training.model.companions import GENERATION, copy_companions
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16
 """The numbers that are added at a time: they stay in the processor's cache."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -254,7 +254,7 @@ class Merging:
         rows = max(1, _BLOCK // weight.shape[1])
         for weight_BI, update_BI in zip(torch.split(weight, rows), torch.split(product_OI, rows), strict=True):
             scaled_BI = update_BI.mul_(layer.scaling[names[0]]).to(up_OR.dtype)
-            weight_BI.copy_(weight_BI.float() + scaled_BI)
+            weight_BI.copy_(weight_BI.float().add_(scaled_BI))
 
 
 def _write_config(base: Path, directory: Path, *, untied: bool) -> None:
