@@ -160,7 +160,7 @@ def test_without_locks_an_entry_is_in_use_for_a_week(root: Path, monkeypatch: py
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(entries.fcntl, "flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     old, new = entry(root, "old", 400, 0), entry(root, "new", 400, 0)
     week_ago = time.time() - 7 * 24 * 3600
     os.utime(old, (week_ago - 60,) * 2)
@@ -173,7 +173,7 @@ def test_what_is_used_while_room_is_made_stays(root: Path, monkeypatch: pytest.M
     """Between looking at all entries and removing them, another process used one, and is gone again."""
     seen = entries._entries
 
-    def used_meanwhile(root: Path) -> list[object]:
+    def used_meanwhile(root: Path) -> list[entries._Entry]:
         found = list(seen(root))
         os.utime(root / "data" / "used")
         return found
