@@ -69,7 +69,8 @@ BENCHMARKS = (
     Benchmark(
         "slow_bucket",
         "training with a checkpoint every 20 steps on a bucket of 200 ms a request and 20 MB/s, in turns with training "
-        "without any and with the local disk: at most 3 % more CPU time, and it stands still for the local copy alone",
+        "without any and with the local disk: what it costs in CPU time, and for how long training stands still, which "
+        "is what the local copy takes",
         "10 min on an idle machine",
     ),
     Benchmark(

@@ -251,6 +251,7 @@ def slow_bucket(results: Path) -> str:
             {"none": "none", "disk": "local disk", "bucket": "bucket", "bucket, waiting": "bucket, training waits"}[
                 row["kind"]
             ],
+            _spread(row["thread_cpu_over_none"], ".3f"),
             _spread(row["cpu_over_none"], ".3f"),
             _spread(row["wall_over_none"], ".2f"),
             f"{row['blocked_s']:.2f}",
@@ -261,7 +262,8 @@ def slow_bucket(results: Path) -> str:
     ]
     head = [
         "checkpoints",
-        "CPU time over none",
+        "CPU time of the training thread over none",
+        "of the process",
         "clock over none",
         "training stands still, s a checkpoint",
         "upload, s",

@@ -201,12 +201,10 @@ def test_an_error_in_training_waits_for_the_checkpoint_before(
 def test_what_is_kept_after_a_bad_loss_is_what_was_being_uploaded(
     recipe: Recipe, run: Storage, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = train_step
-
     def broken(model: Any, batches: Any, targets: int, updater: Any, number: int, *args: Any, **options: Any) -> Any:
         if number == 2:
             gate.open_soon()
-        return step(model, batches, math.nan if number == 2 else targets, updater, number, *args, **options)  # type: ignore[arg-type]
+        return train_step(model, batches, math.nan if number == 2 else targets, updater, number, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "train_step", broken)
     with pytest.raises(NonFiniteError, match="the checkpoint of step 2 is kept"):
