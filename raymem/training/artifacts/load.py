@@ -214,7 +214,7 @@ def _generation_config(model: Any, directory: Path) -> Any:
 
     if not (directory / GENERATION).is_file():
         return model.generation_config
-    return GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+    return GenerationConfig.from_dict(read_object(directory / GENERATION, ModelError, WHOLE))
 
 
 def _base(adapter: Path, config: Any) -> tuple[str, str | None]:
