@@ -190,14 +190,14 @@ class Pipeline:
         Raises:
             RaymemError: nothing is recovered yet, or it does not hold.
         """
-        base, recovered = self._with_weights(), self._recovered()
+        base, adapter, recovered = self._with_weights(), self._adapter(), self._recovered()
         scaling = base.run.recipe.scaling
         if forward is None:
             limit_bytes = FORWARD_LIMIT_BYTES * (scaling.least_workers if scaling.shares_model else 1)
             forward = 4 * (base.plan.full.parameters + base.plan.pruned.parameters) <= limit_bytes
         key = digest(
             [
-                weights_sha256(self._adapter()),
+                weights_sha256(adapter),
                 weights_sha256(recovered),
                 base.manifest.digest,
                 base.source.identity,
@@ -209,7 +209,7 @@ class Pipeline:
             self.status("verified before")
             return Verification(**before["verification"])
         alone = forward and not scaling.shares_model
-        checked = verify_recovery(self._adapter(), base.directory, recovered, full=base.source, forward=alone)
+        checked = verify_recovery(adapter, base.directory, recovered, full=base.source, forward=alone)
         if forward and not alone:
             adapters = self.run_storage.join("adapter"), self.run_storage.join(RECOVERED)
             difference = verify.shared_difference(base.run, base.location, *adapters, self.status)

@@ -29,13 +29,13 @@ from raymem.training.dist_env import DistEnv
 from raymem.training.evaluate import evaluate, evaluation_rows
 from raymem.training.loss import prepare
 from raymem.training.reporter import LocalReporter
+from tests.helpers.peft_adapters import save_peft
 from tests.helpers.support import (
     in_processes,
     make_recipe,
     prepare_split,
     run_fragment,
     save_model,
-    save_tokenizer,
     train,
     write_examples,
 )
@@ -52,20 +52,6 @@ PROMPT = {"prompt": "w1 w2 w3", "max_new_tokens": 4, "seed": 3, "raw": True, "sy
 TEMPERATURES = (0.0, 1.0)
 SHARED = ("base", "moram", "dora")
 """The artefacts that ranks can share."""
-
-
-def save_peft(folder: Path, base: Path, config: Any) -> Path:
-    """An adapter of PEFT with random values."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    with torch.no_grad():
-        for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
-            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from raymem.recipe.axes import ADAPTERS
 from raymem.training.artifacts.load import load_artifact
 from raymem.training.dist_env import DistEnv
 from tests.helpers import toy_kinds
+from tests.helpers.peft_adapters import save_peft
 from tests.helpers.support import in_processes, make_recipe, run_fragment, save_model, train
-from tests.runs.inference.test_group import save_peft
 
 pytestmark = pytest.mark.slow
 

@@ -15,6 +15,7 @@ from raymem.training.data.packed.shared import to_dict
 from raymem.training.dist_env import DistEnv
 from raymem.training.reporter import LocalReporter
 from tests.helpers import families
+from tests.helpers.peft_adapters import save_peft
 from tests.helpers.support import (
     in_processes,
     make_recipe,
@@ -25,7 +26,7 @@ from tests.helpers.support import (
     train,
     write_examples,
 )
-from tests.runs.inference.test_group import MORAM, save_peft
+from tests.runs.inference.test_group import MORAM
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("bitsandbytes")

@@ -16,24 +16,18 @@ from raymem.storage.safetensors_io import read_header, read_tensor
 from raymem.training.artifacts import merge as merging
 from raymem.training.artifacts.load import load_artifact
 from raymem.training.artifacts.merge import merge
+from tests.helpers.peft_adapters import save_peft
 from tests.helpers.resident import status_bytes
-from tests.helpers.support import in_processes, save_model, save_tokenizer
+from tests.helpers.support import in_processes, save_model
 
 MIB = 2**20
 
 
 def save_adapter(folder: Path, base: Path, **options: Any) -> Path:
-    """Write an adapter with random values, as plain PEFT does."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    """Write a LoRA with random values, as plain PEFT does."""
+    from peft import LoraConfig
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=8, **options))
-    with torch.no_grad():
-        for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
-            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
+    return save_peft(folder, base, LoraConfig(r=4, lora_alpha=8, **options))
 
 
 def refuse(*_: Any) -> Any:
