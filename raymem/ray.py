@@ -1,11 +1,19 @@
-"""A recipe in one's own Ray Train ``TorchTrainer``: the worker function, and the config that it takes.
+"""What one's own Ray Train ``TorchTrainer`` imports from raymem: tracking, a check of memory, or a whole recipe.
 
 ::
 
+    TorchTrainer(
+        train_loop,
+        scaling_config=scaling,
+        run_config=ray.train.RunConfig(name="mine", callbacks=[MLflowCallback("mine", "http://mlflow:5000")]),
+    ).fit()
+
+    budget_check(scaling, raymem.plan_module(...))  # before fit(): does a worker have the memory?
+
     TorchTrainer(train_worker, train_loop_config=worker_config("my.yaml"), scaling_config=...).fit()
 
-The trainer is the user's, with its scaling, failure handling and callbacks; the loop and its checkpoints are raymem's.
-A run of the same name on the same storage is resumed, by this or by ``raymem train``.
+The trainer is the user's, with its scaling, failure handling and callbacks. With ``train_worker`` the loop and its
+checkpoints are raymem's, and a run of the same name on the same storage is resumed, by this or by ``raymem train``.
 """
 
 from __future__ import annotations
@@ -15,12 +23,15 @@ from functools import partial
 from typing import Any
 
 from raymem.api import RecipeLike, load_recipe
+from raymem.cluster.train.progress import paced_reporter
 from raymem.cluster.train.worker import config_of, train_worker
+from raymem.cluster.trainers.budget import budget_check
+from raymem.cluster.trainers.mlflow_callback import MLflowCallback
 from raymem.runs.prepare import prepare
 from raymem.runs.resolve import note_start, resolve
 from raymem.runs.train import build_demo
 
-__all__ = ["train_worker", "worker_config"]
+__all__ = ["MLflowCallback", "budget_check", "paced_reporter", "train_worker", "worker_config"]
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +40,9 @@ def worker_config(recipe: RecipeLike) -> dict[str, Any]:
     """Check a recipe, prepare its data, and return what every worker needs, as plain data.
 
     Of ``scaling``, only ``use_gpu`` and ``strategy`` count for the workers: the trainer's ``ScalingConfig`` says how
-    many there are and what each gets. Nothing is tracked: rows of metrics go through ``ray.train.report``. Nobody
-    watches for ranks that hang (``scaling.hang_timeout``).
+    many there are and what each gets. Rows of metrics go through ``ray.train.report``; what the recipe says of
+    ``tracking`` does not count, so give the trainer an :class:`MLflowCallback`. Nobody watches for ranks that hang
+    (``scaling.hang_timeout``).
 
     Raises:
         RaymemError: the recipe, its model or its data cannot be used.

@@ -18,7 +18,7 @@ os.environ["RAYMEM_CACHE"] = os.path.join(tempfile.gettempdir(), f"raymem-tests-
 
 import pytest
 
-pytest_plugins = ["tests.helpers.ray_fixtures"]
+pytest_plugins = ["tests.helpers.ray_fixtures", "tests.helpers.tracking_fixtures"]
 pytest.register_assert_rewrite("raymem.testing.suite", "raymem.testing.tensors")
 
 RAY_FIXTURES = {"ray_head", "cluster", "login"}

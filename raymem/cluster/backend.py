@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from raymem.recipe.schema import ScalingSection
 from raymem.storage.storage import Storage
-from raymem.tracking import Tracker
 from raymem.training.job import GroupTask, PreparedRun, StepJob
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Audience, Status, unheard
@@ -58,11 +57,11 @@ class RayBackend:
 
         return call_as_worker(function, config, self.scaling)
 
-    def train(self, prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
+    def train(self, prepared: PreparedRun, audience: Audience) -> Outcome:
         """Train with Ray Train workers."""
         from raymem.cluster.train.controller import train_workers
 
-        return train_workers(prepared, tracker, audience)
+        return train_workers(prepared, audience)
 
     def run_steps(self, job: StepJob, progress: Callable[[int, int], None]) -> None:
         """Run one task per step."""

@@ -266,7 +266,7 @@ OPTIMIZERS: Axis[OptimizerKind[Any]] = Axis(
 TRACKERS: Axis[TrackerKind[Any]] = Axis(
     "tracking", "raymem.trackers", TrackerKind, default="mlflow", initial="mlflow",
     builtin={
-        "mlflow": "raymem.tracking.mlflow_kind:MlflowKind",
+        "mlflow": "raymem.tracking.mlflow.kind:MlflowKind",
         "none": "raymem.tracking.none_kind:NoTrackingKind",
     },
 )  # fmt: skip

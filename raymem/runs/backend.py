@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeVar
 
 from raymem.recipe.schema import ScalingSection
 from raymem.storage.storage import Storage
-from raymem.tracking import Tracker
 from raymem.training.dist_env import DistEnv
 from raymem.training.job import GroupTask, PreparedRun, StepJob
 from raymem.training.loop import Outcome, run
@@ -55,8 +54,8 @@ class Backend(Protocol):
             ClusterError: workers died again and again, or never started.
         """
 
-    def train(self, prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
-        """Train to the end; every row of metrics goes to the tracker and, in this process, to the audience."""
+    def train(self, prepared: PreparedRun, audience: Audience) -> Outcome:
+        """Train to the end; every row of metrics goes to the audience, in this process."""
 
     def run_steps(self, job: StepJob, progress: Progress) -> None:
         """Do the steps of a job that are not done yet, and commit it."""
@@ -83,10 +82,9 @@ class LocalBackend:
         """Make one call, of which a status would tell nothing that people wait for."""
         return function(config, DistEnv.of(self.scaling), LocalReporter().progress)
 
-    def train(self, prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
+    def train(self, prepared: PreparedRun, audience: Audience) -> Outcome:
         """Run the loop."""
-        rows = [*audience.rows, tracker.log]
-        reporter = LocalReporter(*rows, new_rows=audience.new_rows, status=audience.status)
+        reporter = LocalReporter(*audience.rows, new_rows=audience.new_rows, status=audience.status)
         dist_env = DistEnv.current(prepared.recipe)
         return run(
             prepared.recipe, dist_env, prepared.run, prepared.train_data, prepared.eval_data, reporter,

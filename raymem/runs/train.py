@@ -158,8 +158,8 @@ def _train_tracked(
         _log(tracker, earlier)
         began = time.perf_counter()
         options.begin(total_steps(prepared.recipe, prepared.train_data))
-        audience = Audience([rows.extend, *options.recorders], options.listeners, options.status)
-        outcome = run.backend.train(prepared, tracker, audience)
+        audience = Audience([rows.extend, tracker.log, *options.recorders], options.listeners, options.status)
+        outcome = run.backend.train(prepared, audience)
         train_s = time.perf_counter() - began
         _log(tracker, rows)  # mends what an outage swallowed; what is there already is left out
         if predicted is not None and outcome.peak_bytes is not None:

@@ -50,6 +50,13 @@ def secret_in(text: str) -> str | None:
     return None
 
 
+def names_secret(name: str) -> bool:
+    """Say whether a setting's name says that its value is a secret: ``HF_TOKEN``, ``apiKey``; not ``max_tokens``."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
+    plain = "".join(words)
+    return "token" in words or any(part in plain for part in _PARTS if part not in ("token", "signature"))
+
+
 def _before_host(parts: SplitResult) -> str | None:
     user, at, _ = parts.netloc.rpartition("@")
     if not at:

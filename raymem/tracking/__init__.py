@@ -1,6 +1,6 @@
 """Records runs; the only room that imports mlflow (and only once it is needed)."""
 
-from raymem.tracking.kinds import attach_tracker, check_tracking, start_tracking
+from raymem.tracking.kinds import check_tracking, start_tracking
 from raymem.tracking.tracker import NullTracker, RunStart, Tracker, TrackingResult
 
 __all__ = [
@@ -8,7 +8,6 @@ __all__ = [
     "RunStart",
     "Tracker",
     "TrackingResult",
-    "attach_tracker",
     "check_tracking",
     "start_tracking",
 ]

@@ -29,9 +29,6 @@ class GuardedTracker:
     def run_id(self) -> str | None:
         return self._tracker.run_id
 
-    def spec(self) -> dict[str, Any]:
-        return self._tracker.spec()
-
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         try:
             self._tracker.log(rows)

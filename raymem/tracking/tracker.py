@@ -50,8 +50,8 @@ class TrackingResult(Protocol):
 class Tracker(Protocol):
     """One run of one tracking system.
 
-    The driver starts and finishes it. With Ray workers another process logs: it rebuilds the tracker by ``attach`` from
-    ``spec``. Once started, a tracker never raises and never blocks for long, whatever becomes of its server.
+    It lives in the driver, with Ray workers as without. Once started, it never raises and never blocks for long,
+    whatever becomes of its server.
     """
 
     @classmethod
@@ -61,10 +61,6 @@ class Tracker(Protocol):
         Raises:
             TrackingError: the system cannot be used as the recipe says.
         """
-
-    @classmethod
-    def attach(cls, spec: Mapping[str, Any]) -> Self:
-        """Return the tracker of a run that was started elsewhere; nothing is contacted yet."""
 
     @classmethod
     def check(cls, options: Mapping[str, Any], storage_path: str) -> str:
@@ -77,9 +73,6 @@ class Tracker(Protocol):
     @property
     def run_id(self) -> str | None:
         """Id of the run in the tracking system."""
-
-    def spec(self) -> dict[str, Any]:
-        """Plain data for :meth:`attach`."""
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log rows ``{"step": 12.0, "loss": ..}``; values that are no numbers are left out.
@@ -123,15 +116,8 @@ class NullTracker:
         return cls()
 
     @classmethod
-    def attach(cls, spec: Mapping[str, Any]) -> Self:
-        return cls()
-
-    @classmethod
     def check(cls, options: Mapping[str, Any], storage_path: str) -> str:
         return "not wanted by this recipe"
-
-    def spec(self) -> dict[str, Any]:
-        return {}
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         pass

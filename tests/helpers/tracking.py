@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 from raymem.tracking import RunStart, start_tracking
-from raymem.tracking.mlflow_tracker import MlflowTracker
+from raymem.tracking.mlflow.tracker import MlflowTracker
 
 
 def recipe(**tracking: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from raymem.errors import RaymemError, RecipeError
 from raymem.recipe.load import recipe_of
 from raymem.storage.storage import Storage
 from raymem.storage.uris import secret_in
-from raymem.tracking.mlflow_uri import resolve_tracking
+from raymem.tracking.mlflow.uri import resolve_tracking
 from raymem.training.data.sources.remote import RemoteDirectory
 
 SECRET = "hunter2"

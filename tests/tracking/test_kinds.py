@@ -39,7 +39,7 @@ def test_reading_a_recipe_imports_no_tracker() -> None:
     program = (
         "import sys; from raymem.recipe.load import recipe_of\n"
         "recipe_of({'name': 'r', 'model': {'name': 'demo'}, 'data': {'train': 'demo:text'}, 'train': {'steps': 1}})\n"
-        "print(sorted({'mlflow', 'torch', 'raymem.tracking.mlflow_tracker'} & set(sys.modules)))"
+        "print(sorted({'mlflow', 'torch', 'raymem.tracking.mlflow.tracker'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

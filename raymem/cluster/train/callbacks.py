@@ -1,4 +1,4 @@
-"""Listens to Ray Train in its controller, and passes on what it learns to the tracker and to the driver."""
+"""Listens to Ray Train in its controller, and passes on what it learns to the driver."""
 
 from __future__ import annotations
 
@@ -11,32 +11,19 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 
 from raymem.cluster.train.events import Restarted, Rows, Scheduled
 from raymem.cluster.train.failures import first_rank, last_line
-from raymem.recipe.axes import register_again
 from raymem.text import cut
-from raymem.tracking import Tracker, attach_tracker
 
 
 class ReportCallback(ray.train.UserCallback):  # type: ignore[misc]
-    """Hands each report to the tracker and to the mailbox.
+    """Hands each report to the mailbox."""
 
-    Args:
-        tracking: kind of the tracker, the plain data that rebuild it, and kinds that are not raymem's own.
-    """
-
-    def __init__(self, tracking: tuple[str, Mapping[str, Any], Mapping[str, Mapping[str, str]]], mailbox: Any) -> None:
-        self._tracking = tracking
+    def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
-        self._tracker: Tracker | None = None
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         rows, replayed = metrics[0].get("rows", []), metrics[0].get("replayed", 0)
-        if self._tracker is None:
-            kind, spec, outside = self._tracking
-            register_again(outside)
-            self._tracker = attach_tracker(kind, spec)
         # Waited for, so that a mailbox that has died ends the run: rows would be lost without a word.
         ray.get(self._mailbox.push.remote(Rows(rows, replayed)))
-        self._tracker.log(rows)
 
 
 class FailureCallback(ray.train.UserCallback):  # type: ignore[misc]

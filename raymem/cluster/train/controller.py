@@ -21,10 +21,8 @@ from raymem.cluster.train.rendezvous import Rendezvous
 from raymem.cluster.train.watchdog import Watch, collective_timeout_s
 from raymem.cluster.train.worker import STOPPED_AT, config_of, train_worker
 from raymem.errors import ClusterError
-from raymem.recipe.axes import registered
 from raymem.recipe.schema import ScalingSection
 from raymem.stopping import Stopped
-from raymem.tracking import Tracker
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Audience
@@ -41,7 +39,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         pass
 
 
-def train_workers(prepared: PreparedRun, tracker: Tracker, audience: Audience) -> Outcome:
+def train_workers(prepared: PreparedRun, audience: Audience) -> Outcome:
     """Train with a group of workers; Ray restarts it after crashes, and the loop resumes from its checkpoints.
 
     raymem writes, finds and prunes checkpoints itself, so that local and Ray runs share them; Ray is not told of
@@ -52,10 +50,9 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, audience: Audience) -
         ClusterError: workers kept crashing, or never started.
     """
     recipe, mailbox = prepared.recipe, new_mailbox()
-    reports = ReportCallback((recipe.tracking.kind, tracker.spec(), registered()), mailbox)
     value = run_workers(
         train_worker, config_of(prepared), recipe.scaling, mailbox, audience,
-        name=recipe.name, what="the run", again=TRAINING, callbacks=[reports],
+        name=recipe.name, what="the run", again=TRAINING, callbacks=[ReportCallback(mailbox)],
     )  # fmt: skip
     if STOPPED_AT in value:
         raise Stopped(value[STOPPED_AT])

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from raymem.storage.identity import check_id, read_id
-from raymem.tracking.mlflow_client import brief, connect, limits
-from raymem.tracking.mlflow_run import check_server, start_run
-from raymem.tracking.mlflow_uri import database_file
+from raymem.tracking.mlflow.client import brief, connect, limits
+from raymem.tracking.mlflow.run import check_server, start_run
+from raymem.tracking.mlflow.uri import database_file
 from raymem.tracking.tracker import RunStart, Status
 
 _log = logging.getLogger("raymem.tracking")
@@ -67,6 +67,11 @@ class MlflowResult:
         return [*lines, f"registered as {self.model_version}"] if self.model_version else lines
 
 
+def now_ms() -> int:
+    """Return the time as MLflow has it: milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
 class _Value(NamedTuple):
     key: str
     value: float
@@ -115,23 +120,18 @@ class MlflowTracker:
         return cls(uri, run_id, register_as=options["register_as"], alias=options["alias"])
 
     @classmethod
-    def attach(cls, spec: Mapping[str, Any]) -> Self:
-        """Return an existing run, by its id."""
-        return cls(spec["tracking_uri"], spec["run_id"])
-
-    @classmethod
     def check(cls, options: Mapping[str, Any], storage_path: str) -> str:
         """Ask the tracking server for one experiment. Files are not created. Raises TrackingError."""
         return check_server(options, storage_path)
 
-    def spec(self) -> dict[str, Any]:
-        """Return arguments that rebuild this tracker."""
-        return {"tracking_uri": self.tracking_uri, "run_id": self.run_id}
-
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send one request per call; while the server is away at most one attempt per 30 s."""
-        now = time.time_ns() // 1_000_000
-        for row in rows:
+        now = now_ms()
+        self.log_at([(now, row) for row in rows])
+
+    def log_at(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+        """Log rows as :meth:`log` does, each with the time, in ms since 1970, at which it came."""
+        for now, row in rows:
             step = int(row["step"])
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from raymem.recipe.yaml_text import write
 from raymem.storage.errors import explain, system_error
 from raymem.storage.folders import make_shared
 from raymem.storage.storage import Storage
-from raymem.tracking.mlflow_client import brief, connect, limits
-from raymem.tracking.mlflow_uri import ARTIFACTS, TrackingAddress, database_file, resolve_tracking
+from raymem.tracking.mlflow.client import brief, connect, limits
+from raymem.tracking.mlflow.uri import ARTIFACTS, TrackingAddress, database_file, resolve_tracking
 from raymem.tracking.tracker import RunStart
 
 RUN_TAG = "raymem.run_id"
@@ -45,43 +46,61 @@ def start_run(start: RunStart) -> tuple[str, str]:
     """Create the MLflow run of a recipe, or continue the one of the same name and storage; returns address and id.
 
     Raises:
-        TrackingError: see :meth:`raymem.tracking.mlflow_tracker.MlflowTracker.start`.
+        TrackingError: see :meth:`raymem.tracking.mlflow.tracker.MlflowTracker.start`.
     """
     recipe, tracking = start.recipe, start.recipe["tracking"]
     if tracking["register_as"]:
         _check_alias(tracking["alias"])
     name = recipe["name"]
     address = resolve_tracking(tracking["uri"], start.storage_path)
-    try:
-        with limits(timeout_s=10, retries=1):
-            client = connect(address.uri)
-            _share_artifacts(start.storage_path, address)
-            experiment_id = _experiment(client, tracking["experiment"], address)
-            key = run_key(start.storage_path, name)
-            run = _previous(client, experiment_id, key) if start.resume else None
-            all_tags = {
-                **_provenance(start.source),
-                "raymem.device": start.device,
-                RUN_TAG: key,
-                **({"mlflow.parentRunId": start.parent_run_id} if start.parent_run_id else {}),
-                **start.tags,
-            }
-            if run is None:
-                note = {"mlflow.note.content": _note(recipe)}  # later it is the user's
-                run = client.create_run(experiment_id, run_name=name, tags={**note, **all_tags})
-            else:
-                client.update_run(run.info.run_id, status="RUNNING")
-                _log(client, run.info.run_id, tags=all_tags)
-            # Parameters of a run are immutable: a resumed run only gains those that it lacks.
-            missing = {key: value for key, value in flatten(recipe) if key not in run.data.params}
-            _log(client, run.info.run_id, params=missing)
-            text = write(dict(recipe), allow_unicode=True)
-            client.log_text(run.info.run_id, text, "recipe.yaml")
-    except TrackingError:
-        raise
-    except Exception as error:  # mlflow, requests, sqlalchemy and boto each have their own
-        raise _explain(error, address) from error
-    return address.uri, run.info.run_id
+    with explained(address), limits(timeout_s=10, retries=1):
+        client = connect(address.uri)
+        _share_artifacts(start.storage_path, address)
+        key = run_key(start.storage_path, name)
+        tags = {
+            **provenance(start.source),
+            "raymem.device": start.device,
+            **({"mlflow.parentRunId": start.parent_run_id} if start.parent_run_id else {}),
+            **start.tags,
+        }
+        facts = RunFacts(tracking["experiment"], name, tags, dict(flatten(recipe)), _note(recipe))
+        run_id = open_run(client, address, facts, key, resume=start.resume)
+        text = write(dict(recipe), allow_unicode=True)
+        client.log_text(run_id, text, "recipe.yaml")
+    return address.uri, run_id
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run has from its beginning."""
+
+    experiment: str
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    note: str
+    """Description that a new run begins with; later it is the user's."""
+
+
+def open_run(client: Any, address: TrackingAddress, facts: RunFacts, key: str, *, resume: bool) -> str:
+    """Create a run, or continue the one of the same key; returns its id.
+
+    Raises:
+        TrackingError: the experiment is deleted, or keeps its artifacts elsewhere.
+    """
+    experiment_id = _experiment(client, facts.experiment, address)
+    run = _previous(client, experiment_id, key) if resume else None
+    tags = {**facts.tags, RUN_TAG: key}
+    if run is None:
+        note = {"mlflow.note.content": facts.note}
+        run = client.create_run(experiment_id, run_name=facts.name, tags={**note, **tags})
+    else:
+        client.update_run(run.info.run_id, status="RUNNING")
+        log_properties(client, run.info.run_id, tags=tags)
+    # Parameters of a run are immutable: a resumed run only gains those that it lacks.
+    missing = {name: value for name, value in facts.params.items() if name not in run.data.params}
+    log_properties(client, run.info.run_id, params=missing)
+    return str(run.info.run_id)
 
 
 def _share_artifacts(storage_path: str, address: TrackingAddress) -> None:
@@ -102,12 +121,25 @@ def check_server(tracking: Mapping[str, Any], storage_path: str) -> str:
     address = resolve_tracking(tracking["uri"], storage_path)
     if (path := database_file(address.uri)) is not None:
         return f"{path} " + ("exists" if path.exists() else "will be created")
-    try:
-        with limits(timeout_s=5, retries=0):
-            connect(address.uri).search_experiments(max_results=1)
-    except Exception as error:
-        raise _explain(error, address) from error
+    check_answers(address)
     return f"{address.uri} answers"
+
+
+def check_answers(address: TrackingAddress) -> None:
+    """Ask a server for one experiment; nothing is created. Raises TrackingError."""
+    with explained(address), limits(timeout_s=5, retries=0):
+        connect(address.uri).search_experiments(max_results=1)
+
+
+@contextlib.contextmanager
+def explained(address: TrackingAddress) -> Iterator[None]:
+    """Turn whatever mlflow raises inside into a TrackingError with a cure."""
+    try:
+        yield
+    except TrackingError:
+        raise
+    except Exception as error:  # mlflow, requests, sqlalchemy and boto each have their own
+        raise _explain(error, address) from error
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -134,14 +166,15 @@ def _experiment(client: Any, name: str, address: TrackingAddress) -> str:
             experiment = client.get_experiment_by_name(name)  # another run made it in between
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"tracking.experiment: {name!r} was deleted at {address.uri}; restore it "
+            f"{address.spelling.experiment}: {name!r} was deleted at {address.uri}; restore it "
             f"(mlflow experiments restore -x {experiment.experiment_id}) or choose another name"
         )
     location = str(experiment.artifact_location).removeprefix("file://")
     if address.embedded and location != str(address.artifact_location).removeprefix("file://"):
         raise TrackingError(
-            f"tracking.experiment: {name!r} of {address.uri} keeps its artifacts in {location}, outside of "
-            "storage.path; this storage was moved or copied: move it back, or choose another tracking.experiment"
+            f"{address.spelling.experiment}: {name!r} of {address.uri} keeps its artifacts in {location}, outside of "
+            f"{address.spelling.storage}; this storage was moved or copied: move it back, or choose another "
+            f"{address.spelling.experiment}"
         )
     _set_kind(client, experiment)
     return str(experiment.experiment_id)
@@ -154,7 +187,8 @@ def _previous(client: Any, experiment_id: str, key: str) -> Any:
     return runs[0] if runs else None
 
 
-def _log(client: Any, run_id: str, *, params: Mapping[str, str] = {}, tags: Mapping[str, str] = {}) -> None:
+def log_properties(client: Any, run_id: str, *, params: Mapping[str, str] = {}, tags: Mapping[str, str] = {}) -> None:
+    """Add parameters and tags to a run."""
     from mlflow.entities import Param, RunTag
 
     if tags:
@@ -164,7 +198,7 @@ def _log(client: Any, run_id: str, *, params: Mapping[str, str] = {}, tags: Mapp
         client.log_batch(run_id, params=items[start : start + _PARAMS_PER_BATCH])
 
 
-def _provenance(source: Path | None) -> dict[str, str]:
+def provenance(source: Path | None) -> dict[str, str]:
     """Return what started a run, and with which versions.
 
     Args:
@@ -213,14 +247,15 @@ def _check_alias(alias: str) -> None:
 
 
 def _explain(error: Exception, address: TrackingAddress) -> TrackingError:
+    spelling = address.spelling
     if system_error(error) is not None and (database := database_file(address.uri)) is not None:
-        cure = "mend that, set tracking.uri, or set tracking: none"
+        cure = f"mend that, set {spelling.uri}, or {spelling.without}"
         return TrackingError(str(explain(error, "write", str(database), where="tracking", cure=cure)))
     text = brief(error)
     if "error code 401" in text or "error code 403" in text or "PERMISSION_DENIED" in text:
         cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
     elif "failed with exception" in text or "timeout" in text:
-        cure = "start it, correct tracking.uri, or set tracking: none"
+        cure = f"start it, correct {spelling.uri}, or {spelling.without}"
     else:
-        cure = "correct tracking.uri or the rights on its artifacts, or set tracking: none"
+        cure = f"correct {spelling.uri} or the rights on its artifacts, or {spelling.without}"
     return TrackingError(f"tracking at {address.uri} cannot be used: {text}; {cure}")

@@ -13,8 +13,8 @@ import yaml
 
 from raymem.errors import TrackingError
 from raymem.tracking import NullTracker, RunStart, check_tracking, start_tracking
-from raymem.tracking.mlflow_client import connect
-from raymem.tracking.mlflow_run import flatten
+from raymem.tracking.mlflow.client import connect
+from raymem.tracking.mlflow.run import flatten
 from tests.helpers.tracking import Server, recipe, start
 
 

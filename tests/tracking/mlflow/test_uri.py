@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import pytest
 
 from raymem.errors import TrackingError
-from raymem.tracking.mlflow_uri import TrackingAddress, database_file, resolve_tracking
+from raymem.tracking.mlflow.uri import TrackingAddress, database_file, resolve_tracking
 
 S3 = "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1"
 

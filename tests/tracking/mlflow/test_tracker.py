@@ -16,8 +16,8 @@ import pytest
 import sqlalchemy
 
 from raymem.tracking import NullTracker, attach_tracker
-from raymem.tracking.mlflow_client import connect
-from raymem.tracking.mlflow_tracker import MlflowTracker
+from raymem.tracking.mlflow.client import connect
+from raymem.tracking.mlflow.tracker import MlflowTracker
 from tests.helpers.tracking import Server, recipe, start
 
 REGISTERED = {"tracking": recipe(register_as="my-model", alias="champion")["tracking"]}
@@ -146,7 +146,7 @@ def test_no_second_attempt_before_the_pause_is_over(server: Server, remote: Mlfl
 
 def test_a_silent_server_costs_one_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener that never answers, with users' own generous limits in the environment."""
-    monkeypatch.setattr("raymem.tracking.mlflow_tracker.CALL_TIMEOUT_S", 1)
+    monkeypatch.setattr("raymem.tracking.mlflow.tracker.CALL_TIMEOUT_S", 1)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "7")
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -181,7 +181,7 @@ def test_half_stored_batch_is_not_doubled(
 
 
 def test_the_buffer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymem.tracking.mlflow_tracker.MAX_WAITING", 10)
+    monkeypatch.setattr("raymem.tracking.mlflow.tracker.MAX_WAITING", 10)
     tracker = MlflowTracker("http://127.0.0.1:9", "0" * 32)
     for step in range(25):
         tracker.log([{"step": step, "loss": 1.0}])

@@ -30,6 +30,6 @@ class MlflowKind(TrackerKind[MlflowTracking]):
     options = MlflowTracking
 
     def load(self) -> type[Any]:
-        from raymem.tracking.mlflow_tracker import MlflowTracker
+        from raymem.tracking.mlflow.tracker import MlflowTracker
 
         return MlflowTracker

@@ -14,7 +14,7 @@ from typing import Any
 
 from raymem.storage.folders import make_directory, storage_above
 from raymem.storage.permissions import open_lock, share
-from raymem.tracking.mlflow_uri import database_file
+from raymem.tracking.mlflow.uri import database_file
 
 _environment = threading.Lock()
 

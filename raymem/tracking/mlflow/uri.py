@@ -17,6 +17,16 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """The words by which errors name settings, and what does without tracking: those of a recipe."""
+
+    uri: str = "tracking.uri"
+    experiment: str = "tracking.experiment"
+    storage: str = "storage.path"
+    without: str = "set tracking: none"
+
+
+@dataclass(frozen=True)
 class TrackingAddress:
     """A resolved tracking address."""
 
@@ -25,9 +35,10 @@ class TrackingAddress:
     """Root of the artifacts of a new experiment; None where the server decides."""
     embedded: bool
     """True for the sqlite file under the storage path, which is made on first use."""
+    spelling: Spelling = Spelling()
 
 
-def resolve_tracking(uri: str | None, storage_path: str) -> TrackingAddress:
+def resolve_tracking(uri: str | None, storage_path: str, spelling: Spelling = Spelling()) -> TrackingAddress:
     """Resolve ``tracking.uri``; without one, ``MLFLOW_TRACKING_URI`` counts, then sqlite under the storage path.
 
     Nothing is contacted. Artifacts of a database address always lie under the storage path: mlflow's own default is
@@ -36,7 +47,7 @@ def resolve_tracking(uri: str | None, storage_path: str) -> TrackingAddress:
     Raises:
         TrackingError: no address and object storage, an unsupported or relative one, or a password in it.
     """
-    where = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
+    where = spelling.uri if uri else "MLFLOW_TRACKING_URI"
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
     storage = Storage.open(storage_path)
     artifacts = storage.join(ARTIFACTS)
@@ -49,10 +60,10 @@ def resolve_tracking(uri: str | None, storage_path: str) -> TrackingAddress:
     if uri is None:
         if not storage.is_local:
             raise TrackingError(
-                f"tracking.uri is not set, and storage.path {storage_path} is no directory that could hold an sqlite "
-                "file; set tracking.uri to an MLflow server (http://host:port), or tracking: none"
+                f"{spelling.uri} is not set, and {spelling.storage} {storage_path} is no directory that could hold an "
+                f"sqlite file; set {spelling.uri} to an MLflow server (http://host:port), or {spelling.without}"
             )
-        return TrackingAddress(_sqlite_uri(storage.join("mlflow.db")), artifacts, embedded=True)
+        return TrackingAddress(_sqlite_uri(storage.join("mlflow.db")), artifacts, embedded=True, spelling=spelling)
     parts = urlsplit(uri)
     if found := secret_in(uri):
         raise TrackingError(
@@ -66,11 +77,11 @@ def resolve_tracking(uri: str | None, storage_path: str) -> TrackingAddress:
             f"{where}: {uri} is relative, which means another file in each process; write sqlite:////absolute/path.db"
         )
     if scheme in _DATABASES:
-        return TrackingAddress(uri, artifacts, embedded=False)
+        return TrackingAddress(uri, artifacts, embedded=False, spelling=spelling)
     if scheme in ("http", "https") and parts.hostname:
-        return TrackingAddress(uri.rstrip("/"), None, embedded=False)
+        return TrackingAddress(uri.rstrip("/"), None, embedded=False, spelling=spelling)
     if uri == "databricks" or scheme == "databricks":
-        return TrackingAddress(uri, None, embedded=False)
+        return TrackingAddress(uri, None, embedded=False, spelling=spelling)
     raise TrackingError(
         f"{where}: {uri!r} is no address that can be used; give an MLflow server (http://host:port), "
         "sqlite:////absolute/path.db, or leave it out"

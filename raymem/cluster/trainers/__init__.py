@@ -1,0 +1,1 @@
+"""What other people put into their own Ray Train trainers."""

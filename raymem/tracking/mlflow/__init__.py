@@ -1,0 +1,1 @@
+"""Runs in MLflow; nothing here imports mlflow before it is used."""
