@@ -79,6 +79,8 @@ class Kind(ABC, Generic[OptionsT]):
     """Options that hold a path, which is made absolute where the command is started."""
     paths_or_ids: ClassVar[tuple[str, ...]] = ()
     """Options that hold a path or a Hugging Face id."""
+    nested: ClassVar[tuple[str, ...]] = ()
+    """Options that hold a list of options of the same axis."""
     start: ClassVar[Start | None] = None
     """Usual values of a recipe for it, where it is a method that a person chooses."""
     space: ClassVar[Mapping[str, Any]] = {}

@@ -38,12 +38,14 @@ class Axis(Generic[KindT]):
         default: kind of options that name none.
         initial: kind of a recipe that says nothing of the axis.
         builtin: name -> ``module:class``.
+        several: kind that a list of kinds is short for; its first nested option holds them.
     """
 
     def __init__(
-        self, name: str, group: str, base: type, *, default: str, initial: str, builtin: Mapping[str, str]
-    ) -> None:
-        self.name, self.group, self.default, self.initial = name, group, default, initial
+        self, name: str, group: str, base: type, *, default: str, initial: str, builtin: Mapping[str, str],
+        several: str | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.group, self.default, self.initial, self.several = name, group, default, initial, several
         self._base = base
         self.builtin = dict(builtin)
         self._outside: dict[str, str] = {}
@@ -106,12 +108,22 @@ class Axis(Generic[KindT]):
         return self[self.initial].options()
 
     def spelled_out(self, value: Any) -> Any:
-        """Return a kind's bare name, options without a kind, or an options object as a mapping with its kind."""
+        """Return a kind's bare name, options without a kind, an options object, or a list of them where the axis takes
+        one, as a mapping with its kind.
+        """
         if isinstance(value, str):
             return {"kind": value}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return dataclasses.asdict(value)
+        if isinstance(value, list) and self.several is not None:
+            return {"kind": self.several, self.list_option: value}
         return {"kind": self.default, **value} if isinstance(value, Mapping) else value
+
+    @property
+    def list_option(self) -> str:
+        """The option that holds a list of kinds."""
+        assert self.several is not None
+        return self[self.several].nested[0]
 
     def register(self, kind: type[KindT] | str) -> None:
         """Add a kind of others.
@@ -264,9 +276,12 @@ OPTIMIZERS: Axis[OptimizerKind[Any]] = Axis(
 )  # fmt: skip
 
 TRACKERS: Axis[TrackerKind[Any]] = Axis(
-    "tracking", "raymem.trackers", TrackerKind, default="mlflow", initial="mlflow",
+    "tracking", "raymem.trackers", TrackerKind, default="mlflow", initial="mlflow", several="several",
     builtin={
         "mlflow": "raymem.tracking.mlflow.kind:MlflowKind",
+        "tensorboard": "raymem.tracking.tensorboard_kind:TensorBoardKind",
+        "wandb": "raymem.tracking.wandb_kind:WandbKind",
+        "several": "raymem.tracking.several_kind:SeveralKind",
         "none": "raymem.tracking.none_kind:NoTrackingKind",
     },
 )  # fmt: skip

@@ -54,7 +54,10 @@ class AxisField:
         try:
             return adapter_of(options).validate_python(_with_tuples(raw, fields))
         except ValidationError as error:
-            raise self._error(raw, [_located(item, fields) for item in error.errors()]) from None
+            problems = [_located(item, fields) for item in error.errors()]
+            if isinstance(value, list):  # a person wrote no name for it
+                problems = [(path.removeprefix(self.axis.list_option), text) for path, text in problems]
+            raise self._error(raw, problems) from None
 
     def _error(self, raw: Any, problems: Iterable[tuple[str, str]]) -> ValidationError:
         details = [InitErrorDetails(type=_problem(text), loc=(path,), input=raw) for path, text in problems]
@@ -94,6 +97,10 @@ def _located(item: Any, fields: Iterable[str]) -> tuple[str, str]:
             path += f"[{part}]"
         elif index == 0:  # what follows are arms of a union
             path = part
+        elif item["type"] == SENTENCE:  # of nested options, whose places are exact
+            path += f".{part}"
+    if item["type"] == SENTENCE:
+        return path, item["msg"]
     if item["type"] == "value_error":  # such options name the field themselves
         name, separator, rest = item["msg"].removeprefix("Value error, ").partition(": ")
         if separator and name.partition("[")[0] in fields:

@@ -183,7 +183,10 @@ def recipe_schema() -> dict[str, Any]:
                 key = f"{title}-{kind.name}"
             definitions[key] = section
             refs.append({"$ref": f"#/$defs/{key}"})
-        definitions[title] = {"anyOf": [*refs, {"enum": [kind.name for kind in axis.kinds()]}]}
+        one: dict[str, Any] = {"anyOf": [*refs, {"enum": [kind.name for kind in axis.kinds()]}]}
+        definitions[title] = one
+        if axis.several is not None:
+            definitions[title] = {"anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}]}
         described = schema["properties"][name].get("description", "")
         default = {"kind": axis.initial}
         schema["properties"][name] = {"$ref": f"#/$defs/{title}", "default": default, "description": described}
@@ -236,7 +239,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if child is None:
             child = {}
             _assign(node, part, child)
-        elif isinstance(child, str) and depth == 0:
+        elif isinstance(child, str) and (depth == 0 or (depth == 1 and isinstance(node, list))):
             child = {"kind": child}  # `adapter: lora` and `--set adapter.rank=8` belong together
             _assign(node, part, child)
         node = child
@@ -272,9 +275,15 @@ def _absolute(recipe: Recipe, base_dir: Path) -> Recipe:
     raw = recipe.to_dict()
     raw["model"].update({key: local(raw["model"][key]) for key in ("name", "tokenizer")})
     raw["data"].update({key: sources(raw["data"][key]) for key in ("train", "eval")})
-    for name, axis in AXES.items():
-        options, kind = raw[name], axis.of(recipe)
+
+    def axis_paths(axis: Any, options: dict[str, Any]) -> None:
+        kind = axis[options["kind"]]
         options |= {key: absolute(options[key], base_dir) for key in kind.paths if options.get(key)}
         options |= {key: local(options[key]) for key in kind.paths_or_ids if options.get(key)}
+        for inner in (inner for key in kind.nested for inner in options[key]):
+            axis_paths(axis, inner)
+
+    for name, axis in AXES.items():
+        axis_paths(axis, raw[name])
     raw["storage"]["path"] = absolute(raw["storage"]["path"], base_dir)
     return Recipe.model_validate(raw)

@@ -174,7 +174,7 @@ class StorageSection(RecipeModel):
         return Storage.open(self.path, 0.0 if self.retry_for is None else parse_duration(self.retry_for))
 
 
-RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db", "mlflow.db.lock")
+RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db", "mlflow.db.lock", "tensorboard", "wandb")
 """Names in a storage path that are no runs."""
 
 
@@ -220,7 +220,7 @@ class Recipe(RecipeModel):
     storage: StorageSection = StorageSection()
     """Where runs, prepared data and caches live."""
     tracking: Annotated[Any, AxisField(TRACKERS)] = Field(default_factory=TRACKERS.initial_options)
-    """Where runs are recorded."""
+    """Where runs are recorded; a list records them in several places."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)] | None = None
     """Search space of ``raymem sweep``, over paths of this recipe; a single run leaves it aside."""
 

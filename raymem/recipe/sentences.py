@@ -28,7 +28,7 @@ def problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
     texts: dict[str, str] = {}
     for item in error.errors():
         if item["type"] == SENTENCE:
-            path, text = ".".join(str(part) for part in item["loc"]), item["msg"]
+            path, text = ".".join(str(part) for part in item["loc"] if part != "").replace(".[", "["), item["msg"]
         else:
             path, fields = _resolve(item["loc"], root)
             path, text = _beside_kind(item, path) or _at_field(item, path, fields)

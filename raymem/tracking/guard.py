@@ -1,4 +1,4 @@
-"""Trackers of others, held to what :class:`raymem.tracking.Tracker` promises: once started they cost no run."""
+"""Holds trackers to what :class:`raymem.tracking.Tracker` promises: once started they cost no run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import RaymemError, TrackingError
-from raymem.tracking.tracker import NoResult, Status, Tracker, TrackingResult
+from raymem.tracking.tracker import Status, Summary, Tracker, TrackingResult
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class GuardedTracker:
         else:
             if self._problem is None or result.problem is not None:
                 return result
-        return NoResult(self.run_id, self._problem)
+        return Summary(self.run_id, self._problem)
 
     def _failed(self, error: Exception) -> None:
         if self._problem is None:

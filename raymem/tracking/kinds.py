@@ -19,19 +19,8 @@ def start_tracking(start: RunStart) -> Tracker:
     kind = start.recipe["tracking"]["kind"]
     with failures_said(kind):
         tracker: Tracker = TRACKERS[kind].load().start(start)
-    return _guarded(tracker, kind)
-
-
-def attach_tracker(kind: str, spec: Mapping[str, Any]) -> Tracker:
-    """Return the tracker of a run that was started in another process; nothing is contacted yet."""
-    with failures_said(kind):
-        tracker: Tracker = TRACKERS[kind].load().attach(spec)
-    return _guarded(tracker, kind)
-
-
-def _guarded(tracker: Tracker, kind: str) -> Tracker:
-    """Return a tracker whose failures cost no run; raymem's own need no guard."""
-    return tracker if kind in TRACKERS.builtin else cast(Tracker, GuardedTracker(tracker, kind))
+    never_raises = getattr(tracker, "never_raises", False)
+    return tracker if never_raises else cast(Tracker, GuardedTracker(tracker, kind))
 
 
 def check_tracking(options: Mapping[str, Any], storage_path: str) -> str:

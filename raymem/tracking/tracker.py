@@ -93,21 +93,23 @@ class Tracker(Protocol):
 
 
 @dataclass(frozen=True)
-class NoResult:
-    """Nothing was recorded."""
+class Summary:
+    """A plain :class:`TrackingResult`; without arguments, nothing was recorded."""
 
     run_id: str | None = None
     problem: str | None = None
     hint: str | None = None
+    lines: Sequence[str] = ()
 
     def summary_lines(self) -> list[str]:
-        """No lines."""
-        return []
+        """Return the lines."""
+        return list(self.lines)
 
 
 class NullTracker:
     """``tracking: none``."""
 
+    never_raises = True
     run_id: str | None = None
 
     @classmethod
@@ -124,5 +126,5 @@ class NullTracker:
 
     def finish(
         self, status: Status, artifacts: Mapping[str, str | Path] | None = None, *, model: str | None = None
-    ) -> NoResult:
-        return NoResult()
+    ) -> Summary:
+        return Summary()

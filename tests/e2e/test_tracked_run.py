@@ -19,6 +19,7 @@ from raymem.cli.signals import unwind_on_signals
 from tests.helpers.commands import kill_command
 from tests.helpers.run_files import losses, write_recipe
 from tests.helpers.support import in_processes
+from tests.helpers.tracking import written
 
 
 def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(
@@ -54,6 +55,16 @@ def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(
         plain = AutoPeftModelForCausalLM.from_pretrained(downloaded).eval()(input_ids=ids).logits
         trained = build_model(continued).eval()(input_ids=ids).logits
     assert torch.equal(plain, trained)
+
+
+def test_a_run_in_several_systems_goes_on_in_all_of_them(tmp_path: Path, llama: Path, examples: Path) -> None:
+    recipe = write_recipe(tmp_path / "both.yaml", tmp_path, llama, examples, tracking=["mlflow", "tensorboard"])
+    assert run_app("train", recipe, "--set", "train.steps=2") == 0
+    assert run_app("train", recipe) == 0
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("raymem").experiment_id])
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
+    assert [step for step, _ in written(tmp_path / "runs" / "tensorboard" / "both")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])

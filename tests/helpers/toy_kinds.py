@@ -267,15 +267,8 @@ class LinesTracker:
         return cls(start.recipe["tracking"]["file"])
 
     @classmethod
-    def attach(cls, spec: Mapping[str, Any]) -> LinesTracker:
-        return cls(spec["file"])
-
-    @classmethod
     def check(cls, options: Mapping[str, Any], storage_path: str) -> str:
         return f"{options['file']} can be written"
-
-    def spec(self) -> dict[str, Any]:
-        return {"file": self.run_id}
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         with Path(str(self.run_id)).open("a") as file:

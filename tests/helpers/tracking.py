@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 from raymem.tracking import RunStart, start_tracking
 from raymem.tracking.mlflow.tracker import MlflowTracker
+from raymem.tracking.tensorboard_tracker import _events
 
 
 def recipe(**tracking: Any) -> dict[str, Any]:
@@ -25,6 +27,17 @@ def start(storage: str, resume: bool = False, **changes: Any) -> MlflowTracker:
     tracker = start_tracking(RunStart({**recipe(), **changes}, storage, resume, **options))
     assert isinstance(tracker, MlflowTracker)
     return tracker
+
+
+def written(folder: Path) -> list[tuple[int, float]]:
+    """Steps and values of the loss in all event files of a folder, oldest first."""
+    return [
+        (event.step, value.simple_value)
+        for path in sorted(folder.glob("events*"))
+        for event in _events(path)
+        for value in event.summary.value
+        if value.tag == "loss"
+    ]
 
 
 class Server:

@@ -20,6 +20,7 @@ IN_BACKWARD = {"adapter": "none", "optimizer": {"kind": "mlorc_adamw", "step_in_
 
 # The two settings of a rule -> recipes that break that rule and no other.
 CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
+    ("tracking.trackers: []",): [{"tracking": "several"}, {"tracking": []}],
     ("base.quantize: nf4", "adapter: none"): [{**NF4, "adapter": "none"}],
     ("base.quantize: nf4", "model.config"): [
         {**NF4, "model": {"name": None, "config": {"model_type": "llama"}, "tokenizer": "demo"}}

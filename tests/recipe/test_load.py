@@ -52,7 +52,7 @@ def refusal(*fragments: dict[str, Any]) -> str:
         ({"base": {"quantize": "nf5"}}, ["base.quantize: 'nf5'", "did you mean 'nf4'"]),
         ({"adapter": "lroa"}, ["adapter.kind: 'lroa'", "did you mean 'lora'"]),
         ({"optimizer": {"kind": "adamW"}}, ["optimizer.kind: 'adamW'", "did you mean 'adamw'"]),
-        ({"tracking": {"kind": "wandb"}}, ["tracking.kind: 'wandb'", "mlflow, none"]),
+        ({"tracking": {"kind": "comet"}}, ["tracking.kind: 'comet'", "mlflow, tensorboard, wandb"]),
         ({"adapter": 3}, ["adapter: 3"]),
         ({"train": None}, ["train: None", "mapping"]),
         ({"data": {"train": []}}, ["data.train: []", "at least 1 item"]),

@@ -14,7 +14,7 @@ import pytest
 
 from raymem.errors import TrackingError
 from raymem.recipe.axes import TRACKERS
-from raymem.tracking import RunStart, Tracker, attach_tracker, start_tracking
+from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.tracking.tracker import TrackingResult
 from tests.helpers import toy_kinds
 
@@ -28,7 +28,7 @@ def methods(cls: Any) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", TRACKERS)
 def test_an_implementation_has_what_is_asked_for(name: str) -> None:
     tracker, asked = TRACKERS[name].load(), methods(Tracker)
-    assert {"start", "attach", "check", "spec", "log", "finish"} == set(asked)
+    assert {"start", "check", "log", "finish"} == set(asked)
     assert {method: parameters for method, parameters in methods(tracker).items() if method in asked} == asked
     result = typing.get_type_hints(tracker.finish)["return"]
     fields = {*dir(result), *getattr(result, "__dataclass_fields__", {})}
@@ -62,18 +62,16 @@ def test_a_tracker_from_outside_that_fails_costs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = start_tracking(started(tmp_path / "lines.jsonl"))
-    for either in (tracker, attach_tracker("toy_lines", tracker.spec())):
-        either.log([{"step": 1.0, "loss": 2.0}])
-        with monkeypatch.context() as patch:
-            patch.setattr(toy_kinds.LinesTracker, "log", lambda self, rows: 1 / 0)
-            caplog.clear()
-            either.log([{"step": 2.0, "loss": 2.0}])
-            either.log([{"step": 3.0, "loss": 2.0}])
-            assert len(caplog.messages) == 1, "said once"
-        result = either.finish("FINISHED")
-        assert result.run_id == tracker.run_id
-        assert result.problem == caplog.messages[0]
-        assert result.problem.startswith("tracking: toy_lines failed: ZeroDivisionError: division by zero")
+    tracker.log([{"step": 1.0, "loss": 2.0}])
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_kinds.LinesTracker, "log", lambda self, rows: 1 / 0)
+        tracker.log([{"step": 2.0, "loss": 2.0}])
+        tracker.log([{"step": 3.0, "loss": 2.0}])
+    assert len(caplog.messages) == 1, "said once"
+    result = tracker.finish("FINISHED")
+    assert result.run_id == tracker.run_id
+    assert result.problem == caplog.messages[0]
+    assert result.problem.startswith("tracking: toy_lines failed: ZeroDivisionError: division by zero")
 
 
 @pytest.mark.usefixtures("lines")

@@ -86,6 +86,8 @@ class MlflowTracker:
         register_as: registered model that gets the trained model as a new version, under ``alias``.
     """
 
+    never_raises = True
+
     def __init__(
         self, tracking_uri: str, run_id: str, *, register_as: str | None = None, alias: str | None = None,
         retry_after_s: float = RETRY_AFTER_S,

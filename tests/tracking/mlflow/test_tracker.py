@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import sqlite3
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 
-from raymem.tracking import NullTracker, attach_tracker
+from raymem.tracking import NullTracker
 from raymem.tracking.mlflow.client import connect
 from raymem.tracking.mlflow.tracker import MlflowTracker
 from tests.helpers.tracking import Server, recipe, start
@@ -79,7 +78,7 @@ def test_replayed_steps_are_not_logged_again(tracker: MlflowTracker) -> None:
     rows = [{"step": s, "loss": 1.0 / (s + 1), **({"eval_loss": 1.0} if s == 2 else {})} for s in range(5)]
     tracker.log(rows[:4])
     tracker.log(rows[2:])
-    again = attach_tracker("mlflow", tracker.spec())  # the controller after its restart
+    again = MlflowTracker(tracker.tracking_uri, str(tracker.run_id))  # a driver after its restart
     again.log(rows)
     again.log([{"step": 5, "loss": 0.1}])
     assert [s for s, _ in history(tracker, "loss")] == [0, 1, 2, 3, 4, 5]
@@ -87,14 +86,6 @@ def test_replayed_steps_are_not_logged_again(tracker: MlflowTracker) -> None:
     # one metric that is behind does not hold another back
     again.log([{"step": 4, "loss": 9.0, "eval_loss": 0.5}])
     assert [s for s, _ in history(tracker, "eval_loss")] == [2, 4]
-
-
-def test_plain_data_make_the_tracker_of_another_process(tracker: MlflowTracker) -> None:
-    tracker.log([{"step": 0, "loss": 1.0}])
-    back = attach_tracker("mlflow", json.loads(json.dumps(tracker.spec())))
-    back.log([{"step": 1, "loss": 0.5}])
-    assert [s for s, _ in history(tracker, "loss")] == [0, 1]
-    assert back.run_id == tracker.run_id
 
 
 def test_one_request_per_call_and_large_batches(server: Server, remote: MlflowTracker) -> None:
@@ -257,7 +248,7 @@ def test_a_file_is_looked_at_with_a_command_and_a_server_is_not(tracker: MlflowT
 
 
 def test_a_tracker_that_records_nothing() -> None:
-    tracker = attach_tracker("none", NullTracker().spec())
+    tracker = NullTracker()
     tracker.log([{"step": 1, "loss": 1.0}])
     result = tracker.finish("FINISHED", {"adapter": "/none"}, model="adapter")
     assert (result.problem, result.hint, result.run_id, result.summary_lines()) == (None, None, None, [])
