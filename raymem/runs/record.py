@@ -8,13 +8,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, Literal
 
 from raymem.planner import Plan
 from raymem.recipe.data import Source
 from raymem.runs.resolved import ResolvedRun
+from raymem.storage.publish import digest, read_manifest
 from raymem.storage.storage import Storage
-from raymem.training.data.packed.shards import Prepared
+from raymem.tracking import DatasetFacts
+from raymem.training.data.packed.shards import Prepared, PreparedSource
+from raymem.training.data.pairs import described
 from raymem.training.data.summary import Part, examples, summarise
 from raymem.training.data.tokenizer import load_tokenizer
 from raymem.training.job import PreparedRun
@@ -44,6 +48,36 @@ def note_data(run: ResolvedRun, prepared: PreparedRun) -> None:
     if prepared.eval_data is not None:
         values["eval"] = _figures(run.recipe.data.eval or [], prepared.eval_data)
     run.run.write_record(DATA, values)
+
+
+def datasets_of(run: ResolvedRun, prepared: PreparedRun) -> list[DatasetFacts]:
+    """Return what tracking systems are told of a run's data."""
+    splits: list[tuple[Literal["training", "evaluation"], Sequence[Source], Prepared | None]] = [
+        ("training", run.recipe.data.train, prepared.train_data),
+        ("evaluation", run.recipe.data.eval or [], prepared.eval_data),
+    ]
+    return [
+        _dataset(context, source, one)
+        for context, sources, data in splits
+        if data is not None
+        for source, one in zip(sources, data.sources, strict=True)
+    ]
+
+
+def _dataset(context: Literal["training", "evaluation"], source: Source, prepared: PreparedSource) -> DatasetFacts:
+    manifest = read_manifest(prepared.directory)
+    assert manifest is not None, "prepared"
+    facts, files = manifest["facts"], manifest["files"]
+    figures = {name: facts[name] for name in ("num_read", "num_rows", "num_examples", "num_tokens", "num_targets")}
+    return DatasetFacts(
+        name=source.name or PurePosixPath(source.path.split("?")[0]).name,
+        context=context,
+        digest=digest(sorted((name, file["sha256"]) for name, file in files.items()))[:16],
+        source=source.path,
+        sequence_length=facts["sequence_length"],
+        columns={"input_ids": "int32", "targets": "bool"},
+        figures={**figures, "how": described(prepared.row_format, prepared.template, facts)},
+    )
 
 
 def note_plan(run: ResolvedRun, plan: Plan) -> None:

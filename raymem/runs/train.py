@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from raymem.errors import BudgetExceeded, RaymemError
 from raymem.memory.budget import Exceeds, bytes_text, parse_bytes
@@ -17,7 +18,7 @@ from raymem.runs.artifacts import local_copy
 from raymem.runs.data import row_facts
 from raymem.runs.lock import only_one, set_aside
 from raymem.runs.prepare import Split, prepare
-from raymem.runs.record import note_data, note_plan
+from raymem.runs.record import datasets_of, note_data, note_plan
 from raymem.runs.resolve import note_start, planned_recipes, resolve
 from raymem.runs.resolved import ResolvedRun
 from raymem.runs.results import TrainResult
@@ -48,6 +49,8 @@ class InSweep:
     """Id of the sweep's run in the tracking system."""
     predicted_peak_bytes: int
     """Predicted peak of a step; the sweep has compared it with the budget."""
+    point: Mapping[str, Any]
+    """What the sweep has chosen for the trial: path in the recipe -> value."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class TrainOptions:
     """A function that is told the number of the run's steps before the first one is taken."""
     source: Path | None = None
     """The recipe's file, for the tracked run."""
+    group: str | None = None
+    """The name of the pipeline that the run is a stage of, for the tracked run."""
     sweep: InSweep | None = None
     """The sweep of a run that is a trial; the artefact of a trial is not copied to the tracking system."""
 
@@ -138,7 +143,10 @@ def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions)
             resume=checkpoint is not None,
             device="cuda" if run.recipe.scaling.use_gpu else "cpu",
             parent_run_id=None if options.sweep is None else options.sweep.parent_run_id,
+            group=options.group,
+            point={} if options.sweep is None else options.sweep.point,
             source=options.source,
+            datasets=datasets_of(run, prepared),
         )
     )
     return _train_tracked(run, prepared, predicted, tracker, options, earlier)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,7 @@ def sweep(
         try:
             named = partial(trial_name, recipe.name, facts["key"])
             storage_id = identify(Path(storage.root)) if storage.is_local else None
-            configure = _configurer(named, tracker.run_id, storage_id)
+            configure = _configurer(named, tracker.run_id, storage_id, list(space))
             search, rows = _search(recipe, space, options, report, configure, storage, status, watch)
             if (best := best_of(rows, options.objective)) is not None:
                 tracker.log([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
@@ -219,16 +219,30 @@ def _prepare(recipe: Recipe, facts: dict[str, Any], storage: Storage, backend: B
     return pinned
 
 
-def _configurer(named: Callable[[int], str], parent_run_id: str | None, storage_id: str | None) -> Configure:
-    """Return the function that makes a trial's config."""
+def _configurer(
+    named: Callable[[int], str], parent_run_id: str | None, storage_id: str | None, paths: Sequence[str]
+) -> Configure:
+    """Return the function that makes a trial's config.
+
+    Args:
+        paths: the dimensions of the space.
+    """
 
     def configure(number: int, point: Recipe, predicted_bytes: int, needed_bytes: int) -> dict[str, Any]:
         scaling, resources, memory, threads = resources_of(point, needed_bytes)
         plain = point.to_dict() | {"name": named(number), "scaling": scaling, "budget": None}
-        job = TrialJob(number, plain, predicted_bytes, memory, threads, resources, parent_run_id, storage_id)
+        chosen = {path: value for path in paths if (value := _at(plain, path)) is not None}
+        job = TrialJob(number, plain, predicted_bytes, memory, threads, resources, parent_run_id, storage_id, chosen)
         return job.to_config()
 
     return configure
+
+
+def _at(values: Any, path: str) -> Any:
+    """Return what a recipe has at a path; None where its kinds have no such option."""
+    for part in path.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _nothing_fits(space: Space, recipe: Recipe, gate: AdmissionController, rows: list[SweepRow]) -> RaymemError:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,8 @@ class TrialJob:
     """Id of the sweep's run in the tracking system."""
     storage_id: str | None
     """Id of the sweep's storage; None of an object store."""
+    point: dict[str, Any] = field(default_factory=dict)
+    """What the sweep has chosen: path in the recipe -> value."""
 
     def to_config(self) -> dict[str, Any]:
         """Pack the job for Ray Tune into few values, since Ray Tune builds long names from many."""
@@ -179,7 +181,7 @@ def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> TrainResult:
     run = resolve(recipe)
     if isinstance(run.base, PlannedModel):
         run = _on_pruned_model(run)
-    options = TrainOptions(recorders=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes))
+    options = TrainOptions(recorders=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes, job.point))
     return _after_its_predecessor(lambda: train(run, options))
 
 

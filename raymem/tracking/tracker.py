@@ -11,6 +11,23 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
+class DatasetFacts:
+    """One source of a run's data, as it was prepared."""
+
+    name: str
+    context: Literal["training", "evaluation"]
+    digest: str
+    """Changes whenever a token of the rows does."""
+    source: str
+    """Path, URI or id that the recipe names."""
+    sequence_length: int
+    columns: Mapping[str, str]
+    """Column of the prepared rows -> its dtype."""
+    figures: Mapping[str, Any]
+    """Counts of rows, examples and tokens, and in words the format."""
+
+
+@dataclass(frozen=True)
 class RunStart:
     """Everything that a tracker may record when a run starts."""
 
@@ -23,9 +40,15 @@ class RunStart:
     device: str = "cpu"
     parent_run_id: str | None = None
     """The tracked run of the sweep that this run is a trial of."""
+    group: str | None = None
+    """Name of the pipeline that this run is a stage of."""
+    point: Mapping[str, Any] = field(default_factory=dict)
+    """What the sweep of a trial has chosen: path in the recipe -> value."""
     tags: Mapping[str, str] = field(default_factory=dict)
     source: Path | None = None
     """The recipe's file, if it is known."""
+    datasets: Sequence[DatasetFacts] = ()
+    """What the run trains and is evaluated on, if that is known."""
 
 
 class TrackingResult(Protocol):

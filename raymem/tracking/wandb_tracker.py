@@ -52,12 +52,13 @@ class WandbTracker:
         run_storage = storage.child(start.recipe["name"])
         record = _record(run_storage) if start.resume else None
         run_id = uuid.uuid4().hex[:8] if record is None else record["id"]
-        group = {"group": start.parent_run_id, "job_type": "trial"} if start.parent_run_id else {}
+        is_trial = start.parent_run_id is not None
         try:
             run = wandb.init(
                 project=options["project"], entity=options["entity"], mode=_mode(options), id=run_id,
                 resume=None if record is None else "allow", name=start.recipe["name"], config=dict(start.recipe),
-                tags=[f"{key}: {value}"[:64] for key, value in start.tags.items()], **group,
+                tags=[f"{key}: {value}"[:64] for key, value in start.tags.items()],
+                group=start.parent_run_id or start.group, job_type="trial" if is_trial else None,
                 dir=storage.path if storage.is_local else None, reinit="create_new",
                 settings=wandb.Settings(
                     console="off", silent=True, disable_code=True, init_timeout=_START_S, finish_timeout=_FINISH_S,

@@ -8,11 +8,13 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 import torch
 
+import raymem
 from raymem.cli import console
 from raymem.cli.main import run_app
 from raymem.cli.signals import unwind_on_signals
@@ -49,12 +51,55 @@ def test_run_holds_params_metrics_and_an_adapter_that_plain_peft_loads(
     downloaded = client.download_artifacts(run.info.run_id, "adapter", str(tmp_path))
     registered = client.get_model_version_by_alias("tiny-lora", "candidate")
     assert registered.run_id == run.info.run_id
+    check_datasets(run, examples)
+    answers = check_logged_model(client, run, registered)
+    assert answers == [raymem_answer(tmp_path / "runs" / "tracked" / "adapter", "to be or")]
+
     ids = torch.arange(24).view(1, 24)
     continued = load_recipe(recipe, [f"adapter.init_from={tmp_path}/runs/tracked/adapter"])
     with torch.no_grad():
         plain = AutoPeftModelForCausalLM.from_pretrained(downloaded).eval()(input_ids=ids).logits
         trained = build_model(continued).eval()(input_ids=ids).logits
     assert torch.equal(plain, trained)
+
+
+def check_datasets(run: Any, examples: Path) -> None:
+    """The run names what it was trained and evaluated on."""
+    inputs = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+    assert {name: data.name for name, data in inputs.items()} == {
+        "training": "train.jsonl", "evaluation": "eval.jsonl",
+    }  # fmt: skip
+    assert json.loads(inputs["training"].source) == {"uri": str(examples / "train.jsonl")}
+    assert json.loads(inputs["training"].profile)["num_read"] == 40
+    features = json.loads(inputs["training"].schema)["mlflow_tensorspec"]["features"]
+    assert features[0] == {
+        "name": "input_ids", "type": "tensor", "tensor-spec": {"dtype": "int32", "shape": [-1, 32]},
+    }  # fmt: skip
+    assert inputs["training"].digest != inputs["evaluation"].digest
+
+
+def check_logged_model(client: mlflow.MlflowClient, run: Any, version: Any) -> list[str]:
+    """The adapter is a model of the run with its metrics, without the base and without a pickle, that answers."""
+    (output,) = run.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert version.source == f"models:/{model.model_id}" and model.source_run_id == run.info.run_id
+    assert {m.key: m.value for m in model.metrics}["loss"] == run.data.metrics["loss"]
+    files = [path for path in Path(model.artifact_location.removeprefix("file://")).rglob("*") if path.is_file()]
+    assert [path.name for path in files if path.suffix == ".safetensors"] == ["adapter_model.safetensors"]
+    assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".bin", ".pt")]
+    mlflow.set_tracking_uri(f"sqlite:///{client.tracking_uri.removeprefix('sqlite:///')}")
+    loaded = mlflow.pyfunc.load_model("models:/tiny-lora@candidate")
+    answers: list[str] = loaded.predict(["to be or"], params={"max_new_tokens": 5})
+    return answers
+
+
+def raymem_answer(adapter: Path, prompt: str) -> str:
+    """What the adapter answers without MLflow, by the most likely tokens."""
+    model, tokenizer = raymem.load(adapter)
+    turns = [{"role": "user", "content": prompt}]
+    given = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids = model.generate(**given, max_new_tokens=5, do_sample=False)
+    return str(tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def test_a_run_in_several_systems_goes_on_in_all_of_them(tmp_path: Path, llama: Path, examples: Path) -> None:

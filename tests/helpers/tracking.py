@@ -12,7 +12,9 @@ from raymem.tracking.tensorboard_tracker import _events
 
 
 def recipe(**tracking: Any) -> dict[str, Any]:
-    defaults = {"kind": "mlflow", "uri": None, "experiment": "exp", "register_as": None, "alias": "candidate"}
+    defaults = {"kind": "mlflow", "uri": None, "experiment": "exp", "register_as": None, "alias": "candidate"} | {
+        "system_metrics": False
+    }
     return {
         "name": "run1",
         "model": {"name": "org/base", "revision": "abc123", "config": None},
@@ -23,7 +25,11 @@ def recipe(**tracking: Any) -> dict[str, Any]:
 
 def start(storage: str, resume: bool = False, **changes: Any) -> MlflowTracker:
     """The tracker of a run; ``changes`` to its recipe, and to how it starts."""
-    options = {k: changes.pop(k) for k in ("parent_run_id", "device", "tags", "source") if k in changes}
+    options = {
+        k: changes.pop(k)
+        for k in ("parent_run_id", "device", "tags", "source", "datasets", "point", "group")
+        if k in changes
+    }
     tracker = start_tracking(RunStart({**recipe(), **changes}, storage, resume, **options))
     assert isinstance(tracker, MlflowTracker)
     return tracker

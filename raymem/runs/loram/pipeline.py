@@ -140,7 +140,9 @@ class Pipeline:
             self.status(f"aligned before: {model}")
             return beside_full(run, made_model(model, site.source, site), site.source)
         self.status(f"aligning the pruned model (run {aligning.recipe.name})")
-        options = TrainOptions(listeners=self.listeners, status=self.status, begin=self.begin, source=self.source)
+        options = TrainOptions(
+            listeners=self.listeners, status=self.status, begin=self.begin, source=self.source, group=self.recipe.name
+        )
         finished = train(aligning, options, train_data=site.alignment.train_data)
         sources = [source.path for source in finished.recipe.data.train]
         facts = {"run": aligning.recipe.name, "steps": finished.steps, "data": sources}
@@ -321,8 +323,9 @@ class Pipeline:
                 return dict(before["outcome"])
             log.warning("%s: %s; it is written again", before["outcome"]["artifact"], damage)
         options = TrainOptions(
-            fresh=fresh, listeners=self.listeners, status=self.status, begin=self.begin, source=self.source
-        )
+            fresh=fresh, listeners=self.listeners, status=self.status, begin=self.begin, source=self.source,
+            group=self.recipe.name if self.base.align is not None else None,
+        )  # fmt: skip
         outcome = train(run, options, train_data=train_data).outcome.to_dict()
         run.run.write_record("loram/train.json", {"key": key, "outcome": outcome})
         return outcome

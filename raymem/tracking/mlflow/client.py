@@ -18,8 +18,12 @@ from raymem.tracking.mlflow.uri import database_file
 
 _environment = threading.Lock()
 
-# mlflow would otherwise report each import to its makers' server, and print a link for each run that ends.
-_QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+# mlflow would otherwise report each import to its makers' server, print a link for each run that ends, and draw bars.
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 
 
 def connect(uri: str) -> Any:
@@ -52,12 +56,17 @@ def _alone(database: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def limits(timeout_s: int, retries: int) -> Iterator[None]:
+def limits(timeout_s: int, retries: int, uri: str | None = None) -> Iterator[None]:
     """Bound the HTTP calls inside: mlflow's own default of 120 s and 7 growing waits would stall training.
 
     mlflow reads these from the environment at each call and has no argument for them.
+
+    Args:
+        uri: the tracking address, for calls by which mlflow makes a client of its own.
     """
     bounds = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
+    if uri is not None:
+        bounds["MLFLOW_TRACKING_URI"] = uri
     with _environment:
         saved = {name: os.environ.get(name) for name in bounds}
         os.environ.update(bounds)

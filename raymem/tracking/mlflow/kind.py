@@ -22,6 +22,8 @@ class MlflowTracking:
     """Registered model that gets the final adapter or model as a new version."""
     alias: str = "candidate"
     """Alias of that version."""
+    system_metrics: bool = False
+    """Log how busy CPU, memory, disk, network and GPUs of the driver's machine are, every ten seconds at most."""
 
 
 class MlflowKind(TrackerKind[MlflowTracking]):

@@ -24,10 +24,13 @@ from raymem.storage.errors import explain, system_error
 from raymem.storage.folders import make_shared
 from raymem.storage.storage import Storage
 from raymem.tracking.mlflow.client import brief, connect, limits
+from raymem.tracking.mlflow.datasets import log_datasets
 from raymem.tracking.mlflow.uri import ARTIFACTS, TrackingAddress, database_file, resolve_tracking
 from raymem.tracking.tracker import RunStart
 
 RUN_TAG = "raymem.run_id"
+POINT_TAG = "raymem.point."
+"""Begins the tags of a trial with what its sweep has chosen, which are the columns to compare trials by."""
 _PARAMS_PER_BATCH = 100
 _MAX_PARAM_LENGTH = 6000
 _VERSIONS = ("torch", "ray", "transformers", "peft")
@@ -42,8 +45,18 @@ def run_key(storage_path: str, run_name: str) -> str:
     return hashlib.sha256(f"{storage_path}\n{run_name}".encode()).hexdigest()[:32]
 
 
-def start_run(start: RunStart) -> tuple[str, str]:
-    """Create the MLflow run of a recipe, or continue the one of the same name and storage; returns address and id.
+@dataclass(frozen=True)
+class Opened:
+    """A run at its server."""
+
+    uri: str
+    run_id: str
+    group_run_id: str | None
+    """The run of the pipeline that it is a stage of."""
+
+
+def start_run(start: RunStart) -> Opened:
+    """Create the MLflow run of a recipe, or continue the one of the same name and storage.
 
     Raises:
         TrackingError: see :meth:`raymem.tracking.mlflow.tracker.MlflowTracker.start`.
@@ -57,17 +70,32 @@ def start_run(start: RunStart) -> tuple[str, str]:
         client = connect(address.uri)
         _share_artifacts(start.storage_path, address)
         key = run_key(start.storage_path, name)
+        origin = provenance(start.source)
+        group_run_id = _open_group(client, address, start, origin)
+        parent = start.parent_run_id or group_run_id
         tags = {
-            **provenance(start.source),
+            **origin,
             "raymem.device": start.device,
-            **({"mlflow.parentRunId": start.parent_run_id} if start.parent_run_id else {}),
+            **({"mlflow.parentRunId": parent} if parent else {}),
+            **{f"{POINT_TAG}{path}": value for path, value in flatten(start.point)},
             **start.tags,
         }
-        facts = RunFacts(tracking["experiment"], name, tags, dict(flatten(recipe)), _note(recipe))
+        note = "; ".join(f"{path}: {value}" for path, value in flatten(start.point)) or _note(recipe)
+        facts = RunFacts(tracking["experiment"], name, tags, dict(flatten(recipe)), note)
         run_id = open_run(client, address, facts, key, resume=start.resume)
+        log_datasets(client, run_id, start.datasets)
         text = write(dict(recipe), allow_unicode=True)
         client.log_text(run_id, text, "recipe.yaml")
-    return address.uri, run_id
+    return Opened(address.uri, run_id, group_run_id)
+
+
+def _open_group(client: Any, address: TrackingAddress, start: RunStart, tags: Mapping[str, str]) -> str | None:
+    """Create or continue the run of a pipeline, whose children are its stages."""
+    if start.group is None:
+        return None
+    note = "raymem, stages of LoRAM: alignment of the pruned model, and training on it"
+    facts = RunFacts(start.recipe["tracking"]["experiment"], start.group, tags, {}, note)
+    return open_run(client, address, facts, run_key(start.storage_path, f"{start.group}/stages"), resume=True)
 
 
 @dataclass(frozen=True)

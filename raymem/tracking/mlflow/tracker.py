@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Self
 
 from raymem.storage.identity import check_id, read_id
 from raymem.tracking.mlflow.client import brief, connect, limits
+from raymem.tracking.mlflow.models import is_adapter, log_adapter, register
 from raymem.tracking.mlflow.run import check_server, start_run
+from raymem.tracking.mlflow.system import SystemMetrics
 from raymem.tracking.mlflow.uri import database_file
 from raymem.tracking.tracker import RunStart, Status
 
@@ -83,18 +85,22 @@ class MlflowTracker:
     """An existing MLflow run.
 
     Args:
+        group_run_id: run of the pipeline that it is a stage of, which ends as its last stage does.
         register_as: registered model that gets the trained model as a new version, under ``alias``.
+        system: sampled beside the metrics that come.
     """
 
     never_raises = True
 
     def __init__(
-        self, tracking_uri: str, run_id: str, *, register_as: str | None = None, alias: str | None = None,
-        retry_after_s: float = RETRY_AFTER_S,
+        self, tracking_uri: str, run_id: str, *, group_run_id: str | None = None, register_as: str | None = None,
+        alias: str | None = None, system: SystemMetrics | None = None, retry_after_s: float = RETRY_AFTER_S,
     ) -> None:  # fmt: skip
         self.tracking_uri = tracking_uri
         self.run_id: str | None = run_id
+        self._group_run_id = group_run_id
         self._register_as, self._alias = register_as, alias
+        self._system = system
         self._retry_after_s = retry_after_s
         self._client: Any = None
         database = database_file(tracking_uri)
@@ -118,8 +124,12 @@ class MlflowTracker:
                 cannot be written, or ``tracking.alias`` is a name that MLflow reserves.
         """
         options = start.recipe["tracking"]
-        uri, run_id = start_run(start)
-        return cls(uri, run_id, register_as=options["register_as"], alias=options["alias"])
+        opened = start_run(start)
+        system = SystemMetrics() if options["system_metrics"] else None
+        return cls(
+            opened.uri, opened.run_id, group_run_id=opened.group_run_id, register_as=options["register_as"],
+            alias=options["alias"], system=system,
+        )  # fmt: skip
 
     @classmethod
     def check(cls, options: Mapping[str, Any], storage_path: str) -> str:
@@ -129,7 +139,10 @@ class MlflowTracker:
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send one request per call; while the server is away at most one attempt per 30 s."""
         now = now_ms()
-        self.log_at([(now, row) for row in rows])
+        timed = [(now, row) for row in rows]
+        if self._system is not None and timed:
+            timed.append((now, {"step": timed[-1][1]["step"], **self._system.sample()}))
+        self.log_at(timed)
 
     def log_at(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
         """Log rows as :meth:`log` does, each with the time, in ms since 1970, at which it came."""
@@ -150,10 +163,10 @@ class MlflowTracker:
     def finish(
         self, status: Status, artifacts: Mapping[str, str | Path] | None = None, *, model: str | None = None
     ) -> MlflowResult:
-        """Flush, upload, register the model and end the run.
+        """Flush, upload, log and register the model and end the run.
 
-        A model version that this run already registered is updated, not doubled. It is tagged with the base model and
-        revision of the recipe.
+        What this run has logged or registered already is not doubled. Models are tagged with the base model and its
+        revision.
         """
         uploads = dict(artifacts or {})
         register_as = self._register_as if model is not None else None
@@ -167,13 +180,15 @@ class MlflowTracker:
                 if not Path(directory).is_dir():  # mlflow would upload nothing, and call that a success
                     raise NotADirectoryError(f"no directory {directory} to upload as {name}")
                 client.log_artifacts(self.run_id, str(directory), name)
-            if register_as is not None and model is not None:
-                self._register(client, register_as, model)
+            if model is not None:
+                self._log_model(client, model, Path(uploads[model]))
 
-        with limits(timeout_s=120, retries=2):
+        with limits(timeout_s=120, retries=2, uri=self.tracking_uri):
             self._missing = () if self._guarded(upload) else everything
         with limits(CALL_TIMEOUT_S, retries=1):
             self._guarded(lambda c: c.set_terminated(self.run_id, status))
+            if self._group_run_id is not None:
+                self._guarded(lambda c: c.set_terminated(self._group_run_id, status))
         return self.result()
 
     def result(self) -> MlflowResult:
@@ -216,30 +231,13 @@ class MlflowTracker:
             self._logged += len(batch)
         self._waiting.clear()
 
-    def _register(self, client: Any, name: str, artifact: str) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        source = f"runs:/{self.run_id}/{artifact}"
-        params, tags = client.get_run(self.run_id).data.params, {}
-        for tag, param in (("raymem.base_model", "model.name"), ("raymem.base_revision", "model.revision")):
-            if params.get(param, "null") != "null":
-                tags[tag] = params[param]
-        mine = [v for v in client.search_model_versions(f"run_id = '{self.run_id}'") if v.name == name]
-        if mine:
-            version = max(mine, key=lambda v: int(v.version)).version
-            for key, value in tags.items():
-                client.set_model_version_tag(name, version, key, value)
-        else:
-            created = client.create_model_version(name, source, self.run_id, tags=tags, await_creation_for=0)
-            version = created.version
-        if self._alias:
-            client.set_registered_model_alias(name, self._alias, version)
-        self._model_version = f"{name}/{version}"
+    def _log_model(self, client: Any, name: str, directory: Path) -> None:
+        """Log an adapter as a model of the run, and register it, or the whole model that lies among the artifacts."""
+        run_id = str(self.run_id)
+        logged = log_adapter(client, run_id, directory) if is_adapter(directory) else None
+        if self._register_as:
+            source = f"runs:/{run_id}/{name}"
+            self._model_version = register(client, run_id, self._register_as, logged or source, self._alias)
 
     def _guarded(self, action: Callable[[Any], Any]) -> bool:
         try:

@@ -238,3 +238,40 @@ def test_first_use_of_a_fresh_storage(first_use: dict[str, Any]) -> None:
     experiment = client.get_experiment_by_name("first")
     runs = client.search_runs([experiment.experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+
+
+def test_a_trial_says_what_its_sweep_has_chosen(storage: str) -> None:
+    parent = start(storage, name="sweep")
+    point = {"adapter.rank": 4, "optimizer": {"kind": "adamw"}}
+    child = start(storage, name="trial", parent_run_id=parent.run_id, point=point)
+    run = connect(child.tracking_uri).get_run(child.run_id)
+    chosen = {name: value for name, value in run.data.tags.items() if name.startswith("raymem.point.")}
+    assert chosen == {"raymem.point.adapter.rank": "4", "raymem.point.optimizer.kind": "adamw"}
+    assert run.data.tags["mlflow.note.content"] == "adapter.rank: 4; optimizer.kind: adamw"
+
+
+def test_stages_of_a_pipeline_are_children_of_one_run_that_ends_as_the_last_does(storage: str) -> None:
+    aligned = start(storage, name="aligned", group="mine")
+    aligned.finish("FINISHED")
+    trained = start(storage, name="mine", group="mine")
+    client = connect(trained.tracking_uri)
+    parents = {client.get_run(one.run_id).data.tags["mlflow.parentRunId"] for one in (aligned, trained)}
+    (parent,) = parents
+    assert client.get_run(parent).info.run_name == "mine" and parent != trained.run_id
+    assert client.get_run(parent).info.status == "RUNNING"
+    trained.finish("FAILED")
+    assert client.get_run(parent).info.status == "FAILED"
+
+
+def test_system_metrics_come_with_the_others_on_request(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = start(storage, tracking=recipe(system_metrics=True)["tracking"])
+    tracker.log([{"step": 1, "loss": 1.0}])
+    tracker.log([{"step": 2, "loss": 1.0}])
+    monkeypatch.setattr("raymem.tracking.mlflow.system.SAMPLE_EVERY_S", 0.0)
+    tracker._system._next = 0.0  # type: ignore[union-attr]
+    tracker.log([{"step": 3, "loss": 1.0}])
+    client = connect(tracker.tracking_uri)
+    points = client.get_metric_history(tracker.run_id, "system/cpu_utilization_percentage")
+    assert [point.step for point in points] == [1, 3]
+    assert client.get_run(tracker.run_id).data.metrics["system/system_memory_usage_megabytes"] > 0
+    assert not [name for name in client.get_run(start(storage).run_id).data.metrics if name.startswith("system/")]

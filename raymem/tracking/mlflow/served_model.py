@@ -1,0 +1,76 @@
+"""Answers prompts with an adapter on its base. MLflow copies this file into each logged model and runs it there.
+
+The base is the one that the adapter's own config names, with its revision; it is fetched when the model is loaded.
+raymem is needed only for adapters that PEFT does not know.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+
+class AdapterModel(PythonModel):  # type: ignore[misc]
+    """One adapter, which is not merged.
+
+    Prompts are wrapped in the tokenizer's chat template, if it has one, as the only turn of a user.
+    """
+
+    def load_context(self, context: Any) -> None:
+        """Load adapter, base and tokenizer."""
+        self.model, self.tokenizer = _load(context.artifacts["adapter"])
+
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # mlflow would check hints
+        """Return an answer per prompt.
+
+        Args:
+            model_input: texts, or a table with a column of them.
+            params: ``max_new_tokens``, and ``temperature``, of which 0 takes the most likely token each time.
+        """
+        settings = {"max_new_tokens": 128, "temperature": 0.0, **(params or {})}
+        texts = model_input.iloc[:, 0].tolist() if hasattr(model_input, "iloc") else list(model_input)
+        return [self._answer(str(text), settings) for text in texts]
+
+    def _answer(self, text: str, settings: dict[str, Any]) -> str:
+        import torch
+
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template:
+            turns = [{"role": "user", "content": text}]
+            inputs = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        else:
+            inputs = tokenizer(text, return_tensors="pt")
+        given = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        temperature = float(settings["temperature"])
+        how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        with torch.inference_mode():
+            ids = self.model.generate(
+                **given, max_new_tokens=int(settings["max_new_tokens"]), pad_token_id=padding, **how
+            )
+        return str(tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _load(directory: str) -> tuple[Any, Any]:
+    """Return model and tokenizer; raymem knows every kind of adapter, PEFT alone its own, and gives the same bits."""
+    import torch
+
+    try:
+        raymem = importlib.import_module("raymem")
+    except ImportError:
+        from peft import AutoPeftModelForCausalLM
+        from transformers import AutoTokenizer
+
+        model = AutoPeftModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    else:
+        model, tokenizer = raymem.load(directory)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+set_model(AdapterModel())
