@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,10 @@ _BLOCK, _HEAD = 32768, 7
 
 def history_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's history, as ``wandb sync`` would send them."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    make = importlib.import_module("wandb.proto.wandb_internal_pb2").Record  # not installed everywhere
     rows = []
     for data in _records(path.read_bytes()):
-        record = Record()
+        record = make()
         record.ParseFromString(data)
         if record.HasField("history"):
             items = record.history.item

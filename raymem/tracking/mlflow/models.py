@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import logging
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,16 +136,16 @@ def _write(local: Path, directory: Path, model_id: str) -> None:
     text = Schema([ColSpec("string")])
     params = ParamSchema([ParamSpec("max_new_tokens", "long", 128), ParamSpec("temperature", "double", 0.0)])
     requirements = [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in _PACKAGES]
-    with warnings.catch_warnings(action="ignore"):  # mlflow would rather have type hints, which take no parameters
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        mlflow.pyfunc.save_model(
-            str(local),
-            mlflow_model=Model(model_id=model_id, model_uuid=model_id),
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"adapter": str(directory)},
-            signature=ModelSignature(inputs=text, outputs=text, params=params),
-            pip_requirements=requirements,
-        )
+    mlflow.pyfunc.save_model(
+        str(local),
+        mlflow_model=Model(model_id=model_id, model_uuid=model_id),
+        python_model=str(Path(__file__).with_name("served_model.py")),
+        artifacts={"adapter": str(directory)},
+        pip_requirements=requirements,
+    )
+    written = Model.load(str(local))  # with a signature of the type hints, which know of no parameters
+    written.signature = ModelSignature(inputs=text, outputs=text, params=params)
+    written.save(str(local / "MLmodel"))
 
 
 def _link_metrics(client: Any, run_id: str, model_id: str) -> None:

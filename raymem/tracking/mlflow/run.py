@@ -70,17 +70,17 @@ def start_run(start: RunStart) -> Opened:
         client = connect(address.uri)
         _share_artifacts(start.storage_path, address)
         key = run_key(start.storage_path, name)
-        origin = provenance(start.source)
+        origin, point = provenance(start.source), dict(flatten(start.point)) if start.point else {}
         group_run_id = _open_group(client, address, start, origin)
         parent = start.parent_run_id or group_run_id
         tags = {
             **origin,
             "raymem.device": start.device,
             **({"mlflow.parentRunId": parent} if parent else {}),
-            **{f"{POINT_TAG}{path}": value for path, value in flatten(start.point)},
+            **{f"{POINT_TAG}{path}": value for path, value in point.items()},
             **start.tags,
         }
-        note = "; ".join(f"{path}: {value}" for path, value in flatten(start.point)) or _note(recipe)
+        note = "; ".join(f"{path}: {value}" for path, value in point.items()) or _note(recipe)
         facts = RunFacts(tracking["experiment"], name, tags, dict(flatten(recipe)), note)
         run_id = open_run(client, address, facts, key, resume=start.resume)
         log_datasets(client, run_id, start.datasets)

@@ -23,16 +23,14 @@ class AdapterModel(PythonModel):  # type: ignore[misc]
         """Load adapter, base and tokenizer."""
         self.model, self.tokenizer = _load(context.artifacts["adapter"])
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # mlflow would check hints
+    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
         """Return an answer per prompt.
 
         Args:
-            model_input: texts, or a table with a column of them.
             params: ``max_new_tokens``, and ``temperature``, of which 0 takes the most likely token each time.
         """
         settings = {"max_new_tokens": 128, "temperature": 0.0, **(params or {})}
-        texts = model_input.iloc[:, 0].tolist() if hasattr(model_input, "iloc") else list(model_input)
-        return [self._answer(str(text), settings) for text in texts]
+        return [self._answer(text, settings) for text in model_input]
 
     def _answer(self, text: str, settings: dict[str, Any]) -> str:
         import torch
