@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import posixpath
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from ray.train import Result
@@ -12,6 +14,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Report
 
 from raymem.cluster.train.callbacks import reason_of
 from raymem.tracking.mlflow.late_run import LateRun, checked_uri, facts_of, numbers_of, whole
+from raymem.tracking.mlflow.run import accepted_name, provenance
 from raymem.tracking.mlflow.spool import Spool
 from raymem.tracking.tracker import Status
 
@@ -59,7 +62,10 @@ class MLflowCallback(ControllerCallback, WorkerGroupCallback, ReportCallback):  
         if ranks not in ("first", "all"):
             raise ValueError(f"ranks={ranks!r} is neither 'first' nor 'all'")
         self._uri = checked_uri(tracking_uri)
-        self._experiment, self._step, self._ranks, self._tags = experiment, step, ranks, dict(tags or {})
+        self._experiment, self._step, self._ranks = experiment, accepted_name(step), ranks
+        program = Path(sys.argv[0])
+        self._tags = provenance(program if program.is_file() else None)
+        self._tags |= {str(name): str(value) for name, value in (tags or {}).items()}
         self._run: LateRun | None = None
         self._counted = self._counted_at_checkpoint = 0
         self._last_step: int | None = None
@@ -145,8 +151,9 @@ class MLflowCallback(ControllerCallback, WorkerGroupCallback, ReportCallback):  
             self._last_step = step
         if self._ranks == "all":
             for rank, others in enumerate(metrics[1:], start=1):
-                named = {f"{name}/rank_{rank}": value for name, value in numbers_of(others).items()}
-                numbers |= {name: value for name, value in named.items() if name != f"{self._step}/rank_{rank}"}
+                of_rank = numbers_of(others)
+                of_rank.pop(self._step, None)
+                numbers |= {f"{name}/rank_{rank}": value for name, value in of_rank.items()}
         return [{**numbers, "step": float(step)}]
 
     def _finish(self, status: Status) -> None:

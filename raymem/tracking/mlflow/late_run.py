@@ -12,7 +12,14 @@ from typing import Any
 from raymem.errors import TrackingError
 from raymem.storage.uris import names_secret, secret_in
 from raymem.tracking.mlflow.client import brief, connect, limits
-from raymem.tracking.mlflow.run import RunFacts, check_answers, flatten, log_properties, open_run, provenance
+from raymem.tracking.mlflow.run import (
+    RunFacts,
+    accepted_name,
+    check_answers,
+    flatten,
+    log_properties,
+    open_run,
+)
 from raymem.tracking.mlflow.spool import Spool, Timed
 from raymem.tracking.mlflow.tracker import CALL_TIMEOUT_S, MAX_WAITING, RETRY_AFTER_S, MlflowTracker, now_ms
 from raymem.tracking.mlflow.uri import Spelling, database_file, resolve_tracking
@@ -89,9 +96,8 @@ class LateRun:
         if time.monotonic() >= self._next_attempt:
             self._send()
 
-    def finish(self, status: Status, tags: Mapping[str, str] | None = None) -> None:
+    def finish(self, status: Status) -> None:
         """Send what waits, and end the run."""
-        self._tags.update(tags or {})
         if self._send() and self._tracker is not None:
             problem = self._tracker.finish(status).problem
         else:
@@ -156,7 +162,7 @@ def facts_of(experiment: str, name: str, config: Any, scaling: Any, tags: Mappin
         scaling: plain values of its ``ScalingConfig``.
     """
     params = dict(flatten(_without_secrets({"config": config or {}, "scaling": scaling})))
-    return RunFacts(experiment, name, {**provenance(None), "mlflow.source.name": "ray.train", **tags}, params, note)
+    return RunFacts(experiment, name, tags, params, note)
 
 
 def _without_secrets(value: Any) -> Any:
@@ -168,13 +174,15 @@ def _without_secrets(value: Any) -> Any:
 
 
 def numbers_of(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return what of reported metrics is a number, nested ones as ``outer/inner``; NumPy's and torch's scalars too."""
+    """Return what of reported metrics is a number, nested ones as ``outer/inner``, NumPy's and torch's scalars too, by
+    names that MLflow takes.
+    """
     numbers: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, Mapping):
             numbers |= numbers_of(value, f"{prefix}{key}/")
         elif _is_scalar(value):
-            numbers[f"{prefix}{key}"] = float(value)
+            numbers[accepted_name(f"{prefix}{key}")] = float(value)
     return numbers
 
 

@@ -177,7 +177,14 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
         return
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    yield re.sub(r"[^\w\-. /:]", "_", prefix, flags=re.ASCII)[:250], text[:_MAX_PARAM_LENGTH]
+    yield accepted_name(prefix), text[:_MAX_PARAM_LENGTH]
+
+
+def accepted_name(name: str) -> str:
+    """Return a name of a metric or parameter as MLflow takes it, which refuses ``top@5``, and ``/a`` and ``..``."""
+    plain = re.sub(r"[^\w\-. /:]", "_", name, flags=re.ASCII)[:250]
+    parts = [part if part.strip(".") else "_" * len(part) for part in plain.split("/") if part]
+    return "/".join(parts) or "_"
 
 
 def _experiment(client: Any, name: str, address: TrackingAddress) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import ray.train
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
@@ -72,7 +73,8 @@ def history(server: Server, run: Any, key: str = "loss") -> list[tuple[int, floa
 def test_a_run_has_metrics_params_checkpoint_and_status(server: Server, tmp_path: Path) -> None:
     config = {"lr": 0.1, "max_tokens": 7, "hf_token": "canary", "data": {"uri": "s3://a:canary@b/c"}}
     controller = Controller(MLflowCallback("complete", server.uri, tags={"team": "a"}), tmp_path, config)
-    controller.report({"step": 1, "loss": 2.0, "eval": {"loss": 3.0}, "note": "text"}, {"step": 1, "loss": 9.0})
+    metrics = {"step": 1, "loss": 2.0, "eval": {"loss": 3.0}, "top@5": np.float32(0.5), "note": "text", "flag": True}
+    controller.report(metrics, {"step": 1, "loss": 9.0})
     controller.report({"step": 2, "loss": 1.0}, {"step": 2, "loss": 9.0}, checkpoint="/there/checkpoint_2")
     error = WorkerGroupError("training failed", {1: RuntimeError("boom")})
     controller.callback.after_controller_state_update(None, RestartingState(training_failed_error=error))
@@ -80,7 +82,7 @@ def test_a_run_has_metrics_params_checkpoint_and_status(server: Server, tmp_path
     (run,) = runs(server, "complete")
     assert (run.info.run_name, run.info.status) == ("mine", "FINISHED")
     assert history(server, run) == [(1, 2.0), (2, 1.0)] and history(server, run, "eval/loss") == [(1, 3.0)]
-    assert set(run.data.metrics) == {"loss", "eval/loss"}
+    assert run.data.metrics == {"loss": 1.0, "eval/loss": 3.0, "top_5": 0.5}
     assert (run.data.params["config.lr"], run.data.params["config.max_tokens"]) == ("0.1", "7")
     assert run.data.params["scaling.num_workers"] == "2"
     assert "canary" not in json.dumps([run.data.params, run.data.tags])

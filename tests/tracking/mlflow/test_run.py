@@ -14,7 +14,7 @@ import yaml
 from raymem.errors import TrackingError
 from raymem.tracking import NullTracker, RunStart, check_tracking, start_tracking
 from raymem.tracking.mlflow.client import connect
-from raymem.tracking.mlflow.run import flatten
+from raymem.tracking.mlflow.run import accepted_name, flatten
 from tests.helpers.tracking import Server, recipe, start
 
 
@@ -152,6 +152,17 @@ def test_flatten() -> None:
         "g": "text",
     }
     assert len(next(iter(flatten({"k" * 300: 1})))[0]) == 250
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [("eval/loss", "eval/loss"), ("top@5", "top_5"), ("/a//b/", "a/b"), ("a/../b", "a/__/b"), ("/", "_")],
+)
+def test_names_are_those_that_mlflow_takes(name: str, accepted: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    assert accepted_name(name) == accepted
+    _validate_metric_name(accepted)
 
 
 def test_tracking_none(tmp_path: Path) -> None:
