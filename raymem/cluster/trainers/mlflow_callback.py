@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import posixpath
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,10 +73,7 @@ class MLflowCallback(ControllerCallback, WorkerGroupCallback, ReportCallback):  
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Create the run or go on with it, and log metrics of checkpoints that a killed controller did not come to."""
-        try:
-            self._start(train_run_context)
-        except Exception as error:  # an error of a callback would end the training
-            _log.warning("tracking cannot start, training goes on without: %s: %s", type(error).__name__, error)
+        self._safely(lambda: self._start(train_run_context))
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Count again from the last checkpoint, from which the workers go on."""
@@ -84,24 +81,19 @@ class MLflowCallback(ControllerCallback, WorkerGroupCallback, ReportCallback):  
 
     def after_report(self, training_report: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
         """Log what the ranks reported."""
-        if self._run is None:
-            return
-        checkpoint = training_report.checkpoint
-        rows = self._rows(metrics)
-        if checkpoint is None:
-            self._run.log(rows)
-            return
-        self._counted_at_checkpoint = self._counted
-        self._run.note("reports", self._counted)
-        self._run.log(rows, {"ray.checkpoint": checkpoint.path})
+        if self._run is not None:
+            run, checkpoint = self._run, training_report.checkpoint
+            self._safely(lambda: self._log(run, metrics, None if checkpoint is None else checkpoint.path))
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Note why a group of workers is started again, or failed for good."""
         error = getattr(current_state, "training_failed_error", None)
         if error is None or self._run is None:
             return
+        run = self._run
         self._restarts += not current_state.is_terminal()
-        self._run.log([], {"ray.restarts": str(self._restarts), "ray.last_failure": reason_of(error)})
+        tags = {"ray.restarts": str(self._restarts)}
+        self._safely(lambda: run.log([], {**tags, "ray.last_failure": reason_of(error)}))
 
     def after_controller_finish(self, result: Any) -> None:
         """End the run."""
@@ -110,6 +102,13 @@ class MLflowCallback(ControllerCallback, WorkerGroupCallback, ReportCallback):  
     def before_controller_abort(self) -> None:
         """End the run, which somebody has interrupted."""
         self._finish("KILLED")
+
+    def _safely(self, action: Callable[[], None]) -> None:
+        """Do something of which an error is only said: of a callback, it would end the training."""
+        try:
+            action()
+        except Exception as error:  # whatever people report, and whatever their storage raises
+            _log.warning("tracking fails, training goes on: %s: %s", type(error).__name__, error)
 
     def _start(self, context: Any) -> None:
         config, scaling = context.run_config, context.scaling_config
@@ -138,11 +137,23 @@ class MLflowCallback(ControllerCallback, WorkerGroupCallback, ReportCallback):  
                 rows.append({**numbers, "step": float(step)})
         return sorted(rows, key=lambda row: row["step"])
 
+    def _log(self, run: LateRun, metrics: Sequence[Mapping[str, Any]], checkpoint: str | None) -> None:
+        rows = self._rows(metrics)
+        if checkpoint is None:
+            run.log(rows)
+            return
+        self._counted_at_checkpoint = self._counted
+        run.note("reports", self._counted)
+        run.log(rows, {"ray.checkpoint": checkpoint})
+
     def _rows(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
         self._counted += 1
         first = metrics[0]
-        if isinstance(first.get("rows"), list):  # what raymem's own worker function reports: several steps at once
-            return [numbers_of(row) for row in first["rows"]]
+        rows = first.get("rows")  # of raymem's own worker function or reporter: several steps at once
+        if isinstance(rows, list) and all(isinstance(row, Mapping) and "step" in row for row in rows):
+            return [
+                numbers_of(row) for row in rows
+            ]  # of raymem's own worker function or reporter: several steps at once
         numbers = numbers_of(first)
         step = whole(numbers.pop(self._step, None))
         if step is None:

@@ -37,8 +37,12 @@ class SystemMetrics:
             return {}
         self._next = time.monotonic() + SAMPLE_EVERY_S
         metrics: dict[str, float] = {}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            metrics |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+        for monitor in list(self._monitors):
+            try:
+                monitor.collect_metrics()
+                metrics |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+            except Exception as error:  # a sandbox without /proc, a GPU that has gone: worth no run
+                self._monitors.remove(monitor)
+                _log.warning("tracking.system_metrics: %s fails and is left out: %s", type(monitor).__name__, error)
             monitor.clear_metrics()
         return metrics
