@@ -151,9 +151,7 @@ class MLflowCallback(ControllerCallback, WorkerGroupCallback, ReportCallback):  
         first = metrics[0]
         rows = first.get("rows")  # of raymem's own worker function or reporter: several steps at once
         if isinstance(rows, list) and all(isinstance(row, Mapping) and "step" in row for row in rows):
-            return [
-                numbers_of(row) for row in rows
-            ]  # of raymem's own worker function or reporter: several steps at once
+            return [numbers_of(row) for row in rows]
         numbers = numbers_of(first)
         step = whole(numbers.pop(self._step, None))
         if step is None:
