@@ -15,6 +15,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -171,9 +172,12 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file tensor by tensor; it appears under ``path`` when whole and on the disk.
 
+    While a tensor is made, a thread hashes and writes the one before: no more than these two are held.
+
     Args:
         specs: key -> what ``make(key)`` will return.
-        make: called once per key, in the order of the file; the tensor is dropped before the next call.
+        make: called once per key, in the order of the file and in the caller's thread; it must leave the tensor that
+            it returned last as it is.
         sha256_at: gets the file's SHA-256, as JSON, before the file appears.
         metadata: strings stored in the header, ``format`` and others.
 
@@ -194,19 +198,21 @@ def write_tensors(
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     sha256 = hashlib.sha256()
-    with atomic_file(path) as stream:
+    with atomic_file(path) as stream, ThreadPoolExecutor(1, "write_tensors") as behind:
 
         def write(data: Any) -> None:
             stream.write(data)
             if sha256_at is not None:
                 sha256.update(data)
 
-        write(len(text).to_bytes(8, "little") + text)
+        written = behind.submit(write, len(text).to_bytes(8, "little") + text)
         for key in order:
             tensor = make(key).contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (specs[key].shape, specs[key].dtype), key
-            write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            written.result()
+            written = behind.submit(write, tensor.reshape(-1).view(torch.uint8).numpy().data)
             del tensor
+        written.result()
         if sha256_at is not None:
             write_json(sha256_at, sha256.hexdigest())
 
