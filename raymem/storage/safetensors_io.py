@@ -169,16 +169,16 @@ def write_tensors(
     metadata: Mapping[str, str],
     *,
     sha256_at: Path | None = None,
+    behind: bool = False,
 ) -> None:
     """Write a safetensors file tensor by tensor; it appears under ``path`` when whole and on the disk.
 
-    While a tensor is made, a thread hashes and writes the one before: no more than these two are held.
-
     Args:
         specs: key -> what ``make(key)`` will return.
-        make: called once per key, in the order of the file and in the caller's thread; it must leave the tensor that
-            it returned last as it is.
+        make: called once per key, in the order of the file and in the caller's thread.
         sha256_at: gets the file's SHA-256, as JSON, before the file appears.
+        behind: hash and write a tensor while the next one is made. Two are then held instead of one, and ``make``
+            must leave the tensor that it returned last as it is.
         metadata: strings stored in the header, ``format`` and others.
 
     Raises:
@@ -198,20 +198,22 @@ def write_tensors(
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     sha256 = hashlib.sha256()
-    with atomic_file(path) as stream, ThreadPoolExecutor(1, "write_tensors") as behind:
+    with atomic_file(path) as stream, ThreadPoolExecutor(1, "write_tensors") as writer:
 
         def write(data: Any) -> None:
             stream.write(data)
             if sha256_at is not None:
                 sha256.update(data)
 
-        written = behind.submit(write, len(text).to_bytes(8, "little") + text)
+        written = writer.submit(write, len(text).to_bytes(8, "little") + text)
         for key in order:
             tensor = make(key).contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (specs[key].shape, specs[key].dtype), key
             written.result()
-            written = behind.submit(write, tensor.reshape(-1).view(torch.uint8).numpy().data)
+            written = writer.submit(write, tensor.reshape(-1).view(torch.uint8).numpy().data)
             del tensor
+            if not behind:
+                written.result()
         written.result()
         if sha256_at is not None:
             write_json(sha256_at, sha256.hexdigest())

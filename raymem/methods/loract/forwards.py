@@ -20,8 +20,6 @@ from raymem.methods.layers.norms import NormForm, NormFunction
 from raymem.methods.layers.saved import GateProduct, Saved
 from raymem.methods.loract.packer import Key, Packer, Site, key_of
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
-
 
 class Patched:
     """Base of the patches: passes through in evaluation, without gradients and once removed.
@@ -171,8 +169,9 @@ class Layer(Patched):
             return args, kwargs
         from transformers.cache_utils import Cache
 
+        # Known by its type: releases of transformers name the argument differently, or pass it by position.
         args = tuple(None if isinstance(value, Cache) else value for value in args)
-        dropped = {name: None for name in _CACHES if kwargs.get(name) is not None}
+        dropped = {name: None for name, value in kwargs.items() if isinstance(value, Cache)}
         return args, {**kwargs, **dropped, **({"use_cache": False} if kwargs.get("use_cache") else {})}
 
 

@@ -172,7 +172,12 @@ class Layers:
         specs = {key: Spec(entry.shape, DTYPES[entry.dtype]) for key, entry in entries.items()}
         digest = directory / f"{file}.sha256"
         write_tensors(
-            directory / file, specs, lambda key: self._value(*sources[key], specs[key].dtype), {}, sha256_at=digest
+            directory / file,
+            specs,
+            lambda key: self._value(*sources[key], specs[key].dtype),
+            {},
+            sha256_at=digest,
+            behind=True,
         )
         sha256: str = json.loads(digest.read_text())
         digest.unlink()
