@@ -15,7 +15,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -205,16 +205,21 @@ def write_tensors(
             if sha256_at is not None:
                 sha256.update(data)
 
-        written = writer.submit(write, len(text).to_bytes(8, "little") + text)
+        write(len(text).to_bytes(8, "little") + text)
+        written: Future[None] | None = None
         for key in order:
             tensor = make(key).contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (specs[key].shape, specs[key].dtype), key
-            written.result()
-            written = writer.submit(write, tensor.reshape(-1).view(torch.uint8).numpy().data)
-            del tensor
-            if not behind:
+            data = tensor.reshape(-1).view(torch.uint8).numpy().data
+            if written is not None:
                 written.result()
-        written.result()
+            if behind:
+                written = writer.submit(write, data)
+            else:
+                write(data)
+            del tensor, data
+        if written is not None:
+            written.result()
         if sha256_at is not None:
             write_json(sha256_at, sha256.hexdigest())
 
