@@ -15,6 +15,8 @@ import pytest
 import raymem
 from raymem import private_apis
 from raymem.versions import WINDOWS, Window, newer_than_tested
+from tests.compat.__main__ import PARTS, counts
+from tests.compat.environments import requirements
 
 ROOT = Path(raymem.__file__).parent.parent
 LIBRARIES = tuple(WINDOWS)
@@ -86,5 +88,31 @@ def test_private_modules_of_libraries_are_imported_in_that_file_alone() -> None:
                 names = [ast.unparse(node)]
             for name in names:
                 first, *rest = name.split(".")
-                private = [part for part in rest if part.startswith("_")]
+                private = [part for part in rest if part.startswith("_") and not part.startswith("__")]
                 assert first not in (*LIBRARIES, "torch") or not private, f"{path}: {name}"
+
+
+def test_the_compatibility_suite_asks_for_the_ends_of_the_windows_and_for_tests_that_exist() -> None:
+    assert f"torch=={WINDOWS['torch'].lowest}.*" in requirements("lowest")
+    assert f"ray[default,train,tune]=={WINDOWS['ray'].newest}.*" in requirements("newest")
+    assert requirements("pinned") == ["-c", str(ROOT / "constraints.txt")]
+    missing = [path for paths in PARTS.values() for path in paths if not (ROOT / path).exists()]
+    assert missing == []
+
+
+def test_the_compatibility_suite_counts_what_pytest_reports(tmp_path: Path) -> None:
+    xml = tmp_path / "report.xml"
+    xml.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/>'
+        '</testcase><testcase classname="a" name="broken"><error/></testcase><testcase classname="b" name="left">'
+        '<skipped message="no GPU"/></testcase></testsuite></testsuites>'
+    )
+    assert counts(xml) == {"passed": 1, "failed": ["a::bad", "a::broken"], "skipped": {"b::left": "no GPU"}}
+
+
+def test_the_page_names_the_windows() -> None:
+    page = (ROOT / "docs" / "versions.md").read_text()
+    for name, window in WINDOWS.items():
+        assert re.search(
+            rf"^\| {name} \| {re.escape(window.lowest)}\b.* \| {re.escape(window.newest)} ", page, re.MULTILINE
+        )
