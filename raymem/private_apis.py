@@ -19,11 +19,17 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
     from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore as FakeStore
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
+    from torch.utils._pytree import tree_leaves as tree_leaves
+    from torch.utils._pytree import tree_map as tree_map
 
     ControllerCallback: Any
     WorkerGroupCallback: Any
     WorkerGroupStartupFailedError: Any
     WorkerGroupStartupTimeoutError: Any
+    TorchBackend: Any
 
 _NAMES = {
     # Shapes without values, for planning: torch has no public way to make them.
@@ -32,6 +38,12 @@ _NAMES = {
     "DataDependentOutputException": "torch._subclasses.fake_tensor.DataDependentOutputException",
     "DynamicOutputShapeException": "torch._subclasses.fake_tensor.DynamicOutputShapeException",
     "active_fake_mode": "torch._guards.active_fake_mode",
+    "FakeStore": "torch.testing._internal.distributed.fake_pg.FakeStore",
+    # Every operation of a step, as it is dispatched; documented, but in modules with private names.
+    "TorchDispatchMode": "torch.utils._python_dispatch.TorchDispatchMode",
+    "is_traceable_wrapper_subclass": "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
+    "tree_leaves": "torch.utils._pytree.tree_leaves",
+    "tree_map": "torch.utils._pytree.tree_map",
     "without_dispatch": "torch._C._DisableTorchDispatch",
     "refuse_data_pointer": "torch._C._set_throw_on_mutable_data_ptr",
     "meta_registrations": "torch._meta_registrations",
@@ -46,6 +58,9 @@ _NAMES = {
     "ray_constants": "ray._private.ray_constants",
     "ray_utils": "ray._private.utils",
     "ray_worker": "ray._private.worker",
+    # Workers that meet in a file, without an open port.
+    "TorchBackend": "ray.train.torch.config._TorchBackend",
+    "set_torch_distributed_env_vars": "ray.train.torch.config._set_torch_distributed_env_vars",
     # What a group of workers waits for, and why it was given up.
     "ray_actors": "ray._private.state.actors",
     "ray_internal_kv_get": "ray.experimental.internal_kv._internal_kv_get",

@@ -22,11 +22,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from raymem.memory.nf4 import STANDS_FOR
-from raymem.private_apis import FakeTensor, active_fake_mode, in_backward
+from raymem.private_apis import (
+    FakeTensor,
+    TorchDispatchMode,
+    active_fake_mode,
+    in_backward,
+    is_traceable_wrapper_subclass,
+)
 
 Category = Literal["weights", "trainable", "gradients", "optimizer", "activations", "loss", "workspace"]
 CATEGORIES: tuple[Category, ...] = (

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from raymem.errors import ModelError
 from raymem.memory.host import CopyLane, keep_on_host
 from raymem.memory.target import holds_no_values
 from raymem.methods.layers.find import transformer_layers
 from raymem.methods.streaming.layer import StreamedLayer
-from raymem.private_apis import in_backward
+from raymem.private_apis import in_backward, tree_leaves
 
 log = logging.getLogger(__name__)
 
