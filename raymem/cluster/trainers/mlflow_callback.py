@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import posixpath
 import sys
@@ -9,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ray.train import Result
-from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
+from pyarrow import fs
 
 from raymem.cluster.train.callbacks import reason_of
+from raymem.private_apis import ControllerCallback, ReportCallback, WorkerGroupCallback
 from raymem.tracking.mlflow.late_run import LateRun, checked_uri, facts_of, numbers_of, whole
 from raymem.tracking.mlflow.run import accepted_name, provenance
 from raymem.tracking.mlflow.spool import Spool
@@ -20,6 +21,8 @@ from raymem.tracking.tracker import Status
 
 _log = logging.getLogger("raymem.tracking")
 
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""The file in which Ray Train keeps the checkpoints of a run, with their metrics."""
 FOLDER = "mlflow"
 """The directory below a run's own where Ray Train keeps it, with what MLflow has not got yet."""
 
@@ -87,6 +90,8 @@ class MLflowCallback(ControllerCallback, WorkerGroupCallback, ReportCallback):  
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Note why a group of workers is started again, or failed for good."""
+        if type(current_state).__name__ == "AbortedState":  # Ray before 2.60 has no hook for it
+            self._finish("KILLED")
         error = getattr(current_state, "training_failed_error", None)
         if error is None or self._run is None:
             return
@@ -126,13 +131,14 @@ class MLflowCallback(ControllerCallback, WorkerGroupCallback, ReportCallback):  
 
     def _committed(self, storage: Any) -> list[dict[str, float]]:
         """Return the rows of checkpoints: a controller may be killed after it has committed one, before it logs it."""
-        try:
-            result = Result.from_path(storage.experiment_fs_path, storage.storage_filesystem)
-        except RuntimeError:  # there is no checkpoint yet
+        path = posixpath.join(storage.experiment_fs_path, _SNAPSHOT)
+        if storage.storage_filesystem.get_file_info(path).type == fs.FileType.NotFound:
             return []
+        with storage.storage_filesystem.open_input_stream(path) as stream:
+            results = json.loads(stream.read()).get("checkpoint_results", [])
         rows = []
-        for _, metrics in result.best_checkpoints or ():
-            numbers = numbers_of(metrics)
+        for result in results:
+            numbers = numbers_of(result["metrics"])
             if (step := whole(numbers.pop(self._step, None))) is not None:
                 rows.append({**numbers, "step": float(step)})
         return sorted(rows, key=lambda row: row["step"])
@@ -168,3 +174,4 @@ class MLflowCallback(ControllerCallback, WorkerGroupCallback, ReportCallback):  
     def _finish(self, status: Status) -> None:
         if self._run is not None:
             self._run.finish(status)
+            self._run = None

@@ -86,7 +86,7 @@ def _put_off_the_compiler() -> None:
         setattr(module, mark, _leave_alone)
     sys.modules[_COMPILER] = module
     sys.meta_path.insert(0, _Parts(module))
-    torch._dynamo = module
+    setattr(torch, _COMPILER.removeprefix("torch."), module)
 
 
 def _leave_alone(function: Any = None, *arguments: Any, **options: Any) -> Any:

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray.train
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-from ray.train.v2._internal.execution.controller.state import RestartingState
+from ray.train.v2._internal.execution.controller.state import AbortedState, RestartingState
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 import raymem
@@ -91,6 +90,14 @@ def test_a_run_has_metrics_params_checkpoint_and_status(server: Server, tmp_path
     assert tags["ray.last_failure"] == "worker 1 failed: boom"
 
 
+def test_an_interrupted_run_ends_as_killed(server: Server, tmp_path: Path) -> None:
+    controller = Controller(MLflowCallback("interrupted", server.uri), tmp_path)
+    controller.callback.before_controller_abort()
+    controller.callback.after_controller_state_update(None, AbortedState())
+    (run,) = runs(server, "interrupted")
+    assert run.info.status == "KILLED"
+
+
 def test_metrics_of_all_ranks_on_request(server: Server, tmp_path: Path) -> None:
     controller = Controller(MLflowCallback("ranks", server.uri, ranks="all"), tmp_path)
     controller.report({"step": 1, "loss": 2.0}, {"step": 1, "loss": 9.0})
@@ -110,7 +117,6 @@ def test_an_outage_and_a_killed_controller_cost_no_step_and_double_none(server: 
     for step in (2, 3, 4):
         first.report({"step": step, "loss": float(step)})
     first.finish(RuntimeError("the server stays away"))
-    del first
 
     second = Controller(pickle.loads(pickled), tmp_path)
     second.report({"step": 4, "loss": 4.0})
@@ -129,14 +135,9 @@ def test_an_outage_and_a_killed_controller_cost_no_step_and_double_none(server: 
 def test_what_a_checkpoint_was_reported_with_is_logged_by_the_next_controller(server: Server, tmp_path: Path) -> None:
     """A controller may be killed when Ray has committed a checkpoint, and before the callback is called."""
     result = {"checkpoint_dir_name": "checkpoint_2", "metrics": {"step": 2, "loss": 0.5}}
-    (tmp_path / "mine" / "checkpoint_2").mkdir(parents=True)
-    state = {
-        "checkpoint_results": [result], "checkpoint_report_indices": [1], "latest_checkpoint_result": result,
-        "pending_training_results": [], "pending_validation_specs": [], "current_report_index": 1,
-        "validated_checkpoint_dir_names": [], "timed_out_validation_checkpoint_dir_names": [],
-        "failed_validation_checkpoint_dir_names": [],
-    }  # fmt: skip
-    (tmp_path / "mine" / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write_text(json.dumps(state))
+    (tmp_path / "mine").mkdir()
+    snapshot = json.dumps({"checkpoint_results": [result], "latest_checkpoint_result": result})
+    (tmp_path / "mine" / "checkpoint_manager_snapshot.json").write_text(snapshot)
     Controller(MLflowCallback("committed", server.uri), tmp_path).report({"step": 3, "loss": 0.25})
     (run,) = runs(server, "committed")
     assert history(server, run) == [(2, 0.5), (3, 0.25)]
