@@ -91,7 +91,7 @@ def check_logged_model(client: mlflow.MlflowClient, run: Any, version: Any) -> l
     assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".bin", ".pt")]
     mlflow.set_tracking_uri(client.tracking_uri)
     loaded = mlflow.pyfunc.load_model("models:/tiny-lora@candidate")
-    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # as before
+    mlflow.set_tracking_uri(None)  # as before
     answers: list[str] = loaded.predict(["to be or"], params={"max_new_tokens": 5})
     return answers
 

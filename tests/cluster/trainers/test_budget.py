@@ -11,16 +11,16 @@ from ray.train import ScalingConfig
 
 from raymem.cluster.trainers.budget import budget_check
 from raymem.errors import BudgetError, BudgetExceeded
-from raymem.memory.devices import GIB, GPUS
+from raymem.memory.devices import GIB, GPUS, MIB
 from raymem.planner.types import Plan
 
 
 @pytest.fixture(scope="module")
 def on_cpu() -> Plan:
-    one_mib = dict.fromkeys(("peak_bytes", "step_peak_bytes", "reserved_bytes", "capacity_bytes"), 1 << 20)
     return Plan(
-        device="cpu", gpu=None, num_workers=1, traced=True, note=None, terms={}, term_peaks={}, phases={}, state={},
-        expandable_bytes=1 << 20, outside_bytes=0, top=[], timeline=[], **one_mib,
+        device="cpu", gpu=None, num_workers=1, traced=True, note=None, peak_bytes=MIB, step_peak_bytes=MIB, terms={},
+        term_peaks={}, phases={}, state={}, reserved_bytes=MIB, capacity_bytes=MIB, expandable_bytes=MIB,
+        outside_bytes=0, top=[], timeline=[],
     )  # fmt: skip
 
 
