@@ -58,9 +58,9 @@ def make(name: str, work: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)
     # A file of constraints that the machine's pip has for everybody is not meant for this.
     environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
-    command = [python, "-m", "pip", "install", "--quiet", *asked, "-e", f"{ROOT}[dev,quant]"]
+    command = [str(python), "-m", "pip", "install", "--quiet", *asked, "-e", f"{ROOT}[dev,quant]"]
     if (status := subprocess.run(command, env=environment).returncode) != 0:
-        raise SystemExit(f"{name}: pip ended with status {status}: {' '.join(map(str, command))}")
+        raise SystemExit(f"{name}: pip ended with status {status}: {' '.join(command)}")
     mark.write_text(json.dumps(asked))
     return python
 
