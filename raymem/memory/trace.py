@@ -272,7 +272,7 @@ class Tracer(TorchDispatchMode):
         where = (self.step, phase, backward)
         if self._passed is not None:
             passed_at, highest = self._passed
-            if passed_at != where or (in_backward and not above):
+            if passed_at != where or (backward and not above):
                 raise LimitPassed(highest, passed_at[1])
             self._passed = (where, max(highest, self._alive_bytes))
         elif above:

@@ -20,7 +20,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from tests.compat.environments import NAMES, ROOT, installed, make
+from tests.compat.environments import LEFT_OUT, NAMES, ROOT, installed, make
 
 PARTS: dict[str, tuple[str, ...]] = {
     "methods": ("tests/linalg", "tests/memory", "tests/methods"),
@@ -66,7 +66,8 @@ def run(environment: str, part: str, python: Path, work: Path) -> dict[str, Any]
             return result
     xml = Path(f"{stem}.xml")
     xml.unlink(missing_ok=True)
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", MARKS, f"--junitxml={xml}", *PARTS[part]]
+    options = ["-q", "-p", "no:cacheprovider", "-m", MARKS, f"--junitxml={xml}", *LEFT_OUT.get(environment, ())]
+    command = [python, "-m", "pytest", *options, *PARTS[part]]
     began = time.monotonic()
     with Path(f"{stem}.log").open("w") as log:
         done = subprocess.run(

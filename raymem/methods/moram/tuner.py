@@ -53,6 +53,11 @@ def _is_known(member: Any) -> bool:
         return False
 
 
+if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+    raise ImportError(
+        "MoRAM writes and reads its index sets through hooks that peft has since 0.21, and this is peft "
+        f"{version('peft')}; pip install 'peft>=0.21', or take another adapter"
+    )
 MORAM = _extend_peft("MORAM")
 
 

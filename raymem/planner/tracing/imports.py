@@ -13,9 +13,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_UNUSED = ("scipy", "boto3")
-"""Modules left out: transformers imports the first for losses of object detection, accelerate the second for a
-cloud's settings."""
+_UNUSED = ("scipy", "sklearn", "boto3")
+"""Modules left out: transformers imports the first for losses of object detection, and the second, which needs it,
+for assisted generation; accelerate imports the third for a cloud's settings."""
 _COMPILER = "torch._dynamo"
 _MARKS = ("disable", "assume_constant_result", "allow_in_graph", "graph_break")
 """Decorators and calls of the compiler that mean nothing where nothing is compiled."""

@@ -35,7 +35,8 @@ def check_push(repo: str) -> None:
         StorageError: ``repo`` is no name of a repository, or there is no token.
     """
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
