@@ -85,7 +85,10 @@ def check_logged_model(client: mlflow.MlflowClient, run: Any, version: Any) -> l
     model = client.get_logged_model(output.model_id)
     assert version.source in (f"models:/{model.model_id}", model.artifact_location)
     assert model.source_run_id == run.info.run_id
-    assert {m.key: m.value for m in model.metrics}["loss"] == run.data.metrics["loss"]
+    linked = {metric.key: metric for metric in model.metrics}
+    assert linked["loss"].value == run.data.metrics["loss"]
+    assert (linked["loss"].dataset_name, linked["eval_loss"].dataset_name) == ("train.jsonl", "eval.jsonl")
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "tiny-lora", "version": 1}]
     files = [path for path in Path(model.artifact_location.removeprefix("file://")).rglob("*") if path.is_file()]
     assert [path.name for path in files if path.suffix == ".safetensors"] == ["adapter_model.safetensors"]
     assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".bin", ".pt")]

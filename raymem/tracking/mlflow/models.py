@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from raymem.storage.unfinished import temporary
 _DIGEST = "raymem.digest"
 _BASE_TAGS = (("raymem.base_model", "model.name"), ("raymem.base_revision", "model.revision"))
 """Tags of models and their versions, and the parameters of the run that they are taken from."""
+_VERSIONS_TAG = "mlflow.modelVersions"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 _PARAMS = ("model.", "base.", "adapter.")
 """Beginnings of the names of the run's parameters that a model has too."""
@@ -85,6 +87,8 @@ def register(client: Any, run_id: str, name: str, result: Any, alias: str | None
     else:
         model_id = None if isinstance(result, str) else result.model_id
         version = _new_version(client, name, sources, run_id=run_id, tags=tags, model_id=model_id)
+        if model_id is not None:
+            _note_version(client, model_id, name, version)
     if alias:
         client.set_registered_model_alias(name, alias, version)
     return f"{name}/{version}"
@@ -103,6 +107,14 @@ def _new_version(client: Any, name: str, sources: Sequence[str], **facts: Any) -
         with contextlib.suppress(MlflowException):
             return str(client.create_model_version(name, source, await_creation_for=0, **facts).version)
     return str(client.create_model_version(name, last, await_creation_for=0, **facts).version)
+
+
+def _note_version(client: Any, model_id: str, name: str, version: str) -> None:
+    """Have the page of a logged model name the version that it is registered as; some releases do so by themselves."""
+    noted = json.loads(client.get_logged_model(model_id).tags.get(_VERSIONS_TAG, "[]"))
+    if not any(one.get("name") == name and str(one.get("version")) == version for one in noted):
+        noted.append({"name": name, "version": int(version)})
+        client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps(noted)})
 
 
 def base_tags(params: Mapping[str, str]) -> dict[str, str]:
@@ -148,11 +160,24 @@ def _write(local: Path, directory: Path, model_id: str) -> None:
     written.save(str(local / "MLmodel"))
 
 
+def _only_dataset(run: Any, context: str) -> dict[str, str]:
+    """Return name and digest of a run's data set for training or evaluation, if there is one and no other."""
+    entries = run.inputs.dataset_inputs if run.inputs else []
+    found = [entry.dataset for entry in entries if context in (tag.value for tag in entry.tags)]
+    return {"dataset_name": found[0].name, "dataset_digest": found[0].digest} if len(found) == 1 else {}
+
+
 def _link_metrics(client: Any, run_id: str, model_id: str) -> None:
-    """Give a model the last values of its run's metrics."""
+    """Give a model the last values of its run's metrics and, of one data set, what they were measured on."""
     from mlflow.entities import Metric
 
-    latest = client.get_run(run_id).data.to_proto().metrics
-    linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model_id, run_id=run_id) for m in latest]
+    run = client.get_run(run_id)
+    training, evaluation = (_only_dataset(run, context) for context in ("training", "evaluation"))
+    linked = []
+    for metric in run.data.to_proto().metrics:
+        dataset = evaluation if metric.key.startswith("eval_") else training if metric.key == "loss" else {}
+        linked.append(
+            Metric(metric.key, metric.value, metric.timestamp, metric.step, model_id=model_id, run_id=run_id, **dataset)
+        )
     for start in range(0, len(linked), 1000):
         client.log_batch(run_id, metrics=linked[start : start + 1000])
