@@ -71,7 +71,8 @@ class Applied:
             RecipeError: no optimizer was asked for.
         """
         self._require_optimizer()
-        return (lambda: self.build_optimizer), {}  # transformers calls the first for a function of the model
+        # It is called for a function of the model; axolotl gives that its arguments, too.
+        return (lambda: lambda model, *arguments: self.build_optimizer(model)), {}
 
     def build_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer that was asked for, over the trained parameters.

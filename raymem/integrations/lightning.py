@@ -63,6 +63,7 @@ class RaymemCallback(Callback):  # type: ignore[misc]
         """Check that the trainer has what was applied, look at the budget, and take up a checkpoint's state."""
         run = self.run
         _refuse(trainer, pl_module, run)
+        run.model.train()  # transformers loads it for evaluation, and Lightning leaves it so
         if not self._hooks and run.settings.budget_bytes is None:
             return
         loader = trainer.train_dataloader

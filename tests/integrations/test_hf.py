@@ -63,7 +63,8 @@ def test_a_trainer_computes_what_raymem_does_and_takes_what_is_planned(
     assert losses(trainer) == pytest.approx(column(rows), rel=1e-5 if precision == "fp32" else 1e-3)
     plan = callback_of(trainer).plan
     assert plan is not None
-    assert abs(plan.step_peak_bytes - meter.peak_bytes) <= 0.02 * meter.peak_bytes
+    allowed = 0.02 if precision == "fp32" else 0.04  # of a model of 0.1 MB: what autocast keeps of it is 10 KB
+    assert abs(plan.step_peak_bytes - meter.peak_bytes) <= allowed * meter.peak_bytes
 
 
 def test_metrics_of_methods_stand_beside_the_trainers(llama: Path, examples: Path, tmp_path: Path) -> None:
