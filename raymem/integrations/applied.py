@@ -116,7 +116,9 @@ class Applied:
             hook
             for name, axis in MEMORY_AXES.items()
             if name in asked
-            for hook in axis.of(recipe).hooks(getattr(recipe, name), self.model if model is None else model, recipe.seed)
+            for hook in axis.of(recipe).hooks(
+                getattr(recipe, name), self.model if model is None else model, recipe.seed
+            )
         ]
 
     def view(self, upcoming: Upcoming, ask: Ask, doing: Callable[[str], None]) -> RunView:

@@ -59,10 +59,10 @@ class RaymemPlugin(BasePlugin):  # type: ignore[misc]
         if inference or cfg.inference or cfg.merge_lora:
             return _loaded(model, cfg.lora_model_dir or cfg.output_dir)
         if cfg.lora_model_dir:
-            raise RecipeError("raymem: adapter: lora_model_dir is for axolotl's adapters; set raymem.adapter.init_from")
+            raise RecipeError("raymem: adapter: lora_model_dir is axolotl's own; set raymem.adapter.init_from")
         run = self._apply(cfg, model)
         if "adapter" not in run.settings.asked or not hasattr(run.model, "peft_config"):
-            raise RecipeError("raymem: adapter: raymem is set, but the section raymem asks for no adapter; name one there")
+            raise RecipeError("raymem: adapter: raymem is set, but its section asks for no adapter; name one there")
         return run.model, run.model.peft_config["default"]
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
@@ -76,7 +76,9 @@ class RaymemPlugin(BasePlugin):  # type: ignore[misc]
         self._apply(cfg, model)
         assert self.run is not None
         if self.run.model is not model:
-            raise RecipeError("raymem: adapter: set adapter: raymem beside it, so that axolotl leaves adapters to raymem")
+            raise RecipeError(
+                "raymem: adapter: set adapter: raymem beside it, so that axolotl leaves adapters to raymem"
+            )
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
         """Give the trainer raymem's callback."""

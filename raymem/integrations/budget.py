@@ -67,7 +67,8 @@ def plan_step(
         raise
     except Exception as error:  # others' model, loss and optimizer may raise anything
         raise PlanError(
-            f"raymem: the trainer's step cannot be planned ({type(error).__name__}: {first_line(error)}); leave budget out"
+            f"raymem: the trainer's step cannot be planned ({type(error).__name__}: {first_line(error)}); leave budget "
+            "out"
         ) from error
 
 
@@ -95,7 +96,9 @@ def refuse_above(plan: Plan, run: Applied, *, rows: int, names: Callable[[str], 
     if plan.capacity_bytes <= budget:
         return
     recipe = run.settings.recipe
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": rows, "global_batch": rows})})
+    recipe = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"micro_batch": rows, "global_batch": rows})}
+    )
     term = max(plan.terms, key=lambda name: plan.terms[name])
     helpful = [own for override in would_help(term, recipe) if (own := names(override)) is not None]
     raise BudgetExceeded(
@@ -103,5 +106,3 @@ def refuse_above(plan: Plan, run: Applied, *, rows: int, names: Callable[[str], 
         f"{recipe.budget}; most of it is {term} ({bytes_text(plan.terms[term])}). "
         + (f"What would lower it: {'; '.join(helpful)}" if helpful else "Fewer or shorter rows, or a larger budget")
     )
-
-

@@ -138,7 +138,8 @@ class RaymemCallback(TrainerCallback):  # type: ignore[misc]
         if self.run.loss_calls is not None:
             if not self.run.loss_is_chunked:
                 raise RecipeError(
-                    "raymem: loss: this trainer computes the loss itself, without the logits of whole rows; leave loss out"
+                    "raymem: loss: this trainer computes the loss itself, without the logits of whole rows; leave loss "
+                    "out"
                 )
             log.info("raymem: the loss in chunks is taken by the trainer's own head")
         return _asked_of_fused_head
@@ -189,8 +190,8 @@ def _refuse_arguments(args: Any, run: Applied) -> None:
         )
     if args.n_gpu > 1:
         refused.append(
-            "several GPUs in one process (DataParallel) copy the model in every step; start with torchrun or accelerate "
-            "launch, or show it one GPU: CUDA_VISIBLE_DEVICES=0"
+            "several GPUs in one process (DataParallel) copy the model in every step; start with torchrun or "
+            "accelerate launch, or show it one GPU: CUDA_VISIBLE_DEVICES=0"
         )
     if "optimizer" in asked:
         defaults = type(args).__dataclass_fields__
@@ -200,7 +201,8 @@ def _refuse_arguments(args: Any, run: Applied) -> None:
         decay = getattr(options, "weight_decay", args.weight_decay)
         if not _same(args.weight_decay, defaults["weight_decay"].default) and not _same(args.weight_decay, decay):
             refused.append(
-                f"weight_decay={args.weight_decay} is not what raymem's optimizer takes; set optimizer.weight_decay to it"
+                f"weight_decay={args.weight_decay} is not what raymem's optimizer takes; set optimizer.weight_decay to "
+                "it"
             )
     if refused:
         raise RecipeError("\n".join(f"raymem: {line}" for line in refused))
@@ -230,6 +232,6 @@ def _refuse_parts(run: Applied, model: Any, optimizer: Any) -> None:
 
 
 def _as_argument(override: str) -> str | None:
-    """Return an override of a recipe as one writes it here: a setting of :func:`apply`, or an argument; None if neither."""
+    """Return an override of a recipe as a setting of :func:`apply` or an argument of the Trainer; None if neither."""
     path, _, value = override.partition("=")
     return f"per_device_train_batch_size={value}" if path == "train.micro_batch" else as_setting(override)

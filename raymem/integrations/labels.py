@@ -30,7 +30,8 @@ def answer_labels(model: Any, base: Any, kind: LossKind[Any], options: Any) -> l
     """Make the forward pass of a model return the loss alone, where it is given labels.
 
     ``num_items_in_batch`` divides the sum, as transformers has it; without it the loss is the mean over the targets.
-    In the place of labels a plan gives ``targets``. Calls with neither, such as those of ``generate``, stay as they are.
+    In the place of labels a plan gives ``targets``. Calls with neither, such as those of ``generate``, stay as they
+    are.
 
     Args:
         model: complete, perhaps wrapped by PEFT.

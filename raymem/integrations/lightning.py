@@ -69,8 +69,8 @@ class RaymemCallback(Callback):  # type: ignore[misc]
         loader = trainer.train_dataloader
         if not isinstance(loader, DataLoader):
             raise DataError(
-                f"raymem: the trainer's training data is {type(loader).__name__}, and only one DataLoader can be looked "
-                "into before a step; give one"
+                f"raymem: the trainer's training data is {type(loader).__name__}, and only one DataLoader can be "
+                "looked into before a step; give one"
             )
         upcoming = Upcoming(loader, trainer.accumulate_grad_batches, pl_module.device)
 

@@ -83,7 +83,9 @@ def read_settings(given: SettingsLike, *, has_adapter: bool) -> Settings:
     if theirs := [name for name in raw if name not in (*TAKEN, "base")]:
         log.info("%s: of it %s are taken; the trainer has its own %s", where, ", ".join(asked), ", ".join(theirs))
     if "adapter" in asked and has_adapter:
-        raise RecipeError(f"{where}: adapter: the model has an adapter already; leave adapter out, or give the bare model")
+        raise RecipeError(
+            f"{where}: adapter: the model has an adapter already; leave adapter out, or give the bare model"
+        )
     recipe = recipe_of(_completed(raw, has_adapter=has_adapter), where=where, resolve=False)
     if recipe.base != full_base():
         raise RecipeError(f"{where}: base: {_BASE_CURE}")

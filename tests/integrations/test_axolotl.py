@@ -89,7 +89,7 @@ def test_what_does_not_go_together_is_refused_by_name(manager: Any, llama: Path)
         return manager.post_model_load(cfg, model())
 
     refused("set adapter: raymem beside it", load, raymem={"adapter": "lora"})
-    refused("asks for no adapter", attach, adapter="raymem", raymem={"activations": LORACT})
+    refused("its section asks for no adapter", attach, adapter="raymem", raymem={"activations": LORACT})
     refused("its section is not", load)
     refused(r"set raymem\.adapter\.init_from", attach, adapter="raymem", raymem=COMBINED, lora_model_dir="x")
     assert manager.load_adapter(model(), config(adapter="lora", raymem={"activations": LORACT})) is None

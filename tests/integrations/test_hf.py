@@ -117,7 +117,9 @@ def test_a_step_above_the_budget_is_refused_before_it(llama: Path, examples: Pat
     recipe = recipe_with({"adapter": "none"}, llama, examples, tmp_path)
     trainer = trainer_of(llama, recipe, axes, tmp_path / "out")
     before = copy.deepcopy(trainer.model.state_dict())
-    with pytest.raises(BudgetExceeded, match=r"budget: a step of 2 rows .* above 100KiB; most of it is .* lower it: .*"):
+    with pytest.raises(
+        BudgetExceeded, match=r"budget: a step of 2 rows .* above 100KiB; most of it is .* lower it: .*"
+    ):
         trainer.train()
     assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
     assert trainer.state.global_step == 0 and not losses(trainer)

@@ -29,7 +29,12 @@ def sft(llama: Path, recipe: Any, axes: dict[str, Any], output: Path, callbacks:
     ]
     optimizer = {"optimizer_cls_and_kwargs": run.optimizer_cls_and_kwargs} if "optimizer" in run.settings.asked else {}
     padding = recipe.data.sequence_length  # as raymem pads: LoRAct compresses what it is given
-    options = {"gradient_checkpointing": False, "pad_to_multiple_of": padding, "dataset_kwargs": {"skip_prepare_dataset": True}, **more}
+    options = {
+        "gradient_checkpointing": False,
+        "pad_to_multiple_of": padding,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        **more,
+    }
     return trl.SFTTrainer(
         run.model, arguments_for(recipe, output, trl.SFTConfig, **options), train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(llama), callbacks=[RaymemCallback(run), *callbacks], **optimizer,
