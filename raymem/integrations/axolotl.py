@@ -53,7 +53,7 @@ class RaymemPlugin(BasePlugin):  # type: ignore[misc]
             return None
         if config_only:
             raise RecipeError(
-                f"raymem: adapter: rl: {cfg.rl} wants to attach its adapter itself; use an adapter of axolotl there, and "
+                f"raymem: adapter: rl: {cfg.rl} attaches its adapter itself; use one of axolotl's there, and "
                 "leave adapter out of raymem"
             )
         if inference or cfg.inference or cfg.merge_lora:

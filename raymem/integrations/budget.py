@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from raymem.errors import BudgetExceeded, PlanError
@@ -62,7 +63,9 @@ def plan_step(
     build = run.optimizer_over if run.owns(optimizer) else lambda model: _alike(optimizer, model)
     loop = Loop(build, loss, before_step, clip_norm)
     try:
-        return plan_loop(run.model, loop, [parts] * min(2, accumulation), kind=device.type)
+        return plan_loop(
+            run.model, loop, [parts] * min(2, accumulation), kind="cuda" if device.type == "cuda" else "cpu"
+        )
     except PlanError:
         raise
     except Exception as error:  # others' model, loss and optimizer may raise anything
@@ -93,7 +96,9 @@ def refuse_above(plan: Plan, run: Applied, *, rows: int, names: Callable[[str], 
     """
     budget = run.settings.budget_bytes
     assert budget is not None
-    if plan.capacity_bytes <= budget:
+    grouped = dist.is_initialized() and dist.get_world_size() > 1
+    needed = plan.capacity_bytes + (plan.state["gradients"] if grouped else 0)  # DDP's buckets are as large
+    if needed <= budget:
         return
     recipe = run.settings.recipe
     recipe = recipe.model_copy(
@@ -102,7 +107,7 @@ def refuse_above(plan: Plan, run: Applied, *, rows: int, names: Callable[[str], 
     term = max(plan.terms, key=lambda name: plan.terms[name])
     helpful = [own for override in would_help(term, recipe) if (own := names(override)) is not None]
     raise BudgetExceeded(
-        f"raymem: budget: a step of {rows} rows is predicted to take {bytes_text(plan.capacity_bytes)}, above "
+        f"raymem: budget: a step of {rows} rows is predicted to take {bytes_text(needed)}, above "
         f"{recipe.budget}; most of it is {term} ({bytes_text(plan.terms[term])}). "
         + (f"What would lower it: {'; '.join(helpful)}" if helpful else "Fewer or shorter rows, or a larger budget")
     )

@@ -35,11 +35,12 @@ log = logging.getLogger(__name__)
 
 _STATE = "raymem"
 """The key of our part of ``trainer_state.json``, among those of callbacks."""
+_FUSED = "fused_lm_head"
+"""The argument by which TRL's trainers ask a model for log-probabilities without logits."""
 _ARGUMENTS = {
     "train.micro_batch": "per_device_train_batch_size",
     "train.global_batch": "gradient_accumulation_steps",
-    "train.clip_norm": "max_grad_norm (0 turns it off)",
-    "scaling.strategy": "ddp, which is what a Trainer on several processes does",
+    "train.clip_norm": "max_grad_norm (0 for null)",
 }
 """Key of a recipe -> the argument of a Trainer that decides it."""
 
@@ -67,7 +68,7 @@ class RaymemCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Check the Trainer's arguments, and take over its learning rate."""
-        self.run.settings.with_train(**_train_of(args))  # its errors come before anything is loaded
+        _refuse_steps(args, self.run)
         _refuse_arguments(args, self.run)
         self.run.trainer_lr = args.learning_rate
 
@@ -145,9 +146,6 @@ class RaymemCallback(TrainerCallback):  # type: ignore[misc]
         return _asked_of_fused_head
 
 
-_FUSED = "fused_lm_head"
-
-
 def _asked_of_fused_head(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Ask a model with TRL's fused head for the loss of a micro-batch, as ``SFTTrainer`` does."""
     outputs: Any = model(**{**batch.inputs, "use_cache": False, _FUSED: True})
@@ -155,15 +153,21 @@ def _asked_of_fused_head(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     return loss
 
 
-def _train_of(args: Any) -> dict[str, Any]:
-    """Return what a Trainer's arguments say, as the ``train`` section of a recipe."""
+def _refuse_steps(args: Any, run: Applied) -> None:
+    """Hold the settings against the steps of a Trainer, by the rules of recipes.
+
+    Raises:
+        RecipeError: names the rule, and the Trainer's arguments for the keys in it.
+    """
     rows = args.per_device_train_batch_size
-    return {
-        "micro_batch": rows,
-        "global_batch": rows * args.gradient_accumulation_steps,
-        "clip_norm": args.max_grad_norm or None,
-        "precision": "bf16_mixed" if args.bf16 else "fp32",
-    }
+    try:
+        run.settings.with_train(
+            micro_batch=rows, global_batch=rows * args.gradient_accumulation_steps,
+            clip_norm=args.max_grad_norm or None, precision="bf16_mixed" if args.bf16 else "fp32",
+        )  # fmt: skip
+    except RecipeError as error:
+        theirs = [f"{key} is {own}" for key, own in _ARGUMENTS.items() if key in str(error)]
+        raise RecipeError(f"{error} (here {', '.join(theirs)})" if theirs else str(error)) from None
 
 
 def _refuse_arguments(args: Any, run: Applied) -> None:

@@ -43,6 +43,7 @@ def answer_labels(model: Any, base: Any, kind: LossKind[Any], options: Any) -> l
     Raises:
         RecipeError: the loss is not right for this model.
     """
+    _refuse_other_losses(base)
     if getattr(base.config.get_text_config(), "output_router_logits", False):
         raise RecipeError(
             "loss: this model's own loss has a part for its router (output_router_logits), which raymem's has not; set "
@@ -73,6 +74,21 @@ def answer_labels(model: Any, base: Any, kind: LossKind[Any], options: Any) -> l
 
     base.__dict__["forward"] = types.MethodType(forward, base)  # bound, so that a copy of the model gets its own
     return calls
+
+
+def _refuse_other_losses(base: Any) -> None:
+    """Refuse a model whose own loss is not the cross-entropy of the next token.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    if LOSS_MAPPING.get(getattr(base, "loss_type", None)) is not ForCausalLMLoss:
+        raise RecipeError(
+            f"loss: {type(base).__name__} is no causal language model of transformers, whose loss raymem's stands for; "
+            "leave loss out"
+        )
 
 
 def _output(loss: torch.Tensor) -> Any:

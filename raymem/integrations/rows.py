@@ -54,8 +54,10 @@ class Upcoming:
         """
         lengths = None if self._is_stream else _row_lengths(self._loader.dataset)
         with _streams_kept():
-            if lengths is not None and self._loader.batch_size is not None:
-                longest = np.argsort(-lengths, kind="stable")[: self._loader.batch_size]
+            # accelerate's loaders have the size in their sampler alone
+            rows = self._loader.batch_size or getattr(self._loader.batch_sampler, "batch_size", None)
+            if lengths is not None and rows is not None:
+                longest = np.argsort(-lengths, kind="stable")[:rows]
                 return _moved(self._collated([int(index) for index in longest]), self._device)
             batches = list(itertools.islice(self._batches(0, 0), looked_at))
         return _moved(max(batches, key=_size), self._device)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raymem.errors import RecipeError
 from raymem.memory.budget import parse_bytes
 from raymem.recipe.axes import ADAPTERS, MEMORY_AXES, full_base, no_adapter
@@ -78,10 +80,11 @@ def read_settings(given: SettingsLike, *, has_adapter: bool) -> Settings:
     if unknown := [name for name in raw if name not in Recipe.model_fields]:
         raise RecipeError(f"{where}: {unknown[0]}: unknown key{nearest(str(unknown[0]), TAKEN)}")
     asked = frozenset(name for name in AXES if raw.get(name) is not None)
-    if not asked:
-        raise RecipeError(f"{where}: nothing is asked for; give one or more of {', '.join(AXES)}")
+    if not asked and raw.get("budget") is None:
+        raise RecipeError(f"{where}: nothing is asked for; give one or more of {', '.join(TAKEN)}")
     if theirs := [name for name in raw if name not in (*TAKEN, "base")]:
-        log.info("%s: of it %s are taken; the trainer has its own %s", where, ", ".join(asked), ", ".join(theirs))
+        taken = [name for name in TAKEN if raw.get(name) is not None]
+        log.info("%s: of it %s are taken; the trainer has its own %s", where, ", ".join(taken), ", ".join(theirs))
     if "adapter" in asked and has_adapter:
         raise RecipeError(
             f"{where}: adapter: the model has an adapter already; leave adapter out, or give the bare model"
@@ -102,7 +105,7 @@ def _completed(raw: Mapping[str, Any], *, has_adapter: bool) -> dict[str, Any]:
         "name": "trainer",
         "model": {"name": "trainer"},
         "data": {"train": "trainer"},
-        "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
-        "scaling": {"num_workers": 0},
+        "train": {"steps": 1, "global_batch": 1, "micro_batch": 1, "clip_norm": None},
+        "scaling": {"num_workers": 0, "use_gpu": torch.cuda.is_available()},
         "tracking": "none",
     }

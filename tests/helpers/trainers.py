@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from raymem.integrations.hf import RaymemCallback, apply
 from raymem.memory.meter import PeakMeter, resident_tensors
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import rank_batches
@@ -52,7 +55,7 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-class Meter(TrainerCallback):  # type: ignore[misc]
+class Meter(TrainerCallback):
     """Measures the peak of one step of a Trainer; stands behind raymem's callback."""
 
     def __init__(self, step: int = 2) -> None:
@@ -76,3 +79,22 @@ def state_of(optimizer: Any) -> Iterable[torch.Tensor]:
     """The tensors of an optimizer's state, perhaps wrapped by accelerate."""
     values = itertools.chain.from_iterable(state.values() for state in optimizer.state.values())
     return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def train_as_rank(
+    recipe: Recipe, axes: Any, model: Any, output: Any, rows: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:  # fmt: skip
+    """Train in a Trainer under DDP; returns losses and all tensors of the model."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    run = apply(AutoModelForCausalLM.from_pretrained(model), axes)
+    callback = RaymemCallback(run)
+    args = arguments_for(recipe, output, ddp_backend="gloo", average_tokens_across_devices=True)
+    assert args.world_size == world
+    trainer = Trainer(
+        run.model, args, train_dataset=rows, data_collator=default_data_collator, callbacks=[callback],
+        optimizer_cls_and_kwargs=run.optimizer_cls_and_kwargs,
+    )  # fmt: skip
+    trainer.train()
+    assert callback.plan is not None
+    return losses(trainer), dict(run.model.state_dict())

@@ -14,8 +14,8 @@ import raymem
 from raymem.errors import BudgetExceeded, RaymemError, RecipeError
 from raymem.integrations.hf import RaymemCallback, apply
 from raymem.recipe.schema import Recipe
-from tests.helpers.support import column, make_recipe, run_fragment, train
-from tests.helpers.trainers import Meter, Row, arguments_for, losses, rows_of
+from tests.helpers.support import column, in_processes, make_recipe, run_fragment, train
+from tests.helpers.trainers import Meter, Row, arguments_for, losses, rows_of, train_as_rank
 
 LORACT = {"kind": "loract", "rank": 0.25}
 MORAM = {"kind": "moram", "rank": 4, "alpha": 8.0, "density": 0.25, "selection_batches": 2}
@@ -143,7 +143,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss": "chunked", "train": {"steps": 3}}, "train: the trainer has that of its own"),
     ({"base": {"quantize": "nf4"}, "adapter": "lora"}, "base: the trainer's model is built"),
     ({"adapter": "lora", "optimizer": "mlorc_adamw"}, "an adapter is refused"),
-    ({"loss": "chunked", "budget": "lots"}, "budget: 'lots' is no amount of memory"),
+    ({"budget": "lots"}, "budget: 'lots' is no amount of memory"),
 ]
 
 
@@ -158,7 +158,7 @@ ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"loss": "chunked"}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ({"optimizer": {"lr": 1e-3}}, {"learning_rate": 3e-4}, r"learning_rate=0\.0003 and optimizer\.lr: 0\.001 differ"),
     ({"optimizer": "adamw"}, {"weight_decay": 0.1}, r"set optimizer\.weight_decay"),
-    ({**FULL, "optimizer": {"kind": "mlorc_adamw", "step_in_backward": True}}, {}, r"train\.clip_norm"),
+    ({**FULL, "optimizer": {"kind": "mlorc_adamw", "step_in_backward": True}}, {}, r"here .*max_grad_norm"),
 ]
 
 
@@ -198,6 +198,40 @@ def test_the_learning_rate_is_the_trainers_where_none_is_named(llama: Path, exam
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {3e-4}
     named = trainer_of(llama, recipe, {"optimizer": {"lr": 1e-3}}, tmp_path / "out", rows=[])
     assert {group["lr"] for group in named.create_optimizer().param_groups} == {1e-3}
+
+
+@pytest.mark.slow
+def test_two_ranks_choose_and_compute_what_one_does(llama: Path, examples: Path, tmp_path: Path) -> None:
+    axes = {name: COMBINED[name] for name in ("adapter", "loss", "optimizer")} | {"budget": "1GiB"}
+    recipe = recipe_with({**axes, "train": {"steps": 4}}, llama, examples, tmp_path)
+    shared = recipe.model_copy(update={"train": recipe.train.model_copy(update={"global_batch": 2})})
+    rows = rows_of(recipe)
+    ranks = in_processes(train_as_rank, 2, tmp_path / "meet", shared, axes, llama, tmp_path / "out", rows)
+    (theirs, one), (_, other) = ranks
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    trainer = trainer_of(llama, recipe, axes, tmp_path / "alone")
+    trainer.train()
+    assert theirs == pytest.approx(losses(trainer), rel=1e-5)
+    alone = trainer.model.state_dict()
+    chosen = [(one[name], alone[name]) for name in one if "moram_index" in name]
+    assert chosen and all((ours == theirs).float().mean() > 0.99 for ours, theirs in chosen), "but for rounding"
+
+
+def test_a_step_in_backward_is_taken_with_no_clipping(llama: Path, examples: Path, tmp_path: Path) -> None:
+    axes = {**FULL, "optimizer": {**FULL["optimizer"], "step_in_backward": True}}
+    one_pass = {"train": {"global_batch": 2, "clip_norm": None, "steps": 3}}
+    recipe = recipe_with({**axes, **one_pass}, llama, examples, tmp_path)
+    _, rows = train(recipe)
+    trainer = trainer_of(llama, recipe, axes, tmp_path / "out")
+    trainer.train()
+    assert losses(trainer) == pytest.approx(column(rows), rel=1e-5)
+
+
+def test_a_loss_that_is_none_of_the_next_token_is_refused(llama: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    with pytest.raises(RecipeError, match="LlamaForSequenceClassification is no causal language model"):
+        apply(AutoModelForSequenceClassification.from_pretrained(llama), {"loss": "auto"})
 
 
 def test_generate_and_logits_stay_as_they_were(llama: Path) -> None:

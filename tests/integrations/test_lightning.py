@@ -21,7 +21,7 @@ L = pytest.importorskip("lightning", reason="Lightning is not installed (pip ins
 from raymem.integrations.lightning import RaymemCallback, apply  # noqa: E402
 
 
-class Module(L.LightningModule):  # type: ignore[misc,name-defined]
+class Module(L.LightningModule):  # type: ignore[name-defined]
     """What a user writes."""
 
     def __init__(self, model: Any, axes: Any) -> None:
@@ -40,7 +40,7 @@ class Module(L.LightningModule):  # type: ignore[misc,name-defined]
         return torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], fused=True)
 
 
-class Watch(L.Callback):  # type: ignore[misc,name-defined]
+class Watch(L.Callback):  # type: ignore[name-defined]
     """Keeps every step's figures, and measures the peak of one; stands behind raymem's callback."""
 
     def __init__(self, metered: int = 2) -> None:
@@ -73,7 +73,8 @@ def fit(
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
         callbacks=[RaymemCallback(module.run), *callbacks], **options,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(rows_of(recipe)[:rows], batch_size=recipe.train.rows_per_pass), ckpt_path=resume)
+    data: Any = rows_of(recipe)[:rows]
+    trainer.fit(module, DataLoader(data, batch_size=recipe.train.rows_per_pass), ckpt_path=resume)
     return trainer, module
 
 
