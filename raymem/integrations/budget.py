@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def plan_step(
         return prepare
 
     build = run.optimizer_over if run.owns(optimizer) else lambda model: _alike(optimizer, model)
-    loop = Loop(build, loss, before_step, clip_norm)
+    loop = Loop(build, loss, before_step, clip_norm, one_segment_per_row=not _is_packed(batch.inputs))
     try:
         return plan_loop(
             run.model, loop, [parts] * min(2, accumulation), kind="cuda" if device.type == "cuda" else "cpu"
@@ -73,6 +73,12 @@ def plan_step(
             f"raymem: the trainer's step cannot be planned ({type(error).__name__}: {first_line(error)}); leave budget "
             "out"
         ) from error
+
+
+def _is_packed(inputs: Mapping[str, Any]) -> bool:
+    """Say whether a row holds several examples: its positions start again."""
+    positions = inputs.get("position_ids")
+    return isinstance(positions, torch.Tensor) and bool((positions[..., 1:] == 0).any())
 
 
 def _alike(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:

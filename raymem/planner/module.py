@@ -38,6 +38,9 @@ class Loop:
     before_step: Callable[[nn.Module, Sequence[Any]], Callable[[int], None]] = lambda model, batches: lambda step: None
     """Given the micro-batches too: what runs before an optimizer step (from 0), with no gradients there."""
     clip_norm: float | None = None
+    """Gradients are clipped to this norm, by torch's ``clip_grad_norm_``."""
+    one_segment_per_row: bool = True
+    """No row holds several examples, which transformers would keep apart by a mask."""
 
 
 def plan_module(
@@ -84,7 +87,7 @@ def plan_loop(model: nn.Module, loop: Loop, batches: Sequence[Any], *, kind: str
     with contextlib.ExitStack() as stack:
         stack.enter_context(planned_for(target.kind))
         copied = _without_values(model)
-        stack.enter_context(shims(one_segment_per_row=True))
+        stack.enter_context(shims(one_segment_per_row=loop.one_segment_per_row))
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         tracer = stack.enter_context(Tracer(kernels.workspace(target.kind), OutputCache(mode)))
         fakeify(copied, tracer)
