@@ -19,8 +19,9 @@ from raymem.memory.devices import gpu_key
 from raymem.memory.target import planned_for
 from raymem.memory.trace import Tracer
 from raymem.planner.plan import make_plan
-from raymem.planner.tracing.fake import fake_bytes, fakeify, gradients_named, shims
+from raymem.planner.tracing.fake import fake_bytes, fakeify, gradients_named, quantisation_tensors, shims
 from raymem.planner.tracing.fake_cache import OutputCache
+from raymem.planner.tracing.four_bit import put_stand_ins
 from raymem.planner.tracing.step_trace import MEASURED, StepTrace
 from raymem.planner.types import Plan, Target
 
@@ -110,8 +111,19 @@ def _without_values(model: nn.Module) -> nn.Module:
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
-    fakes = {id(tensor): hollow(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, fakes)
+    def hollow_weight(parameter: nn.Parameter) -> torch.Tensor:
+        empty: Any = hollow(parameter)
+        if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes' has no place in a module
+            empty.quant_state = copy.deepcopy(state, {id(t): hollow(t) for t in quantisation_tensors(parameter)})
+        return empty  # type: ignore[no-any-return]
+
+    fakes = {id(parameter): hollow_weight(parameter) for parameter in model.parameters()}
+    fakes |= {id(buffer): hollow(buffer) for buffer in model.buffers()}
+    for parameter in model.parameters():
+        fakes |= {id(tensor): hollow(tensor) for tensor in quantisation_tensors(parameter)}
+    copied = copy.deepcopy(model, fakes)
+    put_stand_ins(copied)
+    return copied
 
 
 def _fake(inputs: Any, tracer: Tracer) -> Any:

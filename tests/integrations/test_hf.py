@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, default_data_collator
 
 import raymem
-from raymem.errors import BudgetExceeded, RaymemError, RecipeError
+from raymem.errors import BudgetExceeded, PlanError, RaymemError, RecipeError
 from raymem.integrations.hf import RaymemCallback, apply
 from raymem.recipe.schema import Recipe
-from tests.helpers.support import column, in_processes, make_recipe, run_fragment, train
+from tests.helpers.support import column, in_processes, make_recipe, run_fragment, save_model, train
 from tests.helpers.trainers import Meter, Row, arguments_for, losses, rows_of, train_as_rank
 
 LORACT = {"kind": "loract", "rank": 0.25}
@@ -65,6 +65,38 @@ def test_a_trainer_computes_what_raymem_does_and_takes_what_is_planned(
     assert plan is not None
     allowed = 0.02 if precision == "fp32" else 0.04  # of a model of 0.1 MB: what autocast keeps of it is 10 KB
     assert abs(plan.step_peak_bytes - meter.peak_bytes) <= allowed * meter.peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axes",
+    [{"adapter": MORAM, "activations": LORACT, "loss": "chunked"},
+     {"adapter": {"kind": "lora", "rank": 4}, "activations": {**LORACT, "scope": "linear"}}],
+    ids=["MoRAM + LoRAct + chunked", "LoRA + LoRAct of linear layers"],
+)  # fmt: skip
+def test_four_bits_of_transformers_are_planned(axes: dict[str, Any], examples: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install raymem[quant])")
+    wide = save_model(tmp_path / "wide", hidden_size=128, intermediate_size=256, head_dim=32)
+    recipe = recipe_with({"train": {"steps": 3}}, wide, examples, tmp_path)
+
+    def trainer(*, double: bool) -> tuple[Trainer, RaymemCallback, Meter]:
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=torch.float32,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(wide, quantization_config=four_bits, device_map={"": "cpu"})
+        run = apply(model, {**axes, "budget": "1GiB"})
+        callback, meter, args = RaymemCallback(run), Meter(), arguments_for(recipe, tmp_path / "out")
+        rows: Any = rows_of(recipe)
+        parts = {"data_collator": default_data_collator, "callbacks": [callback, meter]}
+        return Trainer(run.model, args, train_dataset=rows, **parts), callback, meter
+
+    four, callback, meter = trainer(double=True)
+    four.train()
+    assert callback.plan is not None
+    assert abs(callback.plan.step_peak_bytes - meter.peak_bytes) <= 0.02 * meter.peak_bytes
+    with pytest.raises(PlanError, match="bnb_4bit_use_double_quant=True, or leave budget out"):
+        trainer(double=False)[0].train()
 
 
 def test_metrics_of_methods_stand_beside_the_trainers(llama: Path, examples: Path, tmp_path: Path) -> None:
