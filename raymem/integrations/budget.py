@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from raymem.planner.help import would_help
 from raymem.planner.module import Loop, plan_loop
 from raymem.planner.tracing.fake import CudaAutocast
 from raymem.planner.types import Plan
+
+log = logging.getLogger(__name__)
 
 
 def plan_step(
@@ -62,6 +65,7 @@ def plan_step(
 
     build = run.optimizer_over if run.owns(optimizer) else lambda model: _alike(optimizer, model)
     loop = Loop(build, loss, before_step, clip_norm, one_segment_per_row=not _is_packed(batch.inputs))
+    log.info("raymem: planning a step of the trainer")
     try:
         return plan_loop(
             run.model, loop, [parts] * min(2, accumulation), kind="cuda" if device.type == "cuda" else "cpu"

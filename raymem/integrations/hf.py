@@ -55,7 +55,7 @@ class RaymemCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         RaymemError: while the Trainer is built or begins to train: arguments that contradict the settings, or a step
-            above the budget. Nothing has been trained then.
+            above the budget; nothing has been trained then. After the first step: it did not use the loss.
     """
 
     def __init__(self, run: Applied) -> None:

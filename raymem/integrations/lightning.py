@@ -15,7 +15,6 @@ import logging
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -26,6 +25,14 @@ from raymem.integrations.budget import plan_step, refuse_above
 from raymem.integrations.rows import Upcoming
 from raymem.planner.types import Plan
 from raymem.training.hooks import metrics_of, resume_hooks, states_of
+
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError:
+    try:
+        from pytorch_lightning import Callback
+    except ModuleNotFoundError:
+        raise ImportError("raymem.integrations.lightning needs Lightning: pip install 'raymem[lightning]'") from None
 
 __all__ = ["RaymemCallback", "apply"]
 

@@ -145,9 +145,8 @@ def test_a_saved_adapter_loads_in_plain_peft(llama: Path, examples: Path, tmp_pa
 
 
 def test_a_step_above_the_budget_is_refused_before_it(llama: Path, examples: Path, tmp_path: Path) -> None:
-    axes = {"adapter": "none", "budget": "100KiB"}
-    recipe = recipe_with({"adapter": "none"}, llama, examples, tmp_path)
-    trainer = trainer_of(llama, recipe, axes, tmp_path / "out")
+    recipe = recipe_with({}, llama, examples, tmp_path)
+    trainer = trainer_of(llama, recipe, {"budget": "100KiB"}, tmp_path / "out")
     before = copy.deepcopy(trainer.model.state_dict())
     with pytest.raises(
         BudgetExceeded, match=r"budget: a step of 2 rows .* above 100KiB; most of it is .* lower it: .*"
