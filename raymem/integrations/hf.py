@@ -185,6 +185,10 @@ def _refuse_arguments(args: Any, run: Applied) -> None:
         )
     if "loss" in asked and args.label_smoothing_factor:
         refused.append("label_smoothing_factor needs the logits of whole rows; set it to 0, or leave loss out")
+    if "loss" in asked and args.use_liger_kernel:
+        refused.append("use_liger_kernel=True brings a loss of its own; set it to False, or leave loss out")
+    if args.torch_compile and asked - {"optimizer"}:
+        refused.append("torch_compile=True is not tried with forward passes of raymem's; set it to False")
     if args.fp16:
         refused.append("fp16=True is not among the precisions of raymem's methods; set bf16=True, or neither")
     if args.deepspeed or args.fsdp:

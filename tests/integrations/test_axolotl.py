@@ -74,6 +74,16 @@ def test_the_plugin_trains_as_raymem_does(
             torch.testing.assert_close(loaded.eval()(ids).logits, trainer.model.eval()(ids).logits)
 
 
+def test_axolotl_reads_the_section(manager: Any) -> None:
+    config_of = pytest.importorskip("axolotl.integrations.config", reason="what axolotl reads configs with is missing")
+    _, whole = config_of.merge_input_args()
+    read = whole(
+        base_model="tiny", adapter="raymem", raymem={**COMBINED, "budget": "1GiB"}, learning_rate=1e-4, num_epochs=1,
+        datasets=[{"path": "rows", "type": "alpaca"}], micro_batch_size=1, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    assert read.raymem == {**COMBINED, "budget": "1GiB"} and read.adapter == "raymem"
+
+
 def test_what_does_not_go_together_is_refused_by_name(manager: Any, llama: Path) -> None:
     def refused(message: str, call: Any, **values: Any) -> None:
         with pytest.raises(RecipeError, match=message):

@@ -187,6 +187,7 @@ def test_settings_that_make_no_sense_are_refused_by_name(axes: dict[str, Any], m
 ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"activations": LORACT}, {"gradient_checkpointing": True}, "set gradient_checkpointing=False"),
     ({"loss": "chunked"}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    ({"loss": "chunked"}, {"torch_compile": True}, "torch_compile=True is not tried"),
     ({"optimizer": {"lr": 1e-3}}, {"learning_rate": 3e-4}, r"learning_rate=0\.0003 and optimizer\.lr: 0\.001 differ"),
     ({"optimizer": "adamw"}, {"weight_decay": 0.1}, r"set optimizer\.weight_decay"),
     ({**FULL, "optimizer": {"kind": "mlorc_adamw", "step_in_backward": True}}, {}, r"here .*max_grad_norm"),
