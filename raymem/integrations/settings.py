@@ -13,7 +13,7 @@ import torch
 from raymem.errors import RecipeError
 from raymem.memory.budget import parse_bytes
 from raymem.recipe.axes import ADAPTERS, MEMORY_AXES, full_base, no_adapter
-from raymem.recipe.load import read_yaml, recipe_of
+from raymem.recipe.load import load_recipe, read_yaml, recipe_of
 from raymem.recipe.schema import Recipe
 from raymem.recipe.sentences import nearest
 
@@ -61,8 +61,8 @@ def read_settings(given: SettingsLike, *, has_adapter: bool) -> Settings:
     """Validate settings.
 
     Args:
-        given: mapping of the sections in :data:`TAKEN`, as a recipe has them; a YAML file of them; or a recipe, whole
-            or as its file, of which the sections that a trainer has of its own are left aside.
+        given: mapping of the sections in :data:`TAKEN`, as a recipe has them; a YAML file of them; or a recipe, or its
+            file. A recipe means all of its axes, with their defaults; what a trainer has of its own is left aside.
         has_adapter: the model has an adapter already, which is not raymem's to bring.
 
     Raises:
@@ -77,6 +77,8 @@ def read_settings(given: SettingsLike, *, has_adapter: bool) -> Settings:
             raise RecipeError(f"{where}: {theirs[0]}: the trainer has that of its own; leave it out")
     else:
         where, raw = str(given), read_yaml(Path(given))
+        if any(name in Recipe.model_fields and name not in (*TAKEN, "base") for name in raw):
+            raw = load_recipe(given).to_dict()
     if unknown := [name for name in raw if name not in Recipe.model_fields]:
         raise RecipeError(f"{where}: {unknown[0]}: unknown key{nearest(str(unknown[0]), TAKEN)}")
     asked = frozenset(name for name in AXES if raw.get(name) is not None)

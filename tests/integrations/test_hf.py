@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, default_data_collator
 
 import raymem
@@ -165,6 +166,11 @@ def test_a_file_and_a_recipe_are_taken_as_a_mapping_is(llama: Path, examples: Pa
     assert run.base is model and run.model is not model
     whole = apply(AutoModelForCausalLM.from_pretrained(llama), recipe)
     assert whole.settings.recipe.adapter == recipe.adapter and whole.settings.has_lr
+    raw = {name: value for name, value in recipe.to_dict().items() if name in ("model", "data", "train")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    usual = apply(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "recipe.yaml")
+    assert usual.settings.asked == {"adapter", "activations", "loss", "optimizer"}, "a recipe's defaults count"
+    assert usual.model.peft_config["default"].r == 16
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
