@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from raymem.errors import PlanError
 from raymem.memory import kernels
@@ -24,6 +22,13 @@ from raymem.planner.tracing.fake_cache import OutputCache
 from raymem.planner.tracing.four_bit import put_stand_ins
 from raymem.planner.tracing.step_trace import MEASURED, StepTrace
 from raymem.planner.types import Plan, Target
+from raymem.private_apis import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    tree_leaves,
+    tree_map,
+)
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Loss = Callable[..., torch.Tensor]
