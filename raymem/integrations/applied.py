@@ -71,8 +71,13 @@ class Applied:
             RecipeError: no optimizer was asked for.
         """
         self._require_optimizer()
-        # It is called for a function of the model; axolotl gives that its arguments, too.
-        return (lambda: lambda model, *arguments: self.build_optimizer(model)), {}
+
+        def factory(*groups: Any) -> Any:
+            """Return a function of the model, to which axolotl gives its arguments too; older releases of transformers
+            call this itself, with groups of parameters that have no names."""
+            return self.build_optimizer() if groups else lambda model, *arguments: self.build_optimizer(model)
+
+        return factory, {}
 
     def build_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer that was asked for, over the trained parameters.

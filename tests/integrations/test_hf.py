@@ -236,6 +236,11 @@ def test_the_learning_rate_is_the_trainers_where_none_is_named(llama: Path, exam
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {3e-4}
     named = trainer_of(llama, recipe, {"optimizer": {"lr": 1e-3}}, tmp_path / "out", rows=[])
     assert {group["lr"] for group in named.create_optimizer().param_groups} == {1e-3}
+    factory, options = callback_of(named).run.optimizer_cls_and_kwargs
+    by_older_transformers = factory([{"params": []}], **options)
+    assert sum(len(group["params"]) for group in by_older_transformers.param_groups) == len(
+        list(named.model.parameters())
+    )
 
 
 @pytest.mark.slow
