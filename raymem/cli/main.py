@@ -113,8 +113,7 @@ def merge(
     from raymem.runs.artifacts import local_copy
     from raymem.training.artifacts import merge as merging
 
-    with local_copy(adapter) as directory:
-        console.out.print(f"wrote {merging.merge(directory, output)}")
+    console.out.print(f"wrote {merging.merge(local_copy(adapter), output)}")
 
 
 @app.command()
@@ -132,12 +131,12 @@ def export(
 
     if check != "vllm":
         raise RecipeError(f"--check {check}: its rules are not known; vllm is")
-    with local_copy(adapter) as directory:
-        linted = vllm.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=str(output or adapter))
-        if linted.problems:
-            raise ModelError("\n".join(f"{adapter}: {problem}" for problem in linted.problems))
-        if output is not None:
-            vllm.copy_adapter(directory, output)
+    directory = local_copy(adapter)
+    linted = vllm.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=str(output or adapter))
+    if linted.problems:
+        raise ModelError("\n".join(f"{adapter}: {problem}" for problem in linted.problems))
+    if output is not None:
+        vllm.copy_adapter(directory, output)
     console.out.print(f"vLLM takes it:\n{linted.command}")
 
 
