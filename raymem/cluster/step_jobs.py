@@ -6,7 +6,8 @@ lost with a node. A step that was done is skipped, so a killed worker costs one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -32,28 +33,55 @@ def run_by_tasks(job: StepJob, progress: Callable[[int, int], None]) -> None:
     if job.is_committed():
         return
     everything = job.steps()
-    waiting = [step for step in everything if not job.is_done(step)]
-    missing = {step.name for step in waiting}
+    left = _Left([step for step in everything if not job.is_done(step)])
     running: dict[Any, Any] = {}
     window, most_memory = _window()
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, retry_exceptions=[OSError])(run_task)
     try:
-        while missing:
-            ready = [step for step in waiting if missing.isdisjoint(step.after)]
-            for step in ready[: window - len(running)]:
-                waiting.remove(step)
+        while left.count:
+            for step in left.take(window - len(running)):
                 # Never more than the largest node has: it would wait for ever. There it then runs alone.
                 needed = min(job.memory_bytes(step) + LIBRARIES_BYTES, most_memory)
                 running[remote.options(memory=needed).remote(job, step)] = step
             (reference,), _ = ray.wait(list(running))
             step = running.pop(reference)
             _result(reference, f"step {step.name} of {job.what}")
-            missing.discard(step.name)
-            progress(len(everything) - len(missing), len(everything))
+            left.done(step)
+            progress(len(everything) - left.count, len(everything))
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
     job.commit()
+
+
+class _Left:
+    """The steps that are left, given out in their order as soon as those before them are done.
+
+    Each step is looked at once, and once more for each that it waits for: thousands cost a driver nothing.
+    """
+
+    def __init__(self, steps: Sequence[Any]) -> None:
+        self.count = len(steps)
+        names = {step.name for step in steps}
+        self._steps = steps
+        self._before = [names.intersection(step.after) for step in steps]
+        self._behind: dict[str, list[int]] = {}
+        for number, before in enumerate(self._before):
+            for name in before:
+                self._behind.setdefault(name, []).append(number)
+        self._ready = [number for number, before in enumerate(self._before) if not before]  # sorted, and so a heap
+
+    def take(self, most: int) -> list[Any]:
+        """Give out up to so many steps that can be done now."""
+        return [self._steps[heapq.heappop(self._ready)] for _ in range(min(most, len(self._ready)))]
+
+    def done(self, step: Any) -> None:
+        """Note that a step is done."""
+        self.count -= 1
+        for number in self._behind.pop(step.name, ()):
+            self._before[number].discard(step.name)
+            if not self._before[number]:
+                heapq.heappush(self._ready, number)
 
 
 def run_task(job: StepJob, step: Any) -> None:

@@ -12,7 +12,7 @@ import ray
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raymem.cluster.train.events import Event, Logged
+from raymem.cluster.train.events import Event, Logged, Resized
 from raymem.cluster.train.pulse import Beat
 from raymem.errors import RaymemError
 
@@ -87,6 +87,11 @@ class Mailbox:
         """Count a failure of the group, which began with ``rank`` and ends all of its processes."""
         self._failures.append(rank)
         self._beats = {}
+
+    def regrouped(self, num_workers: int, step: int | None) -> None:
+        """Learn that a group which is well ends, and another of that size goes on from the step that it has saved."""
+        self._beats = {}
+        self.push(Resized(num_workers, step))
 
     def failures(self) -> list[int]:
         return self._failures

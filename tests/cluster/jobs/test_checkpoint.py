@@ -164,9 +164,10 @@ def test_what_the_asking_job_found(monkeypatch: pytest.MonkeyPatch, says: str, w
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_job_saves_and_goes_on(ray_head: RayHead, llama: Path, examples: Path, tmp_path: Path) -> None:
     """Two workers, of which one is killed right after: they go on from what was asked for, bit for bit."""
-    steps = {"steps": 600, "save_every": 600, "eval_every": 600}
+    steps = {"steps": 300, "save_every": 300, "eval_every": 300}
     wanted = ray_recipe(llama, examples, tmp_path / "runs", "asked", scaling={"num_workers": 2}, train=steps)
     project = tmp_path / "project"
     project.mkdir()
@@ -188,7 +189,7 @@ def test_a_job_saves_and_goes_on(ray_head: RayHead, llama: Path, examples: Path,
     checkpoints = tmp_path / "runs" / "asked" / "checkpoints"
     saved = {int(file.parent.name.removeprefix("step_")) for file in checkpoints.glob("step_*/manifest.json")}
     said = int(asked.stdout.partition(": step ")[2].split()[0])
-    assert said in saved and said % 600, "it is one that was not due"
+    assert said in saved and said % 300, "it is one that was not due"
     workers_of(ray_head)[0].kill()
     assert f"is saved in {checkpoints}; training goes on" in "".join(asked.stdout.split("\n"))
     ended = raymem()  # follows it to its end
