@@ -7,6 +7,8 @@ lost with a node. A step that was done is skipped, so a killed worker costs one 
 from __future__ import annotations
 
 import heapq
+import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +20,9 @@ from raymem.training.job import StepJob
 LIBRARIES_BYTES = 600 << 20
 """The memory of a worker before it reads anything: torch and transformers."""
 MAX_RETRIES = 3
+_LOOK_EVERY_S = 15.0
+
+log = logging.getLogger(__name__)
 
 
 def run_by_tasks(job: StepJob, progress: Callable[[int, int], None]) -> None:
@@ -35,15 +40,19 @@ def run_by_tasks(job: StepJob, progress: Callable[[int, int], None]) -> None:
     everything = job.steps()
     left = _Left([step for step in everything if not job.is_done(step)])
     running: dict[Any, Any] = {}
-    window, most_memory = _window()
+    nodes = _Nodes(job.what)
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, retry_exceptions=[OSError])(run_task)
     try:
         while left.count:
-            for step in left.take(window - len(running)):
+            nodes.look()
+            for step in left.take(nodes.window - len(running)):
                 # Never more than the largest node has: it would wait for ever. There it then runs alone.
-                needed = min(job.memory_bytes(step) + LIBRARIES_BYTES, most_memory)
+                needed = min(job.memory_bytes(step) + LIBRARIES_BYTES, nodes.most_memory)
                 running[remote.options(memory=needed).remote(job, step)] = step
-            (reference,), _ = ray.wait(list(running))
+            done, _ = ray.wait(list(running), timeout=_LOOK_EVERY_S)
+            if not done:
+                continue
+            (reference,) = done
             step = running.pop(reference)
             _result(reference, f"step {step.name} of {job.what}")
             left.done(step)
@@ -89,11 +98,35 @@ def run_task(job: StepJob, step: Any) -> None:
     job.run(step)
 
 
-def _window() -> tuple[int, int]:
-    """Return the tasks in flight, two per core so that none waits for the driver, and bytes of the largest node."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cores = sum(int(node.get("CPU", 0)) for node in nodes)
-    return max(2, 2 * cores), int(max(node.get("memory", 0) for node in nodes))
+class _Nodes:
+    """Looks at the cluster now and then: one with an autoscaler may begin with no node that takes work.
+
+    Args:
+        what: the job, for people.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._looked = float("-inf")
+        self._warned = False
+        self.window, self.most_memory = 2, 0
+        """Tasks in flight, two per core so that none waits for the driver; and the memory of the largest node."""
+
+    def look(self) -> None:
+        """Look again, if the last look is a while ago."""
+        if time.monotonic() - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cores = sum(int(node.get("CPU", 0)) for node in nodes)
+        self.window = max(2, 2 * cores)
+        self.most_memory = int(max((node.get("memory", 0) for node in nodes), default=0))
+        if not cores and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s waits: no node of the cluster has CPU cores for its tasks; start one (ray start --address=...), or "
+                "wait for the autoscaler", self._what,
+            )  # fmt: skip
 
 
 def _result(reference: Any, what: str) -> None:

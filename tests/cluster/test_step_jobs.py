@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raymem.cluster.step_jobs import _Left
+import pytest
+import ray
+
+from raymem.cluster import step_jobs
+from raymem.cluster.step_jobs import _Left, _Nodes
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,18 @@ def test_thousands_in_a_row() -> None:
         assert left.take(8) == [step]
         left.done(step)
     assert not left.count
+
+
+def test_nodes_that_come_are_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    cluster = [{"Alive": True, "Resources": {"memory": 5.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: cluster)
+    nodes = _Nodes("pruning")
+    nodes.look()
+    assert (nodes.window, nodes.most_memory) == (2, 5), "enough for an autoscaler to see"
+    assert "pruning waits: no node of the cluster has CPU cores for its tasks" in caplog.text
+    cluster += [{"Alive": True, "Resources": {"CPU": 8.0, "memory": 9.0}}, {"Alive": False, "Resources": {"CPU": 99.0}}]
+    nodes.look()
+    assert nodes.window == 2, "not at every step"
+    monkeypatch.setattr(step_jobs, "_LOOK_EVERY_S", 0.0)
+    nodes.look()
+    assert (nodes.window, nodes.most_memory) == (16, 9) and caplog.text.count("waits") == 1
