@@ -1,22 +1,17 @@
 """What LoRAM's stages take of large models on 1, 8 and 64 nodes that share a bucket: computed from measured rates.
 
-    python benchmarks/scaling.py --measure       # the scheduler, for real: thousands of steps that do nothing
-    python benchmarks/scaling.py                 # the stages: shapes, plans and rates; --node-gbit, --bucket-gbit, ...
+    python benchmarks/scheduler.py               # first: it measures how fast tasks are started
+    python benchmarks/scaling.py --node-gbit 100 --bucket-gbit 800 --cores 64
 
 Bytes, tasks and memory come from the models' shapes, by the code that prunes and plans. Times are bytes over rates. A
-rate is measured (in another result of this directory, or here) or given by the options that describe the cluster.
+rate is measured (in another result of this directory) or given by the options that describe the cluster.
 There is no measured rate of training such models, so that for training the work is given and no time.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import resource
-import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,88 +35,6 @@ MIXTURE = {
 }
 MODELS = ("meta-llama/Llama-3.1-70B", "meta-llama/Llama-3.1-405B", "Qwen3-Coder-480B-A35B")
 NODES = (1, 8, 64)
-STEPS = (1000, 4000, 16000)
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """A step that does nothing, as deep in a chain as LoRAM's passes are."""
-
-    number: int
-    after: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return f"step-{self.number}"
-
-
-class Steps:
-    """A job of such steps: every other one waits for the one two before, as layers of a pass do."""
-
-    what = "doing nothing"
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def is_committed(self) -> bool:
-        return False
-
-    def steps(self) -> list[Nothing]:
-        chained = ((f"step-{n - 2}",) if n % 2 and n > 2 else () for n in range(self.count))
-        return [Nothing(n, after) for n, after in enumerate(chained)]
-
-    def is_done(self, step: Nothing) -> bool:
-        return False
-
-    def memory_bytes(self, step: Nothing) -> int:
-        return 0
-
-    def run(self, step: Nothing) -> None:
-        pass
-
-    def commit(self) -> None:
-        pass
-
-
-def measure() -> None:
-    """Run the scheduler on Ray, and save its speed and the driver's memory."""
-    import ray
-
-    from raymem.cluster import connection
-    from raymem.cluster.step_jobs import run_by_tasks
-    from raymem.recipe.schema import ScalingSection
-
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    connection.connect(ScalingSection(num_workers=1))
-    run_by_tasks(Steps(200), lambda done, total: None)  # starts the workers
-    rows = []
-    for count in STEPS:
-        cpu, began = time.process_time(), time.perf_counter()
-        before, peak = _rss_bytes(), 0
-
-        def progress(done: int, total: int) -> None:
-            nonlocal peak
-            if done % 100 == 0:
-                peak = max(peak, _rss_bytes())
-
-        run_by_tasks(Steps(count), progress)
-        seconds = time.perf_counter() - began
-        rows.append({
-            "steps": count,
-            "seconds": seconds,
-            "steps_per_s": count / seconds,
-            "driver_cpu_s": time.process_time() - cpu,
-            "driver_rise_bytes": max(0, peak - before),
-            "driver_bytes": peak,
-        })  # fmt: skip
-        print(rows[-1], file=sys.stderr)
-    ray.shutdown()
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    provenance.save("scheduler", {"rows": rows, "driver_highest_bytes": highest})
-
-
-def _rss_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def config_of(model: str) -> Any:
@@ -290,14 +203,10 @@ def seconds_of(name: str, stage: dict[str, Any], nodes: int, asked: Any, measure
 
 def main() -> None:
     parser = provenance.parser(__doc__)
-    parser.add_argument("--measure", action="store_true", help="measure the scheduler, and write scheduler.json")
     parser.add_argument("--node-gbit", type=float, default=25.0, help="network of a node, Gbit/s; default: %(default)s")
     parser.add_argument("--bucket-gbit", type=float, default=400.0, help="of the bucket; default: %(default)s")
     parser.add_argument("--cores", type=int, default=32, help="of a node; default: %(default)s")
     asked = parser.parse_args()
-    if asked.measure:
-        measure()
-        return
     measured = rates()
     rows = []
     for model in MODELS:

@@ -107,8 +107,6 @@ BENCHMARKS = (
         "the scheduler of pruning's and data's tasks on Ray: steps/s and the driver's memory over thousands of steps "
         "that do nothing",
         "5 min",
-        ("--measure",),
-        module="scaling",
     ),
     Benchmark(
         "scaling",

@@ -12,7 +12,8 @@ from raymem.errors import DataError, StorageError
 from raymem.recipe.data import DataSection
 from raymem.storage.publish import file_sha256, publish, read_manifest, verify
 from raymem.training.data.packed import shards
-from raymem.training.data.packed.shards import Counts, Task, plan_sources, prepare
+from raymem.training.data.packed.facts import Counts
+from raymem.training.data.packed.shards import Task, plan_sources, prepare
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ from typing import Any
 
 from raymem.training.data.readers import FileBlock
 from raymem.training.data.rows.tables import Row
-from raymem.training.data.sources.copies import RemoteFile, SourceFile, plain_copy
+from raymem.training.data.sources.copies import SourceFile, plain_copy
 from raymem.training.data.sources.digests import index_of, stamp
+from raymem.training.data.sources.remote import RemoteFile
 
 
 @dataclass(frozen=True)
