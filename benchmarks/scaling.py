@@ -132,7 +132,7 @@ def _adapter_elements(shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 def train_plan(model: str) -> dict[str, Any]:
-    """Plan LoRA on the pruned model, or on the model itself where it cannot be pruned, over the GPUs of one node."""
+    """Plan LoRA on the pruned model, or on the model itself where it cannot be pruned, on one worker."""
     from raymem.errors import RaymemError
     from raymem.planner import plan_recipe
     from raymem.recipe.load import recipe_of
@@ -146,10 +146,10 @@ def train_plan(model: str) -> dict[str, Any]:
         "adapter": {"kind": "lora", "rank": RANK},
         "activations": "checkpoint",
         "train": {"steps": 1, "global_batch": 8, "micro_batch": 1, "precision": "bf16"},
-        "scaling": {"num_workers": 8, "use_gpu": True, "strategy": "fsdp2"},
+        "scaling": {"num_workers": 1, "use_gpu": True},
     }
     try:
-        plan = plan_recipe(recipe_of(raw), gpu="H100-80GB", timeout_s=900)
+        plan = plan_recipe(recipe_of(raw), gpu="H100-80GB", timeout_s=1200)
     except RaymemError as error:
         return {"refused": str(error)}
     return {"capacity_bytes": plan.capacity_bytes, "terms": plan.terms}

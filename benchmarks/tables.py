@@ -325,7 +325,7 @@ def scaling_train(results: Path) -> str:
         "model",
         "trained on",
         "each node fetches, GB",
-        "a worker of 8 needs, GiB",
+        "one worker alone needs, GiB",
         "PFLOP per 1,000 tokens, at most",
     ]
     return markdown(head, rows)

@@ -141,7 +141,7 @@ def test_what_is_trained_on_too_is_known_from_the_records(
     assert "data.eval[0] is also trained on" in caplog.text and not (cache / "sources").exists()
 
 
-@pytest.mark.parametrize("dies_before", [1, 5, 8])
+@pytest.mark.parametrize("dies_before", [1, 5])
 def test_a_killed_driver_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch, dies_before: int) -> None:
     place.driver("driver")
     path = place.upload()

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from raymem.training.data.tasks.copies import fetched
 PART_BLOCKS = 8
 """Blocks of one step: at most 128 MiB of JSON lines. A node fetches a file once, however many steps it does of it."""
 _STEP_BYTES = 512 << 20
-"""Twice what making tokens of a block takes beside the libraries, by benchmarks/prepare_memory.py."""
+"""More than making tokens of a block takes beside the libraries, by benchmarks/prepare_memory.py."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class PartStep:
 
     key: str
     """The directory of the shards."""
-    number: int
-    """The number of the step among those of its source."""
+    note: str
+    """The name of its note in the storage."""
     where: str
     spec: EncodeSpec
     tasks: tuple[Task, ...]
@@ -49,12 +49,7 @@ class PartStep:
 
     @property
     def name(self) -> str:
-        return f"{self.where}, part {self.number}"
-
-    @property
-    def note(self) -> str:
-        """The name of its note in the storage."""
-        return f"{_partial(self.key)}/part-{self.number:06d}.json"
+        return f"{self.where}, {Path(self.note).stem}"
 
 
 class Sharding:
@@ -79,8 +74,11 @@ class Sharding:
         """Give the tokenizers to the nodes. Raises StorageError."""
         for tokenizer in {Path(plan.recipe.tokenizer_path) for plan in self._plans.values()}:
             name = f"{CACHE}/tokenizers/{tokenizer.name}"
-            if not self.storage.exists(f"{name}/{MARKER}"):
-                self.storage.upload_dir(tokenizer, name)
+            if self.storage.exists(f"{name}/{MARKER}"):
+                continue
+            files = [path.relative_to(tokenizer).as_posix() for path in tokenizer.rglob("*") if path.is_file()]
+            for file in sorted(files, key=lambda file: (file == MARKER, file)):  # two drivers write the same
+                self.storage.upload_file(tokenizer / file, f"{name}/{file}")
 
     def is_committed(self) -> bool:
         """Say whether all sources are there, whole."""
@@ -179,14 +177,14 @@ class _Committed(Exception):
 
 
 def _parts(plan: SourcePlan) -> Iterator[PartStep]:
-    number = 0
+    numbers = count()
     for path, group in groupby(plan.tasks(), key=lambda task: task.block.path):
         tasks = tuple(group)
         for begin in range(0, len(tasks), PART_BLOCKS):
             part = tasks[begin : begin + PART_BLOCKS]
             file = plan.opened.remote.get(path) if isinstance(part[0].block, FileBlock) else None
-            yield PartStep(plan.key, number, plan.opened.where, plan.recipe, part, file)
-            number += 1
+            note = f"{_partial(plan.key)}/part-{next(numbers):06d}-by-{PART_BLOCKS}.json"
+            yield PartStep(plan.key, note, plan.opened.where, plan.recipe, part, file)
 
 
 def _directory(key: str) -> str:
