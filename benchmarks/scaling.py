@@ -11,6 +11,7 @@ There is no measured rate of training such models, so that for training the work
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,11 @@ def train_plan(model: str) -> dict[str, Any]:
     from raymem.recipe.load import recipe_of
 
     mixture = model == MODELS[-1]
+    folder = tempfile.mkdtemp()
+    config_of(model).save_pretrained(folder)
     raw = {
         "name": "scaling",
-        "model": {"config": MIXTURE} if mixture else {"name": model},
+        "model": {"name": folder, "tokenizer": "demo"},
         "data": {"train": "demo:text", "sequence_length": TOKENS, "packing": "wrapped"},
         "base": {"quantize": "nf4"} if mixture else {"kind": "loram", "ratio": RATIO, "quantize": "nf4"},
         "adapter": {"kind": "lora", "rank": RANK},
@@ -152,6 +155,8 @@ def train_plan(model: str) -> dict[str, Any]:
         plan = plan_recipe(recipe_of(raw), gpu="H100-80GB", timeout_s=1200)
     except RaymemError as error:
         return {"refused": str(error)}
+    finally:
+        shutil.rmtree(folder)
     return {"capacity_bytes": plan.capacity_bytes, "terms": plan.terms}
 
 
