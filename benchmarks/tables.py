@@ -288,10 +288,13 @@ def scheduler(results: Path) -> str:
     return markdown(["steps", "s", "steps/s", "the driver's CPU ms a step", "rise of its memory, MiB"], rows)
 
 
+_STAGES = ("prune, random", "prune, taylor", "recover", "merge")
+
+
 def scaling_stages(results: Path) -> str:
     rows = []
     for row in read(results, "scaling")["rows"]:
-        for name, stage in row["stages"].items():
+        for name, stage in sorted(row["stages"].items(), key=lambda item: _STAGES.index(item[0])):
             times = [_duration(stage["seconds"][nodes]) for nodes in ("1", "8", "64")]
             amounts = [f"{stage[key] / 1e9:,.1f}" for key in ("read", "write")]
             rows.append([
@@ -319,7 +322,7 @@ def scaling_train(results: Path) -> str:
         worker = f"{plan['capacity_bytes'] / _GIB:.1f}" if "capacity_bytes" in plan else "no plan"
         parameters = (pruned or row["full_bytes"]) / 2
         rows.append([
-            _short(row["model"]), held, f"{2 * parameters / 1e9:,.1f}", worker, f"{6 * parameters / 1e15:.2f}"
+            _short(row["model"]), held, f"{2 * parameters / 1e9:,.1f}", worker, f"{6 * 1000 * parameters / 1e15:.2f}"
         ])  # fmt: skip
     head = [
         "model",
