@@ -58,11 +58,14 @@ class FailureCallback(ray.train.UserCallback):  # type: ignore[misc]
 class GroupCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Tells the mailbox when the group of workers is asked for, and why it is started again.
 
-    Ray ends the processes of an elastic group that is to grow, so the group is asked for a checkpoint first.
+    Ray ends the processes of an elastic group that is to grow, so a group that saves is asked for a checkpoint first.
+
+    Args:
+        saves: the group trains a run.
     """
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+    def __init__(self, mailbox: Any, *, saves: bool) -> None:
+        self._mailbox, self._saves = mailbox, saves
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._mailbox.push.remote(Scheduled(worker_group_context.num_workers))
@@ -78,9 +81,11 @@ class GroupCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[mi
     def _resize(self, num_workers: int) -> None:
         """Have the group save before it ends; Ray takes no reports meanwhile, of which each worker can leave one."""
         try:
-            request, deadline = ray.get(self._mailbox.ask_to_save.remote()), time.monotonic() + SAVE_FIRST_S
-            while (saved := ray.get(self._mailbox.answer.remote(request))) is None and time.monotonic() < deadline:
-                time.sleep(_LOOK_EVERY_S)
+            saved = None
+            if self._saves:
+                request, deadline = ray.get(self._mailbox.ask_to_save.remote()), time.monotonic() + SAVE_FIRST_S
+                while (saved := ray.get(self._mailbox.answer.remote(request))) is None and time.monotonic() < deadline:
+                    time.sleep(_LOOK_EVERY_S)
             self._mailbox.regrouped.remote(num_workers, None if saved is None else saved[0])
         except ray.exceptions.RayError:
             pass  # the driver has gone, and so will this run

@@ -99,7 +99,7 @@ def run_workers(
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=tempfile.mkdtemp(prefix="train-", dir=session_directory()),
-            callbacks=[*callbacks, FailureCallback(mailbox), GroupCallback(mailbox)],
+            callbacks=[*callbacks, FailureCallback(mailbox), GroupCallback(mailbox, saves=again is TRAINING)],
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
             ),

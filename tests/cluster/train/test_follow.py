@@ -145,7 +145,7 @@ def test_a_workers_words_about_an_outage_reach_the_driver(caplog: pytest.LogCapt
 )
 def test_the_controller_tells_of_restarts_and_not_of_the_end(error: Exception, reason: str) -> None:
     box = Box()
-    callback = GroupCallback(box)
+    callback = GroupCallback(box, saves=True)
     for now in (state.RunningState(), state.RestartingState(error), state.ErroredState(error)):
         callback.after_controller_state_update(state.InitializingState(), now)
     (event,) = box.events
@@ -202,9 +202,18 @@ def test_a_group_saves_before_it_gets_another_size(
     monkeypatch.setattr(ray, "get", lambda value: value)
     monkeypatch.setattr(callbacks, "SAVE_FIRST_S", 0.3)
     decision = ResizeDecision(num_workers=2, resources_per_worker={})
-    GroupCallback(box).after_controller_state_update(state.RunningState(), state.ResizingState(decision))
+    GroupCallback(box, saves=True).after_controller_state_update(state.RunningState(), state.ResizingState(decision))
     assert regrouped == [(2, step)]
     told = Notes()
     told.follower.take([rows(11, 12), Resized(2, step)])
     start = "from step 12, which was saved for that" if step else "from the last checkpoint"
     assert told.statuses == [f"the cluster has room for 2 workers now: the run goes on with so many {start}"]
+
+
+def test_a_group_that_saves_nothing_is_not_waited_for() -> None:
+    regrouped: list[tuple[int, int | None]] = []
+    box = Box()
+    box.regrouped = Remote(lambda *what: regrouped.append(what))  # type: ignore[attr-defined]
+    decision = ResizeDecision(num_workers=3, resources_per_worker={})
+    GroupCallback(box, saves=False).after_controller_state_update(state.RunningState(), state.ResizingState(decision))
+    assert regrouped == [(3, None)]
