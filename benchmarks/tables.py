@@ -20,6 +20,7 @@ PAGES = (
     ROOT / "docs" / "choosing.md",
     ROOT / "docs" / "benchmarks.md",
     ROOT / "docs" / "scaling.md",
+    ROOT / "docs" / "versions.md",
 )
 _MIB, _GIB = 2**20, 2**30
 
@@ -367,11 +368,35 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def compat(results: Path) -> str:
+    """Versions of each environment of the compatibility suite, and what its parts gave."""
+    parts: dict[str, dict[str, dict[str, Any]]] = {}
+    for one in read(results, "compat"):
+        parts.setdefault(one["part"], {})[one["environment"]] = one
+    environments = ("lowest", "pinned", "newest")
+    versions = {one["environment"]: one["versions"] for row in parts.values() for one in row.values()}
+    rows: list[list[object]] = [
+        [library, *(versions[name][library] if name in versions else "" for name in environments)]
+        for library in next(iter(versions.values()))
+    ]
+
+    def cell(row: dict[str, dict[str, Any]], name: str) -> str:
+        if name not in row:
+            return "not run"
+        one = row[name]
+        counted = [f"{one['passed']} passed", *(f"{len(one[w])} {w}" for w in ("failed", "skipped") if one[w])]
+        return ", ".join(counted)
+
+    rows += [[f"tests: {part}", *(cell(row, name) for name in environments)] for part, row in parts.items()]
+    return markdown(["", *environments], rows)
+
+
 def _spread(figures: dict[str, float], form: str) -> str:
     return f"{figures['median']:{form}} ({figures['min']:{form}} to {figures['max']:{form}})"
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "compat": compat,
     "listed": listed,
     "methods": methods,
     "headline": headline,

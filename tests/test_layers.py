@@ -29,6 +29,8 @@ LAYERS = {
     "raymem.memory": 0,
     "raymem.storage": 0,
     "raymem.text": 0,
+    "raymem.private_apis": 0,
+    "raymem.versions": 0,
     "raymem.methods": 1,
     "raymem.recipe": 1.5,
     "raymem.training": 2,

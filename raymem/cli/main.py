@@ -14,7 +14,7 @@ import typer
 from raymem import __version__
 from raymem.cli import console, data, init, k8s, loram, plan, report, signals, submit, sweep, threads
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
-from raymem.cli.results import chat, evaluate, generate
+from raymem.cli.results import chat, evaluate, generate, push
 from raymem.cli.signals import goes_on, unwind_on_signals
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
@@ -101,6 +101,7 @@ report.register(app)
 evaluate.register(app)
 generate.register(app)
 chat.register(app)
+push.register(app)
 
 
 @app.command()

@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 
 import ray
-from ray._private import ray_constants, utils
 
 from raymem.cluster import local
 from raymem.cluster.jobs.client import knock
 from raymem.errors import ClusterError, RaymemError
+from raymem.private_apis import ray_constants, ray_utils, ray_worker
 from raymem.recipe.schema import ScalingSection
 from raymem.text import cut
 
@@ -62,13 +62,15 @@ def _own_signals() -> Iterator[None]:
     Ray would answer SIGTERM in Python, by ending with status 15, and in C++, where abseil's handler for crashes prints
     a stack first. Python's faulthandler, which Ray turns on too, still shows where a process has crashed.
     """
-    in_python, in_cpp = utils.set_sigterm_handler, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
-    utils.set_sigterm_handler = lambda handler: None
+    in_python = ray_utils.set_sigterm_handler
+    # The lowest releases have no such handler in C++.
+    in_cpp = getattr(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", False)
+    ray_utils.set_sigterm_handler = lambda handler: None
     ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
     try:
         yield
     finally:
-        utils.set_sigterm_handler, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = in_python, in_cpp
+        ray_utils.set_sigterm_handler, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = in_python, in_cpp
 
 
 def _not_connected(error: Exception, address: str | None) -> str:
@@ -139,7 +141,7 @@ class HeadCheck:
 
 def session_directory() -> str:
     """Return the directory of Ray's session on this node, which goes with a local cluster."""
-    return str(ray._private.worker.global_worker.node.get_session_dir_path())
+    return str(ray_worker.global_worker.node.get_session_dir_path())
 
 
 def worker_resources(scaling: ScalingSection) -> dict[str, float]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import utils
+
+from raymem.private_apis import ray_constants, ray_utils
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +75,6 @@ def _on_loopback() -> Iterator[None]:
     Ray has a switch for this, which is on where it cannot make clusters (macOS, Windows); elsewhere it takes the
     machine's outer address, even if it is told 127.0.0.1, and listens on every interface.
     """
-    from ray._private import ray_constants
-
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         with _environment(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0"):
@@ -91,17 +90,17 @@ def _in_sessions_of_their_own() -> Iterator[None]:
     They would end at once, and whatever this process still asks Ray for on its way out would wait for a minute. Ray
     calls the function that is replaced here in each process before it becomes one of Ray's.
     """
-    fate_shared = utils.set_kill_on_parent_death_linux
+    fate_shared = ray_utils.set_kill_on_parent_death_linux
 
     def detached() -> None:
         os.setsid()
         fate_shared()
 
-    utils.set_kill_on_parent_death_linux = detached
+    ray_utils.set_kill_on_parent_death_linux = detached
     try:
         yield
     finally:
-        utils.set_kill_on_parent_death_linux = fate_shared
+        ray_utils.set_kill_on_parent_death_linux = fate_shared
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from raymem.linalg.local import local
+from raymem.private_apis import ProfilerEventType
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _highest_sum(profiler: torch.profiler.profile) -> int:
     results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
     for node in walk(results.experimental_event_tree()):
         kind, fields = node.typed
-        if kind == torch._C._profiler._EventType.Allocation and fields.device.type == "cpu":
+        if kind == ProfilerEventType.Allocation and fields.device.type == "cpu":
             events.append((node.start_time_ns, fields.ptr, fields.alloc_size))
     alive: dict[int, int] = {}
     running = highest = 0

@@ -30,7 +30,7 @@ def worth_visiting(starts: Sequence[int]) -> Sequence[int]:
 
 def holds_no_values(tensor: torch.Tensor) -> bool:
     """Say whether a tensor has a shape only: those of planned models are on the meta device, or fake."""
-    from torch._subclasses.fake_tensor import FakeTensor
+    from raymem.private_apis import FakeTensor
 
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 

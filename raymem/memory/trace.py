@@ -21,12 +21,17 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from raymem.memory.nf4 import STANDS_FOR
+from raymem.private_apis import (
+    FakeTensor,
+    TorchDispatchMode,
+    active_fake_mode,
+    in_backward,
+    is_traceable_wrapper_subclass,
+)
 
 Category = Literal["weights", "trainable", "gradients", "optimizer", "activations", "loss", "workspace"]
 CATEGORIES: tuple[Category, ...] = (
@@ -119,8 +124,6 @@ class Tracer(TorchDispatchMode):
         self.on_host = False
 
     def __enter__(self) -> Tracer:
-        from torch._guards import active_fake_mode
-
         _active.append(self)
 
         self._fake_mode = active_fake_mode()
@@ -203,12 +206,10 @@ class Tracer(TorchDispatchMode):
         """Say whether a distributed tensor is working out shapes, on fake tensors of its own, which take no memory."""
         if not self._distributed:
             return False
-        from torch._guards import active_fake_mode
-
         return active_fake_mode() is not self._fake_mode
 
     def _now(self) -> Phase:
-        return "backward" if self.phase == "forward" and _in_backward() else self.phase
+        return "backward" if self.phase == "forward" and in_backward() else self.phase
 
     def _category(self, phase: Phase) -> Category:
         if self.attributed is not None:
@@ -267,11 +268,11 @@ class Tracer(TorchDispatchMode):
             self._hold_to(self.limit_bytes, phase)
 
     def _hold_to(self, limit_bytes: int, phase: Phase) -> None:
-        above, in_backward = self._alive_bytes > limit_bytes, _in_backward()
-        where = (self.step, phase, in_backward)
+        above, backward = self._alive_bytes > limit_bytes, in_backward()
+        where = (self.step, phase, backward)
         if self._passed is not None:
             passed_at, highest = self._passed
-            if passed_at != where or (in_backward and not above):
+            if passed_at != where or (backward and not above):
                 raise LimitPassed(highest, passed_at[1])
             self._passed = (where, max(highest, self._alive_bytes))
         elif above:
@@ -323,10 +324,6 @@ def attribute_backward(category: Category, *, since: torch.Tensor, until: torch.
         return
     since.register_hook(lambda _: attribute(category))  # type: ignore[no-untyped-call]
     until.register_hook(lambda _: attribute(None))  # type: ignore[no-untyped-call]
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _plain_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

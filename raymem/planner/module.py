@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from raymem.errors import PlanError
 from raymem.memory import kernels
@@ -22,6 +20,13 @@ from raymem.planner.tracing.fake import fake_bytes, fakeify, gradients_named, sh
 from raymem.planner.tracing.fake_cache import OutputCache
 from raymem.planner.tracing.step_trace import MEASURED, StepTrace
 from raymem.planner.types import Plan, Target
+from raymem.private_apis import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    tree_leaves,
+    tree_map,
+)
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Loss = Callable[..., torch.Tensor]

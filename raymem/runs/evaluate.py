@@ -59,7 +59,7 @@ def evaluate_recipe(
     """
     check_has_eval(recipe)
     check_files_are_here(recipe, ("eval",))
-    given, artifact = artifact, artifact or _own_artifact(recipe)
+    given, artifact = artifact, artifact or own_artifact(recipe)
     run = resolve(recipe, artifact=artifact)
     run.require_base()
     result = evaluate_run(run, artifact, prepare_split(run, "eval"), predictions=predictions, status=status)
@@ -130,7 +130,12 @@ def _evaluate(
         return result, []
 
 
-def _own_artifact(recipe: Recipe) -> str:
+def own_artifact(recipe: Recipe) -> str:
+    """Return where the result of a recipe's run lies.
+
+    Raises:
+        ModelError: there is none yet.
+    """
     run = recipe.storage.open().child(recipe.name)
     name = artifact_name(recipe)
     if not run.exists(f"{name}/{FACTS}"):

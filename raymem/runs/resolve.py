@@ -39,6 +39,7 @@ from raymem.training.model.revision import (
     trained_from,
 )
 from raymem.training.reporter import Status
+from raymem.versions import warn_of_newer
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def resolve(
         DataError: calibration texts cannot be read, or are too few.
         ClusterError, StorageError: see :meth:`raymem.runs.backend.Backend.connect`.
     """
+    warn_of_newer()
     storage = recipe.storage.open()
     _identify(storage)
     run = storage.child(recipe.name)

@@ -15,6 +15,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -168,13 +169,16 @@ def write_tensors(
     metadata: Mapping[str, str],
     *,
     sha256_at: Path | None = None,
+    behind: bool = False,
 ) -> None:
     """Write a safetensors file tensor by tensor; it appears under ``path`` when whole and on the disk.
 
     Args:
         specs: key -> what ``make(key)`` will return.
-        make: called once per key, in the order of the file; the tensor is dropped before the next call.
+        make: called once per key, in the order of the file and in the caller's thread.
         sha256_at: gets the file's SHA-256, as JSON, before the file appears.
+        behind: hash and write a tensor while the next one is made. Two are then held instead of one, and ``make``
+            must leave the tensor that it returned last as it is.
         metadata: strings stored in the header, ``format`` and others.
 
     Raises:
@@ -194,7 +198,7 @@ def write_tensors(
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     sha256 = hashlib.sha256()
-    with atomic_file(path) as stream:
+    with atomic_file(path) as stream, ThreadPoolExecutor(1, "write_tensors") as writer:
 
         def write(data: Any) -> None:
             stream.write(data)
@@ -202,11 +206,20 @@ def write_tensors(
                 sha256.update(data)
 
         write(len(text).to_bytes(8, "little") + text)
+        written: Future[None] | None = None
         for key in order:
             tensor = make(key).contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (specs[key].shape, specs[key].dtype), key
-            write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            del tensor
+            data = tensor.reshape(-1).view(torch.uint8).numpy().data
+            if written is not None:
+                written.result()
+            if behind:
+                written = writer.submit(write, data)
+            else:
+                write(data)
+            del tensor, data
+        if written is not None:
+            written.result()
         if sha256_at is not None:
             write_json(sha256_at, sha256.hexdigest())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -10,9 +11,12 @@ import typer
 from raymem.cli import console
 from raymem.cli.options import Overrides, RecipeFile, Verbose
 from raymem.cli.threads import spin_on_quiet_cores
+from raymem.errors import RecipeError
 from raymem.text import cut, printable
 
 if TYPE_CHECKING:
+    from raymem.recipe.schema import Recipe
+    from raymem.runs.inference.tasks import Asked
     from raymem.training.predictions import Prediction
 
 _SHOWN = 300
@@ -30,10 +34,31 @@ def evaluate(
     predictions: Annotated[
         int, typer.Option(min=0, help="Evaluation examples that the model continues, to be read.")
     ] = 3,
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Tasks of lm-evaluation-harness instead, with commas between: gsm8k,arc_easy."),
+    ] = None,
+    include_path: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With --tasks: a directory with tasks of your own, in the harness's YAML."),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="With --tasks: examples of each task; default: all."),
+    ] = None,
+    num_fewshot: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="With --tasks: examples in each prompt; default: as the task says."),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="With --tasks: ask in the tokenizer's chat template.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Loss and perplexity on the recipe's evaluation data, and a few predictions beside the references.
+
+    With --tasks the result answers tasks of lm-evaluation-harness instead (pip install 'raymem[eval]').
 
     A model that is too large for one device, or that workers share (scaling.strategy: fsdp2), is spread over them.
     """
@@ -42,6 +67,18 @@ def evaluate(
     from raymem.training.data.sources.early import check_files_are_here
 
     loaded = load_recipe(recipe, set_)
+    if tasks is not None:
+        from raymem.runs.inference.tasks import Asked
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        _evaluate_tasks(loaded, artifact, Asked(names, include_path, limit, num_fewshot, apply_chat_template), as_json)
+        return
+    for option, value in {
+        "--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot,
+        "--apply-chat-template": apply_chat_template or None,
+    }.items():  # fmt: skip
+        if value is not None:
+            raise RecipeError(f"{option} goes with --tasks alone; add --tasks, or leave it out")
     check_files_are_here(loaded, ("eval",))
     if loaded.scaling.num_workers == 0:
         spin_on_quiet_cores()
@@ -63,6 +100,28 @@ def evaluate(
         )
     for number, prediction in enumerate(result.predictions, start=1):
         _print(number, prediction)
+
+
+def _evaluate_tasks(recipe: Recipe, artifact: str | None, asked: Asked, as_json: bool) -> None:
+    """Print a row for each metric of each task, or all as one JSON object."""
+    from rich.table import Table
+
+    from raymem.runs.inference.tasks import evaluate_tasks
+
+    scores = evaluate_tasks(recipe, artifact, asked, console.note)
+    if as_json:
+        results: dict[str, dict[str, dict[str, float | None]]] = {}
+        for score in scores:
+            results.setdefault(score.task, {})[score.metric] = {"value": score.value, "stderr": score.stderr}
+        typer.echo(json.dumps({"tasks": results}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("task", "metric", "value", "stderr"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for score in scores:
+        error = "" if score.stderr is None else f"{score.stderr:.4f}"
+        table.add_row(score.task, score.metric, f"{score.value:.4f}", error)
+    console.out.print(table)
 
 
 def _print(number: int, prediction: Prediction) -> None:

@@ -16,10 +16,10 @@ from raymem.recipe.axes import AXES, problems
 from raymem.recipe.load import MODELS, SMOLLM2
 from raymem.recipe.schema import Recipe
 from raymem.storage.storage import Storage
+from raymem.versions import WINDOWS
 
 _GIB = 1 << 30
 _LITTLE_DISK_BYTES = 10 * _GIB
-_PACKAGES = ("torch", "ray", "transformers", "peft", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def check_versions() -> list[Check]:
     supported = SpecifierSet(meta["Requires-Python"])
     checks = [_version("Python", python, supported.contains(python), str(supported), f"use Python {supported}")]
     required = {r.name: r for r in map(Requirement, meta.get_all("Requires-Dist") or []) if not r.marker}
-    for name in _PACKAGES:
+    for name, window in WINDOWS.items():
         requirement = required[name]
         cure = f"pip install '{name}{requirement.specifier}'"
         try:
@@ -56,7 +56,12 @@ def check_versions() -> list[Check]:
             checks.append(Check(name, False, f"not installed (raymem needs {requirement.specifier})", cure))
             continue
         fits = requirement.specifier.contains(installed.split("+")[0], prereleases=True)
-        checks.append(_version(name, installed, fits, str(requirement.specifier), cure))
+        if fits and window.is_newer(installed):
+            cure = f"pip install '{name}=={window.newest}.*' if something fails"
+            checks.append(Check(name, None, f"{installed} is newer than what raymem is tested with ({window})", cure))
+        else:
+            detail = f"{installed} (tested: {window})" if fits else installed
+            checks.append(_version(name, detail, fits, str(requirement.specifier), cure))
     return checks
 
 

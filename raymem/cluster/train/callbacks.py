@@ -8,11 +8,10 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller.state import ResizingState
 
 from raymem.cluster.train.events import Restarted, Rows, Scheduled
 from raymem.cluster.train.failures import first_rank, last_line
+from raymem.private_apis import ControllerCallback, ResizingState, WorkerGroupCallback
 from raymem.recipe.axes import register_again
 from raymem.text import cut
 from raymem.tracking import Tracker, attach_tracker

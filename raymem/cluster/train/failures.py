@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray.train
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
+from raymem.private_apis import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from raymem.recipe.schema import ScalingSection
 from raymem.text import cut
 

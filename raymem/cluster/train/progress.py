@@ -70,7 +70,7 @@ class RayReporter:
             dist.all_reduce(known, dist.ReduceOp.MAX)
         ahead, stops, is_ending, request = known.tolist()
         self._request = max(self._request, int(request))
-        is_preempted = ray.train.get_preemption_info() is not None
+        is_preempted = _is_preempted()
         self._wanted = Wanted.STOP if stops else Wanted.SAVE if is_ending or is_preempted else Wanted.NOTHING
         # Of a node that goes nobody knows when exactly: until then every step is saved.
         self._next_step = step + (1.0 if is_preempted else ahead)
@@ -102,3 +102,9 @@ class RayReporter:
 
     def progress(self, what: str, *, brief: bool = True, told: bool = False) -> None:
         self._pulse.progress(what, brief, told)
+
+
+def _is_preempted() -> bool:
+    """Say whether Ray was told that the node goes. Its lowest releases pass that on to nobody; SIGTERM arrives."""
+    ask = getattr(ray.train, "get_preemption_info", None)
+    return ask is not None and ask() is not None

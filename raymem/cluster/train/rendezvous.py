@@ -12,10 +12,10 @@ from typing import Any
 import ray
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 
 from raymem import stopping
 from raymem.cluster.connection import session_directory
+from raymem.private_apis import TorchBackend, set_torch_distributed_env_vars
 
 
 class Rendezvous(TorchConfig):  # type: ignore[misc]
@@ -26,7 +26,7 @@ class Rendezvous(TorchConfig):  # type: ignore[misc]
         return _LoopbackBackend
 
 
-class _LoopbackBackend(_TorchBackend):  # type: ignore[misc]
+class _LoopbackBackend(TorchBackend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Set up the group; runs in the controller."""
         worker_group.execute(save_before_sigterm)
@@ -34,7 +34,7 @@ class _LoopbackBackend(_TorchBackend):  # type: ignore[misc]
             super().on_start(worker_group, backend_config)
             return
         folder = tempfile.mkdtemp(prefix="meet-", dir=session_directory())
-        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(set_torch_distributed_env_vars)
         size = len(worker_group)
         ray.get([
             worker_group.execute_single_async(

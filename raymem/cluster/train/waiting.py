@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray._private.state import actors
-from ray.experimental import internal_kv
 from ray.util.placement_group import placement_group_table
 
 from raymem.cluster.connection import worker_resources
 from raymem.memory.budget import bytes_text
+from raymem.private_apis import ray_actors, ray_constants, ray_internal_kv_get
 from raymem.recipe.schema import ScalingSection
 from raymem.text import cut
 
@@ -45,7 +43,7 @@ class Waiting:
         job = ray.get_runtime_context().get_job_id()
         states = [
             actor["State"]
-            for actor in actors(job_id=ray.JobID.from_hex(job)).values()
+            for actor in ray_actors(job_id=ray.JobID.from_hex(job)).values()
             if "RayTrainWorker" in actor["ActorClassName"] and actor["State"] != "DEAD"
         ]
         wanted = sorted([dict(self.each)] * num_workers, key=str)
@@ -84,7 +82,7 @@ def _amount(kind: str, amount: float) -> str:
 
 def autoscaler_words() -> str:
     """Say what the cluster's autoscaler is doing; empty without one, or while it does nothing."""
-    report = internal_kv._internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
+    report = ray_internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
     if report is not None:  # the older one writes it there
         return words_of(json.loads(report).get("autoscaler_report") or {})
     try:

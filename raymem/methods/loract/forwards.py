@@ -20,8 +20,6 @@ from raymem.methods.layers.norms import NormForm, NormFunction
 from raymem.methods.layers.saved import GateProduct, Saved
 from raymem.methods.loract.packer import Key, Packer, Site, key_of
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
-
 
 class Patched:
     """Base of the patches: passes through in evaluation, without gradients and once removed.
@@ -148,7 +146,7 @@ class Layer(Patched):
         return result
 
     def compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.checkpointed(self.plain, args, self._without_cache(kwargs))
+        return self.checkpointed(self.plain, *self._without_cache(args, kwargs))
 
     def compute_observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.observed(args[0])
@@ -165,12 +163,16 @@ class Layer(Patched):
         finally:
             switched.gradient_checkpointing = True
 
-    def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _without_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A key-value cache would be written a second time by the recomputation."""
         if getattr(self.module, "_can_checkpoint_with_cache", False):
-            return kwargs
-        dropped = {name: None for name in _CACHES if kwargs.get(name) is not None}
-        return {**kwargs, **dropped, **({"use_cache": False} if kwargs.get("use_cache") else {})}
+            return args, kwargs
+        from transformers.cache_utils import Cache
+
+        # Known by its type: releases of transformers name the argument differently, or pass it by position.
+        args = tuple(None if isinstance(value, Cache) else value for value in args)
+        dropped = {name: None for name, value in kwargs.items() if isinstance(value, Cache)}
+        return args, {**kwargs, **dropped, **({"use_cache": False} if kwargs.get("use_cache") else {})}
 
 
 class LayerOfSubLayers(Layer):
@@ -181,7 +183,8 @@ class LayerOfSubLayers(Layer):
         return ()
 
     def compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.plain(*args, **self._without_cache(kwargs))
+        args, kwargs = self._without_cache(args, kwargs)
+        return self.plain(*args, **kwargs)
 
     def compute_observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.plain(*args, **kwargs)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from raymem.linalg.local import local
+from raymem.private_apis import FakeTensor
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

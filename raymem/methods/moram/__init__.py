@@ -12,6 +12,7 @@ options in :mod:`raymem.methods.moram.config`, so it waits until somebody import
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from types import ModuleType
@@ -59,10 +60,10 @@ __getattr__ = lazy_exports(
 def register() -> None:
     """Make PEFT know the method, so that it loads such adapters; doing it twice is harmless.
 
-    Raises:
-        ImportError: another release of PEFT.
+    A release of PEFT that cannot be taught (before 0.21) is left as it is: whoever asks for MoRAM itself is told.
     """
-    importlib.import_module(f"{__name__}.tuner")
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"{__name__}.tuner")
 
 
 def _register_with(peft: ModuleType) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raymem.errors import AdapterError
 from raymem.memory import nf4
 from raymem.memory.packed import packing_of
+from raymem.private_apis import compute_local_shape_and_global_offset
 
 # O outputs, I inputs, C rows of a chunk, K connections per row
 

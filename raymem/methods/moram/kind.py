@@ -43,7 +43,10 @@ class MoRAMKind(PeftAdapterKind[MoRAMOptions]):
     )
 
     def peft_config(self, options: MoRAMOptions, targets: Targets) -> Any:
-        from raymem.methods.moram import MoRAMConfig
+        try:
+            from raymem.methods.moram import MoRAMConfig
+        except ImportError as error:
+            raise RecipeError(f"adapter.kind: {error}") from None
 
         if targets.parameters:
             raise RecipeError(

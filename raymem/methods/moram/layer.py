@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
@@ -18,6 +17,7 @@ from raymem.memory.target import device_kind, holds_no_values
 from raymem.methods.moram.base import BaseWeight, base_weight, compute_dtype, fan, fingerprint, patch, restore
 from raymem.methods.moram.config import connections
 from raymem.methods.moram.ops import Chosen, choose_formulation, moram_linear, selected_delta
+from raymem.private_apis import BufferDict
 
 # T tokens, O outputs, I inputs, R rank, K connections per row
 
@@ -40,7 +40,6 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         disable_adapters: bool
         merged: bool
         set_adapter: Callable[..., None]
-        _move_adapter_to_device_of_base_layer: Callable[..., None]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, where: str) -> None:
         super().__init__()
@@ -90,6 +89,13 @@ class MoRAMLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._selected.discard(name)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to the base's device. PEFT before 0.21 gives all of it the base's dtype, positions too."""
+        positions = [(held, held[adapter_name]) for held in (self.moram_index, self.moram_base) if adapter_name in held]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for held, integers in positions:
+            held[adapter_name] = integers.to(held[adapter_name].device)
 
     def set_selection(self, name: str, index_OK: torch.Tensor, base: torch.Tensor) -> None:
         """Give adapter ``name`` its connections.

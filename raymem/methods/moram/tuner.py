@@ -1,8 +1,7 @@
 """MoRAM as a method of PEFT: the config, the tuner, what goes into a file, and the registration.
 
-PEFT keeps its methods in a closed enum. Registering from outside needs a member added at run time, which works in the
-release that pyproject.toml pins and is refused in others. A process that loads a MoRAM adapter must have imported
-raymem.methods.moram; unpickling a :class:`MoRAMConfig` imports it.
+PEFT keeps its methods in a closed enum. Registering from outside needs a member added at run time. A process that loads
+a MoRAM adapter must have imported raymem.methods.moram; unpickling a :class:`MoRAMConfig` imports it.
 """
 
 from __future__ import annotations
@@ -21,21 +20,15 @@ from raymem.errors import AdapterError
 from raymem.methods.moram.config import Formulation, check_sizes
 from raymem.methods.moram.indices import pack_indices, packed_bytes_per_row, unpack_indices, valid
 from raymem.methods.moram.layer import MoRAMLinear, check_bases, layers
-
-SUPPORTED_PEFT = "0.21"
+from raymem.versions import WINDOWS
 
 
 def _extend_peft(name: str) -> Any:
-    """Add a new member to PEFT's enum of methods.
+    """Add a new member to PEFT's enum of methods, and see that PEFT finds it.
 
     Raises:
-        ImportError: another release of PEFT.
+        ImportError: a release of PEFT in which that does not work.
     """
-    if not f"{version('peft')}.".startswith(f"{SUPPORTED_PEFT}."):
-        raise ImportError(
-            f"raymem.methods.moram extends peft {SUPPORTED_PEFT}.x from outside, and this is peft {version('peft')}; "
-            f"pip install 'peft=={SUPPORTED_PEFT}.*'"
-        )
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -45,9 +38,26 @@ def _extend_peft(name: str) -> Any:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
     type.__setattr__(PeftType, name, member)
+    if not _is_known(member):
+        raise ImportError(
+            f"raymem.methods.moram cannot add a method to PEFT's list in peft {version('peft')}; raymem is tested with "
+            f"peft {WINDOWS['peft']}"
+        )
     return member
 
 
+def _is_known(member: Any) -> bool:
+    try:
+        return PeftType(member.value) is member and PeftType[member.name] is member and member in list(PeftType)
+    except (KeyError, ValueError):
+        return False
+
+
+if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+    raise ImportError(
+        "MoRAM writes and reads its index sets through hooks that peft has since 0.21, and this is peft "
+        f"{version('peft')}; pip install 'peft>=0.21', or take another adapter"
+    )
 MORAM = _extend_peft("MORAM")
 
 

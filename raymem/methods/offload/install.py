@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from raymem.errors import ModelError
 from raymem.linalg.local import local
@@ -17,6 +16,7 @@ from raymem.memory.host import CopyLane
 from raymem.memory.target import holds_no_values
 from raymem.methods.layers.find import transformer_layers
 from raymem.methods.offload.saved import Offload
+from raymem.private_apis import tree_leaves
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from raymem.errors import ModelError, RecipeError
 from raymem.kinds import OPTIONS_RULES, ActivationsKind, Advice
+from raymem.methods.layers.checkpointing import checkpoint_layers
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class OffloadKind(ActivationsKind[OffloadOptions]):
 
     def prepare(self, model: Any, options: OffloadOptions) -> None:
         if options.checkpoint:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model)
 
     def install(self, model: Any, options: OffloadOptions, seed: int) -> None:
         """Offload the activations of a complete model.

@@ -14,12 +14,12 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from raymem.memory.host import CopyLane, Mark
 from raymem.memory.trace import attributed
 from raymem.methods.layers.saved import Raw
+from raymem.private_apis import FakeTensor
 
 SMALLEST_BYTES = 1024
 """Bytes of a storage from which on it is worth a copy."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from raymem.kinds import OPTIONS_RULES, ActivationsKind, Advice
+from raymem.methods.layers.checkpointing import checkpoint_layers
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class CheckpointKind(ActivationsKind[Checkpointing]):
     options = Checkpointing
 
     def prepare(self, model: Any, options: Checkpointing) -> None:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
 
     def rough_bytes(self, options: Checkpointing, *, layers: int, layer_bytes: int, input_bytes: int) -> int:
         return layers * input_bytes + layer_bytes

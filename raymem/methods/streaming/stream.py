@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from raymem.errors import ModelError
 from raymem.memory.host import CopyLane, keep_on_host
 from raymem.memory.target import holds_no_values
 from raymem.methods.layers.find import transformer_layers
 from raymem.methods.streaming.layer import StreamedLayer
+from raymem.private_apis import in_backward, tree_leaves
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Stream:
 
     def before(self, number: int, tensor: torch.Tensor) -> None:
         """Have the weights of a layer where its input is, and begin with those of the next."""
-        if _in_backward():  # checkpointing runs it again, and its weights are there
+        if in_backward():  # checkpointing runs it again, and its weights are there
             return
         self._ends_with_backward, device = False, tensor.device  # backward may have ended with an error
         if self._lane is None or self._device != device:
@@ -72,7 +72,7 @@ class Stream:
 
     def after(self, number: int, outputs: list[torch.Tensor]) -> None:
         """End the forward pass of a layer: its weights go, unless it is the last one, with which backward begins."""
-        if _in_backward():
+        if in_backward():
             return
         assert self._lane is not None
         layer, wanted = self._layers[number], [tensor for tensor in outputs if tensor.requires_grad]
@@ -128,7 +128,3 @@ class _Backward(_Before):
 
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -20,6 +20,7 @@ from raymem.linalg.local import local
 from raymem.memory import nf4
 from raymem.memory.host import host_like, keep_on_host, lives_on_host
 from raymem.memory.trace import Tracer
+from raymem.private_apis import meta_registrations, sharding_propagation
 
 
 @contextlib.contextmanager
@@ -33,15 +34,13 @@ def shims(*, one_segment_per_row: bool) -> Iterator[None]:
     Raises:
         PlanError: another release of a library, without what is patched.
     """
-    import torch._meta_registrations as shapes
-    import torch.distributed.tensor._sharding_prop as propagation
     from transformers import masking_utils
 
     patches: list[tuple[Any, str, Any]] = [
         # Otherwise the shape arithmetic of distributed tensors takes place in our mode, with tensors of global shape.
-        (propagation, "detect_fake_mode", lambda *args, **kwargs: None),
+        (sharding_propagation, "detect_fake_mode", lambda *args, **kwargs: None),
         # The products of experts exist in every dtype, but torch knows their shape in bfloat16 alone.
-        (shapes, "_meta_grouped_mm_common", _grouped_mm),
+        (meta_registrations, "_meta_grouped_mm_common", _grouped_mm),
     ]
     if one_segment_per_row:
         patches.append((masking_utils, "find_packed_sequence_indices", lambda *args, **kwargs: None))

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from raymem.private_apis import FakeTensor, FakeTensorMode, refuse_data_pointer, without_dispatch
 
 
 class _Output(NamedTuple):
@@ -86,7 +87,7 @@ class OutputCache:
     def _make(self, output: _Output, tensors: list[FakeTensor]) -> FakeTensor:
         if output.same_as is not None:
             return tensors[output.same_as]
-        with torch._C._DisableTorchDispatch():
+        with without_dispatch():
             if output.view_of is None:
                 meta = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
             else:
@@ -96,7 +97,7 @@ class OutputCache:
             fake: FakeTensor = torch.Tensor._make_subclass(
                 FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=self._device
             )
-            torch._C._set_throw_on_mutable_data_ptr(fake)
+            refuse_data_pointer(fake)
         fake.__dict__.update(self._attributes)
         return fake
 

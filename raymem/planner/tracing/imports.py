@@ -13,9 +13,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_UNUSED = ("scipy", "boto3")
-"""Modules left out: transformers imports the first for losses of object detection, accelerate the second for a
-cloud's settings."""
+_UNUSED = ("scipy", "sklearn", "boto3")
+"""Modules left out: transformers imports the first for losses of object detection, and the second, which needs it,
+for assisted generation; accelerate imports the third for a cloud's settings."""
 _COMPILER = "torch._dynamo"
 _MARKS = ("disable", "assume_constant_result", "allow_in_graph", "graph_break")
 """Decorators and calls of the compiler that mean nothing where nothing is compiled."""
@@ -86,7 +86,7 @@ def _put_off_the_compiler() -> None:
         setattr(module, mark, _leave_alone)
     sys.modules[_COMPILER] = module
     sys.meta_path.insert(0, _Parts(module))
-    torch._dynamo = module
+    setattr(torch, _COMPILER.removeprefix("torch."), module)
 
 
 def _leave_alone(function: Any = None, *arguments: Any, **options: Any) -> Any:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from raymem.linalg.local import local
@@ -28,6 +27,7 @@ from raymem.planner.tracing.fake_cache import OutputCache
 from raymem.planner.tracing.fake_ddp import FakeDDP
 from raymem.planner.tracing.tied_gradients import TiedGradients
 from raymem.planner.types import RowFacts, Target
+from raymem.private_apis import FakeStore, FakeTensorMode
 from raymem.recipe.axes import building
 from raymem.recipe.schema import Recipe
 from raymem.training.data.batches import Batch
@@ -80,8 +80,6 @@ def trace_step(
     recipe = _on_cpu(recipe)
     grouped = target.num_workers > 1 or recipe.scaling.strategy == "fsdp2"
     if grouped:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=target.num_workers)
     try:
         dist_env = DistEnv(0, target.num_workers, 0, torch.device("cpu"), recipe.scaling.strategy)

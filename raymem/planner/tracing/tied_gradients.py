@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from raymem.private_apis import in_backward
+
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 _SUM, _SUM_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
 
@@ -40,5 +42,4 @@ class TiedGradients:
     def _is_sum_of_gradients(self, left: Any, right: Any) -> bool:
         if not isinstance(right, torch.Tensor) or tuple(left.shape) not in self._shapes or left.shape != right.shape:
             return False
-        in_backward: bool = torch._C._current_graph_task_id() != -1
-        return in_backward and not torch.is_grad_enabled()
+        return in_backward() and not torch.is_grad_enabled()

@@ -172,7 +172,12 @@ class Layers:
         specs = {key: Spec(entry.shape, DTYPES[entry.dtype]) for key, entry in entries.items()}
         digest = directory / f"{file}.sha256"
         write_tensors(
-            directory / file, specs, lambda key: self._value(*sources[key], specs[key].dtype), {}, sha256_at=digest
+            directory / file,
+            specs,
+            lambda key: self._value(*sources[key], specs[key].dtype),
+            {},
+            sha256_at=digest,
+            behind=True,
         )
         sha256: str = json.loads(digest.read_text())
         digest.unlink()
@@ -214,15 +219,20 @@ class Layers:
             names = {
                 attribute: self._names[id(module), attribute] for attribute, _ in module.named_parameters(recurse=False)
             }
-            matrices = {a: n for a, n in names.items() if not self._skeleton.has_memory(n)}
-            for attribute, its_name in matrices.items():
-                key = self._skeleton.key_of(its_name)
-                assert key is not None
-                module._parameters[attribute] = nn.Parameter(self._skeleton.read(key), requires_grad=False)
+            for attribute, its_name in names.items():
+                # What has memory is changed in a copy: a tied tensor that goes its own way has the old one.
+                if self._skeleton.has_memory(its_name):
+                    value = getattr(module, attribute).clone()
+                else:
+                    key = self._skeleton.key_of(its_name)
+                    assert key is not None
+                    value = self._skeleton.read(key)
+                module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
             self._merging.merge(self._adapted[id(module)])
             self._merged |= {its_name: getattr(module, attribute) for attribute, its_name in names.items()}
-            for its_name in matrices.values():
-                self._skeleton.take_memory(its_name)
+            for its_name in names.values():
+                if not self._skeleton.has_memory(its_name):
+                    self._skeleton.take_memory(its_name)
         return self._merged.pop(name)
 
 

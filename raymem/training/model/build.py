@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 from pathlib import Path
@@ -220,7 +221,12 @@ def _downloaded(name: str, revision: str | None, patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HFValidationError as error:
+        raise ModelError(not_to_be_had(name, error)) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        # Without a network, huggingface_hub before 2 does not look for a commit in its cache.
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
         raise ModelError(not_to_be_had(name, error)) from None
 
 

@@ -31,6 +31,7 @@ from raymem.cluster.doctor.local import (
     usable_memory_bytes,
 )
 from raymem.recipe.schema import Recipe
+from raymem.versions import WINDOWS
 from tests.helpers.ray_processes import RayHead, end_session, free_ports
 from tests.helpers.support import save_model
 
@@ -65,13 +66,17 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = by_name(check_versions())
     assert set(checks) == {"Python", "torch", "ray", "transformers", "peft", "mlflow"}
     assert all(check.ok for check in checks.values())
-    assert checks["torch"].detail == importlib.metadata.version("torch")
+    assert checks["torch"].detail == f"{importlib.metadata.version('torch')} (tested: {WINDOWS['torch']})"
 
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: {"ray": "2.9.0"}.get(name) or real(name))
     ray = by_name(check_versions())["ray"]
-    assert (ray.ok, ray.detail) == (False, "2.9.0 is outside of <2.61,>=2.60")
-    assert ray.cure == "pip install 'ray<2.61,>=2.60'"
+    assert (ray.ok, ray.detail) == (False, "2.9.0 is outside of <3,>=2.51")
+    assert ray.cure == "pip install 'ray<3,>=2.51'"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"ray": "2.99.0"}.get(name) or real(name))
+    ray = by_name(check_versions())["ray"]
+    assert ray.ok is None
+    assert ray.detail == f"2.99.0 is newer than what raymem is tested with ({WINDOWS['ray']})"
 
     def absent(name: str) -> str:
         if name == "peft":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from raymem.methods.layers.checkpointing import checkpoint_layers, keep_layers
 from raymem.methods.loract import compress_activations
 from tests.helpers.loract_families import WIDTH, batch, build, difference, gradients, lora
 
@@ -137,12 +138,12 @@ def test_the_checkpointing_switch_of_transformers_changes_nothing(scope: str) ->
     reports = []
     for first in (True, False):
         if first:
-            switch.activation_checkpointing_enable()
+            checkpoint_layers(switch)
         with compress_activations(model, scope=scope, **FULL) as handle:
             if not first:
-                switch.activation_checkpointing_enable()
+                checkpoint_layers(switch)
             assert difference(gradients(model, inputs)[1], exact) < EXACT
-        switch.activation_checkpointing_disable()
+        keep_layers(switch)
         reports.append((handle.report.compressed, handle.report.shared))
     assert reports[0] == reports[1]
     assert reports[0][0] == {"layer": 3, "sublayer": 6}[scope]

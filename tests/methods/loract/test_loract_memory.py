@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from raymem.memory.meter import PeakMeter, resident_tensors
+from raymem.methods.layers.checkpointing import checkpoint_layers, keep_layers
 from raymem.methods.loract import compress_activations
 from raymem.testing import heap_in_use_bytes
 from tests.helpers.loract_families import batch, build
@@ -49,9 +50,9 @@ def of_plain_and_checkpointing(stack: nn.Module) -> tuple[int, int]:
     kept_bytes(stack)  # what a first pass leaves behind for ever
     nothing = kept_bytes(stack)
     switch: Any = stack
-    switch.base_model.model.activation_checkpointing_enable()
+    checkpoint_layers(switch.base_model.model)
     checkpointed = kept_bytes(stack)
-    switch.base_model.model.activation_checkpointing_disable()
+    keep_layers(switch.base_model.model)
     switch.base_model.model.disable_input_require_grads()  # which the line before forgets
     return nothing, checkpointed
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from raymem.errors import ModelError
+from raymem.methods.layers.checkpointing import checkpoint_layers
 from raymem.methods.loract import compress_activations
 from raymem.methods.loract.config import LoRActOptions
 from tests.helpers.loract_families import WIDTH, batch, build, gradients
@@ -201,7 +202,7 @@ def test_a_layer_without_a_tensor_is_an_error() -> None:
 def test_linear_scope_and_checkpointing_contradict_each_other() -> None:
     model: Any = build("llama")
     with compress_activations(model, scope="linear"):
-        model.activation_checkpointing_enable()
+        checkpoint_layers(model)
         with pytest.raises(ModelError, match="turn activation checkpointing off"):
             model(**batch())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import shutil
 import subprocess
@@ -109,15 +110,24 @@ def test_a_pickled_config_brings_the_method_along(tmp_path: Path) -> None:
     )
 
 
-def test_registering_twice_is_harmless_and_other_releases_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registering_twice_is_harmless_and_a_release_that_does_not_take_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from peft import PeftType
 
     from raymem.methods.moram import tuner
 
     assert tuner._extend_peft("MORAM") is PeftType.MORAM
     assert PeftType("MORAM") is PeftType.MORAM is PeftType["MORAM"]
-    monkeypatch.setattr(tuner, "version", lambda package: "0.22.0")
-    with pytest.raises(ImportError, match=r"this is peft 0\.22\.0; pip install 'peft==0\.21\.\*'"):
+
+    class Closed(enum.EnumMeta):
+        def __call__(cls, value: Any, *arguments: Any, **options: Any) -> Any:
+            raise ValueError(value)
+
+    monkeypatch.setattr(
+        tuner, "PeftType", Closed("PeftType", (str, enum.Enum), Closed.__prepare__("P", (str, enum.Enum)))
+    )
+    with pytest.raises(ImportError, match=r"cannot add a method to PEFT's list in peft \d.*tested with peft 0\.19 to"):
         tuner._extend_peft("MORAM")
 
 

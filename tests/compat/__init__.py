@@ -1,0 +1,1 @@
+"""The core of the tests in environments of the lowest, the pinned and the newest versions."""
