@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.utils._pytree import tree_map as tree_map
 
     ControllerCallback: Any
+    ResizingState: Any
     WorkerGroupCallback: Any
     WorkerGroupStartupFailedError: Any
     WorkerGroupStartupTimeoutError: Any
@@ -65,6 +66,7 @@ _NAMES = {
     "ray_actors": "ray._private.state.actors",
     "ray_internal_kv_get": "ray.experimental.internal_kv._internal_kv_get",
     "ControllerCallback": "ray.train.v2._internal.execution.callback.ControllerCallback",
+    "ResizingState": "ray.train.v2._internal.execution.controller.state.ResizingState",
     "WorkerGroupCallback": "ray.train.v2._internal.execution.callback.WorkerGroupCallback",
     "WorkerGroupStartupFailedError": "ray.train.v2._internal.exceptions.WorkerGroupStartupFailedError",
     "WorkerGroupStartupTimeoutError": "ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError",

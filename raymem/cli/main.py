@@ -115,8 +115,7 @@ def merge(
     from raymem.runs.artifacts import local_copy
     from raymem.training.artifacts import merge as merging
 
-    with local_copy(adapter) as directory:
-        console.out.print(f"wrote {merging.merge(directory, output)}")
+    console.out.print(f"wrote {merging.merge(local_copy(adapter), output)}")
 
 
 @app.command()

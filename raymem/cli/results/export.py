@@ -52,17 +52,17 @@ def export(
         raise RecipeError(
             "--for ray-serve needs --loras s3://BUCKET/FOLDER, where adapters lie, and -o FILE for the config; add both"
         )
-    with local_copy(adapter) as directory:
-        linted = vllm.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=str(output or adapter))
-        if linted.problems:
-            raise ModelError("\n".join(f"{adapter}: {problem}" for problem in linted.problems))
-        if server == "vllm":
-            if output is not None:
-                vllm.copy_adapter(directory, output)
-            console.out.print(f"vLLM takes it:\n{linted.command}")
-            return
-        assert loras is not None and output is not None
-        _to_ray_serve(Path(directory), adapter, loras, name, output)
+    directory = local_copy(adapter)
+    linted = vllm.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=str(output or adapter))
+    if linted.problems:
+        raise ModelError("\n".join(f"{adapter}: {problem}" for problem in linted.problems))
+    if server == "vllm":
+        if output is not None:
+            vllm.copy_adapter(directory, output)
+        console.out.print(f"vLLM takes it:\n{linted.command}")
+        return
+    assert loras is not None and output is not None
+    _to_ray_serve(Path(directory), adapter, loras, name, output)
 
 
 def _to_ray_serve(directory: Path, origin: str, loras: str, name: str | None, output: Path) -> None:

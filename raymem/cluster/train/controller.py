@@ -25,6 +25,7 @@ from raymem.recipe.axes import registered
 from raymem.recipe.schema import ScalingSection
 from raymem.stopping import Stopped
 from raymem.tracking import Tracker
+from raymem.training.checkpoint import FOLDER
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Audience
@@ -51,7 +52,7 @@ def train_workers(prepared: PreparedRun, tracker: Tracker, audience: Audience) -
         RaymemError: what a worker raised for the user.
         ClusterError: workers kept crashing, or never started.
     """
-    recipe, mailbox = prepared.recipe, new_mailbox()
+    recipe, mailbox = prepared.recipe, new_mailbox(prepared.run.join(FOLDER))
     reports = ReportCallback((recipe.tracking.kind, tracker.spec(), registered()), mailbox)
     value = run_workers(
         train_worker, config_of(prepared), recipe.scaling, mailbox, audience,
@@ -98,7 +99,7 @@ def run_workers(
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=tempfile.mkdtemp(prefix="train-", dir=session_directory()),
-            callbacks=[*callbacks, FailureCallback(mailbox), GroupCallback(mailbox)],
+            callbacks=[*callbacks, FailureCallback(mailbox), GroupCallback(mailbox, saves=again is TRAINING)],
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
             ),
