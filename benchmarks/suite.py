@@ -103,6 +103,18 @@ BENCHMARKS = (
         "20 min, 10 GB of disk",
     ),
     Benchmark(
+        "scheduler",
+        "the scheduler of pruning's and data's tasks on Ray: steps/s and the driver's memory over thousands of steps "
+        "that do nothing",
+        "5 min",
+    ),
+    Benchmark(
+        "scaling",
+        "bytes, tasks and memory of LoRAM's stages for models of 70B to 480B by their shapes, and their time on 1, 8 "
+        "and 64 nodes that share a bucket, computed from the rates that others of these measured",
+        "20 min",
+    ),
+    Benchmark(
         "loram_quality",
         "eval loss of pruned and full model without and with the recovered adapter, over ratios and criteria,"
         " against LoRA on the full model, on a dense model of equal bytes, and wrong units (negative "

@@ -19,6 +19,7 @@ PAGES = (
     ROOT / "docs" / "planner.md",
     ROOT / "docs" / "choosing.md",
     ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "scaling.md",
     ROOT / "docs" / "versions.md",
 )
 _MIB, _GIB = 2**20, 2**30
@@ -273,6 +274,100 @@ def slow_bucket(results: Path) -> str:
     return markdown(head, rows)
 
 
+def scheduler(results: Path) -> str:
+    found = read(results, "scheduler")
+    rows = [
+        [
+            f"{row['steps']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row['steps_per_s']:.0f}",
+            f"{1000 * row['driver_cpu_s'] / row['steps']:.2f}",
+            f"{row['driver_rise_bytes'] / _MIB:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    return markdown(["steps", "s", "steps/s", "the driver's CPU ms a step", "rise of its memory, MiB"], rows)
+
+
+_STAGES = ("prune, random", "prune, taylor", "recover", "merge")
+
+
+def scaling_stages(results: Path) -> str:
+    rows = []
+    for row in read(results, "scaling")["rows"]:
+        for name, stage in sorted(row["stages"].items(), key=lambda item: _STAGES.index(item[0])):
+            times = [_duration(stage["seconds"][nodes]) for nodes in ("1", "8", "64")]
+            amounts = [f"{stage[key] / 1e9:,.1f}" for key in ("read", "write")]
+            rows.append([
+                _short(row["model"]), name, f"{stage['tasks']:,}", *amounts, f"{stage['peak'] / _GIB:.1f}", *times
+            ])  # fmt: skip
+    head = [
+        "model",
+        "stage",
+        "tasks",
+        "read, GB",
+        "written, GB",
+        "peak of a task, GiB",
+        "1 node",
+        "8 nodes",
+        "64 nodes",
+    ]
+    return markdown(head, rows)
+
+
+def scaling_train(results: Path) -> str:
+    rows = []
+    for row in read(results, "scaling")["rows"]:
+        plan, pruned = row["train"], row.get("pruned_bytes")
+        held = "pruned" if pruned else "full"
+        worker = f"{plan['capacity_bytes'] / _GIB:.1f}" if "capacity_bytes" in plan else "no plan"
+        parameters = (pruned or row["full_bytes"]) / 2
+        rows.append([
+            _short(row["model"]), held, f"{2 * parameters / 1e9:,.1f}", worker, f"{6 * 1000 * parameters / 1e15:.2f}"
+        ])  # fmt: skip
+    head = [
+        "model",
+        "trained on",
+        "each node fetches, GB",
+        "one worker alone needs, GiB",
+        "PFLOP per 1,000 tokens, at most",
+    ]
+    return markdown(head, rows)
+
+
+def scaling_rates(results: Path) -> str:
+    found = read(results, "scaling")
+    measured = [
+        [
+            name,
+            _rate(rate),
+            f"[{rate['from'].partition(',')[0]}](../benchmarks/results/{rate['from'].partition(',')[0]})",
+        ]
+        for name, rate in found["rates"].items()
+    ]
+    cluster = found["cluster"]
+    given = [
+        ["network of a node", f"{cluster['node_gbit']:g} Gbit/s", "`--node-gbit`"],
+        ["throughput of the bucket", f"{cluster['bucket_gbit']:g} Gbit/s", "`--bucket-gbit`"],
+        ["cores of a node", f"{cluster['cores']}", "`--cores`"],
+    ]
+    return markdown(["rate", "value", "measured in, or given by"], [*measured, *given])
+
+
+def _rate(rate: dict[str, Any]) -> str:
+    if "steps_per_s" in rate:
+        return f"{rate['steps_per_s']:.0f} tasks/s"
+    return f"{rate['bytes_per_core_s'] / 1e6:,.0f} MB of the model per core and second"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not measured"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def compat(results: Path) -> str:
     """Versions of each environment of the compatibility suite, and what its parts gave."""
     parts: dict[str, dict[str, dict[str, Any]]] = {}
@@ -312,4 +407,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality": quality,
     "loram": loram,
     "slow_bucket": slow_bucket,
+    "scheduler": scheduler,
+    "scaling_rates": scaling_rates,
+    "scaling_stages": scaling_stages,
+    "scaling_train": scaling_train,
 }

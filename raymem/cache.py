@@ -5,12 +5,14 @@ All of it can be made again. It lies in one directory, RAYMEM_CACHE, and stays w
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +20,7 @@ from typing import Any, TypeVar
 from raymem.entries import hold, make_room, touch
 from raymem.errors import StorageError
 from raymem.memory.budget import parse_bytes
+from raymem.storage.errors import writing
 from raymem.storage.folders import make_shared
 from raymem.storage.json_files import read_object
 from raymem.storage.permissions import share
@@ -75,6 +78,26 @@ def kept(directory: Path, make: Callable[[], T]) -> T:
     if not was_there:
         make_room(cache_root(), limit)
     return value
+
+
+@contextlib.contextmanager
+def alone(key: str) -> Iterator[None]:
+    """Let one process of this machine at a time do what ``key`` names, such as the fetching of one entry.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    # A few locks for all keys, since a lock's own file cannot be removed while another process may wait for it.
+    path = cache_root() / f".lock-{hashlib.sha256(key.encode()).digest()[0] % 64}"
+    with writing(path, where="RAYMEM_CACHE"):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: both do it, and one result stays
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

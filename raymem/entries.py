@@ -50,6 +50,12 @@ def hold(entry: Path) -> bool:
     return True
 
 
+def release(entry: Path) -> None:
+    """Keep an entry no longer: it may go when others need the room."""
+    if (descriptor := _held.pop(entry, None)) is not None:
+        os.close(descriptor)
+
+
 def touch(entry: Path) -> None:
     """Note that an entry is used now."""
     with suppress(OSError):  # another user's

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     ControllerCallback: Any
     ReportCallback: Any
+    ResizingState: Any
     WorkerGroupCallback: Any
     WorkerGroupStartupFailedError: Any
     WorkerGroupStartupTimeoutError: Any
@@ -67,6 +68,7 @@ _NAMES = {
     "ray_internal_kv_get": "ray.experimental.internal_kv._internal_kv_get",
     "ControllerCallback": "ray.train.v2._internal.execution.callback.ControllerCallback",
     "ReportCallback": "ray.train.v2._internal.execution.callback.ReportCallback",
+    "ResizingState": "ray.train.v2._internal.execution.controller.state.ResizingState",
     "WorkerGroupCallback": "ray.train.v2._internal.execution.callback.WorkerGroupCallback",
     "WorkerGroupStartupFailedError": "ray.train.v2._internal.exceptions.WorkerGroupStartupFailedError",
     "WorkerGroupStartupTimeoutError": "ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError",

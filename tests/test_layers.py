@@ -42,6 +42,7 @@ LAYERS = {
     "raymem.sweeps": 5,
     "raymem.k8s": 5,
     "raymem.report": 5,
+    "raymem.integrations": 5,
     "raymem.api": 6,
     "raymem.ray": 6,
     "raymem.cli": 6,

@@ -29,13 +29,16 @@ def render(
     overlay: Annotated[
         str,
         typer.Option(
-            help="cpu-demo, gpu, gpu-spot-elastic, kueue, loram, sweep, interactive (a cluster that stays, and no job) "
-            "or scheduled-evaluation."
+            help="cpu-demo, gpu, gpu-spot-elastic, kueue, kueue-elastic, loram, sweep, interactive (a cluster that "
+            "stays, and no job) or scheduled-evaluation."
         ),
     ] = "gpu",
     workers: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Number of workers, or min-max for gpu-spot-elastic and interactive. Default: the recipe's."),
+        typer.Option(
+            help="Number of workers, or min-max for gpu-spot-elastic, kueue-elastic and interactive. Default: the "
+            "recipe's."
+        ),
     ] = None,
     gpu: Annotated[
         Optional[str],  # noqa: UP045

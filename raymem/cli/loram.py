@@ -154,7 +154,7 @@ def _show_training(outcome: dict[str, Any]) -> None:
 def _show_recovery(location: str, pipeline: Pipeline) -> None:
     say = console.out.print
     say(f"adapter of the full model: {location}", markup=False)
-    say(f"serve it: raymem export {shlex.quote(location)} --check vllm", markup=False)
+    say(f"serve it: raymem export {shlex.quote(location)} --for vllm", markup=False)
     say(f"next: {generate.command(location, pipeline.suggestion(), pipeline.recipe.scaling)}", markup=False)
 
 

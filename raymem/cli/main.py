@@ -14,7 +14,7 @@ import typer
 from raymem import __version__
 from raymem.cli import console, data, init, k8s, loram, plan, report, signals, submit, sweep, threads
 from raymem.cli.options import Fresh, Overrides, RecipeFile, Verbose, refuse_secrets
-from raymem.cli.results import chat, evaluate, generate, push
+from raymem.cli.results import chat, evaluate, export, generate, push
 from raymem.cli.signals import goes_on, unwind_on_signals
 from raymem.errors import RaymemError
 from raymem.memory.budget import bytes_text
@@ -101,6 +101,7 @@ report.register(app)
 evaluate.register(app)
 generate.register(app)
 chat.register(app)
+export.register(app)
 push.register(app)
 
 
@@ -114,32 +115,7 @@ def merge(
     from raymem.runs.artifacts import local_copy
     from raymem.training.artifacts import merge as merging
 
-    with local_copy(adapter) as directory:
-        console.out.print(f"wrote {merging.merge(directory, output)}")
-
-
-@app.command()
-def export(
-    adapter: Annotated[str, typer.Argument(help="PEFT directory of a run.")],
-    check: Annotated[str, typer.Option(help="Server whose rules are checked: vllm.")] = "vllm",
-    allow_lm_head: Annotated[bool, typer.Option("--allow-lm-head", help="The server adapts output heads.")] = False,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also copy it to this directory.")] = None,  # noqa: UP045
-) -> None:
-    """Check that a server takes an adapter, and print the command that serves it."""
-    console.log_to_stderr(False)
-    from raymem.errors import ModelError, RecipeError
-    from raymem.runs.artifacts import local_copy
-    from raymem.training.artifacts import vllm
-
-    if check != "vllm":
-        raise RecipeError(f"--check {check}: its rules are not known; vllm is")
-    with local_copy(adapter) as directory:
-        linted = vllm.lint_vllm(directory, allow_lm_head=allow_lm_head, served_as=str(output or adapter))
-        if linted.problems:
-            raise ModelError("\n".join(f"{adapter}: {problem}" for problem in linted.problems))
-        if output is not None:
-            vllm.copy_adapter(directory, output)
-    console.out.print(f"vLLM takes it:\n{linted.command}")
+    console.out.print(f"wrote {merging.merge(local_copy(adapter), output)}")
 
 
 @app.command()

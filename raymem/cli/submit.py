@@ -28,6 +28,9 @@ def submit(
     follow: Annotated[bool, typer.Option(help="Print the job's output until it ends.")] = True,
     status: Annotated[bool, typer.Option("--status", help="Only say how the run's last job is doing.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="Only stop the run's job; submitting again resumes.")] = False,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="Only have the run's job save a checkpoint, and go on.")
+    ] = False,
     submission_id: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--id", help="Submission id. Default: raymem-<name of the run>."),
@@ -43,8 +46,8 @@ def submit(
     raymem submit my.yaml --command sweep -- --space joint --budget 24GiB
     """
     console.log_to_stderr(False)
-    if status and stop:
-        raise typer.BadParameter("give one of --status and --stop")
+    if status + stop + checkpoint > 1:
+        raise typer.BadParameter("give one of --status, --stop and --checkpoint")
     more, others = split_overrides(arguments or [])
     overrides = [*set_, *more]
     from raymem.cluster.jobs import submit as jobs
@@ -59,6 +62,12 @@ def submit(
         from raymem.sweeps.options import sweep_name
 
         run = sweep_name(loaded, options["name"])
+    if checkpoint:
+        from raymem.cluster.jobs.checkpoint import save
+
+        job = submission_id or jobs.last_job(run, address)
+        console.out.print(f"{job}: {save(job, address, loaded.scaling)}; training goes on", markup=False)
+        return
     if status or stop:
         job = submission_id or jobs.last_job(run, address)
         state = jobs.stop(job, address) if stop else jobs.status(job, address)
@@ -85,7 +94,8 @@ def submit(
     if not follow:
         word = "already running as" if sent.attached else "submitted as"
         console.out.print(
-            f"{word} {sent.submission_id}\nnext: raymem submit {recipe} --id {sent.submission_id} --status (or --stop)"
+            f"{word} {sent.submission_id}\n"
+            f"next: raymem submit {recipe} --id {sent.submission_id} --status (or --checkpoint, --stop)"
         )
     if sent.exit_code:
         raise typer.Exit(sent.exit_code)

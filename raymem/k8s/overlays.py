@@ -54,6 +54,7 @@ OVERLAYS = {
     "gpu": Overlay(gpu=True),
     "gpu-spot-elastic": Overlay(gpu=True, elastic=True),
     "kueue": Overlay(gpu=True),
+    "kueue-elastic": Overlay(gpu=True, elastic=True),
     "loram": Overlay(gpu=True, command="loram run"),
     "sweep": Overlay(gpu=True, command="sweep"),
     "interactive": Overlay(gpu=None, elastic=True, kind="RayCluster"),

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-
 from raymem.cache import cache_root
-from raymem.errors import ModelError
+from raymem.errors import ModelError, StorageError
 from raymem.recipe.paths import is_local
 from raymem.recipe.schema import ModelSection
-from raymem.storage.storage import Storage
-from raymem.storage.unfinished import temporary
+from raymem.storage.checksums import CHECKSUMS
+from raymem.storage.remote.copies import fetched
+from raymem.storage.remote.files import directory_at
 from raymem.training.artifacts.facts import FACTS
 from raymem.training.dist_env import DistEnv
 from raymem.training.model.build import fetch
 from raymem.training.model.smollm2 import located
 
 
-@contextlib.contextmanager
-def local_copy(location: str) -> Iterator[str]:
-    """Yield a local directory with the artefact at ``location``; of ``s3://`` and ``gs://`` it is a temporary copy.
+def local_copy(location: str) -> str:
+    """Return the local directory of an artefact; one on ``s3://`` or ``gs://`` is fetched once per node.
 
     Raises:
-        StorageError: it cannot be fetched.
+        StorageError: it cannot be fetched, or is not there, whole.
     """
     if "://" not in location:
-        yield location
-        return
-    parent, _, rest = location.partition("?")
-    base, _, name = parent.rpartition("/")
-    with temporary("artifact") as folder:
-        directory = Path(folder) / name
-        Storage.open(f"{base}?{rest}" if rest else base).download_dir(name, directory, last=FACTS)
-        yield str(directory)
+        return location
+    there = directory_at(location)
+    if not (there / FACTS).is_file() and (there / CHECKSUMS).is_file():
+        raise StorageError(f"{location} has no {FACTS}: its upload never finished, or it was deleted; use another one")
+    directory = fetched(location, ["*", "*/*"])
+    if not any(path.is_file() for path in directory.iterdir()):
+        raise StorageError(f"{location} has no files; check the address")
+    return str(directory)
 
 
-@contextlib.contextmanager
-def local_or_downloaded(location: str) -> Iterator[str]:
-    """Yield as :func:`local_copy`; an id of the Hugging Face hub is downloaded into its cache, so is ``smollm2``.
+def local_or_downloaded(location: str) -> str:
+    """Return as :func:`local_copy`; an id of the Hugging Face hub is downloaded into its cache, so is ``smollm2``.
 
     Raises:
         StorageError: it cannot be fetched.
@@ -46,11 +41,9 @@ def local_or_downloaded(location: str) -> Iterator[str]:
     """
     named = located(ModelSection(name=location), cache_root()).name or location
     if "://" in named or is_local(named) or named.count("/") != 1:
-        with local_copy(named) as directory:
-            yield directory
-        return
+        return local_copy(named)
     try:
         downloaded = fetch(named, None, DistEnv(), weights_too=True)
     except ModelError as error:
         raise ModelError(str(error).removeprefix("model.name: ")) from None
-    yield str(downloaded)
+    return str(downloaded)

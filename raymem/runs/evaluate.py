@@ -95,7 +95,8 @@ def evaluation_task(
     """Evaluate, in one process or as one of the ranks that share the model; takes plain data, returns plain values."""
     recipe = Recipe.model_validate(config["recipe"])
     more = "set scaling.strategy: fsdp2 and " + more_workers("scaling.num_workers:", dist_env)
-    with local_copy(config["artifact"]) as directory, named_memory(dist_env, more):
+    directory = local_copy(config["artifact"])
+    with named_memory(dist_env, more):
         if directory != "base":
             check_files(directory, ModelError)
         adapter = Path(directory) if is_peft(directory) else None

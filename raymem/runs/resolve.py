@@ -243,7 +243,7 @@ def _alignment(
     if aligning is None:
         return None
     tokenizer = share_tokenizer(tokenizer_path(aligning), storage)
-    train_data = prepare_data(aligning.data, "train", tokenizer, storage, backend)
+    train_data = prepare_data(aligning.data, "train", tokenizer, storage, backend, status)
     values = aligning.to_dict()
     sections = {name: values[name] for name in ("seed", "adapter", "activations", "optimizer", "train")}
     name = f"loram-aligned-{digest([made_model(pruned, None, None).manifest.digest, train_data.key, sections])[:16]}"

@@ -15,7 +15,8 @@ from raymem.training.data.formats import Example, Messages, PromptCompletion, re
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.shards import BLOCK_ROWS, Prepared
 from raymem.training.data.packed.shared import cache_dir
-from raymem.training.data.sources import open_source
+from raymem.training.data.sources import open_sources
+from raymem.training.data.sources.index import IndexFiles
 from raymem.training.data.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,15 @@ class Suggestion:
     system: str | None = None
 
 
-def suggest(section: DataSection, split: Split, data: Prepared, tokenizer: str, storage: Storage) -> Suggestion | None:
+def suggest(
+    section: DataSection, split: Split, data: Prepared, tokenizer: str, storage: Storage, index: IndexFiles
+) -> Suggestion | None:
     """Return the prompt of the first example of a split; None where there is none to be had.
 
     Args:
         data: the split, prepared.
         tokenizer: its directory.
+        index: knows the data's files, see :func:`raymem.runs.prepare.index_of`.
     """
     try:
         loaded = load_tokenizer(tokenizer)
@@ -48,7 +52,7 @@ def suggest(section: DataSection, split: Split, data: Prepared, tokenizer: str, 
         row = PackedRows(data.directories).row(0)
         ids = row.input_ids[: row.length].tolist()
         raw = template.exists and _mark(template) not in str(loaded.decode(ids))
-        example = _first_example(section, split, storage)
+        example = _first_example(section, split, storage, index)
     except (RaymemError, OSError) as error:  # the run is done; that its data are gone by now is no matter
         log.info("no prompt to suggest: %s", error)
         return None
@@ -63,11 +67,11 @@ def suggest(section: DataSection, split: Split, data: Prepared, tokenizer: str, 
     return Suggestion(begin, template.exists) if begin.strip() else None
 
 
-def _first_example(section: DataSection, split: Split, storage: Storage) -> Example:
+def _first_example(section: DataSection, split: Split, storage: Storage, index: IndexFiles) -> Example:
     """Read the first row of a split. Raises DataError."""
     source = (section.train if split == "train" else section.eval or section.train)[0]
     where = section.path_of(split, 0)
-    opened = open_source(source, where, cache_dir(storage), BLOCK_ROWS, section.max_example_bytes)
+    (opened,) = open_sources([(where, source)], cache_dir(storage), BLOCK_ROWS, section.max_example_bytes, index)
     row_format = resolve_format(source, opened.first_row, where)
     return to_example(opened.first_row, row_format, source.columns, opened.first_place)
 

@@ -17,7 +17,7 @@ from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
 from raymem.runs.data import row_facts
 from raymem.runs.lock import only_one, set_aside
-from raymem.runs.prepare import Split, prepare
+from raymem.runs.prepare import Split, index_of, prepare
 from raymem.runs.record import datasets_of, note_data, note_plan
 from raymem.runs.resolve import note_start, planned_recipes, resolve
 from raymem.runs.resolved import ResolvedRun
@@ -178,8 +178,7 @@ def _train_tracked(
             tracking = tracker.finish("FINISHED")
         else:
             name = artifact_name(run.recipe)
-            with local_copy(outcome.artifact) as artifact:
-                tracking = tracker.finish("FINISHED", {name: artifact}, model=name)
+            tracking = tracker.finish("FINISHED", {name: local_copy(outcome.artifact)}, model=name)
     except BaseException as error:
         _log(tracker, rows)
         tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
@@ -192,7 +191,8 @@ def _suggestion(run: ResolvedRun, prepared: PreparedRun) -> Suggestion | None:
     """Return a prompt of the evaluation data, or else of the training data."""
     split: Split = "train" if prepared.eval_data is None else "eval"
     data = prepared.eval_data or prepared.train_data
-    return suggest(run.recipe.data, split, data, run.tokenizer, run.storage)
+    section = run.recipe.data
+    return suggest(section, split, data, run.tokenizer, run.storage, index_of(section, run.storage, run.backend))
 
 
 def _log(tracker: Tracker, rows: Sequence[Row]) -> None:

@@ -213,9 +213,9 @@ def _prepare(recipe: Recipe, facts: dict[str, Any], storage: Storage, backend: B
     build = partial(build_demo, status=status)
     pinned, named, tokenizer = resolve_shared(asked, began if began.commit else None, storage, build, status)
     status("preparing the data")
-    prepare_data(named.data, "train", tokenizer, storage, backend)
+    prepare_data(named.data, "train", tokenizer, storage, backend, status)
     if named.data.eval is not None:
-        prepare_data(named.data, "eval", tokenizer, storage, backend)
+        prepare_data(named.data, "eval", tokenizer, storage, backend, status)
     return pinned
 
 

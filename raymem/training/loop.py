@@ -199,7 +199,7 @@ class _Session:
         if wanted is Wanted.STOP and done < self.total_steps:
             raise stopping.Stopped(done)
         if wanted is Wanted.SAVE:
-            self.reporter.saved()
+            self.reporter.saved(done)
         return row
 
     def _doing(self, what: str) -> None:

@@ -82,7 +82,7 @@ def loss_of(model: nn.Module) -> LossFunction:
 
 
 def _base_model(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _attention(model: Any) -> str | None:

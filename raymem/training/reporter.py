@@ -30,7 +30,7 @@ class Wanted(enum.Enum):
 
     NOTHING = enum.auto()
     SAVE = enum.auto()
-    """A checkpoint: a worker, or the node of one, is about to be taken away."""
+    """A checkpoint: somebody asked for one, or a worker, or the node of one, is about to be taken away."""
     STOP = enum.auto()
     """A checkpoint, and the end of the run."""
 
@@ -62,8 +62,10 @@ class Reporter(Protocol):
     def wanted(self) -> Wanted:
         """Say what is wanted now, after a row was taken; all ranks get the same answer."""
 
-    def saved(self) -> None:
-        """Learn that a checkpoint that was wanted is whole where it belongs; a worker that is to end may do so."""
+    def saved(self, step: int) -> None:
+        """Learn that the checkpoint of a step, which was wanted, is whole where it belongs; a worker that is to end may
+        do so.
+        """
 
     def progress(self, what: str, *, brief: bool = True, told: bool = False) -> None:
         """Learn what this rank does from now on; it must be cheap, since each step and evaluated batch calls it.
@@ -102,7 +104,7 @@ class LocalReporter:
     def wanted(self) -> Wanted:
         return Wanted.STOP if stopping.asked() else Wanted.NOTHING
 
-    def saved(self) -> None:
+    def saved(self, step: int) -> None:
         pass
 
     def progress(self, what: str, *, brief: bool = True, told: bool = False) -> None:

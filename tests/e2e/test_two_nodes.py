@@ -99,10 +99,13 @@ def logins(head: RayHead) -> dict[str, str]:
     return {name: ours[name] for name in ours if name.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
 
 
-def written(recipe: Recipe, storage: str, folder: Path) -> str:
+def written(recipe: Recipe, storage: str, folder: Path, **data: str) -> str:
     """Write a recipe whose workers or trials take the places of the nodes."""
     plain = recipe.to_dict()
     plain["storage"] |= {"path": storage}
+    for split, path in data.items():
+        (source,) = plain["data"][split]
+        source["path"] = path
     plain["scaling"] |= {"resources_per_worker": SLOT}
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(plain))
@@ -164,7 +167,9 @@ def test_a_run_with_workers_goes_on_from_another_host(
     remote, disk = Storage.open(s3_uri).child(tmp_path.name), Storage.open(str(tmp_path / "disk"))
     steps = 160
     recipe = ray_recipe(llama, examples, Path("/unused"), "run", scaling={"num_workers": 2}, train={"steps": steps})
-    file = written(recipe, remote.path, tmp_path)
+    remote.upload_dir(examples, "data", last="train.jsonl")
+    data = {split: remote.join(f"data/{split}.jsonl") for split in ("train", "eval")}
+    file = written(recipe, remote.path, tmp_path, **data)
     first = hosts[0].start(["train", file])
     first.until(lambda: remote.exists("run/checkpoints/step_00000004/manifest.json"))
     first.process.send_signal(signal.SIGSTOP)  # its workers go on, and nobody renews the lease
@@ -176,6 +181,7 @@ def test_a_run_with_workers_goes_on_from_another_host(
     assert second.wait() == 0, second.output[-4000:]
     assert first.wait() == 1 and "Traceback" not in first.output  # Ray may have kept its workers waiting for places
     assert "resuming from step" in second.output and taken_at < steps, "the first one's workers had done all of it"
+    assert not [host for host in hosts if list(host.folder.glob("home/cache/sources"))], "tasks have read the data"
     assert [row["step"] for row in read_history(remote.child("run"), steps)] == list(range(1, steps + 1))
     plain = recipe.to_dict()
     plain["scaling"] |= {"resources_per_worker": None}

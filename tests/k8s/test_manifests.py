@@ -139,7 +139,7 @@ def test_jobs_end_and_go_on(overlay: list[Document]) -> None:
         assert job["shutdownAfterJobFinishes"] is True, where
         assert job["ttlSecondsAfterFinished"] > 0, where
         assert job["backoffLimit"] >= 1, where
-        assert job["activeDeadlineSeconds"] > 0, where
+        assert 0 < job["preRunningDeadlineSeconds"] < job["activeDeadlineSeconds"], where
 
 
 def test_clusters(overlay: list[Document]) -> None:
@@ -359,6 +359,18 @@ def test_kueue() -> None:
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "raymem"
     assert job["spec"]["suspend"] is True
     assert "enableInTreeAutoscaling" not in job["spec"]["rayClusterSpec"]
+
+
+def test_kueue_follows_an_autoscaler() -> None:
+    found = build(K8S / "overlays" / "kueue-elastic")
+    (job,) = of_kind(found, "RayJob")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "raymem"
+    assert job["metadata"]["annotations"] == {"kueue.x-k8s.io/elastic-job": "true"}
+    assert job["spec"]["suspend"] is True
+    cluster = job["spec"]["rayClusterSpec"]
+    (group,) = cluster["workerGroupSpecs"]
+    assert cluster["enableInTreeAutoscaling"] is True and group["minReplicas"] < group["maxReplicas"]
+    assert "gke-spot" not in str(found), "on any nodes"
 
 
 def test_object_store(variant: Any) -> None:

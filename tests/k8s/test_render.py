@@ -107,7 +107,7 @@ def test_every_overlay(recipe: Path, overlay: str) -> None:
     loaded = load_recipe(inside)
     assert loaded.name == "my_Run.v1"  # the run keeps its name, and so its checkpoints
     own = 1 if overlay == "sweep" else 4
-    assert loaded.scaling.num_workers == ((2, 8) if overlay == "gpu-spot-elastic" else own)
+    assert loaded.scaling.num_workers == ((2, 8) if shape.elastic else own)
     assert loaded.scaling.use_gpu == (overlay != "cpu-demo")
     assert loaded.scaling.resources_per_worker is not None
     assert loaded.scaling.resources_per_worker["CPU"] <= float(container["resources"]["limits"]["cpu"])

@@ -234,3 +234,22 @@ def test_embeddings_can_be_left_uncompressed(llama: Path) -> None:
         group = updater.optimizer.param_groups[-1]
         assert (group["rank"] is None) is not compressed
         assert compressed or group["param_names"] == ["model.embed_tokens.weight"]
+
+
+def test_a_rounding_optimizer_goes_on_from_its_state_dict() -> None:
+    """torch would cast the moments to the parameter's dtype; other trainers load them this way."""
+
+    def step(parameter: nn.Parameter, optimizer: StochasticRoundingAdamW, number: int) -> None:
+        parameter.grad = torch.randn(200, generator=generator(number)).bfloat16()
+        optimizer.step()
+
+    whole = nn.Parameter(torch.ones(200, dtype=torch.bfloat16))
+    first = rounding_optimizer({"w": whole})
+    step(whole, first, 0)
+    again = nn.Parameter(whole.detach().clone())
+    second = rounding_optimizer({"w": again})
+    second.load_state_dict(first.state_dict())
+    step(whole, first, 1)
+    step(again, second, 1)
+    assert torch.equal(whole, again)
+    assert {value.dtype for value in second.state[again].values()} == {torch.float32}

@@ -45,19 +45,18 @@ def chat(
     from raymem.training.artifacts.chat import Conversation
     from raymem.training.artifacts.generate import Responder
 
-    with local_or_downloaded(artifact) as directory:
-        responder = Responder(directory)
-        responder.require_template()
-        conversation = Conversation(responder, system)
-        torch.manual_seed(seed)
-        if sys.stdin.isatty():
-            _note(f"talking to {artifact}; /help lists commands, Ctrl-D leaves")
-        for line in _lines():
-            if line.startswith("/"):
-                if not _obey(conversation, line):
-                    return
-            elif line.strip():
-                _answer(conversation, line.strip(), max_new_tokens, temperature)
+    responder = Responder(local_or_downloaded(artifact))
+    responder.require_template()
+    conversation = Conversation(responder, system)
+    torch.manual_seed(seed)
+    if sys.stdin.isatty():
+        _note(f"talking to {artifact}; /help lists commands, Ctrl-D leaves")
+    for line in _lines():
+        if line.startswith("/"):
+            if not _obey(conversation, line):
+                return
+        elif line.strip():
+            _answer(conversation, line.strip(), max_new_tokens, temperature)
 
 
 def _lines() -> Iterator[str]:

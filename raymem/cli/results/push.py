@@ -31,6 +31,5 @@ def push(
     from raymem.training.artifacts.hub import push as upload
 
     check_push(repo)
-    with local_copy(artifact) as directory:
-        address = upload(Path(directory), repo, private=private, message=message)
+    address = upload(Path(local_copy(artifact)), repo, private=private, message=message)
     console.out.print(f"pushed: {address}", markup=False)

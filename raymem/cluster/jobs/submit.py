@@ -28,7 +28,7 @@ from raymem.storage.uris import secret_in
 RUN_METADATA = "raymem.run"
 COMMAND_METADATA = "raymem.command"
 _SECRET = re.compile("TOKEN|SECRET|PASSWORD|KEY|CREDENTIAL", re.IGNORECASE)
-_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _RECONNECTS = 5
 
 Out = Callable[[str], None]
@@ -156,7 +156,7 @@ def follow_logs(client: Any, submission_id: str, out: Out | None = None) -> int:
                 write(fresh)
 
     with explained(client.get_address()):
-        info = _info(client, submission_id)
+        info = job_info(client, submission_id)
     while True:
         try:
             # A pending job has no log yet: the server waits for it, and closes the stream when the job has ended.
@@ -170,7 +170,7 @@ def follow_logs(client: Any, submission_id: str, out: Out | None = None) -> int:
                     f"lost the connection to {client.get_address()} ({' '.join(str(error).split())[:200]}); "
                     f"the job {submission_id} goes on: submit again to follow it"
                 ) from error
-        if info.status in _ENDED:
+        if info.status in ENDED:
             break
         time.sleep(min(2.0**failures, 10.0))
     if info.status == "SUCCEEDED":
@@ -187,7 +187,7 @@ def status(submission_id: str, address: str | None = None) -> JobState:
     """Look at a job. Raises ClusterError if it or the cluster is not there."""
     client = connect_jobs(address)
     with explained(client.get_address()):
-        info = _info(client, submission_id)
+        info = job_info(client, submission_id)
     return JobState(submission_id, str(info.status), info.message or "")
 
 
@@ -216,10 +216,10 @@ def stop(submission_id: str, address: str | None = None, timeout_s: float = 30.0
     """
     client = connect_jobs(address)
     with explained(client.get_address()):
-        _info(client, submission_id)
+        job_info(client, submission_id)
         client.stop_job(submission_id)
         deadline = time.monotonic() + timeout_s
-        while (info := _info(client, submission_id)).status not in _ENDED:
+        while (info := job_info(client, submission_id)).status not in ENDED:
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"job {submission_id} is still {info.status} {timeout_s:.0f} s after it was told to stop; "
@@ -238,7 +238,7 @@ def _find_or_submit(
             for job in jobs:
                 # By metadata: the id raymem-a-2 is the second job of run "a", or the first of run "a-2".
                 theirs = job.metadata or {}
-                if job.status in _ENDED or not job.submission_id or theirs.get(RUN_METADATA) != metadata[RUN_METADATA]:
+                if job.status in ENDED or not job.submission_id or theirs.get(RUN_METADATA) != metadata[RUN_METADATA]:
                     continue
                 _check_same(job, line, metadata)
                 return str(job.submission_id), True
@@ -273,7 +273,8 @@ def _check_same(job: Any, line: str, metadata: dict[str, str]) -> None:
     )
 
 
-def _info(client: Any, submission_id: str) -> Any:
+def job_info(client: Any, submission_id: str) -> Any:
+    """Return Ray's facts about a job. Raises ClusterError if there is none of that id."""
     try:
         return client.get_job_info(submission_id)
     except RuntimeError as error:

@@ -23,6 +23,7 @@ from raymem.cluster.train.worker import STOPPED_AT, config_of, train_worker
 from raymem.errors import ClusterError
 from raymem.recipe.schema import ScalingSection
 from raymem.stopping import Stopped
+from raymem.training.checkpoint import FOLDER
 from raymem.training.job import PreparedRun
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Audience
@@ -49,7 +50,7 @@ def train_workers(prepared: PreparedRun, audience: Audience) -> Outcome:
         RaymemError: what a worker raised for the user.
         ClusterError: workers kept crashing, or never started.
     """
-    recipe, mailbox = prepared.recipe, new_mailbox()
+    recipe, mailbox = prepared.recipe, new_mailbox(prepared.run.join(FOLDER))
     value = run_workers(
         train_worker, config_of(prepared), recipe.scaling, mailbox, audience,
         name=recipe.name, what="the run", again=TRAINING, callbacks=[ReportCallback(mailbox)],
@@ -95,7 +96,7 @@ def run_workers(
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=tempfile.mkdtemp(prefix="train-", dir=session_directory()),
-            callbacks=[*callbacks, FailureCallback(mailbox), GroupCallback(mailbox)],
+            callbacks=[*callbacks, FailureCallback(mailbox), GroupCallback(mailbox, saves=again is TRAINING)],
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=START_ATTEMPTS
             ),

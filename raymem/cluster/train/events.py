@@ -49,4 +49,13 @@ class Restarted:
     reason: str
 
 
-Event = Rows | Told | Logged | Scheduled | Restarted
+@dataclass(frozen=True)
+class Resized:
+    """A group that is well goes on with another number of workers, since nodes have come or are about to go."""
+
+    num_workers: int
+    step: int | None
+    """The step that it has just saved; None if it goes on from the checkpoint before."""
+
+
+Event = Rows | Told | Logged | Scheduled | Restarted | Resized

@@ -13,7 +13,7 @@ import ray
 
 from raymem import stopping
 from raymem.cluster.connection import HeadCheck
-from raymem.cluster.train.events import Event, Logged, Restarted, Rows, Scheduled, Told
+from raymem.cluster.train.events import Event, Logged, Resized, Restarted, Rows, Scheduled, Told
 from raymem.cluster.train.failures import TRAINING, Again
 from raymem.cluster.train.waiting import Waiting
 from raymem.recipe.schema import ScalingSection
@@ -55,6 +55,8 @@ class Follower:
                     self._tell(event.what)
             elif isinstance(event, Logged):
                 self._log(event)
+            elif isinstance(event, Resized):
+                self._resize(event)
             else:
                 self._restart(event)
 
@@ -93,6 +95,13 @@ class Follower:
         if now - self._logged.get(event.text, -_SAME_S) >= _SAME_S:
             logging.getLogger(event.logger).log(event.level, "worker %d: %s", event.rank, event.text)
         self._logged[event.text] = now
+
+    def _resize(self, event: Resized) -> None:
+        self.close()
+        self._wanted, self._said = None, ""
+        start = self._again.start if event.step is None else f"from step {event.step}, which was saved for that"
+        workers = f"{event.num_workers} worker{'s' * (event.num_workers > 1)}"
+        self._tell(f"the cluster has room for {workers} now: the run goes on with so many {start}")
 
     def _restart(self, event: Restarted) -> None:
         self.close()

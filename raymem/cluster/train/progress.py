@@ -36,6 +36,8 @@ class RayReporter:
         self._pulse = pulse
         self._mailbox = mailbox
         self._wanted = Wanted.NOTHING
+        self._request = self._answering = self._answered = 0
+        """Requests for a checkpoint, by number: the last that is known, that the next one answers, that is answered."""
         self._rows: list[Row] = []
         self._replayed = 0
         self._next_step = 0.0
@@ -62,27 +64,39 @@ class RayReporter:
         seconds_per_step = (time.monotonic() - last_time) / max(1.0, step - last_step)
         ahead = max(1.0, REPORT_EVERY_S // max(seconds_per_step, 1e-6))
         # Whatever one of the ranks knows, all know from here on; the pace is that of rank 0.
-        known = torch.tensor([ahead if is_main else 0.0, float(self._is_to_stop()), float(stopping.asked())])
+        stops, request = self._wishes()
+        known = torch.tensor([ahead if is_main else 0.0, float(stops), float(stopping.asked()), float(request)])
         if dist.is_initialized():
             dist.all_reduce(known, dist.ReduceOp.MAX)
-        ahead, stops, is_ending = known.tolist()
+        ahead, stops, is_ending, request = known.tolist()
+        self._request = max(self._request, int(request))
         is_preempted = _is_preempted()
         self._wanted = Wanted.STOP if stops else Wanted.SAVE if is_ending or is_preempted else Wanted.NOTHING
         # Of a node that goes nobody knows when exactly: until then every step is saved.
         self._next_step = step + (1.0 if is_preempted else ahead)
         self._last_report = (step, time.monotonic())
 
-    def _is_to_stop(self) -> bool:
-        """Ask, on rank 0, whether the driver wants the run to end."""
-        return self._dist_env.is_main and self._mailbox is not None and ray.get(self._mailbox.is_stopping.remote())
+    def _wishes(self) -> tuple[bool, int]:
+        """Ask, on rank 0, whether the run is to end, and for the last request for a checkpoint."""
+        if not self._dist_env.is_main or self._mailbox is None:
+            return False, 0
+        stops, request = ray.get(self._mailbox.wishes.remote())
+        return stops, request
 
     def wanted(self) -> Wanted:
         """See :class:`raymem.training.reporter.Reporter`; each answer is given once."""
         wanted, self._wanted = self._wanted, Wanted.NOTHING
+        if wanted is Wanted.NOTHING and self._request > self._answered:
+            wanted = Wanted.SAVE
+        self._answering = self._request
         return wanted
 
-    def saved(self) -> None:
-        """End this worker if its process was asked to end; the group starts again without it."""
+    def saved(self, step: int) -> None:
+        """Answer requests, and end this worker if its process was asked to end; the group starts again without it."""
+        if self._answering > self._answered:
+            self._answered = self._answering
+            if self._dist_env.is_main:
+                ray.get(self._mailbox.saved.remote(step, self._answered))
         if stopping.asked():
             raise WorkerEnded("its process got SIGTERM, and every step is saved")
 

@@ -83,11 +83,10 @@ class Compression:
         for name, module in model.named_modules():
             if isinstance(module.__dict__.get("forward"), Patched):
                 raise ModelError(f"{name}: the activations of this model are compressed already; call remove() first")
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        if options.side_stream and device.type == "cpu":
+        self._first = next(model.parameters(), None)
+        if options.side_stream and self._device.type == "cpu":
             raise ModelError("side_stream: true needs a CUDA device, but the model is on the CPU; set it to false")
         self.options = options
-        self._device = device
         self._seed = seed
         self._hooks: list[RemovableHandle] = []
         self._packer = Packer(
@@ -172,6 +171,11 @@ class Compression:
             raise ModelError(f"{odd}: the ranks belong to other sites than those of this model; calibrate again")
         for site in self._sites():
             site.rank = ranks[site.name]
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the model is by now: trainers may move it after it was compressed."""
+        return torch.device("cpu") if self._first is None else self._first.device
 
     def _sites(self) -> list[Site]:
         every = [site for patch in self._patches for site in patch.sites]

@@ -47,6 +47,15 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
             group["step"] += 1
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave; moments stay fp32, where torch would cast them to the parameter's bf16."""
+        super().load_state_dict(state_dict)
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for key, parameter in zip(saved, parameters, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:

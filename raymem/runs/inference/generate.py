@@ -56,10 +56,8 @@ def generation_task(config: dict[str, Any], dist_env: DistEnv, doing: Doing) -> 
     """Generate in one process, or as one of the ranks that share the model; all of them return the same."""
     options = dict(config)
     doing("loading the weights, and answering", brief=False, told=True)
-    with (
-        local_or_downloaded(options.pop("location")) as directory,
-        named_memory(dist_env, more_workers("give --workers", dist_env)),
-    ):
+    directory = local_or_downloaded(options.pop("location"))
+    with named_memory(dist_env, more_workers("give --workers", dist_env)):
         return generate_here(directory, **options, dist_env=dist_env)
 
 
@@ -72,8 +70,8 @@ def _scaling(location: str, workers: int | None, status: Status) -> ScalingSecti
     here, device_bytes = ScalingSection(num_workers=0, use_gpu=torch.cuda.is_available()), gpu_bytes()
     if workers == 1 or device_bytes is None:
         return here
-    with local_or_downloaded(location) as directory:
-        return shared(here, Sizes.of(bare_model(directory)), device_bytes, status)
+    sizes = Sizes.of(bare_model(local_or_downloaded(location)))
+    return shared(here, sizes, device_bytes, status)
 
 
 def _recorded(directory: str) -> ScalingSection | None:

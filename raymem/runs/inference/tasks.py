@@ -6,10 +6,9 @@ adapter on the same base.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +72,13 @@ def evaluate_tasks(recipe: Recipe, artifact: str | None, asked: Asked, status: S
     """
     names, manager = known_tasks(asked)
     artifact = artifact or own_artifact(recipe)
-    with _directory(recipe, artifact) as directory:
-        status("loading the weights")
-        model, tokenizer = _loaded(directory)
-        if asked.apply_chat_template and not getattr(tokenizer, "chat_template", None):
-            raise ModelError(f"--apply-chat-template: the tokenizer of {artifact} has no chat template; leave it out")
-        status(f"asking {', '.join(names)}")
-        return _scores(model, tokenizer, names, manager, asked)
+    directory = _directory(recipe, artifact)
+    status("loading the weights")
+    model, tokenizer = _loaded(directory)
+    if asked.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise ModelError(f"--apply-chat-template: the tokenizer of {artifact} has no chat template; leave it out")
+    status(f"asking {', '.join(names)}")
+    return _scores(model, tokenizer, names, manager, asked)
 
 
 def known_tasks(asked: Asked) -> tuple[list[str], Any]:
@@ -107,18 +106,15 @@ def known_tasks(asked: Asked) -> tuple[list[str], Any]:
     return names, manager
 
 
-@contextlib.contextmanager
-def _directory(recipe: Recipe, artifact: str) -> Iterator[str]:
-    """Yield a local directory of the artefact, or of the model that the recipe names."""
+def _directory(recipe: Recipe, artifact: str) -> str:
+    """Return a local directory of the artefact, or of the model that the recipe names."""
     run = resolve(recipe, artifact=artifact)
     if artifact != "base":
-        with local_copy(artifact) as directory:
-            yield directory
-        return
+        return local_copy(artifact)
     model = run.recipe.model
     if model.name is None:
         raise ModelError("--artifact base: the recipe's model starts from random weights, which answer nothing")
-    yield str(fetch(model.name, model.revision, DistEnv(), weights_too=True))
+    return str(fetch(model.name, model.revision, DistEnv(), weights_too=True))
 
 
 def _loaded(directory: str) -> tuple[Any, Any]:

@@ -47,7 +47,7 @@ from raymem.runs.loram.results import (
     whole,
     write_recovery,
 )
-from raymem.runs.prepare import Split, prepare_split
+from raymem.runs.prepare import Split, index_of, prepare_split
 from raymem.runs.resolve import locate_again, note_start, on_full_model, resolve
 from raymem.runs.resolved import FullModel, ResolvedRun
 from raymem.runs.suggest import Suggestion, suggest
@@ -264,7 +264,8 @@ class Pipeline:
         """Return a prompt of the run's data, to try the recovered adapter with."""
         run = self.ready().run
         split: Split = "train" if run.recipe.data.eval is None else "eval"
-        return suggest(run.recipe.data, split, prepare_split(run, split), run.tokenizer, run.storage)
+        section, index = run.recipe.data, index_of(run.recipe.data, run.storage, run.backend)
+        return suggest(section, split, prepare_split(run, split), run.tokenizer, run.storage, index)
 
     def ready(self) -> PrunedBase:
         """Return the base that is trained on, beside the full model; nothing is made.

@@ -25,6 +25,7 @@ from raymem.storage.permissions import by_umask
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that ``--max-lora-rank`` may have."""
+CONFIG = "adapter_config.json"
 _CURE = "give the adapter of a run"
 _NONE = type(None)
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -81,13 +82,13 @@ def lint_vllm(adapter: str | Path, *, allow_lm_head: bool = False, served_as: st
     ):
         if config.get(option) not in allowed:
             problems.append(f"{option}: {config[option]!r} is refused; {cure}, or merge the adapter")
-    rank = max([int(config.get("r") or 1), *(config.get("rank_pattern") or {}).values()])
+    rank = _rank(config)
     if rank > RANKS[-1]:
         problems.append(f"r: {rank} is above {RANKS[-1]}, the largest that is served; train a lower rank or merge")
     if (why := why_not_of_model(directory)) is not None:
         problems.append(f"it does not go with the model that it names: {why}")
     problems += _odd_modules(shapes, config, allow_lm_head)
-    return Linted(tuple(problems), _command(served_as or str(directory), config, rank))
+    return Linted(tuple(problems), _command(served_as or str(directory), config))
 
 
 def copy_adapter(adapter: str | Path, output: Path) -> None:
@@ -140,15 +141,27 @@ def _odd_modules(shapes: dict[str, list[int]], config: dict[str, Any], allow_lm_
     return list(problems.values())
 
 
-def _command(directory: str, config: dict[str, Any], rank: int) -> str:
+def least_rank(config: dict[str, Any]) -> int:
+    """Return the smallest largest rank that vLLM can be told for an adapter with this config."""
+    return next((allowed for allowed in RANKS if allowed >= _rank(config)), RANKS[-1])
+
+
+def served_name(directory: str) -> str:
+    """Return the name under which an adapter is served: that of its directory, or of its run."""
+    *_, above, name = ["", *directory.partition("?")[0].rstrip("/").split("/")]
+    return (above if name in ("adapter", "recovered") else name) or "adapter"
+
+
+def _rank(config: dict[str, Any]) -> int:
+    return max([int(config.get("r") or 1), *(config.get("rank_pattern") or {}).values()])
+
+
+def _command(directory: str, config: dict[str, Any]) -> str:
     base = config.get("base_model_name_or_path") or "BASE"
-    least = next((allowed for allowed in RANKS if allowed >= rank), RANKS[-1])
-    parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(least)]
+    parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(least_rank(config))]
     if config.get("revision"):
         parts += ["--revision", str(config["revision"])]
-    *_, above, name = ["", *directory.partition("?")[0].rstrip("/").split("/")]
-    served = above if name in ("adapter", "recovered") else name
-    return shlex.join([*parts, "--lora-modules", f"{served or 'adapter'}={directory}"])
+    return shlex.join([*parts, "--lora-modules", f"{served_name(directory)}={directory}"])
 
 
 def _model_type(base: str | None) -> str | None:

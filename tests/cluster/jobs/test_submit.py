@@ -485,7 +485,7 @@ def test_command_line(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     code, shown = run("--status", "--command", "sweep")
     assert (code, shown.startswith("error: no job of run 'run1-sweep' at")) == (1, True)
     code, shown = run("--status", "--stop")
-    assert (code, "give one of --status and --stop" in shown) == (2, True)
+    assert (code, "give one of --status, --stop and --checkpoint" in shown) == (2, True)
 
 
 def test_what_the_command_line_sends(

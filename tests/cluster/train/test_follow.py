@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import ray
 import ray.train
 from ray.autoscaler._private.autoscaler import AutoscalerSummary
 from ray.autoscaler._private.node_provider_availability_tracker import (
@@ -18,9 +19,11 @@ from ray.autoscaler._private.node_provider_availability_tracker import (
 )
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import state
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 
+from raymem.cluster.train import callbacks
 from raymem.cluster.train.callbacks import GroupCallback
-from raymem.cluster.train.events import Event, Logged, Restarted, Rows, Scheduled, Told
+from raymem.cluster.train.events import Event, Logged, Resized, Restarted, Rows, Scheduled, Told
 from raymem.cluster.train.follow import Follower
 from raymem.cluster.train.mailbox import Mailbox, warnings_to_driver
 from raymem.cluster.train.waiting import Waiting, scaled, words_of
@@ -142,7 +145,7 @@ def test_a_workers_words_about_an_outage_reach_the_driver(caplog: pytest.LogCapt
 )
 def test_the_controller_tells_of_restarts_and_not_of_the_end(error: Exception, reason: str) -> None:
     box = Box()
-    callback = GroupCallback(box)
+    callback = GroupCallback(box, saves=True)
     for now in (state.RunningState(), state.RestartingState(error), state.ErroredState(error)):
         callback.after_controller_state_update(state.InitializingState(), now)
     (event,) = box.events
@@ -186,3 +189,31 @@ def test_the_report_of_an_autoscaler_is_read_as_ray_writes_it() -> None:
     report = json.loads(json.dumps(dataclasses.asdict(summary)))
     assert words_of(report) == "; its autoscaler is starting 3 nodes; a node could not be started: no p4d"
     assert words_of({}) == ""
+
+
+@pytest.mark.parametrize(("answers", "step"), [([None, (12, "there")], 12), ([None] * 9, None)])
+def test_a_group_saves_before_it_gets_another_size(
+    answers: list[Any], step: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regrouped: list[tuple[int, int | None]] = []
+    box, left = Box(), iter(answers)
+    box.ask_to_save, box.answer = Remote(lambda: 1), Remote(lambda request: next(left))  # type: ignore[attr-defined]
+    box.regrouped = Remote(lambda *what: regrouped.append(what))  # type: ignore[attr-defined]
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(callbacks, "SAVE_FIRST_S", 0.3)
+    decision = ResizeDecision(num_workers=2, resources_per_worker={})
+    GroupCallback(box, saves=True).after_controller_state_update(state.RunningState(), state.ResizingState(decision))
+    assert regrouped == [(2, step)]
+    told = Notes()
+    told.follower.take([rows(11, 12), Resized(2, step)])
+    start = "from step 12, which was saved for that" if step else "from the last checkpoint"
+    assert told.statuses == [f"the cluster has room for 2 workers now: the run goes on with so many {start}"]
+
+
+def test_a_group_that_saves_nothing_is_not_waited_for() -> None:
+    regrouped: list[tuple[int, int | None]] = []
+    box = Box()
+    box.regrouped = Remote(lambda *what: regrouped.append(what))  # type: ignore[attr-defined]
+    decision = ResizeDecision(num_workers=3, resources_per_worker={})
+    GroupCallback(box, saves=False).after_controller_state_update(state.RunningState(), state.ResizingState(decision))
+    assert regrouped == [(3, None)]

@@ -12,7 +12,8 @@ from raymem.errors import DataError, StorageError
 from raymem.recipe.data import DataSection
 from raymem.storage.publish import file_sha256, publish, read_manifest, verify
 from raymem.training.data.packed import shards
-from raymem.training.data.packed.shards import Counts, Task, prepare, source_keys
+from raymem.training.data.packed.facts import Counts
+from raymem.training.data.packed.shards import Task, plan_sources, prepare
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,10 @@ def data(write_jsonl: Callable[..., Path], texts: Callable[..., list[str]]) -> P
 
 def section(path: Path | str, **options: Any) -> DataSection:
     return DataSection.model_validate({"train": str(path), "sequence_length": 32} | options)
+
+
+def keys_of(data: DataSection, tokenizer: Path, cache: Path) -> list[str]:
+    return [plan.key for plan in plan_sources(data, "train", str(tokenizer), cache)]
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -76,14 +81,14 @@ def test_rows_are_made_once(data: Path, tokenizer_dir: Path, tmp_path: Path) -> 
 
     first = prepare(section(data), "train", str(tokenizer_dir), tmp_path)
     assert prepare(section(data), "train", str(tokenizer_dir), tmp_path, never) == first
-    assert source_keys(section(data), "train", str(tokenizer_dir), tmp_path) == [first.sources[0].directory.name]
+    assert keys_of(section(data), tokenizer_dir, tmp_path) == [first.sources[0].directory.name]
 
 
 def test_the_key_covers_what_decides_the_rows(
     data: Path, write_jsonl: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(path: Path = data, **options: Any) -> str:
-        (name,) = source_keys(section(path, **options), "train", str(tokenizer_dir), tmp_path)
+        (name,) = keys_of(section(path, **options), tokenizer_dir, tmp_path)
         return name
 
     other = write_jsonl("other.jsonl", [{"prompt": "a", "completion": "b"}])
@@ -98,7 +103,7 @@ def test_the_key_covers_what_decides_the_rows(
     copy = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_dir, copy)
     (copy / "chat_template.jinja").write_text("another")
-    keys += source_keys(section(data), "train", str(copy), tmp_path)
+    keys += keys_of(section(data), copy, tmp_path)
     monkeypatch.setattr(shards, "SCHEMA_VERSION", shards.SCHEMA_VERSION + 1)
     keys.append(key())
     assert len(set(keys)) == len(keys)
@@ -154,7 +159,7 @@ def test_killed_between_shards_and_manifest(
         with pytest.raises(Killed):
             prepare(section(data), "train", str(tokenizer_dir), tmp_path)
     (left,) = (tmp_path / "data").iterdir()
-    (name,) = source_keys(section(data), "train", str(tokenizer_dir), tmp_path)
+    (name,) = keys_of(section(data), tokenizer_dir, tmp_path)
     assert left.name != name and read_manifest(left) is None
     (source,) = prepare(section(data), "train", str(tokenizer_dir), tmp_path).sources
     assert verify(source.directory)["facts"]["num_rows"] == source.num_rows > 0

@@ -11,7 +11,7 @@ from raymem import entries
 from raymem.errors import StorageError
 from raymem.storage.publish import publish, verify
 from raymem.storage.storage import Storage
-from raymem.training.data.packed.shared import cache_dir, download_source
+from raymem.training.data.packed.shared import cache_dir, fetch_entry
 
 LONG_AGO = 1_000_000_000
 
@@ -29,19 +29,19 @@ def test_what_is_damaged_here_is_fetched_again(
     publish(tmp_path / "made", write)
     storage.upload_dir(tmp_path / "made", "cache/data/key")
     here = cache_dir(storage) / "data" / "key"
-    download_source("none", storage)
+    fetch_entry("data/none", storage)
     assert not here.exists()
-    download_source("key", storage)
+    fetch_entry("data/key", storage)
     content = bytearray((here / "shard").read_bytes())
     storage.delete_dir("cache/data/key")
-    download_source("key", storage)  # is here
+    fetch_entry("data/key", storage)  # is here
     storage.upload_dir(tmp_path / "made", "cache/data/key")
     content[7] ^= 1
     (here / "shard").write_bytes(content)
     assert "fetched again" not in caplog.text
-    download_source("key", storage)
+    fetch_entry("data/key", storage)
     verify(here)
-    assert f"{here}/shard has SHA-256" in caplog.text and "They are fetched again." in caplog.text
+    assert f"{here}/shard has SHA-256" in caplog.text and "It is fetched again." in caplog.text
     os.utime(here, (LONG_AGO,) * 2)
     entries.make_room(tmp_path / "cache", 0)
     assert here.is_dir(), "this process uses it"

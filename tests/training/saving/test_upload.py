@@ -174,7 +174,7 @@ class Preempted(LocalReporter):
         self._gate.open_soon()
         return Wanted.SAVE
 
-    def saved(self) -> None:
+    def saved(self, step: int) -> None:
         self.whole = whole_steps(self._run)
 
 

@@ -35,27 +35,22 @@ from raymem.training.data.formats import (
     without_targets,
 )
 from raymem.training.data.mix import weights_in_rows
-from raymem.training.data.packed.dropped import (
-    check_dropped,
-    cure_of_dropped,
-    cut_before_target,
-    lengths_text,
-    percentiles,
-    why_dropped,
-)
+from raymem.training.data.packed.dropped import check_dropped, cut_before_target
+from raymem.training.data.packed.facts import Counts, conclude
 from raymem.training.data.packed.pack import Packed, Packing, pack
 from raymem.training.data.pairs import GLUED, USUAL, Rendering, resolve_template
 from raymem.training.data.readers import BLOCK_BYTES, Block, read_block
-from raymem.training.data.sources import OpenedSource, open_source
+from raymem.training.data.sources import OpenedSource, open_sources
+from raymem.training.data.sources.index import IndexFiles, index_here
+from raymem.training.data.sources.opened import is_hub
 from raymem.training.data.sources.overlap import also_trained_on
 from raymem.training.data.tokenizer import cached_tokenizer, load_tokenizer, tokenizer_key
-from raymem.training.data.unread import line, unread
+from raymem.training.data.unread import unread
 
 SCHEMA_VERSION = 4
 """Version of the shards; raise it with every change of a shard's contents for the same input."""
 BLOCK_ROWS = 2048
 _UNNAMED = ".writing-"
-_NO_COUNTS = ("shard", "unread", "noted", "reasons", "lengths")
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +63,6 @@ class Task:
     block: Block
 
 
-Counts = dict[str, Any]
 MapBlocks = Callable[[Callable[[Task], Counts], Sequence[Task]], list[Counts]]
 
 
@@ -139,10 +133,29 @@ def prepare(
         ModelError: the tokenizer cannot be loaded or lacks what the data needs.
         StorageError: ``cache_dir`` cannot be written, or is not shared with the processes of ``map_blocks``.
     """
+    index = index_here(cache_dir, BLOCK_ROWS, section.max_example_bytes)
+    plans = plan_sources(section, split, tokenizer_path, cache_dir, index)
+    return prepare_planned(plans, section, split, cache_dir, index, map_blocks)
+
+
+def prepare_planned(
+    plans: Sequence[SourcePlan],
+    section: DataSection,
+    split: Literal["train", "eval"],
+    cache_dir: Path,
+    index: IndexFiles,
+    map_blocks: MapBlocks = serial,
+) -> Prepared:
+    """Return the rows of the sources of a split that are found already; see :func:`prepare`.
+
+    Args:
+        plans: of all of them; one whose files are not on this machine must have been prepared.
+        index: indexes the files with which those of an evaluation are compared.
+    """
     prepared: list[PreparedSource] = []
-    for plan in _plans(section, split, tokenizer_path, cache_dir):
+    for plan in plans:
         if split == "eval":
-            _warn_if_trained_on(plan, section, cache_dir)
+            _warn_if_trained_on(plan, section, cache_dir, index)
         directory = cache_dir / "data" / plan.key
         manifest = publish_entry(directory, partial(_build, plan, map_blocks))
         facts = manifest["facts"]
@@ -172,16 +185,6 @@ def prepare(
     return Prepared(key, tuple(prepared))
 
 
-def source_keys(
-    section: DataSection, split: Literal["train", "eval"], tokenizer_path: str, cache_dir: Path
-) -> list[str]:
-    """Return the directory names that :func:`prepare` will use, in order.
-
-    With them a caller can first download ``<cache_dir>/data/<key>/`` from where another node has put it.
-    """
-    return [plan.key for plan in _plans(section, split, tokenizer_path, cache_dir)]
-
-
 @dataclass(frozen=True)
 class EncodeSpec:
     """The part that every task of a source shares; small and picklable."""
@@ -197,24 +200,60 @@ class EncodeSpec:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class SourcePlan:
+    """A source that is found, and all that decides its rows."""
+
     source: Source
     opened: OpenedSource
     recipe: EncodeSpec
     key: str
+    """The name of its directory."""
     untemplated: str | None
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether any machine can read it: its files have an address, or it is a data set of the hub."""
+        return len(self.opened.remote) > 0 or is_hub(self.source)
 
-def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path: str, cache_dir: Path) -> list[_Plan]:
+    def tasks(self) -> list[Task]:
+        """Return its blocks, of which each becomes a shard."""
+        return [Task(index, block) for index, block in enumerate(self.opened.blocks)]
+
+    def facts(self, results: Sequence[Counts]) -> dict[str, Any]:
+        """Return the facts of its manifest from what the tasks returned; see :func:`conclude`."""
+        facts = conclude(
+            results, self.opened.where, self.source.path, sequence_length=self.recipe.sequence_length,
+            packing=self.recipe.packing, asks=self.recipe.template == "auto",
+        )  # fmt: skip
+        return {**facts, "schema_version": SCHEMA_VERSION}
+
+
+def plan_sources(
+    section: DataSection,
+    split: Literal["train", "eval"],
+    tokenizer_path: str,
+    cache_dir: Path,
+    index: IndexFiles | None = None,
+) -> list[SourcePlan]:
+    """Find the sources of a split, and name the directories that :func:`prepare` will use.
+
+    With the names a caller can first download ``<cache_dir>/data/<key>/`` from where another node has put it.
+
+    Args:
+        index: indexes the files; by default they are read here.
+
+    Raises:
+        DataError, ModelError: see :func:`prepare`.
+    """
     sources = section.train if split == "train" else section.eval
     if sources is None:
         raise DataError("data.eval is not set: name at least one source to evaluate on.")
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer_hash = tokenizer_key(tokenizer)
-    plans: list[_Plan] = []
-    for index, source in enumerate(sources):
-        where = section.path_of(split, index)
-        opened = open_source(source, where, cache_dir, BLOCK_ROWS, section.max_example_bytes)
+    plans: list[SourcePlan] = []
+    named = [(section.path_of(split, number), source) for number, source in enumerate(sources)]
+    every = open_sources(named, cache_dir, BLOCK_ROWS, section.max_example_bytes, index)
+    for (where, source), opened in zip(named, every, strict=True):
         row_format = resolve_format(source, opened.first_row, where)
         template = resolve_template(source, row_format, opened.first_row, tokenizer, where)
         recipe = EncodeSpec(
@@ -245,77 +284,38 @@ def _plans(section: DataSection, split: Literal["train", "eval"], tokenizer_path
         usual = USUAL[row_format]
         key = digest(decides if template == usual else {**decides, "template": template})
         untemplated = digest(decides) if template != usual == "none" else None
-        plans.append(_Plan(source, opened, recipe, key, untemplated))
+        plans.append(SourcePlan(source, opened, recipe, key, untemplated))
     return plans
 
 
-def _warn_if_trained_on(plan: _Plan, section: DataSection, cache_dir: Path) -> None:
-    train = [(section.path_of("train", index), source) for index, source in enumerate(section.train)]
-    if shared := also_trained_on(plan.opened, plan.source, train, cache_dir, BLOCK_ROWS, section.max_example_bytes):
+def _warn_if_trained_on(plan: SourcePlan, section: DataSection, cache_dir: Path, index: IndexFiles) -> None:
+    train = [(section.path_of("train", number), source) for number, source in enumerate(section.train)]
+    if shared := also_trained_on(plan.opened, plan.source, train, cache_dir, index):
         log.warning("%s is also trained on, so its loss says nothing about other data (%s)", plan.opened.where, shared)
 
 
-def _build(plan: _Plan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any]:
+def _build(plan: SourcePlan, map_blocks: MapBlocks, directory: Path) -> dict[str, Any]:
     """Write all shards of a source into ``directory`` and return the facts for its manifest."""
-    where = plan.opened.where
-    tasks = [Task(index, block) for index, block in enumerate(plan.opened.blocks)]
-    log.info("%s: tokenising %d blocks of up to %d rows", where, len(tasks), BLOCK_ROWS)
+    tasks = plan.tasks()
+    log.info("%s: tokenising %d blocks of up to %d rows", plan.opened.where, len(tasks), BLOCK_ROWS)
     results = map_blocks(partial(write_shard, plan.recipe, str(directory)), tasks)
     plan.opened.check_unchanged()
     for left in directory.glob(f"{_UNNAMED}*"):  # by tasks that were killed
         left.unlink(missing_ok=True)
-    shards = [result["shard"] for result in results if result["shard"] is not None]
-    for shard in shards:
-        if not (directory / shard).is_file():
+    for shard in (result["shard"] for result in results):
+        if shard is not None and not (directory / shard).is_file():
             raise StorageError(
                 f"{directory / shard} was written by another process but is not here: set storage.path to a directory "
                 f"that all nodes share."
             )
-    totals = {name: sum(result[name] for result in results) for name in results[0] if name not in _NO_COUNTS}
-    beside, noted, reasons = (
-        sum((Counter(result[name]) for result in results), Counter[str]()) for name in ("unread", "noted", "reasons")
-    )
-    if beside:
-        log.warning("%s", line(where, beside))
-    for note, count in noted.items():
-        log.warning("%s: %s", where, note.format(count=count, turns=totals["num_turns"]))
-    if totals["taken_as_it_is"] and totals["rendered"] and plan.recipe.template == "auto":
-        log.warning(
-            "%s: the chat template renders %d examples, but not %d whose prompts hold its marks already: if that is "
-            "not meant, set template: chat or none",
-            where, totals["rendered"], totals["taken_as_it_is"],
-        )  # fmt: skip
-    facts = {**totals, "reasons": dict(reasons), "sequence_length": plan.recipe.sequence_length}
-    facts["lengths"] = percentiles(sum((Counter(result["lengths"]) for result in results), Counter[int]()))
-    if not shards:
-        raise DataError(
-            f"{where}.path={plan.source.path!r}: none of its {totals['num_examples']} examples has a token to predict "
-            f"({why_dropped(facts)}): {cure_of_dropped(facts)}."
-        )
-    if totals["dropped"]:
-        log.warning(
-            "%s: %d of %d examples dropped: nothing in them is to be predicted (%s)",
-            where, totals["dropped"], totals["num_examples"], why_dropped(facts),
-        )  # fmt: skip
-    if totals["truncated"]:
-        log.warning(
-            "%s: %d of %d examples truncated: longer than data.sequence_length=%d (%s)",
-            where, totals["truncated"], totals["num_examples"], plan.recipe.sequence_length, lengths_text(facts),
-        )  # fmt: skip
-    return {
-        **facts,
-        "unread": dict(beside),
-        "shards": shards,
-        "packing": plan.recipe.packing,
-        "schema_version": SCHEMA_VERSION,
-    }
+    return plan.facts(results)
 
 
 def write_shard(recipe: EncodeSpec, directory: str, task: Task) -> Counts:
     """Read, encode and pack one block and write its shard.
 
     Returns:
-        plain counts; ``shard``: the file's name in ``directory``, or None where the block gave no row; ``unread``: how
+        plain values; ``shard``: the file's name in ``directory``, or None where the block gave no row; ``unread``: how
         often the rows hold what is not read; ``noted``: what else is worth a warning; ``reasons``: why examples were
         dropped; ``lengths``: how many examples have how many tokens before they are cut.
     """

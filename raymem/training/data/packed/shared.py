@@ -1,4 +1,4 @@
-"""Finds prepared data, and brings it to a worker's node."""
+"""Finds prepared data, and brings it and what else lies in a storage's cache to a node."""
 
 from __future__ import annotations
 
@@ -50,29 +50,32 @@ def localise(plain: dict[str, Any], storage: Storage) -> Prepared:
     sources = tuple(PreparedSource(**{**s, "directory": here / Path(s["directory"]).name}) for s in plain["sources"])
     if not storage.is_local:
         for source in sources:
-            download_source(source.directory.name, storage)
+            fetch_entry(f"data/{source.directory.name}", storage)
     return Prepared(plain["key"], sources)
 
 
-def download_source(key: str, storage: Storage) -> None:
-    """Fetch one prepared source from an object store, unless it is here already or not there either.
+def fetch_entry(name: str, storage: Storage) -> Path:
+    """Return the directory of this machine's cache for an entry of an object store's, such as ``data/<key>``.
+
+    What is not here is fetched if it is there; then, and only then, the directory exists.
 
     Raises:
         StorageError: it cannot be fetched, or a file has another hash than its manifest says.
     """
-    local, remote = cache_dir(storage) / "data" / key, f"{CACHE}/data/{key}"
+    local, remote = cache_dir(storage) / name, f"{CACHE}/{name}"
     if local.exists() or storage.exists(f"{remote}/manifest.json"):
         kept(local, lambda: _fetch(storage, remote, local))
+    return local
 
 
 def _fetch(storage: Storage, remote: str, local: Path) -> None:
-    """Fetch prepared data unless they are here as they were made."""
+    """Fetch an entry unless it is here as it was made."""
     if local.exists():
         try:
             verify(local)
             return
         except DataError as damage:
-            log.warning("%s They are fetched again.", damage)
+            log.warning("%s It is fetched again.", damage)
             doomed = local.with_name(unfinished_name(local.name))
             with contextlib.suppress(FileNotFoundError):  # another worker of this node was faster
                 local.rename(doomed)

@@ -1,6 +1,6 @@
 """Looks for the data files of a recipe before anything slow is imported or opened: a mistyped path is answered at once.
 
-The process that drives a run reads its data itself, with Ray as without, so a file of this machine's file tree must be
+The process that drives a run reads such files itself, with Ray as without, so one of this machine's file tree must be
 here. What lies on object stores or on a hub is looked for when it is read.
 """
 

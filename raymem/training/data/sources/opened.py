@@ -15,9 +15,10 @@ from raymem.recipe.paths import DATA_FILES, DATA_SUFFIXES, is_local
 from raymem.text import cut
 from raymem.training.data.readers import Block, index_hub, read_block
 from raymem.training.data.rows.tables import Row
-from raymem.training.data.sources.copies import LocalFile, SourceFile, plain_copy
-from raymem.training.data.sources.digests import index_of, is_rewritten, stamp
-from raymem.training.data.sources.remote import RemoteDirectory, shown
+from raymem.training.data.sources.copies import LocalFile, SourceFile
+from raymem.training.data.sources.digests import is_rewritten, stamp
+from raymem.training.data.sources.index import FileIndex, IndexFiles, index_here
+from raymem.training.data.sources.remote import RemoteDirectory, RemoteFile, shown
 from raymem.training.data.sources.splits import check_single, choose, data_files
 
 _DEFAULT_SPLIT = "train"
@@ -40,6 +41,8 @@ class OpenedSource:
     """Its files; None for a Hugging Face id."""
     looks: list[dict[str, Any]] = field(default_factory=list)
     """The outward facts of the plain files when they were indexed."""
+    remote: dict[str, RemoteFile] = field(default_factory=dict)
+    """The files that are not on this machine, by the ``path`` of their blocks."""
 
     def check_unchanged(self) -> None:
         """Refuse rows read meanwhile if a file has changed: they would be stored under the identity of other rows.
@@ -55,36 +58,65 @@ class OpenedSource:
 def open_source(
     source: Source, where: str, cache_dir: Path, block_rows: int, max_bytes: int = MAX_EXAMPLE_BYTES
 ) -> OpenedSource:
-    """Find a source, hash it and cut it into blocks of at most ``block_rows`` rows of ``max_bytes`` each.
+    """Open a source by reading it here; see :func:`open_sources`."""
+    return open_sources([(where, source)], cache_dir, block_rows, max_bytes)[0]
+
+
+def open_sources(
+    sources: Sequence[tuple[str, Source]],
+    cache_dir: Path,
+    block_rows: int,
+    max_bytes: int = MAX_EXAMPLE_BYTES,
+    index: IndexFiles | None = None,
+) -> list[OpenedSource]:
+    """Find sources, hash them and cut them into blocks of at most ``block_rows`` rows of ``max_bytes`` each.
+
+    Args:
+        sources: place in the recipe and source of each.
+        index: indexes the files; by default they are read here.
 
     Raises:
-        DataError: it does not exist, cannot be read, is malformed, or is empty.
+        DataError: one does not exist, cannot be read, is malformed, or is empty.
     """
-    identity: list[str]
-    blocks: list[Block]
-    files: tuple[SourceFile, ...] = ()
-    looks: list[dict[str, Any]] = []
-    if is_hub(source):
-        split = source.split or _DEFAULT_SPLIT
-        fingerprint, hub_blocks = index_hub(source.path, source.subset, split, source.revision, block_rows, max_bytes)
-        identity = ["hub", source.path, source.subset or "", split, source.revision or "", fingerprint]
-        blocks = [*hub_blocks]
-    else:
-        files = tuple(files_of(source, where, cache_dir))
-        identity, blocks = [], []
-        for file in files:
-            path = plain_copy(file, where, cache_dir, max_bytes)
-            looks.append(stamp(path, file.name))
-            content, file_blocks = index_of(path, file.name, cache_dir, block_rows, max_bytes)
-            identity.append(content)
-            blocks += file_blocks
-        _warn_of_doubles(where, files, identity)
+    files = [() if is_hub(source) else tuple(files_of(source, where, cache_dir)) for where, source in sources]
+    asked = [(file, where) for (where, _), its in zip(sources, files, strict=True) for file in its]
+    indexed = iter((index or index_here(cache_dir, block_rows, max_bytes))(asked))
+    opened = []
+    for (where, source), its in zip(sources, files, strict=True):
+        if is_hub(source):
+            opened.append(_open_hub(source, where, block_rows, max_bytes))
+        else:
+            opened.append(_open_files(source, where, its, [next(indexed) for _ in its]))
+    return opened
+
+
+def _open_hub(source: Source, where: str, block_rows: int, max_bytes: int) -> OpenedSource:
+    split = source.split or _DEFAULT_SPLIT
+    fingerprint, blocks = index_hub(source.path, source.subset, split, source.revision, block_rows, max_bytes)
+    identity = ["hub", source.path, source.subset or "", split, source.revision or "", fingerprint]
+    kept = _wanted(source, where, blocks)
+    place, row = next(iter(read_block(kept[0])))
+    return OpenedSource(where, identity, kept, place, row)
+
+
+def _open_files(
+    source: Source, where: str, files: tuple[SourceFile, ...], indexed: Sequence[FileIndex]
+) -> OpenedSource:
+    identity = [one.content for one in indexed]
+    _warn_of_doubles(where, files, identity)
+    blocks = _wanted(source, where, [block for one in indexed for block in one.blocks])
+    begins = next(one for one in indexed if one.blocks)
+    place, row = begins.first or next(iter(read_block(blocks[0])))
+    looks = [one.looks for one in indexed if one.looks is not None]
+    remote = {one.blocks[0].path: one.remote for one in indexed if one.blocks and one.remote is not None}
+    return OpenedSource(where, identity, blocks, place, row, files, looks, remote)
+
+
+def _wanted(source: Source, where: str, blocks: Sequence[Block]) -> list[Block]:
+    """Return the blocks of a source that are to be read. Raises DataError if there is none."""
     if not blocks:
         raise DataError(f"{where}.path={source.path!r} has no rows: give it at least one example.")
-    if source.max_rows is not None:
-        blocks = _first_rows(blocks, source.max_rows)
-    first_place, first_row = next(iter(read_block(blocks[0])))
-    return OpenedSource(where, identity, blocks, first_place, first_row, files, looks)
+    return list(blocks) if source.max_rows is None else _first_rows(blocks, source.max_rows)
 
 
 def _first_rows(blocks: Sequence[Block], max_rows: int) -> list[Block]:

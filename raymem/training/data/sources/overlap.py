@@ -9,8 +9,8 @@ from pathlib import Path
 from raymem.errors import RaymemError
 from raymem.recipe.data import Source
 from raymem.training.data.readers import load_hub
-from raymem.training.data.sources.copies import LocalFile, SourceFile, codec, plain_copy
-from raymem.training.data.sources.digests import index_of
+from raymem.training.data.sources.copies import LocalFile, SourceFile, codec
+from raymem.training.data.sources.index import IndexFiles
 from raymem.training.data.sources.opened import OpenedSource, files_of, is_hub
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,7 @@ def also_trained_on(
     source: Source,
     train: Sequence[tuple[str, Source]],
     cache_dir: Path,
-    block_rows: int,
-    max_bytes: int,
+    index: IndexFiles,
 ) -> str | None:
     """Describe the contents that an evaluation source shares with training sources, or None.
 
@@ -31,6 +30,7 @@ def also_trained_on(
 
     Args:
         train: place and source of each.
+        index: indexes files.
     """
     shared: list[str] = []
     for where, trained in train:
@@ -39,25 +39,21 @@ def also_trained_on(
                 if is_hub(source) and trained.path == source.path and _fingerprint(trained) == evaluated.identity[-1]:
                     shared.append(f"the same rows as {where}")
             elif evaluated.files:
-                shared += _shared_files(
-                    evaluated, where, files_of(trained, where, cache_dir), cache_dir, block_rows, max_bytes
-                )
+                shared += _shared_files(evaluated, where, files_of(trained, where, cache_dir), index)
         except RaymemError as error:
             log.debug("%s cannot be compared with %s: %s", where, evaluated.where, error)
     return "; ".join(shared) or None
 
 
-def _shared_files(
-    evaluated: OpenedSource, where: str, files: Sequence[SourceFile], cache_dir: Path, block_rows: int, max_bytes: int
-) -> Iterator[str]:
+def _shared_files(evaluated: OpenedSource, where: str, files: Sequence[SourceFile], index: IndexFiles) -> Iterator[str]:
     by_content = dict(zip(evaluated.identity, evaluated.files, strict=True))
     for file in files:
-        if any(_may_be_same(file, other) for other in evaluated.files):
-            path = plain_copy(file, where, cache_dir, max_bytes)
-            content, _ = index_of(path, file.name, cache_dir, block_rows, max_bytes)
-            if (other := by_content.get(content)) is not None:
-                alike = "is" if other.name == file.name else f"has the contents of {file.name},"
-                yield f"{other.name} {alike} a file of {where}"
+        if not any(_may_be_same(file, other) for other in evaluated.files):
+            continue
+        (indexed,) = index([(file, where)])
+        if (other := by_content.get(indexed.content)) is not None:
+            alike = "is" if other.name == file.name else f"has the contents of {file.name},"
+            yield f"{other.name} {alike} a file of {where}"
 
 
 def _may_be_same(trained: SourceFile, evaluated: SourceFile) -> bool:
