@@ -30,6 +30,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "resume and runs": ("tests/runs",),
     "tracking": ("tests/tracking",),
     "sweeps": ("tests/sweeps",),
+    "trainers": ("tests/integrations",),
     "Ray": ("tests/cluster", "tests/e2e/test_cli.py", "tests/e2e/test_tracked_run.py", "tests/e2e/test_preempted.py"),
 }
 """What counts as the core: all that another release of a library could break."""

@@ -41,7 +41,8 @@ def requirements(name: str) -> list[str]:
         return ["-c", str(ROOT / "constraints.txt")]
     of = {"lowest": lambda window: f"=={window.lowest}.*", "newest": lambda window: f"=={window.newest}.*"}[name]
     extras, library = _EXTRAS
-    return [f"{one}{extras if one == library else ''}{of(window)}" for one, window in WINDOWS.items()]
+    beside = ["sqlalchemy<2.1"] if name == "lowest" else []  # which the SQL store of MLflow 3.0 needs
+    return [*beside, *(f"{one}{extras if one == library else ''}{of(window)}" for one, window in WINDOWS.items())]
 
 
 def make(name: str, work: Path) -> Path:

@@ -153,7 +153,8 @@ def served_name(directory: str) -> str:
 
 
 def _rank(config: dict[str, Any]) -> int:
-    return max([int(config.get("r") or 1), *(config.get("rank_pattern") or {}).values()])
+    ranks: list[int] = [config.get("r") or 1, *(config.get("rank_pattern") or {}).values()]
+    return max(ranks)
 
 
 def _command(directory: str, config: dict[str, Any]) -> str:
