@@ -31,6 +31,7 @@ LAYERS = {
     "raymem.text": 0,
     "raymem.private_apis": 0,
     "raymem.versions": 0,
+    "raymem.metrics": 0,
     "raymem.methods": 1,
     "raymem.recipe": 1.5,
     "raymem.training": 2,

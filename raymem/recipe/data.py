@@ -6,10 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from raymem.metrics import problem as metric_problem
 from raymem.recipe.base import RecipeModel
 
 MAX_EXAMPLE_BYTES = 4 << 20
 """By default, the largest size of an example: a million tokens of English, made in below 1.5 GB of memory."""
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Source(RecipeModel):
@@ -44,6 +49,19 @@ class Source(RecipeModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None
     """Only in ``data.eval``: sources of one name have an evaluation loss of their own, ``eval_loss/<name>``. Given by
     writing ``data.eval`` as a mapping of names."""
+
+    metric: Annotated[list[str], BeforeValidator(_one_or_many)] = []
+    """Only in ``data.eval``, one or a list: how ``raymem evaluate`` judges what the model itself answers.
+    ``exact_match``, ``numeric`` (the last number), ``f1`` (words in common), ``rougeL``, ``regex:PATTERN`` (the last
+    match)."""
+
+    @model_validator(mode="after")
+    def _metrics_are_known(self) -> Source:
+        if why := next(filter(None, map(metric_problem, self.metric)), None):
+            raise ValueError(f"metric: {why}")
+        if self.metric and self.format == "text":
+            raise ValueError("metric: format: text has no answers that could be judged; leave metric out")
+        return self
 
     @model_validator(mode="after")
     def _template_goes_with_format(self) -> Source:
@@ -131,6 +149,12 @@ class DataSection(RecipeModel):
     def _named_alike(self) -> DataSection:
         if odd := next((source.name for source in self.train if source.name is not None), None):
             raise ValueError(f"only sources of data.eval have names; leave name={odd!r} out of data.train")
+        if odd := next((source.metric[0] for source in self.train if source.metric), None):
+            raise ValueError(f"only sources of data.eval have metrics; leave metric: {odd} out of data.train")
+        if self.packing == "wrapped" and (odd := next((s.metric[0] for s in self.eval or () if s.metric), None)):
+            raise ValueError(
+                f"packing: wrapped cuts examples, so that metric: {odd} cannot judge them; use packing: bfd"
+            )
         names = [source.name for source in self.eval or ()]
         if None in names and set(names) != {None}:
             raise ValueError("either every source of data.eval has a name or none; write it as a mapping of names")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from raymem.errors import DataError, ModelError, StorageError
 from raymem.memory.oom import is_out_of_memory
 from raymem.methods.probe import first_line
 from raymem.methods.sentences import first_step
+from raymem.metrics import Score, scores
 from raymem.recipe.axes import BASES, full_base, no_adapter
 from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
@@ -23,6 +25,7 @@ from raymem.runs.results import EvaluationResult
 from raymem.storage.checksums import check_files
 from raymem.training.artifacts.export import artifact_name
 from raymem.training.artifacts.facts import FACTS
+from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.packed.shared import localise, to_dict
 from raymem.training.data.sources.early import check_files_are_here
@@ -32,7 +35,7 @@ from raymem.training.evaluate import Evaluation, evaluate, evaluation_rows
 from raymem.training.job import Doing
 from raymem.training.model.adapter import continuing, is_peft
 from raymem.training.model.build import build_model, tokenizer_path
-from raymem.training.predictions import Prediction, predict
+from raymem.training.predictions import Prediction, answers, predict
 from raymem.training.reporter import Status
 
 log = logging.getLogger(__name__)
@@ -117,17 +120,42 @@ def _evaluate(
             model, rows, dist_env, micro_batch=recipe.train.rows_per_pass, mixed=mixed,
             progress=lambda: doing("a batch of the evaluation"),
         )  # fmt: skip
+    tokenizer = load_tokenizer(tokenizer_path(Recipe.model_validate(config["recipe"])))
+    result = replace(result, scores=tuple(_judged(recipe, model, tokenizer, prepared, doing)))
     if not config["predictions"]:
         return result, []
     doing("generating predictions", brief=False, told=True)
     try:
-        tokenizer = load_tokenizer(tokenizer_path(Recipe.model_validate(config["recipe"])))
         return result, predict(model, rows, tokenizer, config["predictions"], mixed=mixed)
     except Exception as error:  # code of models may raise anything, and the figures are worth having
         if is_out_of_memory(error):
             raise
         log.warning("no predictions: %s cannot generate (%s)", type(model).__name__, first_line(error))
         return result, []
+
+
+def _judged(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared, doing: Doing) -> list[Score]:
+    """Judge the model's own answers to the sources that have metrics; all ranks that share the model do."""
+    found: list[Score] = []
+    for number, (source, rows) in enumerate(zip(recipe.data.eval or (), prepared.sources, strict=True)):
+        if not source.metric:
+            continue
+        where = recipe.data.path_of("eval", number)
+        if rows.row_format == "text":
+            raise DataError(f"{where}.metric: plain texts have no answers that could be judged; leave metric out")
+        if rows.truncated:
+            log.warning(
+                "%s: %d examples are cut by data.sequence_length: %d, and judged by what is left of their answers",
+                where, rows.truncated, recipe.data.sequence_length,
+            )  # fmt: skip
+        doing(f"answering {where}", brief=False, told=True)
+        pairs = answers(
+            model, PackedRows([(rows.directory, 1.0)]), tokenizer,
+            micro_batch=recipe.train.rows_per_pass, mixed=recipe.train.is_mixed,
+            progress=lambda: doing("a batch of answers"),
+        )  # fmt: skip
+        found += scores(where, source.metric, pairs)
+    return found
 
 
 def own_artifact(recipe: Recipe) -> str:

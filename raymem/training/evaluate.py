@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raymem.metrics import Score
 from raymem.training.data.batches import eval_batches
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.data.packed.shards import Prepared
@@ -26,6 +27,8 @@ class Evaluation:
     num_targets: int
     by_name: dict[str, Evaluation] = field(default_factory=dict)
     """The evaluation of each name, where ``data.eval`` has names; ``loss`` is over all targets together."""
+    scores: tuple[Score, ...] = ()
+    """Metrics of the model's own answers, where sources of ``data.eval`` have a ``metric``."""
 
     @property
     def perplexity(self) -> float:
@@ -33,9 +36,12 @@ class Evaluation:
 
     @property
     def metrics(self) -> Row:
-        """Return ``eval_loss``, ``eval_perplexity`` and an ``eval_loss/<name>`` for each name."""
+        """Return ``eval_loss``, ``eval_perplexity``, an ``eval_loss/<name>`` for each name, and metrics of answers by
+        their source: ``data.eval.math/numeric``.
+        """
         named = {f"eval_loss/{name}": part.loss for name, part in self.by_name.items()}
-        return {"eval_loss": self.loss, "eval_perplexity": self.perplexity, **named}
+        judged = {f"{score.where}/{score.metric}": score.value for score in self.scores}
+        return {"eval_loss": self.loss, "eval_perplexity": self.perplexity, **named, **judged}
 
 
 EvaluationRows = PackedRows | Mapping[str, PackedRows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymem.training.artifacts.generate import continued, stop_ids
+from raymem.training.artifacts.generate import continued, continued_all, stop_ids
 from raymem.training.data.chat.template import Template
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.evaluate import EvaluationRows
@@ -65,6 +65,44 @@ def predict(model: Any, rows: EvaluationRows, tokenizer: Any, count: int, *, mix
     finally:
         model.train(was_training)
     return predictions
+
+
+def answers(
+    model: Any, rows: PackedRows, tokenizer: Any, *, micro_batch: int, mixed: bool, progress: Callable[[], None]
+) -> list[tuple[str, str]]:  # fmt: skip
+    """Let a model answer every example, in batches, greedily: (answer, reference) of each.
+
+    An answer ends where the model ends it, at the latest after twice the tokens of the longest reference of its batch
+    and :data:`MOST_TOKENS` more, or where the model's context does.
+
+    Args:
+        model: in evaluation mode afterwards as before.
+        mixed: run it under bf16 autocast.
+        progress: called before each batch.
+    """
+    stops = stop_ids(model, tokenizer, Template(tokenizer, ""))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    was_training, device = model.training, next(model.parameters()).device.type
+    model.eval()
+    pairs: list[tuple[str, str]] = []
+    examples = _examples(rows)
+    try:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
+            while batch := list(islice(examples, micro_batch)):
+                progress()
+                prompts, references = zip(*batch, strict=True)
+                most = 2 * max(map(len, references)) + MOST_TOKENS
+                if isinstance(context, int) and context > 0:
+                    most = max(1, min(most, context - max(map(len, prompts))))
+                new = continued_all(model, tokenizer, prompts, stops, max_new_tokens=most)
+                pairs += [(_text(tokenizer, o), _text(tokenizer, r)) for o, r in zip(new, references, strict=True)]
+    finally:
+        model.train(was_training)
+    return pairs
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def _in_turn(each: list[Iterator[tuple[list[int], list[int]]]]) -> Iterator[tuple[list[int], list[int]]]:

@@ -98,6 +98,8 @@ def evaluate(
         console.out.print(
             f"  {name}: loss {part.loss:.4f}, perplexity {part.perplexity:.2f} over {part.num_targets} target tokens"
         )
+    for score in result.result.scores:
+        console.out.print(f"  {score.where}: {score.metric} {score.value:.4f} over {score.count} answers", markup=False)
     for number, prediction in enumerate(result.predictions, start=1):
         _print(number, prediction)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,20 @@ def test_a_base_that_changed_under_a_run_is_refused(examples: Path, tmp_path: Pa
 def test_bad_options_are_named(section: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         make_recipe({"adapter": {**MORAM, **section}})
+
+
+def test_a_peft_that_it_cannot_extend_is_an_error_of_the_recipe_and_breaks_nothing_else(
+    llama: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raymem.methods import moram
+
+    monkeypatch.setitem(sys.modules, "raymem.methods.moram.tuner", None)
+    moram.register()
+    recipe = make_recipe(run_fragment(examples, tmp_path), {"adapter": {"kind": "moram"}}, model=llama)
+    with pytest.raises(RecipeError, match=r"adapter\.kind: .*raymem\.methods\.moram\.tuner"):
+        build_model(recipe, meta=True)
+    plain = make_recipe(run_fragment(examples, tmp_path), model=llama)
+    assert build_model(plain, meta=True) is not None
 
 
 def test_more_connections_than_inputs_name_the_layer(llama: Path) -> None:
