@@ -188,6 +188,8 @@ def evaluation_text(rows: dict[str, dict[str, Any]]) -> str:
             gains[name] = rows["full"]["loss"] - row["loss"]
             gain = f"{gains[name]:.4f}"
         lines.append(f"{name:18}{row['loss']:>11.4f}{math.exp(min(row['loss'], 700.0)):>12.2f}{gain:>10}".rstrip())
+    for metric in rows["full"].get("scores", ()):
+        lines.append(f"{metric}: " + ", ".join(f"{name} {row['scores'][metric]:.4f}" for name, row in rows.items()))
     if "full + lora" not in gains:
         lines.append("(--with-lora also trains the adapter on the full model, and says how much of its gain is kept)")
     elif gains["full + lora"] > 0:

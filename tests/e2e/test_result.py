@@ -115,5 +115,8 @@ def test_the_table_of_loram_says_what_is_kept() -> None:
     shown = evaluation_text({**rows, "full + lora": {"loss": 1.6}})
     assert shown.endswith("LoRAM keeps 75% of what the adapter gains when it is trained on the full model")
     assert "full + recovered       1.7000        5.47    0.3000" in shown
+    judged = {name: {**row, "scores": {"data.eval[0]/f1": row["loss"] / 10}} for name, row in rows.items()}
+    scored = "data.eval[0]/f1: full 0.2000, pruned 0.3000, pruned + adapter 0.2500, full + recovered 0.1700"
+    assert scored in evaluation_text(judged).splitlines()
     assert "no share to keep" in evaluation_text({**rows, "full + lora": {"loss": 2.1}})
     assert all(len(line) <= 80 for line in shown.splitlines()[:-1])

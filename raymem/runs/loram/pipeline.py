@@ -226,7 +226,8 @@ class Pipeline:
             with_lora: also train the same adapter on the full model (run ``<name>-full``) and evaluate that.
 
         Returns:
-            row -> ``loss``, ``num_targets``; stored row by row in ``<run>/loram/evaluate.json``.
+            row -> ``loss``, ``num_targets``, and ``scores`` where sources have a ``metric``; stored row by row in
+            ``<run>/loram/evaluate.json``.
 
         Raises:
             RaymemError: nothing is recovered yet, or there are no evaluation data.
@@ -251,11 +252,14 @@ class Pipeline:
             content = None if artifact == "base" else weights_sha256(whole(artifact))
             weights = None if run is full else [base.manifest.digest, run.recipe.base.quantize]
             precision = [run.recipe.train.precision, run.recipe.model.dtype]
-            key = digest([base.source.identity, weights, content, split.key, *precision])
+            metrics = [source.metric for source in run.recipe.data.eval or () if source.metric]
+            key = digest([base.source.identity, weights, content, split.key, *precision, *metrics])
             if stored.get(row, {}).get("key") != key:
                 self.status(f"evaluating: {row}")
                 result = evaluate_run(run, artifact, split, status=self.status)
+                scores = {f"{one.where}/{one.metric}": one.value for one in result.result.scores}
                 stored[row] = {"key": key, "loss": result.loss, "num_targets": result.num_targets}
+                stored[row] |= {"scores": scores} if scores else {}
                 self.run_storage.write_record("loram/evaluate.json", stored)
             results[row] = {name: value for name, value in stored[row].items() if name != "key"}
         return results
