@@ -68,8 +68,8 @@ def _load(directory: str) -> tuple[Any, Any]:
         from peft import AutoPeftModelForCausalLM
         from transformers import AutoTokenizer
 
-        model = AutoPeftModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        peft_model = AutoPeftModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
+        model, tokenizer = peft_model.eval(), AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     else:
         model, tokenizer = raymem.load(directory)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

@@ -112,7 +112,7 @@ def test_a_damaged_file_and_a_link_to_elsewhere_are_not_pushed(hub: FakeHub, ada
 
 @pytest.mark.parametrize(
     ("part", "status", "cure"),
-    [("/api/repos/create", 403, "ask its owner for the right to write"), ("/commit/", 500, "push it again")],
+    [("/api/repos/create", 403, "ask its owner for the right to write"), ("/commit/", 400, "push it again")],
 )
 def test_a_refusal_of_the_hub_is_a_sentence_with_a_cure(
     hub: FakeHub, adapter: Path, part: str, status: int, cure: str
