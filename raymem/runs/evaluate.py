@@ -120,6 +120,8 @@ def _evaluate(
             model, rows, dist_env, micro_batch=recipe.train.rows_per_pass, mixed=mixed,
             progress=lambda: doing("a batch of the evaluation"),
         )  # fmt: skip
+    if not config["predictions"] and not any(source.metric for source in recipe.data.eval or ()):
+        return result, []
     tokenizer = load_tokenizer(tokenizer_path(Recipe.model_validate(config["recipe"])))
     result = replace(result, scores=tuple(_judged(recipe, model, tokenizer, prepared, doing)))
     if not config["predictions"]:

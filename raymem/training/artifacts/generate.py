@@ -77,20 +77,10 @@ def continued(
         streamer: of transformers; gets the ids as they come.
     """
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    inputs = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    output = model.generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops) or None,
-        pad_token_id=pad,
-        trust_remote_code=False,
-        streamer=streamer,
-        logits_processor=[_of_rank_0] if isinstance(model, FSDPModule) else None,
-        **sampling,
-    )
-    return list(map(int, output[0][len(ids) :]))
+    output = _generated(
+        model, tokenizer, [ids], stops, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+    )  # fmt: skip
+    return output[0]
 
 
 @torch.no_grad()
@@ -101,23 +91,27 @@ def continued_all(
 
     Products of other shapes round otherwise, so a close choice of a token may differ from that of one prompt alone.
     """
+    answers = _generated(model, tokenizer, prompts, stops, max_new_tokens=max_new_tokens, do_sample=False)
+    return [ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))] for ids in answers]
+
+
+def _generated(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], stops: Collection[int], **options: Any
+) -> list[list[int]]:
+    """Return the ids that ``model.generate`` puts behind prompts, which are padded on the left."""
     device = next(model.parameters()).device
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max(map(len, prompts))
-    inputs = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     output = model.generate(
-        input_ids=inputs,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
+        input_ids=torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=device),
+        attention_mask=torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
         eos_token_id=sorted(stops) or None,
         pad_token_id=pad,
         trust_remote_code=False,
-        do_sample=False,
         logits_processor=[_of_rank_0] if isinstance(model, FSDPModule) else None,
+        **options,
     )
-    answers = [list(map(int, row)) for row in output[:, longest:]]
-    return [ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))] for ids in answers]
+    return [list(map(int, row)) for row in output[:, longest:]]
 
 
 def _of_rank_0(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
