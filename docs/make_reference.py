@@ -37,6 +37,7 @@ SECTIONS: dict[str, list[type]] = {
     "train": [r.TrainSection],
     "scaling": [r.ScalingSection],
     "storage": [r.StorageSection],
+    "export": [r.ExportSection],
     "tracking": [kind.options for kind in TRACKERS.kinds()],
     "space.<path>": [space.FloatDimension, space.IntDimension, space.ChoiceDimension],
 }

@@ -81,6 +81,8 @@ def train(
         beside = "" if predicted is None else f" (predicted: {bytes_text(predicted)})"
         say(f"peak memory of a worker: {bytes_text(outcome.peak_bytes)}{beside}")
     say(f"result: {outcome.artifact}")
+    if finished.pushed is not None:
+        say(f"pushed: {finished.pushed}", markup=False)
     for line in tracking.summary_lines():
         say(line)
     if tracking.problem:

@@ -174,6 +174,22 @@ class StorageSection(RecipeModel):
         return Storage.open(self.path, 0.0 if self.retry_for is None else parse_duration(self.retry_for))
 
 
+class ExportSection(RecipeModel):
+    """Where the result of ``raymem train`` goes besides the storage."""
+
+    push_to_hub: str | None = None
+    """Repository on the Hugging Face hub, ``owner/name``, that the finished result is pushed to with its card; it is
+    made if it does not exist. The token is looked for before the first step. Trials of a sweep push nothing."""
+    private: bool | None = None
+    """Of a repository that is made here; null leaves it to the owner's settings."""
+
+    @model_validator(mode="after")
+    def _of_a_repository(self) -> ExportSection:
+        if self.private is not None and self.push_to_hub is None:
+            raise ValueError("export.private is of a repository that is made: give export.push_to_hub, or leave it out")
+        return self
+
+
 RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db", "mlflow.db.lock", "tensorboard", "wandb")
 """Names in a storage path that are no runs."""
 
@@ -219,6 +235,8 @@ class Recipe(RecipeModel):
     more."""
     storage: StorageSection = StorageSection()
     """Where runs, prepared data and caches live."""
+    export: ExportSection = ExportSection()
+    """Where the result goes besides the storage."""
     tracking: Annotated[Any, AxisField(TRACKERS)] = Field(default_factory=TRACKERS.initial_options)
     """Where runs are recorded; a list records them in several places."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)] | None = None

@@ -128,7 +128,8 @@ def _evaluate(
         return result, []
     doing("generating predictions", brief=False, told=True)
     try:
-        return result, predict(model, rows, tokenizer, config["predictions"], mixed=mixed)
+        micro_batch = recipe.train.rows_per_pass
+        return result, predict(model, rows, tokenizer, config["predictions"], micro_batch=micro_batch, mixed=mixed)
     except Exception as error:  # code of models may raise anything, and the figures are worth having
         if is_out_of_memory(error):
             raise

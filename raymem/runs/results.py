@@ -31,6 +31,8 @@ class TrainResult:
     """Seconds from building the model to the artefact."""
     suggestion: Suggestion | None = None
     """A prompt of the run's own data, to try the artefact with."""
+    pushed: str | None = None
+    """Address of the commit on the hub, where the recipe's ``export.push_to_hub`` names a repository."""
 
     @property
     def artifact(self) -> str:

@@ -25,6 +25,7 @@ from raymem.runs.results import TrainResult
 from raymem.runs.suggest import Suggestion, suggest
 from raymem.tracking import RunStart, Tracker, start_tracking
 from raymem.training.artifacts.export import artifact_name
+from raymem.training.artifacts.hub import check_export, push
 from raymem.training.checkpoint import latest_manifest
 from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.sources.early import check_files_are_here
@@ -118,6 +119,8 @@ def train(run: ResolvedRun, options: TrainOptions, *, train_data: Prepared | Non
 
 def _train(run: ResolvedRun, train_data: Prepared | None, options: TrainOptions) -> TrainResult:
     """Do everything behind the lock: prepare, predict, train, record."""
+    if options.sweep is None:
+        check_export(run.recipe)
     prepared = prepare(run, train_data=train_data, status=options.status)
     checkpoint = None if options.fresh else latest_manifest(run.run)
     if checkpoint is not None:
@@ -183,8 +186,29 @@ def _train_tracked(
         _log(tracker, rows)
         tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    suggestion = None if options.sweep is not None else _suggestion(run, prepared)
-    return TrainResult(outcome, tracking, run.recipe, predicted, train_s, suggestion)
+    if options.sweep is not None:
+        return TrainResult(outcome, tracking, run.recipe, predicted, train_s)
+    pushed = _push(run.recipe, outcome.artifact, options.status)
+    return TrainResult(outcome, tracking, run.recipe, predicted, train_s, _suggestion(run, prepared), pushed)
+
+
+def _push(recipe: Recipe, artifact: str, status: Status) -> str | None:
+    """Push the result of a run that is finished and recorded; return the address of the commit.
+
+    Raises:
+        RaymemError: the hub does not take it.
+    """
+    repo = recipe.export.push_to_hub
+    if repo is None:
+        return None
+    status(f"pushing the result to {repo}")
+    try:
+        return push(Path(local_copy(artifact)), repo, private=recipe.export.private)
+    except RaymemError as error:
+        raise type(error)(
+            f"export.push_to_hub: {error} (the run is finished, its result is {artifact}: `raymem push {artifact} "
+            f"{repo}` or the same command does what is left)"
+        ) from None
 
 
 def _suggestion(run: ResolvedRun, prepared: PreparedRun) -> Suggestion | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymem.training.artifacts.generate import continued, continued_all, stop_ids
+from raymem.training.artifacts.generate import continued_all, stop_ids
 from raymem.training.data.chat.template import Template
 from raymem.training.data.packed.dataset import PackedRows
 from raymem.training.evaluate import EvaluationRows
@@ -21,6 +21,10 @@ _MORE_THAN_REFERENCE = 8
 """Tokens by which a prediction may be longer than its reference: generating is the slow part."""
 _TEXT_PROMPT = 32
 """The most tokens of a plain text, all of which are targets, that become the prompt; at most half of it."""
+
+
+Example = list[int]
+"""Token ids, of a prompt or of what follows it."""
 
 
 @dataclass(frozen=True)
@@ -37,34 +41,38 @@ class Prediction:
         return asdict(self)
 
 
-def predict(model: Any, rows: EvaluationRows, tokenizer: Any, count: int, *, mixed: bool) -> list[Prediction]:
+def predict(
+    model: Any, rows: EvaluationRows, tokenizer: Any, count: int, *, micro_batch: int, mixed: bool
+) -> list[Prediction]:  # fmt: skip
     """Continue the first ``count`` examples, one from each name in turn, each up to its first stretch of targets.
 
     Args:
         model: in evaluation mode afterwards as before.
+        micro_batch: examples that are continued at once.
         mixed: run it under bf16 autocast.
     """
+
+    def length(reference: Example) -> int:
+        return min(MOST_TOKENS, len(reference) + _MORE_THAN_REFERENCE)
+
     sets = list(rows.values()) if isinstance(rows, Mapping) else [rows]
-    template = Template(tokenizer, "")
-    stops = stop_ids(model, tokenizer, template)
-    was_training, device = model.training, next(model.parameters()).device.type
-    model.eval()
-    predictions: list[Prediction] = []
-    try:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
-            for prompt, reference in islice(_in_turn([_examples(one) for one in sets]), count):
-                length = min(MOST_TOKENS, len(reference) + _MORE_THAN_REFERENCE)
-                new = continued(model, tokenizer, prompt, stops, max_new_tokens=length)
-                predictions.append(
-                    Prediction(
-                        str(tokenizer.decode(prompt, skip_special_tokens=False)),
-                        str(tokenizer.decode(new, skip_special_tokens=True)),
-                        str(tokenizer.decode(reference[:MOST_TOKENS], skip_special_tokens=True)),
-                    )
-                )
-    finally:
-        model.train(was_training)
-    return predictions
+    examples = islice(_in_turn([_examples(one) for one in sets]), count)
+    batches = _continued(
+        model,
+        tokenizer,
+        examples,
+        lambda references: max(map(length, references)),
+        micro_batch=micro_batch,
+        mixed=mixed,
+    )
+    return [
+        Prediction(
+            str(tokenizer.decode(prompt, skip_special_tokens=False)),
+            str(tokenizer.decode(new[: length(reference)], skip_special_tokens=True)),
+            str(tokenizer.decode(reference[:MOST_TOKENS], skip_special_tokens=True)),
+        )
+        for prompt, reference, new in batches
+    ]
 
 
 def answers(
@@ -80,32 +88,49 @@ def answers(
         mixed: run it under bf16 autocast.
         progress: called before each batch.
     """
+
+    def most(references: Sequence[Example]) -> int:
+        return 2 * max(map(len, references)) + MOST_TOKENS
+
+    batches = _continued(
+        model, tokenizer, _examples(rows), most, micro_batch=micro_batch, mixed=mixed, progress=progress
+    )
+    return [(_text(tokenizer, new), _text(tokenizer, reference)) for _, reference, new in batches]
+
+
+def _continued(
+    model: Any, tokenizer: Any, examples: Iterator[tuple[Example, Example]],
+    most: Callable[[Sequence[Example]], int], *,
+    micro_batch: int, mixed: bool, progress: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Example, Example, Example]]:  # fmt: skip
+    """Yield (prompt, reference, what the model says) of each example, batch by batch.
+
+    Args:
+        most: returns the longest continuation, in tokens, of a batch with these references.
+    """
     stops = stop_ids(model, tokenizer, Template(tokenizer, ""))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     was_training, device = model.training, next(model.parameters()).device.type
     model.eval()
-    pairs: list[tuple[str, str]] = []
-    examples = _examples(rows)
     try:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
-            while batch := list(islice(examples, micro_batch)):
-                progress()
-                prompts, references = zip(*batch, strict=True)
-                most = 2 * max(map(len, references)) + MOST_TOKENS
-                if isinstance(context, int) and context > 0:
-                    most = max(1, min(most, context - max(map(len, prompts))))
-                new = continued_all(model, tokenizer, prompts, stops, max_new_tokens=most)
-                pairs += [(_text(tokenizer, o), _text(tokenizer, r)) for o, r in zip(new, references, strict=True)]
+        while batch := list(islice(examples, micro_batch)):
+            progress()
+            prompts, references = zip(*batch, strict=True)
+            length = most(references)
+            if isinstance(context, int) and context > 0:
+                length = max(1, min(length, context - max(map(len, prompts))))
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
+                new = continued_all(model, tokenizer, prompts, stops, max_new_tokens=length)
+            yield from zip(prompts, references, new, strict=True)
     finally:
         model.train(was_training)
-    return pairs
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _in_turn(each: list[Iterator[tuple[list[int], list[int]]]]) -> Iterator[tuple[list[int], list[int]]]:
+def _in_turn(each: list[Iterator[tuple[Example, Example]]]) -> Iterator[tuple[Example, Example]]:
     while each:
         for one in list(each):
             if (example := next(one, None)) is not None:
@@ -114,7 +139,7 @@ def _in_turn(each: list[Iterator[tuple[list[int], list[int]]]]) -> Iterator[tupl
                 each.remove(one)
 
 
-def _examples(rows: PackedRows) -> Iterator[tuple[list[int], list[int]]]:
+def _examples(rows: PackedRows) -> Iterator[tuple[Example, Example]]:
     """Yield the ids of each example before its first target, and of the targets there; of a plain text its beginning
     and the rest.
     """

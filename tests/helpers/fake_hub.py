@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 TOKEN = "hf_of_the_tests"
 
 
@@ -99,3 +101,15 @@ def fake_hub() -> Iterator[FakeHub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def reached_hub(patch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """Yield a hub that this process talks to, with the right token."""
+    from huggingface_hub import constants
+
+    with fake_hub() as running:
+        patch.setattr(constants, "ENDPOINT", running.url)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setenv("HF_TOKEN", TOKEN)
+        yield running

@@ -29,6 +29,7 @@ CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
     ("base.kind: loram", "model.config"): [
         {**LORAM, "model": {"name": None, "config": {"model_type": "llama"}, "tokenizer": "demo"}}
     ],
+    ("base.kind: loram", "export.push_to_hub"): [{**LORAM, "export": {"push_to_hub": "me/tuned"}}],
     ("optimizer: mlorc_adamw or mlorc_lion", "an adapter"): [{"optimizer": "mlorc_adamw"}, {"optimizer": "mlorc_lion"}],
     ("optimizer.step_in_backward: true", "train.clip_norm"): [
         {**IN_BACKWARD, "train": {"clip_norm": 1.0, "global_batch": 4, "micro_batch": 4}},

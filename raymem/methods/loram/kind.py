@@ -116,6 +116,12 @@ class LoRAMKind(BaseKind[LoRAMOptions]):
                 "give model.name",
                 lambda r: _is_loram(r) and r.model.config is not None,
             ),
+            Rule(
+                ("base.kind: loram", "export.push_to_hub"),
+                "the trained adapter fits the pruned model only; the result is the one that is recovered from it",
+                "leave export out, and push that one when it is verified: raymem push <run>/recovered OWNER/NAME",
+                lambda r: _is_loram(r) and r.export.push_to_hub is not None,
+            ),
         )
 
     def advice(self) -> Sequence[Advice]:

@@ -26,7 +26,7 @@ from raymem.training.data.sources.opened import is_hub
 from raymem.training.model.revision import on_hub
 
 CARD = "README.md"
-_PRIVATE = ("storage", "tracking", "scaling", "budget", "space", "name")
+_PRIVATE = ("storage", "export", "tracking", "scaling", "budget", "space", "name")
 """Sections of a recipe that say nothing about the result."""
 _PATH = re.compile(r"(?:/|~|\.{1,2}/|[A-Za-z][\w+.-]*://)")
 _PUBLIC = "hf://"

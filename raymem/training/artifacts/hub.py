@@ -17,12 +17,14 @@ from typing import Any
 from raymem.errors import ModelError, RaymemError, StorageError
 from raymem.methods.probe import first_line
 from raymem.recipe.paths import is_local
+from raymem.recipe.schema import Recipe
 from raymem.storage.checksums import check_files, write_checksums
 from raymem.storage.inside import leads_out
 from raymem.storage.json_files import read_object
 from raymem.storage.unfinished import temporary
 from raymem.training.artifacts.card import CARD, public
 from raymem.training.artifacts.facts import FACTS
+from raymem.training.model.revision import on_hub
 
 _ADAPTER = "adapter_config.json"
 _WHOLE = "take a whole copy of the directory"
@@ -47,6 +49,24 @@ def check_push(repo: str) -> None:
     if get_token() is None:
         raise StorageError(
             f"{repo} cannot be pushed to without a token of the hub; log in with `hf auth login`, or set HF_TOKEN"
+        )
+
+
+def check_export(recipe: Recipe) -> None:
+    """See that a run's result can be pushed to where its recipe says, if it says so, before hours of training.
+
+    Raises:
+        ModelError: the result is an adapter of a base that nobody else has.
+        StorageError: see :func:`check_push`.
+    """
+    if recipe.export.push_to_hub is None:
+        return
+    check_push(recipe.export.push_to_hub)
+    if recipe.trains_adapter and not on_hub(recipe.model):
+        raise ModelError(
+            f"export.push_to_hub: the adapter's base is {recipe.model.name!r}, which nobody else can load; push the "
+            "base first and give its repository as model.name, or leave export out and push the whole model later: "
+            "raymem merge writes it"
         )
 
 

@@ -15,7 +15,7 @@ from raymem.errors import ModelError, StorageError
 from raymem.storage.checksums import CHECKSUMS, check_files, write_checksums
 from raymem.training.artifacts.card import write_card
 from raymem.training.artifacts.hub import check_push, push
-from tests.helpers.fake_hub import TOKEN, FakeHub, fake_hub
+from tests.helpers.fake_hub import TOKEN, FakeHub, reached_hub
 from tests.helpers.support import make_recipe
 
 RECIPE = {
@@ -27,12 +27,7 @@ RECIPE = {
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    from huggingface_hub import constants
-
-    with fake_hub() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with reached_hub(monkeypatch) as running:
         yield running
 
 
