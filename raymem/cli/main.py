@@ -76,6 +76,8 @@ def train(
         say(f"trained {outcome.steps} steps{resumed}: loss {outcome.loss:.4f}")
     if outcome.eval_loss is not None:
         say(f"evaluation: loss {outcome.eval_loss:.4f}, perplexity {outcome.eval_perplexity:.2f}")
+    for name, score in finished.scores.items():
+        say(f"answers: {name} {score:.4f}", markup=False)
     if outcome.peak_bytes is not None:
         predicted = finished.predicted_peak_bytes
         beside = "" if predicted is None else f" (predicted: {bytes_text(predicted)})"

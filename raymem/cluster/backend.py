@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from raymem.recipe.schema import ScalingSection
 from raymem.storage.storage import Storage
 from raymem.training.job import GroupTask, PreparedRun, StepJob
 from raymem.training.loop import Outcome
 from raymem.training.reporter import Audience, Status, unheard
+
+if TYPE_CHECKING:
+    from raymem.cluster.tasks import Task
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -56,6 +59,12 @@ class RayBackend:
         from raymem.cluster.tasks import call_as_worker
 
         return call_as_worker(function, config, self.scaling)
+
+    def start(self, function: GroupTask[Value], config: dict[str, Any]) -> Task[Value]:
+        """Start a task with a worker's resources; it waits for them."""
+        from raymem.cluster.tasks import start_as_worker
+
+        return start_as_worker(function, config, self.scaling)
 
     def train(self, prepared: PreparedRun, audience: Audience) -> Outcome:
         """Train with Ray Train workers."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -63,9 +64,43 @@ def function_of(function: Callable[[Item], Result], item: Item, kinds: Mapping[s
 
 def call_as_worker(function: GroupTask[Result], config: dict[str, Any], scaling: ScalingSection) -> Result:
     """Make one call as a Ray task with the resources of one worker; plain data in, plain values out."""
+    return start_as_worker(function, config, scaling).result()
+
+
+@dataclass(frozen=True)
+class Task(Generic[Result]):
+    """A Ray task that was started."""
+
+    reference: Any
+
+    def is_done(self) -> bool:
+        """Say whether its value is there, or its error."""
+        import ray
+
+        return bool(ray.wait([self.reference], timeout=0)[0])
+
+    def result(self) -> Result:
+        """Wait for its value, and raise what it raised."""
+        import ray
+
+        from raymem.cluster.connection import named_losses
+
+        with named_losses("the work of one worker"):
+            result: Result = ray.get(self.reference)
+            return result
+
+    def cancel(self) -> None:
+        """End it without a value."""
+        import ray
+
+        ray.cancel(self.reference, force=True)
+
+
+def start_as_worker(function: GroupTask[Result], config: dict[str, Any], scaling: ScalingSection) -> Task[Result]:
+    """Start a call as :func:`call_as_worker` makes it."""
     import ray
 
-    from raymem.cluster.connection import named_losses, worker_resources
+    from raymem.cluster.connection import worker_resources
 
     resources = worker_resources(scaling)
     threads = max(1, int(resources.get("CPU", 1)))
@@ -73,9 +108,7 @@ def call_as_worker(function: GroupTask[Result], config: dict[str, Any], scaling:
     options: dict[str, Any] = {option: resources.pop(kind) for kind, option in names.items() if kind in resources}
     options["resources"] = resources
     task = ray.remote(_with_threads).options(**options)
-    with named_losses("the work of one worker"):
-        result: Result = ray.get(task.remote(function, config, scaling, threads, registered()))
-        return result
+    return Task(task.remote(function, config, scaling, threads, registered()))
 
 
 def _with_threads(

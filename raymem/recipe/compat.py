@@ -72,6 +72,24 @@ RULES: tuple[Rule, ...] = (
         _dtype_clash,
     ),
     Rule(
+        ("train.score_every", "no metric in data.eval"),
+        "nothing says how answers are judged",
+        "give a source of data.eval a metric, or leave score_every out",
+        lambda r: r.train.score_every is not None and not r.data.score_names,
+    ),
+    Rule(
+        ("train.score_every", "scaling.num_workers: 0"),
+        "answers are judged by a task of Ray, beside the training",
+        "set scaling.num_workers to 1 or more, or leave it out and let raymem evaluate judge the result",
+        lambda r: r.train.score_every is not None and r.scaling.num_workers == 0,
+    ),
+    Rule(
+        ("train.score_every", "scaling.strategy: fsdp2 on several workers"),
+        "the task that judges answers has the resources of one worker, which need not hold the model",
+        "use scaling.strategy: ddp, or leave it out and let raymem evaluate, which shares the model, judge the result",
+        lambda r: r.train.score_every is not None and r.scaling.shares_model,
+    ),
+    Rule(
         ("storage.keep: best", "no data.eval"),
         "checkpoints are ranked by evaluation loss",
         "add data.eval, or use storage.keep: last",

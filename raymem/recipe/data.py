@@ -160,6 +160,15 @@ class DataSection(RecipeModel):
             raise ValueError("either every source of data.eval has a name or none; write it as a mapping of names")
         return self
 
+    @property
+    def score_names(self) -> list[str]:
+        """Names of the metrics of answers, as rows of metrics have them: ``data.eval.math/numeric``."""
+        return [
+            f"{self.path_of('eval', number)}/{metric}"
+            for number, source in enumerate(self.eval or ())
+            for metric in source.metric
+        ]
+
     def path_of(self, split: Literal["train", "eval"], index: int) -> str:
         """Name the path of a source in the recipe as it was written: ``data.train[0]``, ``data.eval.math``."""
         sources = getattr(self, split)

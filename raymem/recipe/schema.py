@@ -92,6 +92,10 @@ class TrainSection(RecipeModel):
     """Below 1 a fraction of all steps, from 1 on a number of steps."""
     eval_every: Positive | None = None
     """Steps between evaluations; by default one tenth of the run. The last step is always evaluated."""
+    score_every: Positive | None = None
+    """Steps between judgements of the model's own answers by the metrics of ``data.eval``, and at the end. A Ray task
+    with the resources of one worker judges a copy of the adapter while training goes on; where none are free, it waits
+    for them, at the latest until the last step is taken. By default ``raymem evaluate`` alone judges answers."""
     save_every: Positive | None = None
     """Steps between checkpoints; by default one tenth of the run. The last step is always saved."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from raymem.errors import StorageError
 from raymem.report.facts import MOST_RUNS, RunFacts, read_run
 from raymem.report.find import SWEEP, Place, is_run
-from raymem.sweeps.options import METRICS, trial_name
+from raymem.sweeps.options import METRICS, is_score, trial_name
 from raymem.sweeps.report import STATUSES, SweepRow, finished, pareto
 
 _ROWS = "report/trials.json"
@@ -68,7 +68,8 @@ def read_sweep(place: Place) -> SweepFacts:
             f"{folder.join(_ROWS)}: not as this version of raymem writes it ({error}); run the sweep's command "
             "again, which writes its report anew"
         ) from None
-    wanted = [*(name for name in facts["objective"] if name in METRICS and name != "peak_bytes"), "eval_loss", "loss"]
+    known = (name for name in facts["objective"] if (name in METRICS or is_score(name)) and name != "peak_bytes")
+    wanted = [*known, "eval_loss", "loss"]
     quality = next((name for name in wanted if finished(rows, (name, "peak_bytes"))), wanted[0])
     front = sorted(pareto(rows, (quality, "peak_bytes")), key=lambda row: row.metrics["peak_bytes"])
     best = folder.read_bytes(_BEST).decode() if folder.exists(_BEST) else None

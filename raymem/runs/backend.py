@@ -14,12 +14,31 @@ from raymem.training.reporter import Audience, LocalReporter, Status, unheard
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
+Value_co = TypeVar("Value_co", covariant=True)
 
 Progress = Callable[[int, int], None]
 """A function that is told how many of how many steps are done."""
 
 
 _HERE = ScalingSection(num_workers=0)
+
+
+class Started(Protocol[Value_co]):
+    """A call that was begun."""
+
+    def is_done(self) -> bool:
+        """Say whether its value is there, or its error."""
+
+    def result(self) -> Value_co:
+        """Wait for its value.
+
+        Raises:
+            RaymemError: what the function raised for the user.
+            ClusterError: its process died.
+        """
+
+    def cancel(self) -> None:
+        """End it without a value."""
 
 
 class Backend(Protocol):
@@ -54,6 +73,9 @@ class Backend(Protocol):
             ClusterError: workers died again and again, or never started.
         """
 
+    def start(self, function: GroupTask[Value], config: dict[str, Any]) -> Started[Value]:
+        """Begin a call with the resources of one worker, and do not wait for it."""
+
     def train(self, prepared: PreparedRun, audience: Audience) -> Outcome:
         """Train to the end; every row of metrics goes to the audience, in this process."""
 
@@ -81,6 +103,10 @@ class LocalBackend:
     def group(self, function: GroupTask[Value], config: dict[str, Any], status: Status = unheard) -> Value:
         """Make one call, of which a status would tell nothing that people wait for."""
         return function(config, DistEnv.of(self.scaling), LocalReporter().progress)
+
+    def start(self, function: GroupTask[Value], config: dict[str, Any]) -> Started[Value]:
+        """Refuse: nothing runs beside this process, and no recipe asks for it."""
+        raise NotImplementedError("work beside a training needs Ray: scaling.num_workers is 0")
 
     def train(self, prepared: PreparedRun, audience: Audience) -> Outcome:
         """Run the loop."""

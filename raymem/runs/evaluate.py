@@ -82,8 +82,13 @@ def evaluate_run(
     if scaling != recipe.scaling:
         recipe, backend = recipe.model_copy(update={"scaling": scaling}), backend_of(scaling)
         backend.connect(run.storage, status)
-    config = {"recipe": recipe.to_dict(), "artifact": artifact, "data": to_dict(data), "predictions": predictions}
+    config = evaluation_config(recipe, artifact, data, predictions)
     return EvaluationResult(artifact, *backend.group(evaluation_task, config, status))
+
+
+def evaluation_config(recipe: Recipe, artifact: str, data: Prepared, predictions: int = 0) -> dict[str, Any]:
+    """Return what :func:`evaluation_task` takes, as plain data."""
+    return {"recipe": recipe.to_dict(), "artifact": artifact, "data": to_dict(data), "predictions": predictions}
 
 
 def check_has_eval(recipe: Recipe) -> None:

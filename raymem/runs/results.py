@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from raymem.recipe.schema import Recipe
@@ -31,6 +31,8 @@ class TrainResult:
     """Seconds from building the model to the artefact."""
     suggestion: Suggestion | None = None
     """A prompt of the run's own data, to try the artefact with."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the model's own answers, by their source: ``data.eval.math/numeric``; see ``train.score_every``."""
     pushed: str | None = None
     """Address of the commit on the hub, where the recipe's ``export.push_to_hub`` names a repository."""
 

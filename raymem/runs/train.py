@@ -16,6 +16,7 @@ from raymem.planner import Plan, known_plan, plan_recipe, prediction_error
 from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
 from raymem.runs.data import row_facts
+from raymem.runs.inference.scoring import Scoring
 from raymem.runs.lock import only_one, set_aside
 from raymem.runs.prepare import Split, index_of, prepare
 from raymem.runs.record import datasets_of, note_data, note_plan
@@ -31,7 +32,7 @@ from raymem.training.data.packed.shards import Prepared
 from raymem.training.data.sources.early import check_files_are_here
 from raymem.training.history import read_history
 from raymem.training.job import PreparedRun
-from raymem.training.loop import total_steps
+from raymem.training.loop import Outcome, total_steps
 from raymem.training.reporter import Audience, Listener, Row, Status
 from raymem.training.resume_rules import check_identity, identity_of
 
@@ -52,6 +53,8 @@ class InSweep:
     """Predicted peak of a step; the sweep has compared it with the budget."""
     point: Mapping[str, Any]
     """What the sweep has chosen for the trial: path in the recipe -> value."""
+    answers: bool = False
+    """Whether the sweep looks for a metric of the model's own answers."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +168,17 @@ def _train_tracked(
         earlier: rows of the sessions before, of which a driver that was killed may have logged less.
     """
     rows: list[Row] = []
+    scoring = _scoring(run, prepared, tracker, options)
     try:
         _log(tracker, earlier)
+        if scoring is not None:
+            _log(tracker, scoring.resume(int(earlier[-1]["step"]) if earlier else 0))
         began = time.perf_counter()
         options.begin(total_steps(prepared.recipe, prepared.train_data))
-        audience = Audience([rows.extend, tracker.log, *options.recorders], options.listeners, options.status)
+        recorders: list[Listener] = [rows.extend, tracker.log, *options.recorders]
+        if scoring is not None:
+            recorders.append(scoring.listen)
+        audience = Audience(recorders, options.listeners, options.status)
         outcome = run.backend.train(prepared, audience)
         train_s = time.perf_counter() - began
         _log(tracker, rows)  # mends what an outage swallowed; what is there already is left out
@@ -177,19 +186,46 @@ def _train_tracked(
             tracker.log([{"step": outcome.steps, "predicted_peak_bytes": predicted}])
             if options.sweep is None:
                 prediction_error.record(run.recipe, predicted, outcome.peak_bytes)
+        scores = {} if scoring is None else _final_scores(scoring, outcome, options)
         if options.sweep is not None:
             tracking = tracker.finish("FINISHED")
         else:
             name = artifact_name(run.recipe)
             tracking = tracker.finish("FINISHED", {name: local_copy(outcome.artifact)}, model=name)
     except BaseException as error:
+        if scoring is not None:
+            scoring.stop()
         _log(tracker, rows)
         tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     if options.sweep is not None:
-        return TrainResult(outcome, tracking, run.recipe, predicted, train_s)
+        return TrainResult(outcome, tracking, run.recipe, predicted, train_s, scores=scores)
     pushed = _push(run.recipe, outcome.artifact, options.status)
-    return TrainResult(outcome, tracking, run.recipe, predicted, train_s, _suggestion(run, prepared), pushed)
+    return TrainResult(outcome, tracking, run.recipe, predicted, train_s, _suggestion(run, prepared), scores, pushed)
+
+
+def _scoring(run: ResolvedRun, prepared: PreparedRun, tracker: Tracker, options: TrainOptions) -> Scoring | None:
+    """Return what judges the answers of a run's model, if anybody wants that."""
+    sweep = options.sweep
+    if run.recipe.train.score_every is None and (sweep is None or not sweep.answers):
+        return None
+    assert prepared.eval_data is not None, "a metric is of a source of data.eval"
+    return Scoring(run, prepared.eval_data, tracker.log, options.status)
+
+
+def _final_scores(scoring: Scoring, outcome: Outcome, options: TrainOptions) -> Row:
+    """Return the metrics of the result's answers. Only a trial, which is nothing without them, fails for want of them.
+
+    Raises:
+        RaymemError: those of a trial's result cannot be had.
+    """
+    try:
+        return scoring.finish(outcome.artifact, outcome.steps)
+    except RaymemError as error:
+        if options.sweep is not None:
+            raise
+        log.warning("the answers of the result could not be judged: %s; raymem evaluate does it again", error)
+        return {}
 
 
 def _push(recipe: Recipe, artifact: str, status: Status) -> str | None:

@@ -27,7 +27,7 @@ from raymem.storage.identity import identify
 from raymem.storage.storage import Storage
 from raymem.storage.unfinished import temporary
 from raymem.sweeps.journal import open_study
-from raymem.sweeps.options import SweepOptions, check_metrics, trial_name
+from raymem.sweeps.options import Objective, SweepOptions, check_metrics, trial_name
 from raymem.sweeps.report import BEST, REPORT, TABLE, SweepRow, best_of, rows_of, write_report
 from raymem.sweeps.resources import admitted_bytes, resources_of
 from raymem.sweeps.result import SweepResult
@@ -76,7 +76,7 @@ def sweep(
         try:
             named = partial(trial_name, recipe.name, facts["key"])
             storage_id = identify(Path(storage.root)) if storage.is_local else None
-            configure = _configurer(named, tracker.run_id, storage_id, list(space))
+            configure = _configurer(named, tracker.run_id, storage_id, list(space), options.objective)
             search, rows = _search(recipe, space, options, report, configure, storage, status, watch)
             if (best := best_of(rows, options.objective)) is not None:
                 tracker.log([{"step": best.number, **{f"best_{name}": v for name, v in best.metrics.items()}}])
@@ -97,7 +97,7 @@ def _check(recipe: Recipe, options: SweepOptions) -> Storage:
         RaymemError: names what is in the way.
     """
     spelling = options.spelling
-    check_metrics(options.objective, spelling)
+    check_metrics(options.objective, recipe, spelling)
     check_files_are_here(recipe)
     if recipe.data.eval is None and "eval_loss" in options.objective.metrics:
         raise RecipeError(
@@ -220,8 +220,9 @@ def _prepare(recipe: Recipe, facts: dict[str, Any], storage: Storage, backend: B
 
 
 def _configurer(
-    named: Callable[[int], str], parent_run_id: str | None, storage_id: str | None, paths: Sequence[str]
-) -> Configure:
+    named: Callable[[int], str], parent_run_id: str | None, storage_id: str | None, paths: Sequence[str],
+    objective: Objective,
+) -> Configure:  # fmt: skip
     """Return the function that makes a trial's config.
 
     Args:
@@ -231,8 +232,12 @@ def _configurer(
     def configure(number: int, point: Recipe, predicted_bytes: int, needed_bytes: int) -> dict[str, Any]:
         scaling, resources, memory, threads = resources_of(point, needed_bytes)
         plain = point.to_dict() | {"name": named(number), "scaling": scaling, "budget": None}
+        plain["train"] |= {"score_every": None}  # of a trial only the result is judged, if the sweep looks for that
         chosen = {path: value for path in paths if (value := _at(plain, path)) is not None}
-        job = TrialJob(number, plain, predicted_bytes, memory, threads, resources, parent_run_id, storage_id, chosen)
+        job = TrialJob(
+            number, plain, predicted_bytes, memory, threads, resources, parent_run_id, storage_id, chosen,
+            objective.has_scores,
+        )  # fmt: skip
         return job.to_config()
 
     return configure

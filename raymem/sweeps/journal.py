@@ -15,7 +15,7 @@ from raymem.storage.leases import held as leases
 from raymem.storage.leases.cells import Changed, ObjectCell, Version
 from raymem.storage.retry import retrying
 from raymem.storage.storage import Storage
-from raymem.sweeps.options import METRICS, Objective
+from raymem.sweeps.options import Objective, better
 
 FILE = "journal.log"
 """The journal in a directory."""
@@ -44,7 +44,7 @@ def open_study(folder: Storage, objective: Objective, name: str) -> optuna.Study
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(backend),
         study_name=name,
-        directions=[DIRECTIONS[METRICS[metric]] for metric in objective.metrics],
+        directions=[DIRECTIONS[better(metric)] for metric in objective.metrics],
         load_if_exists=True,
     )
 

@@ -16,7 +16,18 @@ from raymem.runs.plan import budget_bytes
 
 ALGORITHMS = ("tpe", "nsga2", "random", "grid")
 METRICS = {"eval_loss": "min", "loss": "min", "peak_bytes": "min", "train_s": "min", "tokens_per_s": "max"}
-"""Maps each metric that a trial reports and a sweep can optimise to the better direction."""
+"""Maps each metric that any trial reports and a sweep can optimise to the better direction."""
+_OF_ANSWERS = "data.eval"
+
+
+def is_score(metric: str) -> bool:
+    """Say whether a metric is one of the model's own answers: ``data.eval.math/numeric``."""
+    return metric.startswith(_OF_ANSWERS) and "/" in metric
+
+
+def better(metric: str) -> str:
+    """Return the better direction of a metric, ``min`` or ``max``; more right answers are better."""
+    return "max" if is_score(metric) else METRICS[metric]
 
 
 class Spelling(Protocol):
@@ -42,7 +53,12 @@ class Objective:
     """The metrics that a sweep optimises."""
 
     metrics: tuple[str, ...]
-    """Keys of :data:`METRICS`; the first one chooses among the best."""
+    """Keys of :data:`METRICS`, or metrics of the recipe's evaluation sources; the first one chooses among the best."""
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether trials have to answer the evaluation data."""
+        return any(map(is_score, self.metrics))
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,8 @@ class SweepOptions:
     algorithm: str = "tpe"
     """One of :data:`ALGORITHMS`."""
     early_stopping: bool = True
-    """Whether trials that are clearly worse at their evaluations are stopped (ASHA); never with several objectives."""
+    """Whether trials that are clearly worse at their evaluations are stopped (ASHA); never with several objectives, or
+    one of answers, which are judged at the end."""
     gpu: str | None = None
     """The kind of GPU, for the planner."""
     spelling: Spelling = as_option
@@ -88,7 +105,7 @@ def resolve_sweep(
         raise BudgetError(f"there is no budget to search under; give {examples}, or `budget`")
     dimensions = load_space(space, recipe, given_as=spelling("space"))
     objective = Objective(tuple(dict.fromkeys(metrics)))
-    check_metrics(objective, spelling)
+    check_metrics(objective, recipe, spelling)
     if algorithm not in ALGORITHMS:
         raise RecipeError(f"{spelling('algorithm')} {algorithm}: there is no such one{nearest(algorithm, ALGORITHMS)}")
     if samples < 1:
@@ -111,14 +128,16 @@ def trial_name(sweep: str, key: str, number: int) -> str:
     return f"{sweep[:53]}-{key}-{number:04d}"
 
 
-def check_metrics(objective: Objective, spelling: Spelling) -> None:
-    """Refuse metrics that no trial reports.
+def check_metrics(objective: Objective, recipe: Recipe, spelling: Spelling) -> None:
+    """Refuse metrics that no trial of a recipe reports.
 
     Raises:
         RecipeError: one of them, or there is none.
     """
+    known = [*METRICS, *recipe.data.score_names]
     if not objective.metrics:
-        raise RecipeError(f"{spelling('metrics')}: names nothing to look for; give one or more of {', '.join(METRICS)}")
+        raise RecipeError(f"{spelling('metrics')}: names nothing to look for; give one or more of {', '.join(known)}")
     for name in objective.metrics:
-        if name not in METRICS:
-            raise RecipeError(f"objective {name!r}: no trial reports that{nearest(name, METRICS)}")
+        if name not in known:
+            cure = f"; a source of data.eval reports {name} if it has that metric" if is_score(name) else ""
+            raise RecipeError(f"objective {name!r}: no trial reports that{nearest(name, known)}{cure}")

@@ -17,7 +17,7 @@ from raymem.recipe.space_load import recipe_at
 from raymem.recipe.yaml_text import write
 from raymem.storage.errors import writing
 from raymem.storage.folders import make_directory
-from raymem.sweeps.options import METRICS, Objective
+from raymem.sweeps.options import METRICS, Objective, better, is_score
 from raymem.sweeps.search import started
 
 REPORT = "report"
@@ -35,7 +35,7 @@ class SweepRow:
     """One of :data:`STATUSES`; ``stopped`` is early, ``refused`` never started."""
     point: dict[str, Any]
     metrics: dict[str, float]
-    """The values of :data:`raymem.sweeps.options.METRICS` that it reported."""
+    """The values of :data:`raymem.sweeps.options.METRICS` that it reported, and those of its answers."""
     predicted_bytes: int | None
     """Predicted peak of a step; for a refused proposal the memory that it would need at least."""
     measured_bytes: int | None
@@ -53,7 +53,7 @@ def rows_of(trials: Sequence[FrozenTrial]) -> list[SweepRow]:
         if not started(trial) and facts.get("status") != "refused":  # repeated, or cut off before it was judged
             continue
         status = facts.get("status", "running" if trial.state == TrialState.RUNNING else "crashed")
-        metrics = {name: facts[name] for name in METRICS if name in facts}
+        metrics = {name: facts[name] for name in facts if name in METRICS or is_score(name)}
         measured = facts.get("measured_bytes") or metrics.get("peak_bytes")
         rows.append(SweepRow(
             trial.number, status, facts["point"], metrics, facts.get("predicted_bytes"),
@@ -72,7 +72,7 @@ def pareto(rows: Sequence[SweepRow], metrics: Sequence[str]) -> list[SweepRow]:
     done = finished(rows, metrics)
 
     def costs(row: SweepRow) -> tuple[float, ...]:
-        return tuple(row.metrics[name] * (1 if METRICS[name] == "min" else -1) for name in metrics)
+        return tuple(row.metrics[name] * (1 if better(name) == "min" else -1) for name in metrics)
 
     def beaten(row: SweepRow) -> bool:
         mine = costs(row)

@@ -24,7 +24,7 @@ from raymem.recipe.schema import Recipe
 from raymem.recipe.space import ChoiceDimension, FloatDimension, IntDimension, Point, Space, grid, sample
 from raymem.recipe.space_load import recipe_at
 from raymem.seeds import derive
-from raymem.sweeps.options import METRICS, Objective
+from raymem.sweeps.options import METRICS, Objective, better
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         self, study: optuna.Study, space: Space, recipe: Recipe, gate: AdmissionController, objective: Objective, *,
         algorithm: str, samples: int, configure: Configure,
     ) -> None:  # fmt: skip
-        super().__init__(metric=list(objective.metrics), mode=[METRICS[name] for name in objective.metrics])
+        super().__init__(metric=list(objective.metrics), mode=[better(name) for name in objective.metrics])
         self.study, self.objective = study, objective
         self.gave_up: str | None = None
         """The reason why the search ended before all samples."""
@@ -118,7 +118,7 @@ class BudgetedSearch(Searcher):  # type: ignore[misc]
         if trial is None:
             return
         result = result or {}
-        for name in (*METRICS, "overhead_s", "elapsed_s", "step"):
+        for name in (*METRICS, *self.objective.metrics, "overhead_s", "elapsed_s", "step"):
             if result.get(name) is not None:
                 trial.set_user_attr(name, result[name])
         status = "crashed" if error else result.get("status", "stopped")

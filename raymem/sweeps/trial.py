@@ -66,6 +66,8 @@ class TrialJob:
     """Id of the sweep's storage; None of an object store."""
     point: dict[str, Any] = field(default_factory=dict)
     """What the sweep has chosen: path in the recipe -> value."""
+    answers: bool = False
+    """Whether the sweep looks for a metric of the model's own answers."""
 
     def to_config(self) -> dict[str, Any]:
         """Pack the job for Ray Tune into few values, since Ray Tune builds long names from many."""
@@ -132,6 +134,7 @@ def _end_of_training(recipe: Recipe, job: TrialJob) -> tuple[dict[str, Any], Out
     return {
         **latest,
         **{name: value for name, value in figures.items() if value is not None},
+        **result.scores,
         "train_s": result.train_s + outcome.earlier_s,
         "overhead_s": overhead_s,
         "status": "finished",
@@ -181,7 +184,9 @@ def _train(recipe: Recipe, job: TrialJob, listen: Listener) -> TrainResult:
     run = resolve(recipe)
     if isinstance(run.base, PlannedModel):
         run = _on_pruned_model(run)
-    options = TrainOptions(recorders=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes, job.point))
+    options = TrainOptions(
+        recorders=[listen], sweep=InSweep(job.parent_run_id, job.predicted_bytes, job.point, job.answers)
+    )
     return _after_its_predecessor(lambda: train(run, options))
 
 

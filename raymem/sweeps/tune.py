@@ -23,7 +23,7 @@ from raymem.runs.demo import discard_checkpoints
 from raymem.storage.identity import check
 from raymem.storage.leases import held as leases
 from raymem.storage.storage import Storage
-from raymem.sweeps.options import METRICS, Objective
+from raymem.sweeps.options import Objective, better
 from raymem.sweeps.resources import most_at_once, nested
 from raymem.sweeps.search import BudgetedSearch
 from raymem.sweeps.trial import ATTEMPT, RESULT, TrialJob, run_trial
@@ -79,15 +79,17 @@ def tune(
 
 
 def early_stopping(recipe: Recipe, objective: Objective) -> ASHAScheduler | None:
-    """Return the scheduler that stops trials that are clearly worse at an evaluation; None with several objectives."""
-    if len(objective.metrics) > 1:
+    """Return the scheduler that stops trials that are clearly worse at an evaluation; None with several objectives, or
+    one that is known at the end only.
+    """
+    if len(objective.metrics) > 1 or objective.has_scores:
         return None
     train, metric = recipe.train, objective.metrics[0]
     tenth = -(-train.steps // 10) if train.steps else 1
     # By step and not by report: a trial that is resumed reports again what it reported before. No step is the last one
     # here: trials end by themselves.
     return ASHAScheduler(
-        time_attr="step", metric=metric, mode=METRICS[metric], grace_period=train.eval_every or tenth, max_t=1 << 40,
+        time_attr="step", metric=metric, mode=better(metric), grace_period=train.eval_every or tenth, max_t=1 << 40,
         reduction_factor=3, stop_last_trials=False,
     )  # fmt: skip
 

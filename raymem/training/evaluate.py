@@ -40,8 +40,12 @@ class Evaluation:
         their source: ``data.eval.math/numeric``.
         """
         named = {f"eval_loss/{name}": part.loss for name, part in self.by_name.items()}
-        judged = {f"{score.where}/{score.metric}": score.value for score in self.scores}
-        return {"eval_loss": self.loss, "eval_perplexity": self.perplexity, **named, **judged}
+        return {"eval_loss": self.loss, "eval_perplexity": self.perplexity, **named, **self.judged}
+
+    @property
+    def judged(self) -> Row:
+        """Return the metrics of answers alone."""
+        return {f"{score.where}/{score.metric}": score.value for score in self.scores}
 
 
 EvaluationRows = PackedRows | Mapping[str, PackedRows]

@@ -21,7 +21,7 @@ from raymem.methods.sentences import first_step
 from raymem.recipe.schema import Recipe
 from raymem.seeds import derive
 from raymem.storage.storage import Storage
-from raymem.training.artifacts.export import export_final
+from raymem.training.artifacts.export import copy_name, export_final
 from raymem.training.checkpoint import FOLDER, Checkpoints
 from raymem.training.data.batches import Batch, global_targets, rank_batches
 from raymem.training.data.packed.dataset import PackedRows
@@ -185,6 +185,10 @@ class _Session:
         done = step + 1
         if self._is_evaluated(done):
             row |= self._evaluate(done)
+        if (every := self.recipe.train.score_every) and done % every == 0 and done < self.total_steps:
+            self.reporter.progress(f"the copy of step {done}", brief=False)
+            at = self.run_storage.child(copy_name(done))  # whole before the driver learns of the step
+            export_final(self.unwrapped, self.recipe, self.dist_env, at, {"step": done})
         self.recent.append(row)
         self.last_row = row
         if self.dist_env.is_main:

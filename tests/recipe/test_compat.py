@@ -18,6 +18,7 @@ NF4 = {"base": {"quantize": "nf4"}}
 LORAM = {"base": {"kind": "loram"}}
 IN_BACKWARD = {"adapter": "none", "optimizer": {"kind": "mlorc_adamw", "step_in_backward": True}}
 
+SCORED = {"train": {"score_every": 2}, "data": {"eval": {"path": "eval.jsonl", "metric": "numeric"}}}
 # The two settings of a rule -> recipes that break that rule and no other.
 CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
     ("tracking.trackers: []",): [{"tracking": "several"}, {"tracking": []}],
@@ -80,6 +81,11 @@ CASES: dict[tuple[str, ...], list[dict[str, Any]]] = {
         {"model": {"dtype": "bf16"}},
         {"model": {"dtype": "fp32"}, "train": {"precision": "bf16"}},
         {"model": {"dtype": "bf16"}, "train": {"precision": "bf16_mixed"}, "adapter": "none"},
+    ],
+    ("train.score_every", "no metric in data.eval"): [{"train": {"score_every": 2}, "scaling": {"num_workers": 1}}],
+    ("train.score_every", "scaling.num_workers: 0"): [{**SCORED, "scaling": {"num_workers": 0}}],
+    ("train.score_every", "scaling.strategy: fsdp2 on several workers"): [
+        {**SCORED, "scaling": {"num_workers": 2, "strategy": "fsdp2"}}
     ],
     ("storage.keep: best", "no data.eval"): [{"storage": {"keep": "best"}}],
 }

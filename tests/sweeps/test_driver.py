@@ -111,6 +111,25 @@ def test_only_what_fits_is_tried_and_the_best_can_be_trained(
     assert "below the smallest point of the space" in str(refused.value) and "'adapter.rank': 2" in str(refused.value)
 
 
+@pytest.mark.slow
+def test_a_metric_of_answers_can_be_what_is_looked_for(
+    cluster: RayHead, recipe: Recipe, sizes: list[int], tmp_path: Path
+) -> None:
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text("".join(json.dumps({"prompt": f"w{n}", "completion": f" w{2 * n}"}) + "\n" for n in range(1, 8)))
+    name = "data.eval[0]/f1"
+    raw = recipe.to_dict() | {"scaling": {"num_workers": 0}, "space": {"adapter.rank": SPACE["adapter.rank"]}}
+    raw["data"] |= {"eval": {"path": str(sums), "metric": "f1"}}
+    judged = Recipe.model_validate(raw)
+    swept = run(judged, 2 * sizes[-1], samples=2, objective=Objective((name,)))
+    found = [row.metrics[name] for row in started(swept.rows)]
+    assert len(found) == 2 and all(0 <= value <= 1 for value in found)
+    best = Path(str(swept.best)).read_text()
+    assert f"{name} {max(found):.4f}" in best
+    with pytest.raises(RecipeError, match=r"'data\.eval\[0\]/numeric': .* reports .* if it has that metric"):
+        run(judged.model_copy(update={"name": "other"}), 2 * sizes[-1], objective=Objective(("data.eval[0]/numeric",)))
+
+
 def dying_trial(config: dict[str, Any]) -> None:
     """Every fifth trial runs out of memory, every fourth one's process is killed on the first try."""
     import torch

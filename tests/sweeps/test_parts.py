@@ -146,6 +146,7 @@ def test_a_resumed_trial_is_judged_by_its_step() -> None:
     assert told("resumed", 36, 4.65) == "CONTINUE", "judged at 9, 27 and 81 steps only"
     assert told("bad", 9, 4.95) == "STOP"
     assert tune.early_stopping(recipe, Objective(("eval_loss", "peak_bytes"))) is None
+    assert tune.early_stopping(recipe, Objective(("data.eval.math/numeric",))) is None  # known at the end only
 
 
 def test_a_trial_that_was_killed_for_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,13 +265,13 @@ def test_a_trial_tells_its_evaluations_and_the_time_of_all_its_sessions(
         listen([{"step": 1.0, "loss": 4.0}, {"step": 2.0, "loss": 3.0, "eval_loss": 3.5}])
         listen([{"step": last, "loss": 2.0, "eval_loss": 2.5, "peak_bytes": 900.0}])
         outcome = Outcome(int(last), 3, None, 2.5, None, None, "adapter", earlier_s=5.0)
-        return SimpleNamespace(outcome=outcome, train_s=2.0)
+        return SimpleNamespace(outcome=outcome, train_s=2.0, scores={"data.eval[0]/f1": 0.5})
 
     monkeypatch.setattr(trial_module, "_train", trains)
     trial_module.run_trial(job_of(recipe).to_config())
     assert [(told["step"], told.get("status")) for told in reports] == [(2.0, None), (4.0, "finished")]
     end = reports[-1]
-    assert end == end_of(recipe) and end["train_s"] == 7.0
+    assert end == end_of(recipe) and end["train_s"] == 7.0 and end["data.eval[0]/f1"] == 0.5
     assert (end["loss"], end["eval_loss"], end["peak_bytes"]) == (2.0, 2.5, 900.0)
 
 

@@ -257,9 +257,8 @@ class Pipeline:
             if stored.get(row, {}).get("key") != key:
                 self.status(f"evaluating: {row}")
                 result = evaluate_run(run, artifact, split, status=self.status)
-                scores = {f"{one.where}/{one.metric}": one.value for one in result.result.scores}
                 stored[row] = {"key": key, "loss": result.loss, "num_targets": result.num_targets}
-                stored[row] |= {"scores": scores} if scores else {}
+                stored[row] |= {"scores": scores} if (scores := result.result.judged) else {}
                 self.run_storage.write_record("loram/evaluate.json", stored)
             results[row] = {name: value for name, value in stored[row].items() if name != "key"}
         return results

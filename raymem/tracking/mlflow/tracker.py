@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 from raymem.storage.identity import check_id, read_id
 from raymem.tracking.mlflow.client import brief, connect, limits
 from raymem.tracking.mlflow.models import is_adapter, log_adapter, register
-from raymem.tracking.mlflow.run import check_server, start_run
+from raymem.tracking.mlflow.run import accepted_name, check_server, start_run
 from raymem.tracking.mlflow.system import SystemMetrics
 from raymem.tracking.mlflow.uri import database_file
 from raymem.tracking.tracker import RunStart, Status
@@ -148,7 +148,8 @@ class MlflowTracker:
         """Log rows as :meth:`log` does, each with the time, in ms since 1970, at which it came."""
         for now, row in rows:
             step = int(row["step"])
-            for key, value in row.items():
+            for name, value in row.items():
+                key = accepted_name(name)  # a metric of answers may be called data.eval[0]/regex:...
                 if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                     self._waiting.append(_Value(key, float(value), now, step))
                     if key.endswith(_BYTES):  # MLflow's pages show bytes as they are

@@ -32,10 +32,17 @@ from raymem.training.model.build import fetch, tokenizer_path
 from raymem.training.model.companions import copy_companions
 from raymem.training.model.weights import slots
 
+COPIES = "scoring"
+
 
 def artifact_name(recipe: Recipe) -> str:
     """Return the directory of the final artefact inside the run: ``adapter`` or ``model``."""
     return "adapter" if recipe.trains_adapter else "model"
+
+
+def copy_name(step: int) -> str:
+    """Return the directory inside the run of the copy that is made after a step, for its answers to be judged."""
+    return f"{COPIES}/step_{step:08d}"
 
 
 def export_final(model: nn.Module, recipe: Recipe, dist_env: DistEnv, run: Storage, facts: dict[str, Any]) -> str:
