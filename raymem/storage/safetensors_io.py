@@ -107,14 +107,17 @@ def read_header(directory: Directory, file: str) -> tuple[dict[str, str], dict[s
     return metadata, entries
 
 
-def read_tensor(directory: Directory, entry: Entry) -> torch.Tensor:
+def read_tensor(directory: Directory, entry: Entry, memory: torch.Tensor | None = None) -> torch.Tensor:
     """Read one tensor to the CPU; its own bytes are all that is allocated.
+
+    Args:
+        memory: uint8, 1-D and long enough; gets the tensor instead of new memory.
 
     Raises:
         ModelError: the file is gone or shorter than its header said.
     """
     path = directory / entry.file
-    raw = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    raw = torch.empty(entry.num_bytes, dtype=torch.uint8) if memory is None else memory[: entry.num_bytes]
     view = raw.numpy().data  # shares the memory of raw
     try:
         with path.open("rb", buffering=0) as stream:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ from raymem.training.model.companions import GENERATION, copy_companions
 
 _BLOCK = 1 << 16
 """The numbers that are added at a time: they stay in the processor's cache."""
+_LEAST_ROWS = 16
+"""The rows of a product that are computed at once at least: of fewer, libraries may sum in another order."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -140,6 +142,7 @@ class Layers:
         self._saved: dict[int, nn.Module] = {}
         self._merged: dict[str, torch.Tensor] = {}
         self._merging = Merging()
+        self._memory = _Alternating()
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 self._adapted[id(module.get_base_layer())] = module
@@ -154,7 +157,8 @@ class Layers:
         skeleton = self._skeleton
         files, index = shard_files(skeleton.directory), index_file(skeleton.directory)
         untied = self._untied()
-        digests = {file: self._write_file(directory, file, untied if file == files[-1] else {}) for file in files}
+        with _a_core_for_writing():
+            digests = {file: self._write_file(directory, file, untied if file == files[-1] else {}) for file in files}
         if index is not None:
             stored = {key: entry for file in files for key, entry in read_header(directory, file)[1].items()}
             total_bytes = sum(entry.num_bytes for entry in stored.values())
@@ -199,7 +203,7 @@ class Layers:
     def _value(self, name: str | None, key: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor of the merged model: stored under ``key`` in the base, called ``name`` in the model."""
         if name is None:
-            return self._skeleton.read(key)
+            return self._read(key)
         module, attribute = self._skeleton.places[name]
         if id(module) in self._saved:
             value: Any = getattr(self._saved[id(module)], attribute)
@@ -208,9 +212,13 @@ class Layers:
         elif self._skeleton.has_memory(name):
             value = getattr(module, attribute)
         else:
-            value = self._skeleton.read(key)
+            value = self._read(key)
         merged: torch.Tensor = value.detach().to(dtype)
         return merged
+
+    def _read(self, key: str) -> torch.Tensor:
+        """Read a tensor that is written next, into memory that is used again."""
+        return self._skeleton.read(key, self._memory.next(self._skeleton.entries[key].num_bytes))
 
     @torch.no_grad()
     def _merge(self, name: str, module: nn.Module) -> torch.Tensor:
@@ -226,7 +234,8 @@ class Layers:
                 else:
                     key = self._skeleton.key_of(its_name)
                     assert key is not None
-                    value = self._skeleton.read(key)
+                    # One that waits for its turn, while another of its layer is written, has memory of its own.
+                    value = self._read(key) if len(names) == 1 else self._skeleton.read(key)
                 module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
             self._merging.merge(self._adapted[id(module)])
             self._merged |= {its_name: getattr(module, attribute) for attribute, its_name in names.items()}
@@ -239,13 +248,10 @@ class Layers:
 class Merging:
     """Merges layers of PEFT into their bases, with the numbers that PEFT's ``merge()`` gives, to the bit.
 
-    Of plain LoRA on a linear layer it takes the product itself, into memory that it keeps, and adds it some rows at a
-    time in fp32, rounding once. PEFT takes new memory for each of three matrices in fp32, and adds the last one to a
-    weight of fewer bits by slow code: four times the time in all.
+    Of plain LoRA on a linear layer it takes the product itself, and adds it, some rows at a time in fp32, rounding
+    once. PEFT takes new memory for each of three matrices in fp32, and adds the last one to a weight of fewer bits by
+    slow code: many times the time in all.
     """
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
 
     def merge(self, layer: Any) -> None:
         """Merge a layer; its weight is changed in place, or replaced."""
@@ -256,15 +262,40 @@ class Merging:
         if not is_plain or layer.lora_variant or any(layer.lora_bias.values()) or weight.dtype not in _FLOATS:
             layer.merge()
             return
-        down_RI, up_OR = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
-        if self._memory.numel() < weight.numel():
-            self._memory = torch.empty(weight.numel())
-        product_OI = self._memory[: weight.numel()].view(weight.shape)
-        torch.matmul(up_OR.float(), down_RI.float(), out=product_OI)
-        rows = max(1, _BLOCK // weight.shape[1])
-        for weight_BI, update_BI in zip(torch.split(weight, rows), torch.split(product_OI, rows), strict=True):
-            scaled_BI = update_BI.mul_(layer.scaling[names[0]]).to(up_OR.dtype)
+        up_OR, down_RI = layer.lora_B[names[0]].weight, layer.lora_A[names[0]].weight.float()
+        blocks = max(1, len(weight) // max(_LEAST_ROWS, _BLOCK // weight.shape[1]))
+        for weight_BI, up_BR in zip(weight.tensor_split(blocks), up_OR.tensor_split(blocks), strict=True):
+            scaled_BI = torch.matmul(up_BR.float(), down_RI).mul_(layer.scaling[names[0]]).to(up_OR.dtype)
             weight_BI.copy_(weight_BI.float().add_(scaled_BI))
+
+
+class _Alternating:
+    """Two pieces of memory in turn: one is written to the disk while a tensor is read into the other.
+
+    New memory for each tensor would cost as much time as reading it: the kernel clears every page.
+    """
+
+    def __init__(self) -> None:
+        self._pieces = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+
+    def next(self, num_bytes: int) -> torch.Tensor:
+        """Return the piece that was not returned last, of at least so many bytes."""
+        self._pieces.reverse()
+        if len(self._pieces[0]) < num_bytes:
+            self._pieces[0] = torch.empty(0, dtype=torch.uint8)  # given back before more is taken
+            self._pieces[0] = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._pieces[0]
+
+
+@contextlib.contextmanager
+def _a_core_for_writing() -> Iterator[None]:
+    """Leave a core to the thread that hashes and writes: two that share one wait for each other at every block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_config(base: Path, directory: Path, *, untied: bool) -> None:

@@ -86,13 +86,13 @@ class Skeleton:
         """Return the name in the model of a tensor of the files; None if it is converted while loading."""
         return self._names.get(key)
 
-    def read(self, key: str) -> torch.Tensor:
-        """Read a tensor of the files.
+    def read(self, key: str, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """Read a tensor of the files, into ``memory`` as :func:`raymem.storage.safetensors_io.read_tensor` does.
 
         Raises:
             ModelError: it cannot be read, or a number in it is nan or infinite.
         """
-        return refuse_not_finite(read_tensor(self.directory, self.entries[key]), f"tensor {key}", NOT_FINITE)
+        return refuse_not_finite(read_tensor(self.directory, self.entries[key], memory), f"tensor {key}", NOT_FINITE)
 
     def has_memory(self, name: str) -> bool:
         """Whether a tensor of the model has its value, or the one that the adapter brought."""

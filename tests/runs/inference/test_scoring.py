@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from raymem.runs.inference.scoring import SCORES, Scoring
 
 from raymem.errors import ClusterError
 from raymem.metrics import Score
 from raymem.recipe.schema import Recipe
 from raymem.runs.evaluate import evaluate_recipe
+from raymem.runs.inference.scoring import SCORES, Scoring
 from raymem.runs.prepare import prepare_split
 from raymem.runs.resolve import resolve
 from raymem.runs.train import launch
