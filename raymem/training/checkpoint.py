@@ -316,6 +316,8 @@ def latest_recipe(run: Storage) -> dict[str, Any] | None:
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path, where: str) -> None:
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    # In a run's directory that is done before the manifest is written; what is uploaded needs no place on this disk.
+    writer.sync_files = False
     try:
         dcp_save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
