@@ -27,6 +27,7 @@ from raymem.cluster.train.progress import paced_reporter
 from raymem.cluster.train.worker import config_of, train_worker
 from raymem.cluster.trainers.budget import budget_check
 from raymem.cluster.trainers.mlflow_callback import MLflowCallback
+from raymem.errors import RecipeError
 from raymem.runs.prepare import prepare
 from raymem.runs.resolve import note_start, resolve
 from raymem.runs.train import build_demo
@@ -45,9 +46,17 @@ def worker_config(recipe: RecipeLike) -> dict[str, Any]:
     (``scaling.hang_timeout``).
 
     Raises:
+        RecipeError: it asks for what ``raymem train`` does beside the workers: judging answers, pushing the result.
         RaymemError: the recipe, its model or its data cannot be used.
     """
-    run = resolve(load_recipe(recipe), build_demo=partial(build_demo, status=log.info))
+    loaded = load_recipe(recipe)
+    for setting, value, cure in (
+        ("train.score_every", loaded.train.score_every, "raymem evaluate judges the result"),
+        ("export.push_to_hub", loaded.export.push_to_hub, "raymem push uploads the result"),
+    ):
+        if value is not None:
+            raise RecipeError(f"{setting}: {value} is the work of raymem train, not of workers; leave it out: {cure}")
+    run = resolve(loaded, build_demo=partial(build_demo, status=log.info))
     prepared = prepare(run, status=log.info)
     run.storage.check_writable()
     note_start(run)
