@@ -11,6 +11,7 @@ import pytest
 
 from raymem.cli.main import run_app
 from raymem.errors import DataError, RecipeError
+from raymem.runs.evaluate import evaluate_recipe
 from raymem.runs.inference.tasks import Asked, evaluate_tasks, known_tasks
 from tests.helpers.support import make_recipe, run_fragment, train
 
@@ -103,6 +104,33 @@ def test_an_adapter_scores_as_by_hand(llama: Path, examples: Path, tasks: Path, 
     assert errors["tiny_choice", "acc,none"] == expected["tiny_choice"]["acc_stderr,none"]
     base = {s.metric: s.value for s in evaluate_tasks(recipe, "base", asked, status=lambda text: None)}
     assert base.keys() == {metric for _, metric in found}
+
+
+@pytest.mark.slow
+def test_a_metric_of_one_s_own_data_agrees_on_the_same_rows(llama: Path, tasks: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"w{n} w50 w{n}", "completion": f" w{2 * n}", "number": str(2 * n)} for n in range(1, 17)]
+    for name, part in (("known.jsonl", rows[:9]), ("rows.jsonl", rows)):  # some are learned, and some are not
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    text = WORDS.format(file=tmp_path / "rows.jsonl").replace("Question: {{question}}\\nAnswer:", "{{prompt}}")
+    (tasks / "words.yaml").write_text(text.replace("{{answer}}", "{{number}}"))
+    recipe = make_recipe(
+        {
+            "data": {
+                "train": str(tmp_path / "known.jsonl"),
+                "eval": {"path": str(tmp_path / "rows.jsonl"), "metric": "numeric"},
+            },
+            "adapter": "none",
+            "optimizer": {"lr": 5e-3},
+            "train": {"steps": 150, "global_batch": 9, "micro_batch": 9},
+            "storage": {"path": str(tmp_path / "runs")},
+        },
+        model=llama,
+    )
+    train(recipe)
+    (score,) = evaluate_tasks(recipe, None, Asked(["tiny_words"], include_path=tasks), status=lambda text: None)
+    (own,) = evaluate_recipe(recipe).result.scores
+    assert 0 < own.value < 1 and own.count == len(rows)
+    assert own.value == pytest.approx(score.value)
 
 
 def test_what_is_no_task_is_named_with_what_is_near(tasks: Path) -> None:
