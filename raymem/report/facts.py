@@ -12,7 +12,7 @@ from raymem.memory.trace import CATEGORIES
 from raymem.planner import Plan, plan_many
 from raymem.recipe.schema import Recipe
 from raymem.report.find import Place
-from raymem.runs.record import DATA, PLAN, PREDICTIONS
+from raymem.runs.record import DATA, PLAN, PREDICTIONS, SCORES
 from raymem.storage.storage import Storage
 from raymem.training.artifacts.facts import FACTS
 from raymem.training.checkpoint import latest_recipe
@@ -135,7 +135,9 @@ def read_run(place: Place) -> RunFacts:
     run = place.directory
     facts = next((run.read_object(f"{name}/{FACTS}") for name in ("adapter", "model") if _has(run, name)), None)
     recipe = facts["recipe"] if facts is not None and isinstance(facts.get("recipe"), dict) else latest_recipe(run)
-    rows = [{name: float(value) for name, value in row.items() if _is_number(value)} for row in read_history(run, _ALL)]
+    scores = run.read_record(SCORES) if run.exists(SCORES) else {}
+    history = [{**row, **scores.get(str(int(row["step"])), {})} for row in read_history(run, _ALL)]
+    rows = [{name: float(value) for name, value in row.items() if _is_number(value)} for row in history]
     measured = [row["peak_bytes"] for row in rows if "peak_bytes" in row]
     known = facts.get("peak_bytes") if facts is not None else None
     held_rows = [row for row in rows if any(name.startswith(HELD) for name in row)]

@@ -30,6 +30,8 @@ PLAN = "plan.json"
 PREDICTIONS = "predictions.json"
 """The file with predictions beside their references, from the last evaluation that made some: an object with
 ``artifact`` and ``predictions``, a list of objects with ``prompt``, ``prediction`` and ``reference``, all text."""
+SCORES = "scores.json"
+"""The file with the metrics of answers, by the step that was judged; see ``train.score_every``."""
 
 NUM_EXAMPLES = 3
 MOST_CHARACTERS = 4000

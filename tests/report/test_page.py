@@ -17,7 +17,7 @@ from raymem.report import facts
 from raymem.report.compare import differences
 from raymem.report.curves import means, thinned
 from raymem.report.drawing import MARKERS, axis
-from raymem.runs.record import DATA, PLAN, PREDICTIONS
+from raymem.runs.record import DATA, PLAN, PREDICTIONS, SCORES
 from raymem.storage.storage import Storage
 from tests.helpers.commands import run_command
 from tests.helpers.report_files import EVIL, MIB, finished, write_plan, write_run, write_sweep
@@ -91,6 +91,14 @@ def test_the_page_of_a_run_has_all_that_it_left(report: Report, tmp_path: Path) 
     assert len(terms) > 11, "seven predicted, four measured, and the legend"
     assert "gradients + activations + loss + workspace" in page.words
     assert "45.00 MiB" in page.words, "90 of the peak less 30, 5 and 10 that are kept"
+
+
+def test_what_was_judged_on_the_way_has_its_curve(report: Report, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    assert "data.eval.math/numeric" not in report(run).words
+    scores = {"10": {"data.eval.math/numeric": 0.25}, "40": {"data.eval.math/numeric": 0.5}}
+    Storage.open(str(run)).write_record(SCORES, scores)
+    assert "data.eval.math/numeric" in report(run).words
 
 
 def test_pruned_and_full_model_are_compared(report: Report, tmp_path: Path) -> None:

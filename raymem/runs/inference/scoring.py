@@ -9,6 +9,7 @@ from typing import Any
 from raymem.errors import RaymemError
 from raymem.runs.backend import Started
 from raymem.runs.evaluate import evaluate_run, evaluation_config, evaluation_task
+from raymem.runs.record import SCORES
 from raymem.runs.resolved import ResolvedRun
 from raymem.training.artifacts.export import COPIES, artifact_name, copy_name
 from raymem.training.artifacts.facts import FACTS
@@ -16,9 +17,6 @@ from raymem.training.data.packed.shards import Prepared
 from raymem.training.reporter import Row, Status
 
 log = logging.getLogger(__name__)
-
-SCORES = "scores.json"
-"""The file in the run's directory that has the metrics of each step that was judged."""
 
 
 class Scoring:

@@ -14,8 +14,9 @@ from raymem.errors import ClusterError
 from raymem.metrics import Score
 from raymem.recipe.schema import Recipe
 from raymem.runs.evaluate import evaluate_recipe
-from raymem.runs.inference.scoring import SCORES, Scoring
+from raymem.runs.inference.scoring import Scoring
 from raymem.runs.prepare import prepare_split
+from raymem.runs.record import SCORES
 from raymem.runs.resolve import resolve
 from raymem.runs.train import launch
 from raymem.storage.publish import seal
