@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -82,11 +83,12 @@ def answered(recipe: Recipe) -> dict[str, Any]:
 
 def hub_says(status: int) -> Callable[..., Any]:
     """A Hub that refuses."""
-    import httpx2
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    client = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+
     def refuse(*arguments: Any, **options: Any) -> Any:
-        response = httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co/x"))
+        response = client.Response(status, request=client.Request("GET", "https://huggingface.co/x"))
         raise (RepositoryNotFoundError if status == 404 else GatedRepoError)(
             f"{status} Client Error", response=response
         )
