@@ -12,6 +12,7 @@ from typing import Any
 
 from raymem.errors import BudgetExceeded, RaymemError
 from raymem.memory.budget import Exceeds, bytes_text, parse_bytes
+from raymem.methods.probe import first_line
 from raymem.planner import Plan, known_plan, plan_recipe, prediction_error
 from raymem.recipe.schema import Recipe
 from raymem.runs.artifacts import local_copy
@@ -217,14 +218,15 @@ def _final_scores(scoring: Scoring, outcome: Outcome, options: TrainOptions) -> 
     """Return the metrics of the result's answers. Only a trial, which is nothing without them, fails for want of them.
 
     Raises:
-        RaymemError: those of a trial's result cannot be had.
+        Exception: those of a trial's result cannot be had.
     """
     try:
         return scoring.finish(outcome.artifact, outcome.steps)
-    except RaymemError as error:
+    except Exception as error:  # code of models may raise anything, and the result is there
         if options.sweep is not None:
             raise
-        log.warning("the answers of the result could not be judged: %s; raymem evaluate does it again", error)
+        problem = first_line(error)
+        log.warning("the answers of the result could not be judged: %s; raymem evaluate tries it again", problem)
         return {}
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from raymem.errors import RaymemError
+from raymem.methods.probe import first_line
 from raymem.runs.backend import Started
 from raymem.runs.evaluate import evaluate_run, evaluation_config, evaluation_task
 from raymem.runs.record import SCORES
@@ -67,10 +67,10 @@ class Scoring:
         """Judge the result, after the copies that are left; return its metrics.
 
         Args:
-            step: of which the result is.
+            step: the run's last one, at which they are noted.
 
         Raises:
-            RaymemError: the result cannot be judged.
+            Exception: the result cannot be judged; code of models may raise anything.
         """
         if self._started:
             self._status(f"judging the answers of step {', '.join(map(str, self._started))}")
@@ -96,8 +96,9 @@ class Scoring:
     def _take(self, step: int) -> None:
         try:
             evaluation, _ = self._started.pop(step).result()
-        except RaymemError as error:
-            log.warning("the answers of step %d could not be judged: %s", step, error)
+        except Exception as error:  # code of models may raise anything
+            cause = getattr(error, "cause", None) or error  # Ray's error begins with the name of the task
+            log.warning("the answers of step %d could not be judged: %s", step, first_line(cause))
         else:
             self._note(step, evaluation.judged)
         self._run.run.delete_dir(copy_name(step), last=None)

@@ -109,6 +109,10 @@ def lost() -> Any:
     raise ClusterError("the work of one worker was lost")
 
 
+def broken() -> Any:
+    raise ValueError("code of a model\nwith more lines")
+
+
 @pytest.fixture
 def beside() -> Beside:
     return Beside()
@@ -138,15 +142,18 @@ def copy_at(recipe: Recipe, step: int) -> Path:
 def test_a_task_that_is_lost_costs_a_warning(
     recipe: Recipe, scoring: Scoring, beside: Beside, logged: list[dict[str, float]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    copies = [copy_at(recipe, step) for step in (2, 4)]
+    copies = [copy_at(recipe, step) for step in (2, 4, 6)]
     scoring.listen([{"step": 1.0}, {"step": 2.0}])
     scoring.listen([{"step": 2.0}, {"step": 3.0}, {"step": 4.0}])  # a worker that began again tells a step twice
-    assert [task.config["artifact"] for task in beside.tasks] == [str(copy / "adapter") for copy in copies]
+    assert [task.config["artifact"] for task in beside.tasks] == [str(copy / "adapter") for copy in copies[:2]]
     beside.tasks[0].answer = lost
     beside.tasks[1].answer = judged(0.25)
+    scoring.listen([{"step": 6.0}])
+    beside.tasks[2].answer = broken
     scoring.listen([])
     assert logged == [{"step": 4.0, NAME: 0.25}] and not any(copy.exists() for copy in copies)
     assert "the answers of step 2 could not be judged: the work of one worker was lost" in caplog.text
+    assert "the answers of step 6 could not be judged: code of a model\n" in caplog.text
 
 
 def test_a_run_that_goes_on_judges_what_was_left(
