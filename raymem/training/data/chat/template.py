@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from raymem.errors import DataError, ModelError
-from raymem.training.data.chat.thoughts import REASONING, opens_thought
+from raymem.training.data.chat.thoughts import REASONING, opens_thought, under_known_keys
 from raymem.training.data.formats import Messages
 from raymem.training.data.turns import roles_of, with_arguments
 
@@ -75,7 +75,7 @@ class Template:
         """Say whether the template mentions a key of a message, or ``tools``; or, for reasoning, prompts for it."""
         if key not in REASONING:
             return self._speaks_of(key)
-        # transformers gives a template what stands under one of these keys under the others as well.
+        # What stands under one of these keys is given to a template under the others as well.
         return self._prompts_for_thought or any(map(self._speaks_of, REASONING))
 
     def _speaks_of(self, word: str) -> bool:
@@ -86,8 +86,9 @@ class Template:
         if not talks:
             return []
         rendered = self._tokenizer.apply_chat_template(
-            list(map(list, talks)), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+            [list(map(under_known_keys, talk)) for talk in talks],
+            tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
+        )  # fmt: skip
         return list(rendered)
 
     def render(
@@ -129,7 +130,7 @@ class Template:
 
         try:
             texts, spans = render_jinja_template(
-                conversations=[[{k: v for k, v in turn.items() if v is not None} for turn in talk]],
+                conversations=[[{k: v for k, v in under_known_keys(t).items() if v is not None} for t in talk]],
                 tools=tools,
                 chat_template=self._tokenizer.get_chat_template(None, tools),
                 return_assistant_tokens_mask=True,

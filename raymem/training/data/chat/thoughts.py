@@ -28,6 +28,15 @@ def reasoning_of(message: dict[str, Any]) -> str:
     return next((message[key] for key in REASONING if isinstance(message.get(key), str)), "")
 
 
+def under_known_keys(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn with its reasoning under each key that templates read, as newer releases of transformers do.
+
+    Older ones hand on the key that is there, so that a template that reads another one leaves the reasoning out.
+    """
+    reasoning = reasoning_of(message)
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning} if reasoning else message
+
+
 def written_thought(message: dict[str, Any]) -> str:
     """Return the reasoning in a block at the beginning of a turn's text, or ""."""
     content = message["content"]
