@@ -39,7 +39,7 @@ WINDOWS = {
     "ray": Window("2.51", "2.60"),
     "transformers": Window("5.12", "5.24"),
     "peft": Window("0.19", "0.21"),
-    "mlflow": Window("3.0", "3.17"),
+    "mlflow": Window("3.7", "3.17"),
 }
 
 
