@@ -1,4 +1,4 @@
-"""A pytest plugin for the lowest environment: what raymem refuses there by name is no failure, but skipped, and counted."""
+"""A pytest plugin for the lowest environment: what raymem refuses there by name is skipped, and counted."""
 
 from __future__ import annotations
 
