@@ -111,7 +111,8 @@ def sweep(
         budget: memory of one worker's device, such as ``24GiB`` or in bytes; by default the recipe's, or the GPU's.
         gpu: kind of GPU that it is planned for.
         samples: trials to start.
-        metrics: what to look for; several look for their Pareto front.
+        metrics: what to look for, also metrics of answers (``data.eval.math/numeric``); several look for their Pareto
+            front.
         algorithm: ``tpe``, ``nsga2``, ``random`` or ``grid``.
         name: of the sweep; by default the recipe's with ``-sweep``.
 
