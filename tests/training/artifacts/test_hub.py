@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from raymem.cli.main import run_app
 from raymem.errors import ModelError, StorageError
 from raymem.storage.checksums import CHECKSUMS, check_files, write_checksums
 from raymem.training.artifacts.card import write_card
@@ -142,11 +140,12 @@ def test_what_is_wrong_is_known_before_anything_is_sent(hub: FakeHub, monkeypatc
         check_push("org/tuned")
 
 
-def test_the_command(hub: FakeHub, adapter: Path) -> None:
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-    command = [sys.executable, "-m", "raymem", "push", str(adapter), "org/tuned", "--private", "-m", "first"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert done.stdout == f"pushed: {hub.url}/org/tuned/commit/{'1' * 40}\n"
+def test_the_command(hub: FakeHub, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app("push", str(adapter), "org/tuned", "--private", "-m", "first") == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == (f"pushed: {hub.url}/org/tuned/commit/{'1' * 40}\n", "")
     assert (hub.private, hub.messages) == ({"org/tuned": True}, ["first"])
-    assert TOKEN not in done.stdout
+    hub.refused["/commit/"] = 403
+    assert run_app("push", str(adapter), "org/tuned") == 1
+    out, err = capsys.readouterr()
+    assert "org/tuned: the hub refuses the upload" in err and TOKEN not in out + err
