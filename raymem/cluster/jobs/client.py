@@ -74,18 +74,19 @@ def cluster_version(client: Any) -> str:
 @contextlib.contextmanager
 def explained(where: str) -> Iterator[None]:
     """Turn errors of Ray's client into a ClusterError with a cure."""
-    from ray.exceptions import AuthenticationError, RayError
+    from ray import exceptions
 
+    refused = getattr(exceptions, "AuthenticationError", ())  # Ray 2.51 knows no tokens
     try:
         yield
     except ClusterError:
         raise
-    except AuthenticationError as error:
+    except refused as error:
         wrong = "Authentication failed" in str(error)
         raise TokenRefused(
             f"Ray cluster {where} {'refused the token' if wrong else 'wants a token and got none'}; {_AUTH_CURE}"
         ) from error
-    except (OSError, RayError) as error:
+    except (OSError, exceptions.RayError) as error:
         raise ClusterError(f"no Ray cluster answers: {where}; {_cure(error)}") from error
     except (RuntimeError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())[:300]

@@ -45,7 +45,7 @@ class Called:
 def mailbox(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(ray, "get", lambda value: value)
     monkeypatch.setattr(ray.train, "report", lambda metrics: None)
-    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None, raising=False)
     plain: Any = Mailbox
     return plain.__ray_metadata__.modified_class("s3://bucket/run/checkpoints")
 
