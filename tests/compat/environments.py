@@ -21,8 +21,8 @@ _ABSENT = (
     *("moe", "experts", "mixtral", "jamba", "minimax", "nemotron_h", "deepseek_v3", "qwen3_next", "longcat_flash"),
 )
 """Words of tests: MoRAM needs PEFT 0.21, PEFT 0.19 does not adapt fused experts, transformers 5.12 has no MiniCPM3, odd
-paths of a database need SQLAlchemy 2.1, Ray 2.51 knows no tokens and has another function that packs, and MLflow 3.7 tells
-of its tables and makes a directory where it is started."""
+paths of a database need SQLAlchemy 2.1, Ray 2.51 knows no tokens and packs by a function of other arguments, and MLflow
+3.7 tells of its tables and makes a directory where it is started."""
 LEFT_OUT: dict[str, list[str]] = {
     "lowest": [
         "-ptests.compat.refusals",
