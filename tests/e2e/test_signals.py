@@ -39,6 +39,11 @@ def base() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def _hear_ctrl_c() -> None:
+    """Tests that a script runs in its background ignore SIGINT, and would hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Command:
     """``raymem ARGUMENTS`` in a process group of its own, as a shell starts it."""
 
@@ -46,6 +51,7 @@ class Command:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "raymem", *map(str, arguments)], env={**environment, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=_hear_ctrl_c,
         )  # fmt: skip
 
     def until(self, pattern: str) -> None:
@@ -177,9 +183,11 @@ def test_a_second_ctrl_c_leaves_at_once_and_tidily(recipes: Any, base: Path) -> 
 
 
 def test_a_driver_on_a_cluster_of_others_leaves_that_as_it_was(recipes: Any, ray_head: RayHead) -> None:
-    command = Command(["train", recipes("joined", 2)], ray_head.client_env())
+    recipe = recipes("joined", 2)
+    command = Command(["train", recipe], ray_head.client_env())
     command.until("step 1/")
-    assert command.signalled(signal.SIGTERM) == (143, f"stopped by SIGTERM; {RESUME}\n")
+    status, said = command.signalled(signal.SIGTERM)
+    assert (status, said) == (143, f"stopped by SIGTERM once step {newest_step(recipe)} was saved; {RESUME}\n")
     workers = [child for child in psutil.Process(ray_head.pid).children(recursive=True) if _is_worker(child)]
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert alive == []

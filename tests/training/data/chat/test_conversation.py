@@ -43,7 +43,9 @@ def runs(example: Any) -> list[tuple[list[int], list[int]]]:
 
 
 def prompt_ids(tokenizer: Any, messages: list[Any], tools: Any = None) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"])
+    # Newer releases of transformers do this themselves.
+    both = [{"thinking": m["reasoning_content"], **m} if m.get("reasoning_content") else m for m in messages]
+    return list(tokenizer.apply_chat_template(both, tools=tools, add_generation_prompt=True)["input_ids"])
 
 
 def said_after(tokenizer: Any, examples: Any, messages: list[Any], tools: Any = None) -> list[int]:
