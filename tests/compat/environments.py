@@ -16,7 +16,7 @@ NAMES = ("lowest", "pinned", "newest")
 _ABSENT = (
     *("moram", "MoRAM", "needs_no_bitsandbytes", "before_a_step_are_phases", "selection", "axolotl_is_what"),
     *("minicpm3", "ctrl", "what_is_in_4_bits", "a_path_is_a_path"),
-    *("wrong_token", "wrong_tokens", "what_is_uploaded_is_what_ray_packs", "a_read_only_home_is_none"),
+    *("wrong_token", "what_is_uploaded_is_what_ray_packs", "a_read_only_home_is_none"),
     *("first_use_of_a_fresh_storage", "uri_would_read_otherwise"),
     *("moe", "experts", "mixtral", "jamba", "minimax", "nemotron_h", "deepseek_v3", "qwen3_next", "longcat_flash"),
 )

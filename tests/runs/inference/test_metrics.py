@@ -21,14 +21,6 @@ from raymem.training.predictions import answers
 from tests.helpers.support import make_recipe, train
 
 
-@pytest.fixture
-def sums(tmp_path: Path) -> Path:
-    rows = [{"prompt": f"w{n} w50 w{n}", "completion": f" w{2 * n}"} for n in range(1, 8)]
-    file = tmp_path / "sums.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
 def recipe_with(sums: Path, storage: Path, llama: Path, **fragments: Any) -> Any:
     data = {"train": str(sums), "eval": {"sums": {"path": str(sums), "metric": ["exact_match", "numeric", "f1"]}}}
     steps = {"train": {"steps": 2, "micro_batch": 3, "global_batch": 3}}

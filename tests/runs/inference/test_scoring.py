@@ -29,14 +29,6 @@ NAME = "data.eval.sums/f1"
 
 
 @pytest.fixture
-def sums(tmp_path: Path) -> Path:
-    rows = [{"prompt": f"w{n} w50 w{n}", "completion": f" w{2 * n}"} for n in range(1, 8)]
-    file = tmp_path / "sums.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.fixture
 def recipe(sums: Path, llama: Path, tmp_path: Path) -> Recipe:
     return make_recipe(
         {
